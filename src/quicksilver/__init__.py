@@ -1,0 +1,33 @@
+"""QuickSilver: run frozen GPT-2 and Llama family models with less work per token.
+
+>>> import quicksilver
+>>> model = quicksilver.load("ref-llama", plan="entropy")  # doctest: +SKIP
+>>> model.generate(input_ids, max_new_tokens=20)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quicksilver.version import __version__
+
+if TYPE_CHECKING:
+    from quicksilver.core.plan import Plan
+    from quicksilver.runtime.loading import accelerate, load
+
+__all__ = ["Plan", "__version__", "accelerate", "load"]
+
+_LAZY = {
+    "Plan": "quicksilver.core.plan",
+    "accelerate": "quicksilver.runtime.loading",
+    "load": "quicksilver.runtime.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that importing the package is quick and inert."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

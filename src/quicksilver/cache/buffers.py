@@ -1,0 +1,49 @@
+"""Row buffers that grow geometrically, so that appending one row does not copy the rest.
+
+A buffer knows nothing of layers, sequences or attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SLACK_ROWS = 32
+
+
+class RowBuffer:
+    """Rows of one shape in one allocation; the first append allocates exactly what it needs.
+
+    Args:
+        row_shape: shape of one row.
+        dtype: element type.
+        device: where the rows live.
+    """
+
+    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._storage = torch.empty((0, *row_shape), dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows [M, *row_shape]; amortised cost O(M)."""
+        end = self.length + rows.shape[0]
+        if end > self._storage.shape[0]:
+            self._grow(end)
+        self._storage[self.length : end] = rows
+        self.length = end
+
+    @property
+    def rows(self) -> Tensor:
+        """[length, *row_shape] the rows held, a view."""
+        return self._storage[: self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room to grow included."""
+        return self._storage.numel() * self._storage.element_size()
+
+    def _grow(self, needed: int) -> None:
+        slack = max(_SLACK_ROWS, self.length // 4) if self.length else 0
+        storage = self._storage.new_empty((needed + slack, *self._storage.shape[1:]))
+        storage[: self.length] = self.rows
+        self._storage = storage

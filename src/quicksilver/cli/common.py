@@ -1,0 +1,61 @@
+"""Options and output that several subcommands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --dtype, --device and --threads."""
+    options = (
+        click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on the CPU, else the model's own."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: PyTorch's)."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: int | None) -> tuple[Any, Any]:
+    """Load a model and its tokenizer; special tokens are the configuration's and the tokenizer's."""
+    quiet_transformers()
+    import torch
+
+    from quicksilver.runtime.loading import accelerate, configured_special_ids, load, load_tokenizer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load(model, plan, dtype, device)
+    tokenizer = load_tokenizer(model)
+    special_ids = {*configured_special_ids(loaded.model), *tokenizer.all_special_ids}
+    return accelerate(loaded, loaded.plan, sorted(special_ids)), tokenizer
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' progress bars and advice, which would interleave with our own output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar on stderr where that is a terminal; yield the function that advances it."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,86 @@
+"""`quicksilver eval`: measure plans against the dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quicksilver.cli.common import model_options, open_model, progress
+from quicksilver.errors import InputError
+
+_DEFAULT_CONTEXT = 2048
+
+
+@click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--text", type=click.Path(), help="One long UTF-8 text.")
+@click.option("--documents", type=click.Path(), help='JSON lines with a "text" field; each scored on its own.')
+@click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub.")
+@click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
+@click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
+@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
+@click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows (default: half the context).")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
+@model_options
+def command(
+    model: str,
+    text: str | None,
+    documents: str | None,
+    dataset: str | None,
+    plans: tuple[str, ...],
+    mode: Any,
+    context: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    json_path: str | None,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Measure plans against the dense MODEL, in the same run, on the same windows.
+
+    MODEL is an embedded model's name, a local folder, or an id on the hub.
+
+    \b
+    Examples:
+      quicksilver eval ref-llama --text book.txt --plan paper
+      quicksilver eval ./my-gpt2 --documents c4.jsonl --plan entropy --plan mine.json --json out.json
+      quicksilver eval ref-llama --text book.txt --plan entropy --mode decode --max-tokens 5000
+    """
+    from quicksilver.cli.table import print_table
+    from quicksilver.core.plan import write_atomically
+    from quicksilver.measure.report import evaluate
+    from quicksilver.measure.windows import Protocol, cut, default_bos
+    from quicksilver.runtime.loading import resolve_plan
+
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise InputError(f"--json {json_path}: its folder does not exist")
+    resolved = [resolve_plan(plan) for plan in plans or ("dense",)]
+    corpus = _corpus(text, documents, dataset)
+    loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
+    limit = loaded.adapter.spec.max_positions
+    if context is not None and context > limit:
+        raise InputError(f"--context {context} is longer than the model's context of {limit}")
+    context = context or min(limit, _DEFAULT_CONTEXT)
+    protocol = Protocol(context, stride or max(context // 2, 1), default_bos(tokenizer), max_tokens)
+    windowed = cut(corpus, tokenizer, protocol)
+    with progress("windows", len(windowed.windows)) as advance:
+        results = evaluate(loaded, resolved, windowed, protocol, mode, Path(model).name, advance)
+    print_table(results)
+    if json_path is not None:
+        write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")
+
+
+def _corpus(text: str | None, documents: str | None, dataset: str | None) -> Any:
+    from quicksilver.measure.texts import read_dataset, read_documents, read_text
+
+    given = [(read_text, text), (read_documents, documents), (read_dataset, dataset)]
+    chosen = [(read, value) for read, value in given if value is not None]
+    if len(chosen) != 1:
+        raise InputError("give exactly one of --text, --documents and --dataset")
+    read, value = chosen[0]
+    return read(value)

@@ -1,0 +1,107 @@
+"""`quicksilver generate`: continue a prompt under a plan."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from quicksilver.cli.common import model_options, open_model
+from quicksilver.errors import InputError
+
+
+@click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--plan", default="dense", show_default=True, help="A preset's name or a plan file.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k most likely tokens.")
+@click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), help="Nucleus sampling.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option("--stats", is_flag=True, help="Print what ran, on stderr.")
+@model_options
+def command(
+    model: str,
+    prompt: str,
+    plan: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stats: bool,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Continue PROMPT ("-" reads it from stdin); the text goes to stdout, statistics to stderr.
+
+    \b
+    Examples:
+      quicksilver generate ref-llama "The river rises in" --plan entropy --stats
+      quicksilver generate ref-llama - --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
+    """
+    if temperature == 0.0 and (top_k is not None or top_p is not None):
+        raise InputError("--top-k and --top-p need --temperature above 0")
+    text = _read_stdin() if prompt == "-" else prompt
+    loaded, tokenizer = open_model(model, plan, dtype, device, threads)
+    encoded = tokenizer(text, return_tensors="pt")
+    room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
+    if encoded.input_ids.shape[1] == 0:
+        raise InputError("the prompt is empty")
+    if room < 1:
+        limit = loaded.adapter.spec.max_positions
+        raise InputError(f"the prompt's {encoded.input_ids.shape[1]} tokens fill the model's context of {limit}")
+    if max_new_tokens > room:
+        print(f"quicksilver: note: only {room} tokens fit the model's context", file=sys.stderr)
+        max_new_tokens = room
+    seconds = _generate(loaded, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
+    if stats:
+        generated = loaded.stats.tokens - encoded.input_ids.shape[1] + 1
+        print(f"\n{loaded.stats.summary()}", file=sys.stderr)
+        print(
+            f"time            {seconds:.2f} s, {generated / seconds:.1f} new tokens/s, prefill included",
+            file=sys.stderr,
+        )
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on stdin is not UTF-8 text (byte {error.start})") from None
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    encoded: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> float:
+    """Stream the continuation to stdout; return the seconds it took."""
+    import time
+
+    import torch
+    from transformers import TextStreamer
+
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if temperature > 0.0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    begin = time.perf_counter()
+    model.generate(
+        input_ids=encoded.input_ids.to(model.device),
+        attention_mask=encoded.attention_mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    return time.perf_counter() - begin

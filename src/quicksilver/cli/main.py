@@ -1,0 +1,76 @@
+"""The `quicksilver` command: finds the subcommand, turns deliberate errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from quicksilver.errors import QuickSilverError
+from quicksilver.version import __version__
+
+_COMMANDS = {
+    "eval": "Measure plans against the dense model: perplexity, FLOPs, bytes, seconds.",
+    "generate": "Continue a prompt under a plan.",
+    "plan": "List, show and validate plans.",
+    "models": "List the model families and the embedded models.",
+    "demo": "Measure the embedded model on the embedded text and draw the result.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a subcommand's module only when it is called; the list needs none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        return importlib.import_module(f"quicksilver.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quicksilver")
+def cli() -> None:
+    """Run frozen GPT-2 and Llama family models with less work per token, and measure what that costs.
+
+    \b
+    Examples:
+      quicksilver demo
+      quicksilver eval ref-llama --text book.txt --plan paper --plan entropy
+      quicksilver generate ref-llama "The river rises in" --plan entropy --stats
+    """
+
+
+def main() -> None:
+    """Run the command line; deliberate errors print one line and exit with status 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except QuickSilverError as error:
+        _fail(str(error))
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _fail(message: str) -> None:
+    print(f"quicksilver: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""`quicksilver models`: what can be run."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("models", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """List the model families supported (transformers' model_type) and the embedded models.
+
+    \b
+    Example:
+      quicksilver models
+    """
+    from quicksilver.models.registry import FAMILIES
+    from quicksilver.runtime.loading import embedded_models
+
+    print("families:")
+    for name in FAMILIES:
+        print(f"  {name}")
+    print("embedded models:")
+    for name in embedded_models():
+        print(f"  {name}")

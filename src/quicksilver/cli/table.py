@@ -1,0 +1,94 @@
+"""The table of an evaluation: dense first, one row per plan, the settings above it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 150
+_COLUMNS = (
+    "plan",
+    "ppl",
+    "Δppl [95 % CI]",
+    "Δnll",
+    "KL",
+    "top-1",
+    "layers",
+    "FLOPs",
+    "body",
+    "weights",
+    "KV",
+    "speed",
+)
+
+
+def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
+    """Print evaluation results of one model on one text."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=_WIDTH)
+    for line in _heading(results[0]):
+        console.print(line, highlight=False, markup=False)
+    table = Table(*_COLUMNS[:1])
+    for name in _COLUMNS[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*_dense_row(results[0]))
+    for result in results:
+        if result["plan"]["name"] != "dense":
+            table.add_row(*_plan_row(result))
+    console.print(table)
+    console.print(
+        "FLOPs, body (head left out), weights and KV: change against dense per token. speed: dense seconds / plan"
+        " seconds, median over windows run in turn.",
+        highlight=False,
+    )
+
+
+def _heading(result: dict[str, Any]) -> list[str]:
+    model, protocol, env = result["model"], result["protocol"], result["environment"]
+    bos = "BOS before each window" if protocol["bos"] else "no BOS"
+    return [
+        f"{model['name']} ({model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters,"
+        f" {model['dtype']}) on {protocol['text']}: {result['tokens_scored']} tokens scored",
+        f"context {protocol['context']}, stride {protocol['stride']}, {bos}, mode {protocol['mode']};"
+        f" {env['device']}, {env['threads']} threads, {env['cpu']}, torch {env['torch']},"
+        f" transformers {env['transformers']}",
+    ]
+
+
+def _dense_row(result: dict[str, Any]) -> list[str]:
+    dense = result["dense"]
+    return [
+        "dense",
+        f"{dense['ppl']:.3f}",
+        f"{dense['bits_per_byte']:.3f} bits/byte",
+        f"{dense['nll']:.4f} nats",
+        "",
+        "",
+        f"{result['model']['layers']}",
+        f"{dense['flops_per_token'] / 1e6:.2f} M",
+        f"{dense['flops_body_per_token'] / 1e6:.2f} M",
+        f"{dense['weight_bytes_per_token'] / 1e6:.2f} MB",
+        f"{dense['kv_bytes'] / 1e3:.0f} kB",
+        f"{dense['tokens_per_second']:.0f} tok/s",
+    ]
+
+
+def _plan_row(result: dict[str, Any]) -> list[str]:
+    side, delta = result["accelerated"], result["delta"]
+    low, high = delta["ppl_ci95"]
+    return [
+        result["plan"]["name"],
+        f"{side['ppl']:.3f}",
+        f"{delta['ppl']:+.3f} [{low:+.3f}, {high:+.3f}]",
+        f"{delta['nll']:+.4f}",
+        f"{delta['kl']:.4f}",
+        f"{delta['top1_agreement']:.1%}",
+        f"{side['mean_depth']:.2f}",
+        *(f"{-delta[key]:+.1%}" for key in ("flops_reduction", "flops_body_reduction")),
+        *(f"{-delta[key]:+.1%}" for key in ("weight_bytes_reduction", "kv_bytes_reduction")),
+        f"{delta['speedup']:.2f}x",
+    ]

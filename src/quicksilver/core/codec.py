@@ -1,0 +1,104 @@
+"""Plans to and from JSON-ready dictionaries, with errors that name the offending key.
+
+The table of type names is the file format; adding a rule means adding a line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from quicksilver.core import rules
+from quicksilver.errors import PlanError
+
+RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
+    "drift": rules.DriftRule,
+    "relative": rules.RelativeDriftRule,
+    "fixed_point": rules.FixedPointRule,
+    "entropy": rules.EntropyRule,
+    "forced": rules.ForcedRule,
+    "random": rules.RandomRule,
+    "all": rules.AllRule,
+    "any": rules.AnyRule,
+}
+FILL_TYPES: dict[str, type[rules.KVFill]] = {
+    "drop": rules.DropFill,
+    "zero": rules.ZeroFill,
+    "propagate": rules.PropagateFill,
+    "share": rules.ShareFill,
+}
+_NAMES: dict[type, str] = {
+    **{cls: name for name, cls in RULE_TYPES.items()},
+    **{cls: name for name, cls in FILL_TYPES.items()},
+}
+_MAX_NESTING = 16
+
+
+def encode(value: object) -> Any:
+    """Return a rule or a fill as a dictionary with its type's name first; other values unchanged."""
+    if isinstance(value, tuple):
+        return [encode(item) for item in value]
+    if not isinstance(value, (rules.HaltingRule, rules.KVFill)):
+        return value
+    return {"type": _NAMES[type(value)], **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+
+
+def encode_halting(config: rules.HaltingConfig) -> dict[str, Any]:
+    """Return a halting configuration as a dictionary."""
+    return {f.name: encode(getattr(config, f.name)) for f in fields(config)}
+
+
+def decode_halting(data: object, source: str) -> rules.HaltingConfig:
+    """Build a halting configuration; `source` names the plan in errors."""
+    values = _object(data, f"{source}: halting")
+    if "rule" not in values:
+        raise PlanError(f"{source}: halting.rule is missing")
+    values["rule"] = decode_rule(values["rule"], f"{source}: halting.rule")
+    return _construct(rules.HaltingConfig, values, f"{source}: halting")
+
+
+def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:
+    """Build a halting rule from its dictionary; members of `all` and `any` recursively."""
+    if depth > _MAX_NESTING:
+        raise PlanError(f"{where}: rules are nested more than {_MAX_NESTING} deep")
+    cls, values = _typed(data, RULE_TYPES, where)
+    if issubclass(cls, rules.CombinedRule):
+        members = values.get("rules")
+        if not isinstance(members, list):
+            raise PlanError(f"{where}.rules must be a list of rules, got {members!r}")
+        values["rules"] = tuple(decode_rule(m, f"{where}.rules[{i}]", depth + 1) for i, m in enumerate(members))
+    return _construct(cls, values, where)
+
+
+def decode_fill(data: object, source: str) -> rules.KVFill:
+    """Build a KV fill from its dictionary."""
+    cls, values = _typed(data, FILL_TYPES, f"{source}: kv")
+    return _construct(cls, values, f"{source}: kv")
+
+
+def _object(data: object, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise PlanError(f"{where} must be an object, got {data!r}")
+    return dict(data)
+
+
+def _typed(data: object, table: dict[str, type], where: str) -> tuple[type, dict[str, Any]]:
+    values = _object(data, where)
+    name = values.pop("type", None)
+    if not isinstance(name, str) or name not in table:
+        raise PlanError(f"{where}.type must be one of {', '.join(table)}, got {name!r}")
+    return table[name], values
+
+
+def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise PlanError(f"{where}: unknown key {key!r}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return cls(**values)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise PlanError(f"{where}: {error}") from None

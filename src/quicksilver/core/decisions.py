@@ -1,0 +1,75 @@
+"""What a policy sees (`LayerView`) and what it returns (`HaltDecision`, `KVDecision`): data, never actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's running tokens, as a policy sees them after the layer.
+
+    Attributes:
+        layer_idx: index of the layer that just ran.
+        before: [N, d] states that entered the layer.
+        after: [N, d] states that left it.
+        previous_update: [N, d] what the layer before added, or None after the first layer.
+        positions: [N] logical positions.
+        head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+    """
+
+    layer_idx: int
+    before: Tensor
+    after: Tensor
+    previous_update: Tensor | None
+    positions: Tensor
+    head_entropy: Callable[[Tensor], Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        """N, the number of tokens in view."""
+        return self.after.shape[0]
+
+    def select(self, rows: Tensor) -> LayerView:
+        """Return the view of the given rows ([M])."""
+        previous = self.previous_update
+        return replace(
+            self,
+            before=self.before.index_select(0, rows),
+            after=self.after.index_select(0, rows),
+            previous_update=None if previous is None else previous.index_select(0, rows),
+            positions=self.positions.index_select(0, rows),
+        )
+
+
+@dataclass(frozen=True)
+class HaltDecision:
+    """Which tokens halt now, and what finding out cost.
+
+    Attributes:
+        halt: [N] bool.
+        signal_rows: rows for which each signal ("norm", "cosine", "head") was computed.
+    """
+
+    halt: Tensor
+    signal_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+class Fill(Enum):
+    """How a halted token's entry in a layer it skips comes about."""
+
+    NONE = auto()
+    ZERO = auto()
+    PROJECT = auto()
+    REFER = auto()
+
+
+@dataclass(frozen=True)
+class KVDecision:
+    """What is written for halted tokens in one layer."""
+
+    fill: Fill

@@ -1,0 +1,178 @@
+"""The plan: what each mechanism may do, as one immutable, hashable, versioned value.
+
+Reading and writing files is here; deciding anything about tokens is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quicksilver.core import codec
+from quicksilver.core.rules import (
+    AllRule,
+    DriftRule,
+    DropFill,
+    EntropyRule,
+    HaltingConfig,
+    KVFill,
+    RelativeDriftRule,
+    ZeroFill,
+)
+from quicksilver.errors import PlanError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run may save and how. `Plan.dense()` changes nothing.
+
+    Attributes:
+        name: a label for tables; not part of the hash.
+        halting: which tokens stop early, or None for none.
+        kv: what fills the deeper keys and values of a halted token.
+    """
+
+    name: str = "plan"
+    halting: HaltingConfig | None = None
+    kv: KVFill = field(default_factory=DropFill)
+
+    @classmethod
+    def dense(cls) -> Plan:
+        """Return the plan with every mechanism off; equal to the model as published."""
+        return cls(name="dense")
+
+    @classmethod
+    def preset(cls, name: str) -> Plan:
+        """Return a preset by name.
+
+        Raises:
+            PlanError: no preset has that name.
+        """
+        try:
+            return PRESETS[name]
+        except KeyError:
+            known = ", ".join(PRESETS)
+            raise PlanError(f"no preset plan is called {name!r}; presets: {known}") from None
+
+    @classmethod
+    def from_dict(cls, data: object, source: str = "plan") -> Plan:
+        """Build a plan from decoded JSON; `source` names it in errors.
+
+        Raises:
+            PlanError: unknown version, key, type or value.
+        """
+        if not isinstance(data, dict):
+            raise PlanError(f"{source}: a plan is a JSON object, got {type(data).__name__}")
+        data = dict(data)
+        version = data.pop("version", None)
+        if version != PLAN_VERSION:
+            raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
+        declared_hash = data.pop("hash", None)
+        for mechanism in ("fusion", "precision"):
+            if data.pop(mechanism, None) is not None:
+                raise PlanError(f"{source}: the mechanism {mechanism!r} is not available in this version")
+        halting, kv = data.pop("halting", None), data.pop("kv", None)
+        name = data.pop("name", "plan")
+        if data:
+            raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
+        if not isinstance(name, str):
+            raise PlanError(f"{source}: name must be a string, got {name!r}")
+        plan = cls(
+            name=name,
+            halting=None if halting is None else codec.decode_halting(halting, source),
+            kv=DropFill() if kv is None else codec.decode_fill(kv, source),
+        )
+        if declared_hash is not None and declared_hash != plan.hash:
+            raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
+        return plan
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: the file is missing, unreadable, or not a valid plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"{path}: not a JSON plan: {error}") from None
+        return cls.from_dict(data, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values, with its version and hash."""
+        body = self._body()
+        return {"version": PLAN_VERSION, "name": self.name, **body, "hash": self.hash}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON; an interrupted write leaves nothing half-written."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of SHA-256 over the contents; the name does not count."""
+        text = json.dumps({"version": PLAN_VERSION, **self._body()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every mechanism is off."""
+        return self.halting is None
+
+    def renamed(self, name: str) -> Plan:
+        """Return the same plan under another label."""
+        return replace(self, name=name)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where the plan does not fit a model of `num_layers` layers."""
+        if self.halting is None:
+            return
+        for threshold in self.halting.rule.thresholds:
+            if isinstance(threshold, tuple) and len(threshold) != num_layers:
+                raise PlanError(
+                    f"plan {self.name!r} has {len(threshold)} thresholds, the model has {num_layers} layers"
+                )
+
+    def _body(self) -> dict[str, Any]:
+        halting = None if self.halting is None else codec.encode_halting(self.halting)
+        return {"halting": halting, "kv": codec.encode(self.kv)}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary file in the same folder, then rename it."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise PlanError(f"{path}: cannot write: {error.strerror or error}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _paper(name: str, kv: KVFill) -> Plan:
+    """The published rule, literally: drift below 0.045 and entropy below 1.15 bits, nothing else protected."""
+    rule = AllRule((DriftRule(0.045), EntropyRule(1.15)))
+    return Plan(name, HaltingConfig(rule, min_layer=1, protect_first=0, protect_special=True), kv)
+
+
+PRESETS: dict[str, Plan] = {
+    "dense": Plan.dense(),
+    "paper": _paper("paper", DropFill()),
+    "paper-zero": _paper("paper-zero", ZeroFill()),
+    "entropy": Plan("entropy", HaltingConfig(EntropyRule(0.5), min_layer=0.67)),
+    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.1), min_layer=0.67)),
+}

@@ -1,0 +1,92 @@
+"""Ragged batches: rows of several sequences laid end to end, with no padding.
+
+Holds layouts and token states; knows nothing of models or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RaggedLayout:
+    """Where each of N rows comes from. Rows of one sequence are adjacent and in order of position.
+
+    Attributes:
+        lengths: rows of each sequence, on the host (shapes depend on them).
+        seq_ids: [N] sequence of each row.
+        positions: [N] logical position in its sequence, never a cache slot.
+        origin: [N] row in the batch that entered the first layer.
+    """
+
+    lengths: tuple[int, ...]
+    seq_ids: Tensor
+    positions: Tensor
+    origin: Tensor
+
+    @classmethod
+    def build(cls, starts: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> RaggedLayout:
+        """Lay out `lengths[b]` new tokens of each sequence b, the first at position `starts[b]`."""
+        total = sum(lengths)
+        origin = torch.arange(total, device=device)
+        if len(lengths) == 1:
+            positions = origin + starts[0] if starts[0] else origin
+            return cls((total,), torch.zeros_like(origin), positions, origin)
+        counts = torch.tensor(lengths, device=device)
+        seq_ids = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=total)
+        offsets = [start - bound for start, bound in zip(starts, accumulate([0, *lengths[:-1]]), strict=True)]
+        positions = origin + torch.tensor(offsets, device=device).index_select(0, seq_ids)
+        return cls(tuple(lengths), seq_ids, positions, origin)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of rows."""
+        return sum(self.lengths)
+
+    @property
+    def bounds(self) -> list[int]:
+        """Row at which each sequence begins, and N at the end: B + 1 host integers."""
+        return list(accumulate(self.lengths, initial=0))
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] `bounds` as an int32 tensor, the form that variable-length kernels take."""
+        return torch.tensor(self.bounds, dtype=torch.int32, device=self.seq_ids.device)
+
+    def select(self, rows: Tensor) -> RaggedLayout:
+        """Return the layout of the given rows ([M], ascending)."""
+        seq_ids = self.seq_ids.index_select(0, rows)
+        if len(self.lengths) == 1:
+            lengths: tuple[int, ...] = (rows.shape[0],)
+        else:
+            lengths = tuple(torch.bincount(seq_ids, minlength=len(self.lengths)).tolist())
+        return RaggedLayout(lengths, seq_ids, self.positions.index_select(0, rows), self.origin.index_select(0, rows))
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """The tokens still running, between two layers.
+
+    Attributes:
+        hidden: [N, d] residual stream.
+        layout: where each row comes from.
+        mass: [N] tokens that each row stands for, or None where every row stands for itself.
+    """
+
+    hidden: Tensor
+    layout: RaggedLayout
+    mass: Tensor | None = None
+
+    def select(self, rows: Tensor) -> TokenState:
+        """Return the state of the given rows ([M], ascending)."""
+        mass = None if self.mass is None else self.mass.index_select(0, rows)
+        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows), mass)
+
+    def scatter(self, grid: Tensor) -> Tensor:
+        """Return `grid` ([M, d]) with these rows written in place at their origin."""
+        return grid.index_copy_(0, self.layout.origin, self.hidden)

@@ -1,0 +1,194 @@
+"""Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from quicksilver.errors import PlanError
+
+Threshold = float | tuple[float, ...]
+"""One absolute threshold for all layers, or one per layer."""
+
+
+def threshold_at(threshold: Threshold, layer_idx: int) -> float:
+    """Return the threshold that applies after layer `layer_idx`."""
+    return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
+
+
+def _check_threshold(owner: str, value: Any) -> Threshold:
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, (int, float)) or math.isnan(item):
+            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {item!r}")
+    return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
+
+
+@dataclass(frozen=True)
+class HaltingRule:
+    """Base of the rules that say which tokens have settled."""
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """Thresholds whose length, where they are lists, must equal the model's number of layers."""
+        return ()
+
+
+@dataclass(frozen=True)
+class ThresholdRule(HaltingRule):
+    """A rule that halts a token when its signal is below an absolute threshold."""
+
+    threshold: Threshold
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", _check_threshold(type(self).__name__, self.threshold))
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """The one threshold, or its list over the layers."""
+        return (self.threshold,)
+
+
+@dataclass(frozen=True)
+class DriftRule(ThresholdRule):
+    """The paper's signal: `||h[l] - h[l-1]||_2`, in the units of the residual stream."""
+
+
+@dataclass(frozen=True)
+class RelativeDriftRule(ThresholdRule):
+    """`||h[l] - h[l-1]||_2 / ||h[l]||_2`, without units."""
+
+
+@dataclass(frozen=True)
+class FixedPointRule(ThresholdRule):
+    """Relative update norm below `threshold` and cosine of successive updates at least `min_cosine`."""
+
+    min_cosine: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1.0 <= self.min_cosine <= 1.0:
+            raise PlanError(f"FixedPointRule: min_cosine must lie in [-1, 1], got {self.min_cosine!r}")
+
+
+@dataclass(frozen=True)
+class EntropyRule(ThresholdRule):
+    """Entropy, in bits, of the model's own head applied to the state; checked only at `layers` if given."""
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is None:
+            return
+        layers = tuple(self.layers)
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+            raise PlanError(f"EntropyRule: layers must be non-negative layer indices, got {self.layers!r}")
+        object.__setattr__(self, "layers", layers)
+
+
+@dataclass(frozen=True)
+class ForcedRule(HaltingRule):
+    """The token at position p runs `depths[p % len(depths)]` layers: a fixed pattern, for tests and timing."""
+
+    depths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        depths = tuple(self.depths)
+        if not depths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in depths):
+            raise PlanError(f"ForcedRule: depths must be whole numbers of at least 1, got {self.depths!r}")
+        object.__setattr__(self, "depths", depths)
+
+
+@dataclass(frozen=True)
+class RandomRule(HaltingRule):
+    """The control: after each layer a token halts with `probability`, drawn from (seed, layer, position)."""
+
+    probability: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.probability <= 1.0:
+            raise PlanError(f"RandomRule: probability must lie in [0, 1], got {self.probability!r}")
+
+
+@dataclass(frozen=True)
+class CombinedRule(HaltingRule):
+    """A rule made of others, asked in the order given."""
+
+    rules: tuple[HaltingRule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules:
+            raise PlanError(f"{type(self).__name__}: at least one rule is needed")
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """The thresholds of every member."""
+        return tuple(t for rule in self.rules for t in rule.thresholds)
+
+
+@dataclass(frozen=True)
+class AllRule(CombinedRule):
+    """Halts where every rule would; a later rule is only asked about tokens that passed the earlier ones."""
+
+
+@dataclass(frozen=True)
+class AnyRule(CombinedRule):
+    """Halts where at least one rule would; a later rule is only asked about tokens still undecided."""
+
+
+@dataclass(frozen=True)
+class HaltingConfig:
+    """Which tokens halt, and which never may.
+
+    Attributes:
+        rule: says which tokens have settled.
+        min_layer: layers that every token runs; a whole number, or a fraction of the depth in (0, 1).
+        protect_first: tokens at positions below this never halt (attention sinks).
+        protect_special: special tokens (BOS, EOS, ...) never halt.
+    """
+
+    rule: HaltingRule
+    min_layer: int | float = 2
+    protect_first: int = 4
+    protect_special: bool = True
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.min_layer, int) and not isinstance(self.min_layer, bool) and self.min_layer >= 1
+        if not whole and not (isinstance(self.min_layer, float) and 0.0 < self.min_layer < 1.0):
+            raise PlanError(f"halting.min_layer must be at least 1, or a fraction in (0, 1), got {self.min_layer!r}")
+        if isinstance(self.protect_first, bool) or not isinstance(self.protect_first, int) or self.protect_first < 0:
+            raise PlanError(f"halting.protect_first must be a whole number, got {self.protect_first!r}")
+
+    def first_halt(self, num_layers: int) -> int:
+        """Index of the first layer after which a token may halt in a model of `num_layers` layers."""
+        layers = self.min_layer if isinstance(self.min_layer, int) else round(self.min_layer * num_layers)
+        return max(int(layers), 1) - 1
+
+
+@dataclass(frozen=True)
+class KVFill:
+    """Base of the choices for a halted token's keys and values in the layers it skips."""
+
+
+@dataclass(frozen=True)
+class DropFill(KVFill):
+    """Nothing is written: later tokens attend over fewer entries (the paper)."""
+
+
+@dataclass(frozen=True)
+class ZeroFill(KVFill):
+    """A zero key and value are written: the paper's formula read literally; they still take softmax mass."""
+
+
+@dataclass(frozen=True)
+class PropagateFill(KVFill):
+    """The layer's own key and value projections of the frozen state are written."""
+
+
+@dataclass(frozen=True)
+class ShareFill(KVFill):
+    """The entry of the last layer the token ran is referred to; no new bytes but an index."""

@@ -1,0 +1,97 @@
+"""The record of a run: what each layer computed, as counts and optional per-token depths.
+
+FLOPs, tables, pictures and the oracle tests all read this; it computes no cost itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.ragged import RaggedLayout
+
+
+class DeferredSum:
+    """A running total of host integers and device scalars; the device is asked only when it is read."""
+
+    def __init__(self) -> None:
+        self._host = 0
+        self._device: list[Tensor] = []
+
+    def add(self, value: int | Tensor) -> None:
+        """Add a host integer, or a scalar tensor without waiting for it."""
+        if isinstance(value, Tensor):
+            self._device.append(value)
+        else:
+            self._host += value
+
+    @property
+    def value(self) -> int:
+        """The total so far, as a host integer."""
+        if self._device:
+            self._host += int(torch.stack(self._device).sum())
+            self._device.clear()
+        return self._host
+
+
+class LayerTrace:
+    """Counts of one layer, summed over the run.
+
+    Attributes:
+        query_rows: tokens that ran the whole layer.
+        fill_rows: halted tokens whose key and value alone were projected.
+        attended: (query, key) pairs scored, a DeferredSum.
+        halted: tokens that halted after this layer.
+        signal_rows: rows for which each halting signal was computed after this layer.
+    """
+
+    def __init__(self) -> None:
+        self.query_rows = 0
+        self.fill_rows = 0
+        self.attended = DeferredSum()
+        self.halted = 0
+        self.signal_rows: Counter[str] = Counter()
+
+
+class Trace:
+    """Counts of a run: one forward pass, or all passes of one `generate`.
+
+    Args:
+        num_layers: layers of the model.
+        per_token: also keep, per pass, how many layers each token ran.
+    """
+
+    def __init__(self, num_layers: int, per_token: bool = False) -> None:
+        self.layers = [LayerTrace() for _ in range(num_layers)]
+        self.tokens = 0
+        self.head_rows = 0
+        self.dense_attended = 0
+        self.kv_bytes = 0
+        self.kv_entries = 0
+        self.per_token = per_token
+        self.depths: list[Tensor] = []
+
+    def begin_pass(self, starts: list[int], layout: RaggedLayout) -> None:
+        """Count the tokens entering a pass and the pairs that dense causal attention would score."""
+        self.tokens += layout.num_tokens
+        for start, length in zip(starts, layout.lengths, strict=True):
+            self.dense_attended += length * start + length * (length + 1) // 2
+        if self.per_token:
+            depth = torch.full((layout.num_tokens,), len(self.layers), device=layout.origin.device)
+            self.depths.append(depth)
+
+    def record_halt(self, layer_idx: int, origin: Tensor, signal_rows: Mapping[str, int]) -> None:
+        """Record the tokens ([M] origins) that halted after a layer and the signals computed there."""
+        layer = self.layers[layer_idx]
+        layer.halted += origin.shape[0]
+        layer.signal_rows.update(signal_rows)
+        if self.per_token and origin.shape[0]:
+            self.depths[-1].index_fill_(0, origin, layer_idx + 1)
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers run per token, on average."""
+        return sum(layer.query_rows for layer in self.layers) / max(self.tokens, 1)

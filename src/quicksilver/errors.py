@@ -1,0 +1,28 @@
+"""Errors the library raises on purpose; each message names the input at fault.
+
+Programming mistakes inside the library stay ordinary Python exceptions.
+"""
+
+
+class QuickSilverError(Exception):
+    """Base of every deliberate error; the command line prints it and exits with status 2."""
+
+
+class InputError(QuickSilverError, ValueError):
+    """A text, token, prompt or option that cannot be used as given."""
+
+
+class PlanError(QuickSilverError, ValueError):
+    """A plan that is malformed, unknown, or does not fit the model."""
+
+
+class ModelError(QuickSilverError, ValueError):
+    """A model that cannot be found, read, or trusted (missing, corrupt or non-finite weights)."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model family, or an option of one, that the runtime does not implement."""
+
+
+class UnsupportedFeatureError(QuickSilverError, NotImplementedError):
+    """A feature of transformers' interface that this runtime does not offer, such as beam search."""

@@ -1,0 +1,1 @@
+"""Measuring: perplexity on windows, cost from traces, paired statistics, rows of a report."""

@@ -1,0 +1,148 @@
+"""Evaluate plans against the dense model and lay the figures out in the stable JSON schema."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quicksilver.core.plan import Plan
+from quicksilver.measure import environment
+from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
+from quicksilver.measure.statistics import paired_delta
+from quicksilver.measure.windows import Protocol, WindowedText
+from quicksilver.models.cost import executed_cost
+from quicksilver.models.spec import ModelSpec
+from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.generation import QuickSilverForCausalLM
+
+_REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes")
+
+
+def evaluate(
+    model: QuickSilverForCausalLM,
+    plans: Sequence[Plan],
+    text: WindowedText,
+    protocol: Protocol,
+    mode: Mode = "score",
+    name: str = "",
+    on_window: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Score plans against the dense model on the same windows, interleaved.
+
+    Args:
+        model: the model; the plan it carries plays no part.
+        plans: what to compare with dense.
+        text: windows to score, cut by `protocol`.
+        protocol: recorded with the results.
+        mode: "score" (one pass) or "decode" (token by token).
+        name: of the model, for the report.
+        on_window: called after each window.
+
+    Returns:
+        One JSON-ready object per plan, in order.
+    """
+    decoders = [Decoder(model.adapter, plan, model.special_ids) for plan in (Plan.dense(), *plans)]
+    dense, *accelerated = run_windows(decoders, text.windows, mode, on_window)
+    counts = [window.num_scored for window in text.windows]
+    spec = model.adapter.spec
+    shared = {
+        "model": _describe_model(spec, name),
+        "protocol": {
+            "context": protocol.context,
+            "stride": protocol.stride,
+            "bos": protocol.bos_id is not None,
+            "mode": mode,
+            "text": text.name,
+            "max_tokens": protocol.max_tokens,
+            "windows": len(text.windows),
+            "scored_bytes": text.scored_bytes,
+        },
+        "environment": environment.describe(spec.device),
+        "tokens_scored": sum(counts),
+    }
+    dense_side = _side(spec, dense, counts, text.scored_bytes)
+    return [
+        {
+            **shared,
+            "plan": record.decoder.plan.to_dict(),
+            "dense": dense_side,
+            "accelerated": {**side, **_mechanisms(spec, record)},
+            "delta": _delta(dense, record, dense_side, side, counts),
+        }
+        for record in accelerated
+        for side in [_side(spec, record, counts, text.scored_bytes)]
+    ]
+
+
+def _describe_model(spec: ModelSpec, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "family": spec.family,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "parameters": spec.parameters,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+    }
+
+
+def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
+    """Return one engine's figures; costs are per token fed (in decode, per step)."""
+    nll = sum(record.nll) / sum(counts)
+    cost = executed_cost(spec, record.trace)
+    fed = max(record.trace.tokens, 1)
+    heads = max(record.trace.head_rows, 1)
+    # A decode pass has one more head row per window than steps (the prompt's); per token there is one head.
+    head_share = fed / heads
+    rounds = len(record.seconds) / len(counts)
+    seconds = sum(record.seconds) / rounds
+    head_flops = 2 * cost.head_macs * head_share
+    head_bytes = record.trace.head_rows * spec.head_weight_bytes
+    return {
+        "nll": nll,
+        "ppl": math.exp(nll),
+        "bits_per_byte": sum(record.nll) / (math.log(2) * scored_bytes),
+        "flops_per_token": (cost.body_flops + head_flops) / fed,
+        "flops_body_per_token": cost.body_flops / fed,
+        "bitops_per_token": (cost.body_macs + cost.head_macs * head_share) * cost.weight_bits**2 / fed,
+        "weight_bytes_per_token": (cost.weight_bytes - head_bytes + head_bytes * head_share) / fed,
+        "kv_bytes": statistics.fmean(record.kv_bytes),
+        "seconds": seconds,
+        "tokens_per_second": record.trace.tokens / seconds,
+    }
+
+
+def _mechanisms(spec: ModelSpec, record: EngineRecord) -> dict[str, Any]:
+    return {
+        "mean_depth": record.trace.mean_depth,
+        "halted_by_layer": [layer.halted for layer in record.trace.layers],
+        "fused_fraction": 0.0,
+        "width_histogram": {str(8 * spec.dtype.itemsize): 1.0, "8": 0.0, "4": 0.0, "2": 0.0, "0": 0.0},
+    }
+
+
+def _delta(
+    dense: EngineRecord,
+    plan: EngineRecord,
+    dense_side: dict[str, Any],
+    side: dict[str, Any],
+    counts: list[int],
+) -> dict[str, Any]:
+    paired = paired_delta(dense.nll, plan.nll, counts)
+    ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True)]
+    reductions = {
+        f"{key}_reduction": 1.0 - side[f"{key}_per_token"] / dense_side[f"{key}_per_token"] for key in _REDUCTIONS
+    }
+    return {
+        "ppl": paired.ppl,
+        "ppl_ci95": list(paired.ppl_ci95),
+        "nll": paired.nll,
+        "nll_ci95": list(paired.nll_ci95),
+        "kl": plan.kl / sum(counts),
+        "top1_agreement": plan.agreed / sum(counts),
+        **reductions,
+        "kv_bytes_reduction": 1.0 - side["kv_bytes"] / dense_side["kv_bytes"],
+        "speedup": statistics.median(ratios),
+    }

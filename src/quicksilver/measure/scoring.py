@@ -1,0 +1,165 @@
+"""Run engines over windows and collect what each predicted, what it cost and how long it took.
+
+`score` is one teacher-forced pass; `decode` prefills and then feeds one token at a time, as generation does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.trace import Trace
+from quicksilver.measure.windows import Window
+from quicksilver.runtime.decoder import Decoder
+
+Mode = Literal["score", "decode"]
+MIN_TIMINGS = 5
+_HEAD_ROWS = 256  # rows of logits held at a time, for each engine
+
+
+@dataclass
+class EngineRecord:
+    """What one engine did over all windows.
+
+    Attributes:
+        decoder: the engine.
+        trace: counts over the scored pass (`score`) or over the decode steps (`decode`).
+        nll: total negative log-likelihood of each window, nats.
+        kl: sum over scored tokens of KL(dense || this), nats.
+        agreed: scored tokens whose most likely token equals the dense model's.
+        kv_bytes: bytes of the cache after each window.
+        seconds: of each timed run of a window.
+    """
+
+    decoder: Decoder
+    trace: Trace
+    nll: list[float] = field(default_factory=list)
+    kl: float = 0.0
+    agreed: int = 0
+    kv_bytes: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Clock:
+    """Seconds of work on a device, summed over `with` blocks."""
+
+    device: torch.device
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds += time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def run_windows(
+    decoders: list[Decoder],
+    windows: Iterable[Window],
+    mode: Mode,
+    on_window: Callable[[], None] = lambda: None,
+) -> list[EngineRecord]:
+    """Run every engine over every window, interleaved; the first engine is the baseline.
+
+    A first run of the first window is a warm-up and counts nowhere. With fewer than five windows further
+    rounds are run for their timings only.
+
+    Args:
+        decoders: the baseline and the plans, all on the same model.
+        windows: what to score.
+        mode: "score" or "decode".
+        on_window: called after each window of the first round.
+    """
+    windows = list(windows)
+    records = [EngineRecord(decoder, decoder.new_trace()) for decoder in decoders]
+    _run_window(_fresh(records), windows[0], mode)
+    for window in windows:
+        _run_window(records, window, mode)
+        on_window()
+    for _ in range(-(-MIN_TIMINGS // len(windows)) - 1):
+        for window in windows:
+            again = _fresh(records)
+            _run_window(again, window, mode)
+            for record, timed in zip(records, again, strict=True):
+                record.seconds += timed.seconds
+    return records
+
+
+def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
+    return [EngineRecord(record.decoder, record.decoder.new_trace()) for record in records]
+
+
+def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
+    """Run all engines over one window and add what they predicted to their records."""
+    feed = _feed_score if mode == "score" else _feed_decode
+    token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
+    clocks = [_Clock(record.decoder.spec.device) for record in records]
+    states = []
+    for record, clock in zip(records, clocks, strict=True):
+        states.append(feed(record, clock, token_ids[:-1], window.first_scored))
+        record.nll.append(0.0)
+    first_row = token_ids.shape[0] - 1 - states[0].shape[0]
+    for start in range(0, states[0].shape[0], _HEAD_ROWS):
+        rows = slice(start, start + _HEAD_ROWS)
+        logits = []
+        for record, clock, state in zip(records, clocks, states, strict=True):
+            with clock.running():
+                logits.append(record.decoder.logits(state[rows], record.trace))
+        skipped = max(window.first_scored - 1 - first_row - start, 0)  # rows fed for context only
+        targets = token_ids[first_row + start + 1 :][: logits[0].shape[0]]
+        _compare(records, [rows_[skipped:] for rows_ in logits], targets[skipped:])
+    for record, clock in zip(records, clocks, strict=True):
+        record.seconds.append(clock.seconds)
+
+
+def _feed_score(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_scored: int) -> Tensor:
+    """Feed a window at once; return the states of all its tokens, [n, d]."""
+    decoder = record.decoder
+    with clock.running():
+        cache = decoder.new_cache(1)
+        hidden = decoder.run(token_ids, [token_ids.shape[0]], cache, record.trace)
+    record.kv_bytes.append(cache.nbytes)
+    return hidden
+
+
+def _feed_decode(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_scored: int) -> Tensor:
+    """Prefill what is not scored, then feed token by token; return the states that predict scored tokens.
+
+    Only the single steps are timed and counted: they are what generation repeats.
+    """
+    decoder, prefill_trace = record.decoder, record.decoder.new_trace()
+    cache = decoder.new_cache(1)
+    states = [decoder.run(token_ids[:first_scored], [first_scored], cache, prefill_trace)[-1:]]
+    with clock.running():
+        for i in range(first_scored, token_ids.shape[0]):
+            states.append(decoder.run(token_ids[i : i + 1], [1], cache, record.trace))
+    record.kv_bytes.append(cache.nbytes)
+    return torch.cat(states)
+
+
+def _compare(records: list[EngineRecord], logits: list[Tensor], targets: Tensor) -> None:
+    """Add one block's losses, divergences and agreements; logits are [m, vocab] for each engine."""
+    if targets.shape[0] == 0:
+        return
+    baseline = torch.log_softmax(logits[0].float(), dim=-1)
+    best = baseline.argmax(-1)
+    for record, rows in zip(records, logits, strict=True):
+        log_probs = baseline if rows is logits[0] else torch.log_softmax(rows.float(), dim=-1)
+        picked = log_probs.gather(1, targets[:, None]).double()
+        record.nll[-1] -= float(picked.sum())
+        if rows is not logits[0]:
+            record.kl += float((baseline.exp() * (baseline - log_probs)).sum(-1).double().sum())
+        record.agreed += int((log_probs.argmax(-1) == best).sum())

@@ -1,0 +1,123 @@
+"""Evaluation texts: a text file, a file of documents, or a public dataset; read, never changed.
+
+Cutting them into windows is `windows.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from quicksilver.errors import InputError
+from quicksilver.runtime.loading import hub_answers
+
+_C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts to score.
+
+    Attributes:
+        name: for the report.
+        texts: one long text, or separate documents.
+        separate: each text is scored on its own, however short.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    separate: bool
+
+
+def read_text(path: str | Path) -> Corpus:
+    """Read one long UTF-8 text.
+
+    Raises:
+        InputError: missing, not UTF-8, or empty.
+    """
+    text = _read(path)
+    if not text.strip():
+        raise InputError(f"{path}: the text is empty")
+    return Corpus(Path(path).name, (text,), separate=False)
+
+
+def read_documents(path: str | Path) -> Corpus:
+    """Read documents from JSON lines with a "text" field.
+
+    Raises:
+        InputError: missing, not UTF-8, a malformed line, or no text at all.
+    """
+    texts = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+        if not isinstance(text, str):
+            raise InputError(f'{path}, line {number}: "text" is not a string')
+        if text.strip():
+            texts.append(text)
+    if not texts:
+        raise InputError(f"{path}: no document holds any text")
+    return Corpus(Path(path).name, tuple(texts), separate=True)
+
+
+def read_dataset(name: str) -> Corpus:
+    """Load a public evaluation split through `datasets`.
+
+    Raises:
+        InputError: an unknown name, `datasets` is not installed, or the hub cannot be reached.
+    """
+    if name not in _DATASETS:
+        raise InputError(f"dataset {name!r} is not known; there are {', '.join(_DATASETS)}")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"--dataset {name} needs the package `datasets`: pip install 'quicksilver-llm[datasets]',"
+            " or pass a local file with --text or --documents"
+        ) from None
+    repo_id, load = _DATASETS[name]
+    reason = hub_answers("dataset", repo_id)
+    if reason is not None:
+        raise InputError(
+            f"--dataset {name}: the hub did not provide {repo_id} ({reason});"
+            " download the text elsewhere and pass it with --text FILE or --documents FILE.jsonl"
+        )
+    return load(name, repo_id, datasets)
+
+
+def _wikitext(config: str) -> Callable[[str, str, Any], Corpus]:
+    def load(name: str, repo_id: str, datasets: Any) -> Corpus:
+        lines = datasets.load_dataset(repo_id, config, split="test")["text"]
+        return Corpus(f"{name} test (raw)", ("".join(lines),), separate=False)
+
+    return load
+
+
+def _c4(name: str, repo_id: str, datasets: Any) -> Corpus:
+    rows = datasets.load_dataset(repo_id, "en", split="validation", streaming=True)
+    texts = tuple(row["text"] for row in islice(rows, _C4_DOCUMENTS))
+    return Corpus(f"{name} en validation, first {_C4_DOCUMENTS} documents", texts, separate=True)
+
+
+_DATASETS: dict[str, tuple[str, Callable[[str, str, Any], Corpus]]] = {
+    "wikitext-103": ("Salesforce/wikitext", _wikitext("wikitext-103-raw-v1")),
+    "wikitext-2": ("Salesforce/wikitext", _wikitext("wikitext-2-raw-v1")),
+    "c4": ("allenai/c4", _c4),
+}
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None

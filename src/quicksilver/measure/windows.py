@@ -1,0 +1,125 @@
+"""Sliding windows: each token of a text is scored once, by the first window that holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quicksilver.errors import InputError
+from quicksilver.measure.texts import Corpus
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text is cut.
+
+    Attributes:
+        context: tokens of a window, BOS included.
+        stride: tokens by which each window begins after the one before.
+        bos_id: prepended to every window, or None.
+        max_tokens: tokens of text used in all, or None for all of them.
+    """
+
+    context: int
+    stride: int
+    bos_id: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        room = self.context - (self.bos_id is not None)
+        if room < 2:
+            raise InputError(f"a context of {self.context} tokens is too short to score anything")
+        if not 1 <= self.stride <= room:
+            raise InputError(f"the stride must lie between 1 and {room} for this context, got {self.stride}")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise InputError(f"max_tokens must be at least 2, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens to feed, BOS included, and the index of the first one that is scored."""
+
+    token_ids: tuple[int, ...]
+    first_scored: int
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens whose prediction counts."""
+        return len(self.token_ids) - self.first_scored
+
+
+@dataclass(frozen=True)
+class WindowedText:
+    """A corpus ready to score: its windows, and the bytes of the text that they score."""
+
+    name: str
+    windows: tuple[Window, ...]
+    scored_bytes: int
+
+
+def default_bos(tokenizer: Any) -> int | None:
+    """Return the BOS id where the tokenizer itself prepends it, else None."""
+    ids = tokenizer("a").input_ids
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and ids and ids[0] == bos else None
+
+
+def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
+    """Tokenize a corpus and cut it into windows.
+
+    Raises:
+        InputError: a text shorter than one window (documents may be), or nothing to score.
+    """
+    windows: list[Window] = []
+    scored_bytes, left = 0, protocol.max_tokens
+    for text in corpus.texts:
+        if left is not None and left < 2:
+            break
+        ids, offsets = _tokenize(tokenizer, text)
+        ids = ids[:left]
+        left = None if left is None else left - len(ids)
+        room = protocol.context - (protocol.bos_id is not None)
+        if not corpus.separate and len(ids) < room:
+            limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
+            raise InputError(
+                f"{corpus.name}: {len(ids)} tokens{limit} are fewer than one window of {protocol.context};"
+                " choose a shorter context"
+            )
+        fresh = slide(ids, protocol)
+        windows += fresh
+        scored = sum(window.num_scored for window in fresh)
+        scored_bytes += _bytes_of(text, ids, offsets, len(ids) - scored) if scored else 0
+    if not windows:
+        raise InputError(f"{corpus.name}: no text long enough to score")
+    return WindowedText(corpus.name, tuple(windows), scored_bytes)
+
+
+def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
+    """Cut token ids into overlapping windows; without BOS the very first token cannot be scored."""
+    bos = () if protocol.bos_id is None else (protocol.bos_id,)
+    room = protocol.context - len(bos)
+    windows, done = [], 0 if bos else 1
+    for start in range(0, len(token_ids), protocol.stride):
+        end = min(start + room, len(token_ids))
+        if end > done:
+            windows.append(Window((*bos, *token_ids[start:end]), done - start + len(bos)))
+            done = end
+        if end == len(token_ids):
+            break
+    return windows
+
+
+def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Return ids and, where the tokenizer can tell, the characters [start, end) each came from."""
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer(text, add_special_tokens=False).input_ids, None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded.input_ids, encoded.offset_mapping
+
+
+def _bytes_of(text: str, ids: list[int], offsets: list[tuple[int, int]] | None, skipped: int) -> int:
+    """Return the UTF-8 bytes of the text behind ids[skipped:]."""
+    if offsets is None:
+        return len(text.encode()) * (len(ids) - skipped) // max(len(ids), 1)
+    start = offsets[skipped][0] if skipped else 0
+    return len(text[start : offsets[len(ids) - 1][1]].encode())

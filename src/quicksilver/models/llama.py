@@ -1,0 +1,115 @@
+"""The Llama family: Llama itself, Mistral, Qwen2 and Qwen3. They differ in biases and query/key norms only."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from quicksilver.errors import UnsupportedModelError
+from quicksilver.models.rotary import Rotation
+from quicksilver.models.spec import QKV, Adapter, LayerOps, ModelSpec, weight_bytes
+
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def adapt(model: Any) -> Adapter:
+    """Read a Llama, Mistral, Qwen2 or Qwen3 model of transformers.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for something not implemented here.
+    """
+    _check(model.config)
+    body = model.model
+    return Adapter(
+        spec=_spec(model),
+        layers=tuple(_layer_ops(layer) for layer in body.layers),
+        embed=lambda ids, positions: body.embed_tokens(ids),
+        rotation=partial(_rotation, body.rotary_emb, body.embed_tokens.weight),
+        final_norm=body.norm,
+        head=model.lm_head,
+    )
+
+
+def _check(config: Any) -> None:
+    family = config.model_type
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise UnsupportedModelError(f"{family}: sliding-window attention (sliding_window={window}) is not supported")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in _ROPE_TYPES:
+        raise UnsupportedModelError(f"{family}: rotary scaling of type {rope_type!r} is not supported")
+
+
+def _max_positions(config: Any) -> int:
+    """Return the longest context in which a token's rotation does not depend on later tokens.
+
+    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so the
+    original length is the limit; `dynamic` does so beyond `max_position_embeddings`.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] == "longrope":
+        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return int(config.max_position_embeddings)
+
+
+def _spec(model: Any) -> ModelSpec:
+    config, body = model.config, model.model
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    kv_macs = 2 * d * kv_heads * head_dim
+    attention = body.layers[0].self_attn
+    return ModelSpec(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=d,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_positions=_max_positions(config),
+        layer_macs=2 * d * heads * head_dim + kv_macs + 3 * d * config.intermediate_size,
+        kv_macs=kv_macs,
+        head_macs=d * config.vocab_size,
+        layer_weight_bytes=weight_bytes(body.layers[0]),
+        kv_weight_bytes=weight_bytes(attention.k_proj, attention.v_proj),
+        head_weight_bytes=weight_bytes(model.lm_head, body.norm),
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=body.embed_tokens.weight.dtype,
+        device=body.embed_tokens.weight.device,
+    )
+
+
+def _layer_ops(layer: nn.Module) -> LayerOps:
+    attention: Any = layer.self_attn
+    return LayerOps(
+        attn_norm=layer.input_layernorm,
+        project_qkv=partial(_project_qkv, attention),
+        project_kv=partial(_project_kv, attention),
+        attn_output=attention.o_proj,
+        mlp_norm=layer.post_attention_layernorm,
+        mlp=layer.mlp,
+        scaling=attention.scaling,
+    )
+
+
+def _heads(x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
+    """Split [N, heads * head_dim] into heads, normed per head where the family does so (Qwen3)."""
+    x = x.view(x.shape[0], -1, head_dim)
+    return x if norm is None else norm(x)
+
+
+def _project_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    key = _heads(attention.k_proj(x), attention.head_dim, getattr(attention, "k_norm", None))
+    return key, _heads(attention.v_proj(x), attention.head_dim)
+
+
+def _project_qkv(attention: Any, x: Tensor) -> QKV:
+    query = _heads(attention.q_proj(x), attention.head_dim, getattr(attention, "q_norm", None))
+    return QKV(query, *_project_kv(attention, x))
+
+
+def _rotation(rotary_emb: Any, like: Tensor, positions: Tensor) -> Rotation:
+    cos, sin = rotary_emb(like, positions[None])  # [1, N, head_dim] each, in the dtype of `like`
+    return Rotation(cos[0, :, None], sin[0, :, None])

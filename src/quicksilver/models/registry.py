@@ -1,0 +1,42 @@
+"""The families the runtime can run, by transformers' `model_type`; anything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quicksilver.errors import UnsupportedModelError
+from quicksilver.models import gpt2, llama
+from quicksilver.models.spec import Adapter
+
+FAMILIES: dict[str, Callable[[Any], Adapter]] = {
+    "gpt2": gpt2.adapt,
+    "llama": llama.adapt,
+    "mistral": llama.adapt,
+    "qwen2": llama.adapt,
+    "qwen3": llama.adapt,
+}
+
+
+def check_family(config: Any) -> None:
+    """Raise UnsupportedModelError where the configuration's family is not one of FAMILIES."""
+    family = getattr(config, "model_type", None)
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedModelError(f"model type {family!r} is not supported; supported: {known}")
+
+
+def adapt(model: Any) -> Adapter:
+    """Return the adapter of a loaded transformers causal language model; no weight is copied.
+
+    Raises:
+        UnsupportedModelError: the family, or an option of its configuration, is not supported.
+    """
+    check_family(model.config)
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise UnsupportedModelError(f"{model.config.model_type}: a model spread over {names} is not supported")
+    if not hasattr(model, "lm_head"):
+        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head (lm_head)")
+    return FAMILIES[model.config.model_type](model)

@@ -1,0 +1,116 @@
+"""Declared facts of a model and the leaf operations of its layers; families fill these in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.cache import CacheShape
+from quicksilver.models.rotary import Rotation
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts of a model, enough to lay out its cache and count its work.
+
+    Attributes:
+        family: transformers' `model_type`.
+        max_positions: longest context the runtime accepts.
+        layer_macs: multiply-adds of one layer's weight matrices for one token.
+        kv_macs: of these, the key and value projections'.
+        head_macs: multiply-adds of the head for one token.
+        layer_weight_bytes: bytes of all weights of one layer.
+        kv_weight_bytes: of these, the key and value projections'.
+        head_weight_bytes: bytes of the head and the final norm.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    layer_macs: int
+    kv_macs: int
+    head_macs: int
+    layer_weight_bytes: int
+    kv_weight_bytes: int
+    head_weight_bytes: int
+    parameters: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def attention_macs_per_pair(self) -> int:
+        """Multiply-adds of one (query, key) pair: the score and the weighted value."""
+        return 2 * self.num_heads * self.head_dim
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a cache for this model must know."""
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device)
+
+
+class QKV(NamedTuple):
+    """Projections before rotation: query [N, H, D], key and value [N, Hkv, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class LayerOps:
+    """One pre-norm decoder layer's leaf operations over flat rows [N, d].
+
+    Attributes:
+        attn_norm: norm before attention.
+        project_qkv: queries, keys and values of normed rows.
+        project_kv: keys and values alone.
+        attn_output: output projection of attended values [N, H * D].
+        mlp_norm: norm before the MLP.
+        mlp: the MLP.
+        scaling: factor of the attention scores.
+    """
+
+    attn_norm: Map
+    project_qkv: Callable[[Tensor], QKV]
+    project_kv: Callable[[Tensor], tuple[Tensor, Tensor]]
+    attn_output: Map
+    mlp_norm: Map
+    mlp: Map
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A frozen model as the runtime sees it; the tensors are the model's own, never copies.
+
+    Attributes:
+        spec: declared facts.
+        layers: leaf operations, one set per layer.
+        embed: (token ids [N], positions [N]) to hidden states [N, d].
+        rotation: positions [N] to the rotation of queries and keys, or None where positions are embedded.
+        final_norm: norm before the head.
+        head: normed states [N, d] to logits [N, vocab].
+    """
+
+    spec: ModelSpec
+    layers: tuple[LayerOps, ...]
+    embed: Callable[[Tensor, Tensor], Tensor]
+    rotation: Callable[[Tensor], Rotation] | None
+    final_norm: Map
+    head: Map
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all parameters of the modules."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

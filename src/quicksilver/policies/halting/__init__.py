@@ -1,0 +1,50 @@
+"""Halting: which tokens have settled. The rule's type selects the handler; one idea per file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from quicksilver.core import rules
+from quicksilver.core.decisions import HaltDecision, LayerView
+from quicksilver.policies.halting import combined, drift, entropy, fixed_point, forced, random, relative
+
+Handler = Callable[[Any, LayerView], HaltDecision]
+
+_HANDLERS: dict[type[rules.HaltingRule], Handler] = {
+    rules.DriftRule: drift.decide,
+    rules.RelativeDriftRule: relative.decide,
+    rules.FixedPointRule: fixed_point.decide,
+    rules.EntropyRule: entropy.decide,
+    rules.ForcedRule: forced.decide,
+    rules.RandomRule: random.decide,
+}
+
+
+def decide(rule: rules.HaltingRule, view: LayerView) -> HaltDecision:
+    """Return which of the tokens in view halt after this layer under `rule`."""
+    if isinstance(rule, rules.AllRule):
+        return combined.decide_all(rule, view, decide)
+    if isinstance(rule, rules.AnyRule):
+        return combined.decide_any(rule, view, decide)
+    return _HANDLERS[type(rule)](rule, view)
+
+
+def needs_previous_update(rule: rules.HaltingRule) -> bool:
+    """Whether the rule compares successive updates, which the runtime then has to keep."""
+    if isinstance(rule, rules.CombinedRule):
+        return any(needs_previous_update(member) for member in rule.rules)
+    return isinstance(rule, rules.FixedPointRule)
+
+
+def may_halt(rule: rules.HaltingRule, layer_idx: int) -> bool:
+    """Whether the rule could halt anything after this layer; where not, it need not be asked."""
+    if isinstance(rule, rules.AllRule):
+        return all(may_halt(member, layer_idx) for member in rule.rules)
+    if isinstance(rule, rules.AnyRule):
+        return any(may_halt(member, layer_idx) for member in rule.rules)
+    if isinstance(rule, rules.EntropyRule):
+        return rule.layers is None or layer_idx in rule.layers
+    if isinstance(rule, rules.ForcedRule):
+        return layer_idx + 1 >= min(rule.depths)
+    return True

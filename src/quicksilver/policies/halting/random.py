@@ -1,0 +1,29 @@
+"""Random halting: the control that any signal has to beat at the same mean depth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.decisions import HaltDecision, LayerView
+from quicksilver.core.rules import RandomRule
+
+_MASK = 0xFFFFFFFF
+
+
+def hashed_uniform(seed: int, layer_idx: int, positions: Tensor) -> Tensor:
+    """Return numbers in [0, 1) that depend on (seed, layer, position) alone, [N].
+
+    Stateless, so prefill, decode and any batching draw the same number for the same token. The mixing is
+    the 32-bit finaliser of MurmurHash3 (Austin Appleby, public domain).
+    """
+    salt = (seed * 0x9E3779B1 + (layer_idx + 1) * 0x85EBCA77) & _MASK
+    x = (positions.to(torch.int64) * 0x27D4EB2F + salt) & _MASK
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = ((x ^ (x >> shift)) * multiplier) & _MASK
+    return ((x ^ (x >> 16)) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def decide(rule: RandomRule, view: LayerView) -> HaltDecision:
+    """Halt each token with the rule's probability."""
+    return HaltDecision(hashed_uniform(rule.seed, view.layer_idx, view.positions) < rule.probability)

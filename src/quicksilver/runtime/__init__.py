@@ -1,0 +1,1 @@
+"""The engine: the layer loop over ragged batches, and transformers' interface in front of it."""

@@ -1,0 +1,305 @@
+"""The model users hold: transformers' `generate()` and call conventions over the ragged engine.
+
+Turns padded grids into ragged rows and back; what runs in between is `decoder.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from quicksilver.cache import RaggedKVCache
+from quicksilver.core.plan import Plan
+from quicksilver.core.trace import Trace
+from quicksilver.errors import InputError, UnsupportedFeatureError
+from quicksilver.models.spec import Adapter
+from quicksilver.ops import AttentionBackend
+from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.stats import RunStats
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The real tokens of a padded grid: their ids end to end, counts per row, and flat places [N] (or None)."""
+
+    token_ids: Tensor
+    lengths: list[int]
+    places: Tensor | None
+
+
+class QuickSilverForCausalLM(nn.Module, GenerationMixin):
+    """A frozen transformers model run under a plan, with transformers' own interface.
+
+    The wrapped model's weights are used in place. Gradients are never computed.
+
+    Args:
+        model: a loaded transformers causal language model, kept as `.model`.
+        adapter: how its family's weights are read.
+        plan: what may be saved.
+        special_ids: token ids that a plan with `protect_special` never halts.
+        backend: attention implementation, "sdpa" or "eager".
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    hf_quantizer = None
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        plan: Plan,
+        special_ids: Sequence[int] = (),
+        backend: AttentionBackend = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.generation_config: GenerationConfig = model.generation_config
+        self._adapter = adapter
+        self._special_ids = tuple(special_ids)
+        self._backend: AttentionBackend = backend
+        self._decoder = Decoder(adapter, plan, self._special_ids, backend)
+        self._trace = self._decoder.new_trace()
+        self._run_trace: Trace | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force; assign another `Plan` to change it."""
+        return self._decoder.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._decoder = Decoder(self._adapter, plan, self._special_ids, self._backend)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The engine under this model, for callers that feed ragged rows themselves."""
+        return self._decoder
+
+    @property
+    def adapter(self) -> Adapter:
+        """The wrapped model as the engine sees it."""
+        return self._adapter
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Token ids that are protected where the plan says so."""
+        return self._special_ids
+
+    @property
+    def stats(self) -> RunStats:
+        """What the last call of the model, or the last `generate`, ran."""
+        return RunStats.from_trace(self._adapter.spec, self._trace)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._adapter.spec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' element type."""
+        return self._adapter.spec.dtype
+
+    def can_generate(self) -> bool:
+        """Whether `generate` works; always."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """Whether the model's code came from a hub; never."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the wrapped model's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the wrapped model's head."""
+        return self.model.get_output_embeddings()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RaggedKVCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the model on a grid of tokens.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, P + T] or [B, T], 0 where a token is padding; padding is not computed, and
+                positions count real tokens from 0. P is what the cache has seen.
+            past_key_values: a cache this model returned, extended in place.
+            labels: [B, T] targets, -100 where none; the loss is the mean over targets, shifted by one.
+            use_cache: return a cache (default: the configuration's).
+            logits_to_keep: number of last columns to compute logits for (0: all), or their indices [K].
+            return_dict: False for a plain tuple.
+            **unsupported: transformers' other arguments; anything but None or False is refused.
+
+        Returns:
+            Logits [B, K, vocab] (zeros at padding), the loss where labels are given, and the cache.
+
+        Raises:
+            InputError: token ids out of range, no real token, or a context longer than the model's.
+            UnsupportedFeatureError: an argument this runtime does not implement.
+        """
+        for name, value in unsupported.items():
+            if value is not None and value is not False:
+                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+        if input_ids is None or input_ids.dim() != 2:
+            raise InputError("input_ids must be a [batch, tokens] tensor")
+        cache = self._check_cache(past_key_values, input_ids.shape[0])
+        trace = self._run_trace if self._run_trace is not None else self._decoder.new_trace()
+        self._trace = trace
+        grid = _real_tokens(input_ids.to(self.device), attention_mask)
+        hidden = self._decoder.run(grid.token_ids, grid.lengths, cache, trace)
+        keep_all = labels is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        logits = self._grid_logits(hidden, grid, input_ids.shape, 0 if keep_all else logits_to_keep, trace)
+        loss = None if labels is None else _shifted_loss(logits, labels.to(logits.device))
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
+        return output.to_tuple() if return_dict is False else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does: greedy or sampling, streamers, processors, criteria, left padding.
+
+        Raises:
+            UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
+        """
+        with self._one_trace():
+            return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: RaggedKVCache | None = None,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Select what `forward` needs of generation's state; called by transformers."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        kwargs.pop("is_first_iteration", None)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep or 1,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Refuse what the ragged cache cannot do, before transformers starts on it."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        mode = config.get_generation_mode()
+        if mode not in _MODES:
+            raise UnsupportedFeatureError(
+                f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling"
+            )
+        if config.cache_implementation is not None:
+            raise UnsupportedFeatureError(
+                f"cache_implementation={config.cache_implementation!r} is not supported; the cache is ragged"
+            )
+        return config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, kwargs: Any) -> None:
+        if kwargs.get("assistant_model") is not None:
+            raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
+        super()._validate_generation_mode(generation_mode, generation_config, kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, *args: Any
+    ) -> None:
+        """Start a ragged cache for `generate`, unless the caller passed one or wants none."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        sequences = batch_size * (generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = self._decoder.new_cache(sequences)
+
+    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+        """Leave the wrapped model as it is while decoding; its mixture-of-experts switches do not apply."""
+        return nullcontext()
+
+    @contextmanager
+    def _one_trace(self) -> Iterator[None]:
+        """Count every forward pass inside into one fresh trace."""
+        self._run_trace = self._decoder.new_trace()
+        try:
+            yield
+        finally:
+            self._run_trace = None
+
+    def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
+        if cache is None:
+            return self._decoder.new_cache(batch_size)
+        if not isinstance(cache, RaggedKVCache):
+            raise UnsupportedFeatureError(
+                f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
+            )
+        return cache
+
+    def _grid_logits(self, hidden: Tensor, grid: _Grid, shape: torch.Size, keep: int | Tensor, trace: Trace) -> Tensor:
+        """Return logits [B, K, vocab] of the columns to keep; only real tokens pass through the head."""
+        batch, columns = shape
+        kept = torch.arange(columns, device=hidden.device)
+        kept = kept[-keep:] if isinstance(keep, int) else kept[keep.to(kept.device)]
+        if grid.places is None and len(kept) == columns:
+            return self._decoder.logits(hidden, trace).view(batch, columns, -1)
+        row_of = torch.full((batch * columns,), -1, device=hidden.device)
+        places = torch.arange(batch * columns, device=hidden.device) if grid.places is None else grid.places
+        row_of[places] = torch.arange(hidden.shape[0], device=hidden.device)
+        rows = row_of.view(batch, columns)[:, kept].flatten()  # [B * K], -1 at padding
+        if grid.places is None or bool((rows >= 0).all()):
+            return self._decoder.logits(hidden[rows], trace).view(batch, len(kept), -1)
+        real = rows >= 0
+        logits = self._decoder.logits(hidden[rows[real]], trace)
+        padded = logits.new_zeros((batch * len(kept), logits.shape[-1]))
+        padded[real] = logits
+        return padded.view(batch, len(kept), -1)
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> _Grid:
+    """Take the real tokens out of a padded grid [B, T]."""
+    batch, columns = input_ids.shape
+    if attention_mask is None:
+        return _Grid(input_ids.reshape(-1), [columns] * batch, None)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < columns:
+        raise InputError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}"
+        )
+    real = attention_mask[:, -columns:].to(input_ids.device) != 0
+    lengths = real.sum(1).tolist()
+    if sum(lengths) == batch * columns:
+        return _Grid(input_ids.reshape(-1), lengths, None)
+    places = real.flatten().nonzero().squeeze(-1)
+    return _Grid(input_ids.reshape(-1)[places], lengths, places)
+
+
+def _shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each position's prediction against the next label; -100 is ignored."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

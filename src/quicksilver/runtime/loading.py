@@ -1,0 +1,253 @@
+"""From a name to a running model: embedded models, local folders, the hub, or a model already in memory.
+
+Only safetensors are read, and no code from a model's folder is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quicksilver.core.plan import PRESETS, Plan
+from quicksilver.errors import ModelError, PlanError
+from quicksilver.models import registry
+from quicksilver.runtime.generation import QuickSilverForCausalLM
+
+EMBEDDED = Path(__file__).parent.parent / "data" / "models"
+_HUB_TIMEOUT_S = 10.0
+
+
+def accelerate(
+    model: Any, plan: Plan | str | os.PathLike[str] = "dense", special_ids: Sequence[int] | None = None
+) -> QuickSilverForCausalLM:
+    """Run a transformers model that is already loaded under a plan; no weight is copied or changed.
+
+    Args:
+        model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model.
+        plan: a `Plan`, a preset's name, or the path of a plan file.
+        special_ids: token ids never halted where the plan protects them (default: the configuration's
+            BOS, EOS and padding ids).
+
+    Raises:
+        UnsupportedModelError: the family or an option of it is not supported.
+        ModelError: a weight is NaN or infinite.
+        PlanError: the plan is unknown, malformed, or does not fit the model.
+    """
+    if isinstance(model, QuickSilverForCausalLM):
+        model = model.model
+    resolved = resolve_plan(plan)
+    adapter = registry.adapt(model)
+    check_finite(model)
+    ids = configured_special_ids(model) if special_ids is None else special_ids
+    return QuickSilverForCausalLM(model, adapter, resolved, ids)
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    plan: Plan | str | os.PathLike[str] = "dense",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    special_ids: Sequence[int] | None = None,
+) -> QuickSilverForCausalLM:
+    """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
+
+    Args:
+        path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.
+        plan: a `Plan`, a preset's name, or the path of a plan file.
+        dtype: "float32", "bfloat16", "float16", or None for float32 on the CPU and the model's own elsewhere.
+        device: "cpu", "cuda", "cuda:1", ...
+        special_ids: as in `accelerate`.
+
+    Raises:
+        ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
+        UnsupportedModelError: the family or an option of it is not supported.
+        PlanError: the plan is unknown, malformed, or does not fit the model.
+    """
+    resolved = resolve_plan(plan)  # before the slow part
+    source, target = resolve_model(path_or_id), resolve_device(device)
+    model = _read_model(source, resolve_dtype(dtype, target))
+    return accelerate(model.eval().to(target), resolved, special_ids)
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_model(path_or_id)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"{path_or_id}: cannot load the tokenizer: {first_line(error)}") from None
+    except Exception as error:  # the Rust tokenizer raises bare Exception on a corrupt file
+        raise ModelError(f"{path_or_id}: the tokenizer is corrupt: {first_line(error)}") from None
+
+
+def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """Return a plan from itself, a preset's name, or a file.
+
+    Raises:
+        PlanError: neither a preset nor a readable plan file.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, str) and plan in PRESETS:
+        return PRESETS[plan]
+    if Path(plan).is_file():
+        loaded = Plan.load(plan)
+        return loaded.renamed(Path(plan).stem) if loaded.name == "plan" else loaded
+    raise PlanError(f"{plan}: neither a preset ({', '.join(PRESETS)}) nor a plan file")
+
+
+def embedded_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+
+
+def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
+    """Return the folder of an embedded or local model, or the hub id as it is.
+
+    Raises:
+        ModelError: it looks like a path and there is no such folder.
+    """
+    name = os.fspath(path_or_id)
+    if name in embedded_models():
+        return str(EMBEDDED / name)
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ModelError(f"{name}: the folder holds no config.json")
+        return name
+    if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ModelError(f"{name or repr(name)}: no such model folder")
+    return name
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device; "auto" is the GPU where there is one.
+
+    Raises:
+        ModelError: the name is no device, or the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"{device!r} is not a device; use cpu, cuda or cuda:N") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device 'cuda' was asked for, but PyTorch sees no GPU")
+    return target
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    """Return the dtype to load in; "auto" stands for the model's own.
+
+    Raises:
+        ModelError: the name is not float32, bfloat16 or float16.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise ModelError(f"dtype {dtype!r} is not supported; use float32, bfloat16, float16 or auto")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def configured_special_ids(model: Any) -> tuple[int, ...]:
+    """Return the BOS, EOS and padding ids that a model's configurations name."""
+    ids: set[int] = set()
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            ids.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+    return tuple(sorted(ids))
+
+
+def check_finite(model: Any) -> None:
+    """Raise ModelError naming the first weight that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ModelError(f"weight {name!r} holds NaN or infinite values")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, or its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hub_answers(kind: str, repo_id: str) -> str | None:
+    """Ask the hub for a "model" or "dataset", once and with a short time limit.
+
+    Returns:
+        None where the hub has it, else the reason in one line.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        (api.model_info if kind == "model" else api.dataset_info)(repo_id, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # network, offline mode, unknown name, refused access: all mean no
+        return first_line(error)
+    return None
+
+
+def _local_only(source: str) -> bool:
+    """Whether a model must come from disk: a folder, or an earlier download when the hub does not answer."""
+    if os.path.isdir(source):
+        return True
+    reason = hub_answers("model", source)
+    if reason is None:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, "config.json")
+    except HFValidationError as error:
+        raise ModelError(f"{source}: neither a local folder nor a hub id: {first_line(error)}") from None
+    if isinstance(cached, str):
+        return True
+    known = ", ".join(embedded_models()) or "none"
+    raise ModelError(
+        f"{source}: not a local folder or an embedded model ({known}), and the hub did not provide it: {reason}"
+    )
+
+
+def _read_model(source: str, dtype: torch.dtype | str) -> Any:
+    """Read configuration and safetensors weights; refuse anything unexpected."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = _local_only(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    except Exception as error:  # configuration classes validate with exceptions of many kinds
+        raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
+    registry.check_family(config)
+    if os.path.isdir(source) and not list(Path(source).glob("*.safetensors")):
+        raise ModelError(f"{source}: no .safetensors weights (other formats are not read)")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{source}: cannot read the weights: {first_line(error)}") from None
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(str(name) for name in sorted(info[kind], key=str)[:3])
+            raise ModelError(f"{source}: the weight files do not fit the model; {kind.replace('_', ' ')}: {names}")
+    return model

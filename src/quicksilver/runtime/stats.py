@@ -1,0 +1,70 @@
+"""A run's trace in the words of a table: what ran, what the dense model would have run, and the difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quicksilver.core.trace import Trace
+from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Counts of the last run. FLOPs are counted from what ran; `dense_flops` by arithmetic for the same tokens.
+
+    Attributes:
+        tokens: tokens fed, prompt and generated.
+        mean_depth: layers run per token, on average.
+        num_layers: layers of the model.
+        halted_by_layer: tokens that halted after each layer.
+        flops: FLOPs executed, head and halting signals included.
+        dense_flops: FLOPs of the dense model for the same tokens.
+        weight_bytes_per_token: weight bytes read per token were each decoded alone.
+        kv_bytes: bytes allocated in the cache at the end, room to grow included.
+        kv_entries: entries in the cache at the end, over all layers and sequences.
+    """
+
+    tokens: int
+    mean_depth: float
+    num_layers: int
+    halted_by_layer: tuple[int, ...]
+    flops: int
+    dense_flops: int
+    weight_bytes_per_token: float
+    kv_bytes: int
+    kv_entries: int
+
+    @classmethod
+    def from_trace(cls, spec: ModelSpec, trace: Trace) -> RunStats:
+        """Summarise a trace of a model."""
+        executed = executed_cost(spec, trace)
+        return cls(
+            tokens=trace.tokens,
+            mean_depth=trace.mean_depth,
+            num_layers=spec.num_layers,
+            halted_by_layer=tuple(layer.halted for layer in trace.layers),
+            flops=executed.flops,
+            dense_flops=dense_cost(spec, trace).flops,
+            weight_bytes_per_token=executed.weight_bytes / max(trace.tokens, 1),
+            kv_bytes=trace.kv_bytes,
+            kv_entries=trace.kv_entries,
+        )
+
+    @property
+    def flops_reduction(self) -> float:
+        """1 - flops / dense_flops; negative where signals cost more than halting saved."""
+        return 1.0 - self.flops / self.dense_flops if self.dense_flops else 0.0
+
+    def summary(self) -> str:
+        """Return the counts as a few lines of text."""
+        halted = sum(self.halted_by_layer)
+        return "\n".join(
+            (
+                f"tokens          {self.tokens} ({halted} halted early)",
+                f"mean depth      {self.mean_depth:.2f} of {self.num_layers} layers",
+                f"FLOPs           {self.flops:.4g} ({self.flops_reduction:+.2%} saved against dense, by arithmetic)",
+                f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",
+                f"cache           {self.kv_entries} entries, {self.kv_bytes / 1e6:.3f} MB allocated",
+            )
+        )
