@@ -1,7 +1,7 @@
 """QuickSilver: run frozen GPT-2 and Llama family models with less work per token.
 
 >>> import quicksilver
->>> model = quicksilver.load("ref-llama", plan="entropy")  # doctest: +SKIP
+>>> model = quicksilver.load("ref-llama", plan="settled")  # doctest: +SKIP
 >>> model.generate(input_ids, max_new_tokens=20)  # doctest: +SKIP
 """
 

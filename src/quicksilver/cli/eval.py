@@ -48,8 +48,8 @@ def command(
     \b
     Examples:
       quicksilver eval ref-llama --text book.txt --plan paper
-      quicksilver eval ./my-gpt2 --documents c4.jsonl --plan entropy --plan mine.json --json out.json
-      quicksilver eval ref-llama --text book.txt --plan entropy --mode decode --max-tokens 5000
+      quicksilver eval ./my-gpt2 --documents c4.jsonl --plan settled --plan mine.json --json out.json
+      quicksilver eval ref-llama --text book.txt --plan settled --mode decode --max-tokens 5000
     """
     from quicksilver.cli.table import print_table
     from quicksilver.core.plan import write_atomically

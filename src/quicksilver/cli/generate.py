@@ -40,7 +40,7 @@ def command(
 
     \b
     Examples:
-      quicksilver generate ref-llama "The river rises in" --plan entropy --stats
+      quicksilver generate ref-llama "The river rises in" --plan settled --stats
       quicksilver generate ref-llama - --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
     """
     if temperature == 0.0 and (top_k is not None or top_p is not None):

@@ -44,8 +44,8 @@ def cli() -> None:
     \b
     Examples:
       quicksilver demo
-      quicksilver eval ref-llama --text book.txt --plan paper --plan entropy
-      quicksilver generate ref-llama "The river rises in" --plan entropy --stats
+      quicksilver eval ref-llama --text book.txt --plan paper --plan settled
+      quicksilver generate ref-llama "The river rises in" --plan settled --stats
     """
 
 

@@ -21,6 +21,7 @@ from quicksilver.core.rules import (
     EntropyRule,
     HaltingConfig,
     KVFill,
+    PropagateFill,
     RelativeDriftRule,
     ZeroFill,
 )
@@ -173,6 +174,10 @@ PRESETS: dict[str, Plan] = {
     "dense": Plan.dense(),
     "paper": _paper("paper", DropFill()),
     "paper-zero": _paper("paper-zero", ZeroFill()),
-    "entropy": Plan("entropy", HaltingConfig(EntropyRule(0.5), min_layer=0.67)),
-    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.1), min_layer=0.67)),
+    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.15), min_layer=0.67), PropagateFill()),
+    "settled": Plan(
+        "settled",
+        HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.67),
+        PropagateFill(),
+    ),
 }

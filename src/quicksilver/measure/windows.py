@@ -37,10 +37,17 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens to feed, BOS included, and the index of the first one that is scored."""
+    """Tokens to feed, and which of them are scored.
+
+    Attributes:
+        token_ids: BOS included where there is one.
+        first_scored: index in `token_ids` of the first token scored; the rest after it are scored too.
+        text_start: index of that token in the text.
+    """
 
     token_ids: tuple[int, ...]
     first_scored: int
+    text_start: int
 
     @property
     def num_scored(self) -> int:
@@ -87,23 +94,23 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
             )
         fresh = slide(ids, protocol)
         windows += fresh
-        scored = sum(window.num_scored for window in fresh)
-        scored_bytes += _bytes_of(text, ids, offsets, len(ids) - scored) if scored else 0
+        scored_bytes += sum(_scored_bytes(text, len(ids), offsets, window) for window in fresh)
     if not windows:
         raise InputError(f"{corpus.name}: no text long enough to score")
     return WindowedText(corpus.name, tuple(windows), scored_bytes)
 
 
 def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
-    """Cut token ids into overlapping windows; without BOS the very first token cannot be scored."""
+    """Cut token ids into windows; a token with nothing before it in its window cannot be scored."""
     bos = () if protocol.bos_id is None else (protocol.bos_id,)
     room = protocol.context - len(bos)
-    windows, done = [], 0 if bos else 1
+    windows, done = [], 0
     for start in range(0, len(token_ids), protocol.stride):
         end = min(start + room, len(token_ids))
-        if end > done:
-            windows.append(Window((*bos, *token_ids[start:end]), done - start + len(bos)))
-            done = end
+        first = max(done, start if bos else start + 1)
+        if end > first:
+            windows.append(Window((*bos, *token_ids[start:end]), first - start + len(bos), first))
+        done = end
         if end == len(token_ids):
             break
     return windows
@@ -117,9 +124,10 @@ def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int
     return encoded.input_ids, encoded.offset_mapping
 
 
-def _bytes_of(text: str, ids: list[int], offsets: list[tuple[int, int]] | None, skipped: int) -> int:
-    """Return the UTF-8 bytes of the text behind ids[skipped:]."""
+def _scored_bytes(text: str, num_tokens: int, offsets: list[tuple[int, int]] | None, window: Window) -> int:
+    """Return the UTF-8 bytes of the text behind a window's scored tokens; in proportion without offsets."""
     if offsets is None:
-        return len(text.encode()) * (len(ids) - skipped) // max(len(ids), 1)
-    start = offsets[skipped][0] if skipped else 0
-    return len(text[start : offsets[len(ids) - 1][1]].encode())
+        return len(text.encode()) * window.num_scored // num_tokens
+    first, last = window.text_start, window.text_start + window.num_scored - 1
+    start = offsets[first - 1][1] if first else 0  # a character cut by two tokens counts once
+    return len(text[start : offsets[last][1]].encode())

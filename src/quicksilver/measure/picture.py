@@ -1,0 +1,100 @@
+"""Pictures of an evaluation: what each plan saved and cost, and how deep each token of a text ran.
+
+Drawing only; the figures come from `report.py` and from a trace.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_COLUMNS, _ROWS = 78, 18  # of the token panel, in characters
+
+
+def draw_summary(
+    path: Path, results: Sequence[dict[str, Any]], plan_name: str, tokens: Sequence[str], depths: Sequence[int]
+) -> None:
+    """Write a PNG with the plans' cost against what they saved, and a text coloured by depth.
+
+    Args:
+        path: where to write; an interrupted write leaves nothing there.
+        results: rows of `report.evaluate`, one model and text.
+        plan_name: the plan under which `depths` were recorded.
+        tokens: the text's tokens, as text.
+        depths: layers each of them ran.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, height_ratios=(1.0, 1.15))
+    _draw_plans(top, results)
+    _draw_tokens(figure, bottom, plan_name, tokens, depths, results[0]["model"]["layers"])
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
+    os.close(handle)
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
+    model, protocol = results[0]["model"], results[0]["protocol"]
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    axes.axvline(0.0, color="0.6", linewidth=0.8)
+    for i, result in enumerate(results):
+        delta = result["delta"]
+        saved = 100 * delta["flops_reduction"]
+        low, high = delta["nll_ci95"]
+        error = [[delta["nll"] - low], [high - delta["nll"]]]
+        label = f"{result['plan']['name']}: {result['accelerated']['mean_depth']:.2f} layers per token"
+        marker = "osD^vP*X"[i % 8]
+        axes.errorbar(saved, delta["nll"], yerr=error, fmt=marker, capsize=4, markersize=9, alpha=0.8, label=label)
+    axes.set_xlabel("FLOPs saved against dense, head and signals included (%)")
+    axes.set_ylabel("loss added (nats per token)")
+    axes.set_title(
+        f"{model['name']}: {results[0]['dense']['bits_per_byte']:.3f} bits per byte dense on {protocol['text']},"
+        f" {results[0]['tokens_scored']} tokens, context {protocol['context']}, stride {protocol['stride']}",
+        fontsize=10,
+    )
+    axes.legend(loc="best", fontsize=9)
+    axes.grid(alpha=0.25)
+
+
+def _draw_tokens(
+    figure: Any, axes: Any, plan_name: str, tokens: Sequence[str], depths: Sequence[int], layers: int
+) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    colours = ScalarMappable(Normalize(vmin=min(1, layers), vmax=layers), "viridis")
+    column = row = shown = 0
+    for token, depth in zip(tokens, depths, strict=True):
+        text = token.replace("\n", "⏎")
+        if column + len(text) > _COLUMNS:
+            column, row = 0, row + 1
+        if row >= _ROWS:
+            break
+        shade = colours.to_rgba(depth)
+        axes.add_patch(Rectangle((column, -row - 0.45), len(text), 0.9, facecolor=shade, linewidth=0))
+        ink = "white" if sum(shade[:3]) < 1.4 else "black"
+        for offset, symbol in enumerate(text):
+            axes.text(
+                column + offset + 0.5, -row, symbol, family="monospace", fontsize=9, ha="center", va="center", color=ink
+            )
+        column += len(text)
+        shown += 1
+    axes.set_xlim(0, _COLUMNS)
+    axes.set_ylim(-_ROWS + 0.4, 0.6)
+    axes.set_axis_off()
+    mean = sum(depths[:shown]) / max(shown, 1)
+    axes.set_title(f"layers each token ran under plan '{plan_name}' (mean {mean:.2f} of {layers})", fontsize=10)
+    figure.colorbar(colours, ax=axes, label="layers run", ticks=range(1, layers + 1))

@@ -1,0 +1,59 @@
+"""Short ways of running the engine in tests: a whole sequence, token by token, in chunks, in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quicksilver.cache import RaggedKVCache
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import DropFill, HaltingConfig, HaltingRule, KVFill
+from quicksilver.core.trace import Trace
+from quicksilver.models.registry import adapt
+from quicksilver.runtime.decoder import Decoder
+
+
+class Run(NamedTuple):
+    """Logits of every token [N, vocab], the cache, and the trace with per-token depths."""
+
+    logits: Tensor
+    cache: RaggedKVCache
+    trace: Trace
+
+
+def halting_plan(rule: HaltingRule, kv: KVFill | None = None, **protection: Any) -> Plan:
+    """Return a plan that halts by `rule` with nothing protected unless asked for."""
+    config = HaltingConfig(rule, **{"min_layer": 1, "protect_first": 0, "protect_special": False, **protection})
+    return Plan("test", config, kv or DropFill())
+
+
+def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:
+    """Return the engine for a transformers model."""
+    return Decoder(adapt(model), plan, **options)
+
+
+def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int]) -> Run:
+    """Feed one sequence in chunks of the given sizes."""
+    cache, trace = engine.new_cache(1), engine.new_trace(per_token=True)
+    hidden = [engine.run(chunk, [len(chunk)], cache, trace) for chunk in ids.split(list(chunks))]
+    return Run(engine.logits(torch.cat(hidden), trace), cache, trace)
+
+
+def run_whole(engine: Decoder, ids: Tensor) -> Run:
+    """Feed one sequence at once."""
+    return run_chunks(engine, ids, [len(ids)])
+
+
+def run_steps(engine: Decoder, ids: Tensor, prompt: int = 1) -> Run:
+    """Prefill `prompt` tokens, then feed the rest one at a time."""
+    return run_chunks(engine, ids, [prompt, *[1] * (len(ids) - prompt)])
+
+
+def run_batch(engine: Decoder, sequences: Sequence[Tensor]) -> Run:
+    """Feed several sequences of any lengths in one ragged batch; logits are end to end."""
+    cache, trace = engine.new_cache(len(sequences)), engine.new_trace(per_token=True)
+    hidden = engine.run(torch.cat(list(sequences)), [len(s) for s in sequences], cache, trace)
+    return Run(engine.logits(hidden, trace), cache, trace)

@@ -1,0 +1,97 @@
+"""The dense plan equals transformers, for every family and variant, tiny and real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
+
+import quicksilver
+from quicksilver.core.plan import Plan
+from quicksilver.errors import UnsupportedModelError
+from tests import tiny, tolerances
+from tests.engines import decoder, run_chunks, run_steps, run_whole
+
+REAL = ("stories260K", "stories3M", "wiki6M")
+
+
+def reference(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.VARIANTS])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_dense_equals_transformers(name: str, backend: Any) -> None:
+    model, ids = tiny.model(name), tiny.token_ids(tiny.MAX_POSITIONS)
+    logits = run_whole(decoder(model, Plan.dense(), backend=backend), ids).logits
+    torch.testing.assert_close(logits, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.VARIANTS])
+def test_dense_decode_and_chunks_equal_transformers(name: str) -> None:
+    model, ids = tiny.model(name), tiny.token_ids(24)
+    engine, expected = decoder(model, Plan.dense()), reference(model, ids)
+    for run in (run_steps(engine, ids, prompt=5), run_chunks(engine, ids, [1, 7, 2, 14])):
+        torch.testing.assert_close(run.logits, expected, atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_dense_equals_transformers_in_bfloat16(family: str) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
+    ids = tiny.token_ids(32)
+    logits = run_whole(decoder(model, Plan.dense()), ids).logits
+    assert logits.dtype == torch.bfloat16
+    expected = reference(model, ids).float()
+    error = (logits.float() - expected).abs().max() / expected.abs().max()
+    assert error < tolerances.LOGITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_dense_equals_transformers_on_real_models(name: str, shared_dir: Any) -> None:
+    path = shared_dir / "data" / "models" / name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(path)("Once upon a time there was a river.", return_tensors="pt").input_ids[0]
+    logits = run_whole(decoder(model, Plan.dense()), ids).logits
+    torch.testing.assert_close(logits, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize(("name", "perplexity"), [("stories260K", 1.4709), ("stories3M", 1.5387)])
+def test_real_models_have_their_published_loss(name: str, perplexity: float, shared_dir: Any) -> None:
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she"
+        " saw a big, red ball. She wanted to play with it, but it was too high."
+    )
+    path = shared_dir / "data" / "models" / name
+    model, ids = quicksilver.load(path), AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
+    assert torch.exp(model(ids, labels=ids).loss).item() == pytest.approx(perplexity, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**{**tiny.CONFIGS["mistral"]().to_dict(), "sliding_window": 8}), "sliding_window=8"),
+        (
+            Qwen2Config(
+                **{
+                    **tiny.CONFIGS["qwen2"]().to_dict(),
+                    "use_sliding_window": True,
+                    "sliding_window": 8,
+                    "max_window_layers": 0,
+                    "layer_types": None,
+                }
+            ),
+            "sliding_window=8",
+        ),
+    ],
+)
+def test_sliding_windows_are_refused_by_name(config: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        quicksilver.accelerate(tiny.from_config(config))
+
+
+def test_longrope_is_limited_to_the_length_at_which_its_frequencies_switch() -> None:
+    engine = decoder(tiny.model("llama-rope-longrope"), Plan.dense())
+    assert engine.spec.max_positions == tiny.MAX_POSITIONS

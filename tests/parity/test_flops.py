@@ -1,0 +1,72 @@
+"""The FLOPs counted from the trace equal what PyTorch's own counter sees, and what the oracle says ran."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import DropFill, EntropyRule, ForcedRule, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.models.cost import dense_cost, executed_cost, signal_macs
+from tests import tiny
+from tests.engines import decoder, halting_plan, run_steps, run_whole
+
+PLANS = {
+    "dense": Plan.dense(),
+    **{
+        type(fill).__name__: halting_plan(ForcedRule((1, 3, 5, 2)), fill)
+        for fill in (DropFill(), ZeroFill(), PropagateFill(), ShareFill())
+    },
+}
+
+
+def counted_by_torch(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_decode_flops_equal_torchs_counter(family: str, plan: Plan) -> None:
+    """Token by token nothing is masked, so causal counting and PyTorch's agree to the last FLOP."""
+    engine, ids = decoder(tiny.model(family), plan, backend="eager"), tiny.token_ids(20)
+    run = run_steps(engine, ids)
+    assert executed_cost(engine.spec, run.trace).flops == counted_by_torch(lambda: run_steps(engine, ids))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prefill_flops_differ_from_torchs_only_in_the_upper_triangle(family: str) -> None:
+    engine, ids = decoder(tiny.model(family), Plan.dense(), backend="eager"), tiny.token_ids(20)
+    trace = run_whole(engine, ids).trace
+    masked = sum(20 * 20 - layer.attended.value for layer in trace.layers)
+    executed = executed_cost(engine.spec, trace)
+    square = executed.flops + 2 * masked * engine.spec.attention_macs_per_pair
+    assert square == counted_by_torch(lambda: run_whole(engine, ids))
+    assert executed == dense_cost(engine.spec, trace)
+
+
+def test_transformers_itself_costs_what_the_dense_count_says() -> None:
+    for family in tiny.FAMILIES:
+        model, ids = tiny.model(family), tiny.token_ids(1)
+        engine = decoder(model, Plan.dense())
+        with torch.no_grad():
+            expected = counted_by_torch(lambda model=model, ids=ids: model(ids[None]))
+        assert dense_cost(engine.spec, run_whole(engine, ids).trace).flops == expected
+
+
+def test_entropy_signal_counts_the_head() -> None:
+    plan = halting_plan(EntropyRule(0.0, layers=(1, 2)))
+    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    run = run_steps(engine, ids)
+    torch_flops = counted_by_torch(lambda: run_steps(engine, ids))
+    softmax_macs = signal_macs(engine.spec, "head") - engine.spec.head_macs
+    assert executed_cost(engine.spec, run.trace).flops == torch_flops + 2 * 2 * 10 * softmax_macs
+
+
+@pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill(), ShareFill()], ids=lambda f: type(f).__name__)
+def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
+    engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
+    whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
+    assert executed_cost(engine.spec, whole) == executed_cost(engine.spec, steps)

@@ -1,0 +1,92 @@
+"""A halted token never runs again; protection holds; counters and bytes say what ran and what is held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+from quicksilver.errors import PlanError
+from tests import tiny
+from tests.engines import decoder, halting_plan, run_chunks, run_whole
+
+DEPTHS = (1, 4, 2, 3, 4)
+
+
+def test_counters_follow_the_forced_depths() -> None:
+    engine, ids = decoder(tiny.model("llama"), halting_plan(rules.ForcedRule(DEPTHS))), tiny.token_ids(10)
+    trace = run_whole(engine, ids).trace
+    assert trace.depths[0].tolist() == list(DEPTHS) * 2
+    assert [layer.query_rows for layer in trace.layers] == [10, 8, 6, 4]
+    assert [layer.halted for layer in trace.layers] == [2, 2, 2, 0]
+    assert trace.mean_depth == pytest.approx(2.8)
+
+
+def test_a_halted_state_never_changes_again() -> None:
+    """The state a token halts with equals its state after that many layers of the dense model."""
+    model, ids = tiny.model("llama"), tiny.token_ids(6)
+    with torch.no_grad():
+        states = model(ids[None], output_hidden_states=True).hidden_states  # before each layer, and the normed end
+    engine = decoder(model, halting_plan(rules.ForcedRule((2,))))
+    hidden = engine.run(ids, [6], engine.new_cache(1), engine.new_trace())
+    torch.testing.assert_close(hidden, states[2][0])
+
+
+def test_fills_hold_what_they_say() -> None:
+    ids = tiny.token_ids(10)
+    caches = {
+        type(fill): run_whole(decoder(tiny.model("qwen2"), halting_plan(rules.ForcedRule(DEPTHS), fill)), ids).cache
+        for fill in (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+    }
+    counts = {fill: [cache.entry_counts(i)[0] for i in range(4)] for fill, cache in caches.items()}
+    assert counts.pop(rules.DropFill) == [10, 8, 6, 4]
+    assert all(count == [10, 10, 10, 10] for count in counts.values())
+    shape = caches[rules.DropFill].shape
+    entry = 2 * shape.num_kv_heads * shape.head_dim * 4
+    assert caches[rules.DropFill].nbytes == 28 * (entry + 4)  # keys, values and a 4-byte position
+    assert caches[rules.ZeroFill].nbytes == caches[rules.PropagateFill].nbytes == 40 * (entry + 4)
+    pool, lists = 28 * entry, 10 * 8 + 40 * (8 + 4)  # lists: newest slots, and each layer's slots and positions
+    room = 32 * entry  # the pool grew from layer to layer, so it has room to grow
+    assert pool + lists <= caches[rules.ShareFill].nbytes <= pool + lists + room
+
+
+def test_zero_fill_writes_zeros_and_share_refers_to_the_last_layer_run() -> None:
+    zero, share = (
+        run_whole(decoder(tiny.model("llama"), halting_plan(rules.ForcedRule(DEPTHS), fill)), tiny.token_ids(10)).cache
+        for fill in (rules.ZeroFill(), rules.ShareFill())
+    )
+    entries = zero.entries(3, 0)
+    assert not entries.keys[0].any()
+    assert not entries.values[0].any()
+    assert entries.keys[1].any()
+    assert torch.equal(share.entries(3, 0).keys[2], share.entries(1, 0).keys[2])  # ran two layers
+    assert not torch.equal(share.entries(3, 0).keys[1], share.entries(1, 0).keys[1])  # ran all four
+
+
+def test_first_tokens_special_tokens_and_first_layers_are_protected() -> None:
+    ids = tiny.token_ids(12)
+    ids[7] = 9
+    plan = Plan("p", rules.HaltingConfig(rules.ForcedRule((1,)), min_layer=2, protect_first=3))
+    for chunks in ([12], [2, 5, 5]):
+        run = run_chunks(decoder(tiny.model("llama"), plan, special_ids=[9]), ids, chunks)
+        assert torch.cat(run.trace.depths).tolist() == [4, 4, 4, 2, 2, 2, 2, 4, 2, 2, 2, 2]
+
+
+def test_min_layer_as_a_fraction_of_the_depth() -> None:
+    plan = Plan("p", rules.HaltingConfig(rules.ForcedRule((1,)), min_layer=0.75, protect_first=0))
+    run = run_whole(decoder(tiny.model("llama"), plan), tiny.token_ids(4))
+    assert run.trace.depths[0].tolist() == [3, 3, 3, 3]
+
+
+def test_all_and_any_only_ask_later_rules_about_open_tokens() -> None:
+    ids = tiny.token_ids(20)
+    forced, entropy = rules.ForcedRule((9, 1)), rules.EntropyRule(1e9)
+    for rule, asked in ((rules.AllRule((forced, entropy)), 10), (rules.AnyRule((forced, entropy)), 10)):
+        trace = run_whole(decoder(tiny.model("llama"), halting_plan(rule)), ids).trace
+        assert trace.layers[0].signal_rows["head"] == asked
+
+
+def test_thresholds_per_layer_must_match_the_depth() -> None:
+    with pytest.raises(PlanError, match="3 thresholds, the model has 4 layers"):
+        decoder(tiny.model("llama"), halting_plan(rules.DriftRule((1.0, 2.0, 3.0))))

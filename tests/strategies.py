@@ -1,0 +1,45 @@
+"""Hypothesis strategies for plans that do halt tokens of the tiny models, of every rule and fill."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+
+NUM_LAYERS = 4
+
+
+def _thresholds(low: float, high: float) -> st.SearchStrategy[rules.Threshold]:
+    number = st.floats(low, high)
+    return st.one_of(number, st.tuples(*[number] * NUM_LAYERS))
+
+
+simple_rules: st.SearchStrategy[rules.HaltingRule] = st.one_of(
+    st.builds(rules.DriftRule, _thresholds(8.0, 20.0)),
+    st.builds(rules.RelativeDriftRule, _thresholds(0.4, 1.1)),
+    st.builds(rules.FixedPointRule, _thresholds(0.5, 1.2), min_cosine=st.floats(-1.0, 0.1)),
+    st.builds(
+        rules.EntropyRule,
+        _thresholds(6.0, 8.0),
+        layers=st.none() | st.lists(st.integers(0, NUM_LAYERS - 1), max_size=3).map(tuple),
+    ),
+    st.builds(rules.RandomRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
+    st.builds(rules.ForcedRule, st.lists(st.integers(1, NUM_LAYERS + 1), min_size=1, max_size=7).map(tuple)),
+)
+halting_rules = st.one_of(
+    simple_rules,
+    st.builds(rules.AllRule, st.lists(simple_rules, min_size=1, max_size=3).map(tuple)),
+    st.builds(rules.AnyRule, st.lists(simple_rules, min_size=1, max_size=3).map(tuple)),
+)
+fills: st.SearchStrategy[rules.KVFill] = st.sampled_from(
+    [rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill()]
+)
+halting_configs = st.builds(
+    rules.HaltingConfig,
+    halting_rules,
+    min_layer=st.one_of(st.integers(1, NUM_LAYERS), st.sampled_from([0.25, 0.5, 0.75])),
+    protect_first=st.integers(0, 3),
+    protect_special=st.booleans(),
+)
+plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)

@@ -1,0 +1,125 @@
+"""Tiny random models of every supported family and variant, made from a seed; no weights are shipped."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+MAX_POSITIONS = 64
+VOCAB = 300
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": MAX_POSITIONS,
+    **_SPECIAL,
+}
+_GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 4, "vocab_size": VOCAB, "n_positions": MAX_POSITIONS, **_SPECIAL}
+
+
+def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}
+
+
+CONFIGS: dict[str, Any] = {
+    "gpt2": lambda: GPT2Config(**_GPT2),
+    "llama": lambda: LlamaConfig(**_LLAMA),
+    "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_LLAMA),
+    "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=12),
+}
+FAMILIES = tuple(CONFIGS)
+
+VARIANTS: dict[str, Any] = {
+    "gpt2-inverse-layer-scale": lambda: GPT2Config(**_GPT2, scale_attn_by_inverse_layer_idx=True),
+    "gpt2-unscaled-relu-untied": lambda: GPT2Config(
+        **_GPT2, scale_attn_weights=False, activation_function="relu", n_inner=40, tie_word_embeddings=False
+    ),
+    "llama-tied-biased": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama-mha": lambda: LlamaConfig(**{**_LLAMA, "num_key_value_heads": 4}),
+    "llama-one-kv-head": lambda: LlamaConfig(**{**_LLAMA, "num_key_value_heads": 1}),
+    "llama-rope-linear": lambda: LlamaConfig(**_LLAMA, **_rope("linear", factor=2.0)),
+    "llama-rope-dynamic": lambda: LlamaConfig(**_LLAMA, **_rope("dynamic", factor=2.0)),
+    "llama-rope-yarn": lambda: LlamaConfig(
+        **_LLAMA, **_rope("yarn", factor=2.0, original_max_position_embeddings=MAX_POSITIONS // 2)
+    ),
+    "llama-rope-llama3": lambda: LlamaConfig(
+        **_LLAMA,
+        **_rope(
+            "llama3",
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=MAX_POSITIONS // 4,
+        ),
+    ),
+    "llama-rope-longrope": lambda: LlamaConfig(
+        **{**_LLAMA, "max_position_embeddings": 2 * MAX_POSITIONS},
+        **_rope(
+            "longrope",
+            short_factor=[1.0, 1.1, 1.2, 1.3],
+            long_factor=[2.0, 2.1, 2.2, 2.3],
+            factor=2.0,
+            original_max_position_embeddings=MAX_POSITIONS,
+        ),
+    ),
+    "mistral-wide-window": lambda: MistralConfig(**_LLAMA, sliding_window=MAX_POSITIONS),
+    "qwen2-tied": lambda: Qwen2Config(**_LLAMA, tie_word_embeddings=True),
+    "qwen3-biased": lambda: Qwen3Config(**_LLAMA, head_dim=8, attention_bias=True),
+}
+
+
+def from_config(config: Any, seed: int = 0) -> Any:
+    """Return a random float32 model in evaluation mode, with weights large enough for tokens to differ."""
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.25)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            else:
+                parameter.uniform_(0.7, 1.3)
+    return made
+
+
+@cache
+def model(name: str) -> Any:
+    """Return the tiny model of a family or variant; shared, so tests must not change it."""
+    return from_config((CONFIGS.get(name) or VARIANTS[name])())
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer whose ids fit the tiny models; 0 is BOS, EOS and padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0, **{symbol: i + 1 for i, symbol in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+
+
+def token_ids(count: int, seed: int = 0) -> torch.Tensor:
+    """Return [count] random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCAB, (count,), generator=generator)

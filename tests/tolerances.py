@@ -1,0 +1,9 @@
+"""Every numerical tolerance of the tests, by dtype; loosening one is a commit of its own."""
+
+import torch
+
+LOGITS = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 0.15}
+"""Largest absolute difference of logits between two ways of computing the same thing."""
+
+LOSS = 1e-5
+"""Largest absolute difference of a mean loss, in nats."""

@@ -1,0 +1,92 @@
+"""Scoring: the loss is transformers' loss, both modes agree, intervals are paired and reproducible."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import quicksilver
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import ForcedRule, RandomRule, ShareFill
+from quicksilver.measure.report import evaluate
+from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
+from quicksilver.measure.statistics import paired_delta
+from quicksilver.measure.windows import Protocol, WindowedText, slide
+from tests import tiny, tolerances
+from tests.engines import decoder, halting_plan
+
+PROTOCOL = Protocol(20, 10, bos_id=0)
+IDS = tiny.token_ids(75).tolist()
+TEXT = WindowedText("random ids", tuple(slide(IDS, PROTOCOL)), scored_bytes=300)
+
+
+def reference_nll(model) -> float:
+    total = 0.0
+    for window in TEXT.windows:
+        ids = torch.tensor(window.token_ids)
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        losses = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        total += losses[window.first_scored - 1 :].sum().item()
+    return total / len(IDS)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("mode", ["score", "decode"])
+def test_dense_loss_is_transformers(family: str, mode: str) -> None:
+    model = tiny.model(family)
+    plan = halting_plan(RandomRule(0.3))
+    (result,) = evaluate(quicksilver.accelerate(model), [plan], TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+    assert result["dense"]["nll"] == pytest.approx(reference_nll(model), abs=tolerances.LOSS)
+    assert result["tokens_scored"] == 75
+    assert result["dense"]["bits_per_byte"] == pytest.approx(result["dense"]["nll"] * 75 / math.log(2) / 300)
+    assert result["delta"]["kl"] > 0.0
+    assert 1.0 < result["accelerated"]["mean_depth"] < 4.0
+
+
+def test_score_and_decode_agree_on_everything_but_cost() -> None:
+    model, plans = quicksilver.accelerate(tiny.model("llama")), [halting_plan(RandomRule(0.3), ShareFill())]
+    (score,), (decode,) = (evaluate(model, plans, TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
+    for key in ("nll", "ppl", "kl", "top1_agreement"):
+        assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key
+
+
+def test_a_dense_plan_changes_nothing_and_saves_nothing() -> None:
+    (result,) = evaluate(quicksilver.accelerate(tiny.model("gpt2")), [Plan.dense()], TEXT, PROTOCOL)
+    delta = {k: v for k, v in result["delta"].items() if k not in ("speedup", "top1_agreement")}
+    assert all(value in (0.0, [0.0, 0.0]) for value in delta.values()), delta
+    assert result["delta"]["top1_agreement"] == 1.0
+
+
+def test_forced_halting_costs_what_arithmetic_says() -> None:
+    """Half of the layers for every token: body FLOPs halve exactly, the head stays."""
+    model = quicksilver.accelerate(tiny.model("llama"))
+    for mode in ("score", "decode"):
+        (result,) = evaluate(model, [halting_plan(ForcedRule((2,)))], TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        assert result["delta"]["flops_body_reduction"] == pytest.approx(0.5)
+        assert 0.0 < result["delta"]["flops_reduction"] < 0.5
+        assert result["delta"]["kv_bytes_reduction"] == pytest.approx(0.5)
+        assert result["accelerated"]["mean_depth"] == 2.0
+
+
+def test_few_windows_are_timed_often_enough() -> None:
+    engines = [decoder(tiny.model("gpt2"), Plan.dense()) for _ in range(2)]
+    records = run_windows(engines, TEXT.windows[:2], "score")
+    assert all(len(record.seconds) >= MIN_TIMINGS for record in records)
+    assert all(len(record.nll) == 2 for record in records)
+    assert records[0].trace.tokens == sum(len(window.token_ids) - 1 for window in TEXT.windows[:2])
+
+
+def test_paired_intervals_cover_the_difference_and_repeat() -> None:
+    dense, tokens = [100.0, 210.0, 160.0, 90.0] * 5, [50, 100, 80, 45] * 5
+    plan = [x + 1.0 + 0.1 * i for i, x in enumerate(dense)]
+    delta = paired_delta(dense, plan, tokens)
+    assert delta == paired_delta(dense, plan, tokens)
+    assert delta.nll == pytest.approx((sum(plan) - sum(dense)) / sum(tokens))
+    assert delta.nll_ci95[0] < delta.nll < delta.nll_ci95[1]
+    assert delta.ppl_ci95[0] < delta.ppl < delta.ppl_ci95[1]
+    same = paired_delta(dense, dense, tokens)
+    assert same.ppl_ci95 == (0.0, 0.0)

@@ -1,0 +1,131 @@
+"""Plans: round trips, hashes, presets, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from quicksilver.core import codec, rules
+from quicksilver.core.plan import PRESETS, Plan, write_atomically
+from quicksilver.errors import PlanError
+from tests.strategies import plans
+
+BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}
+
+
+@given(plans)
+def test_round_trip_through_json(plan: Plan) -> None:
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    assert again.hash == plan.hash
+
+
+def test_the_hash_ignores_the_name_and_nothing_else() -> None:
+    plan = Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)))
+    assert plan.renamed("b").hash == plan.hash
+    others = [
+        Plan.dense(),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.2))),
+        Plan("a", rules.HaltingConfig(rules.RelativeDriftRule(0.1))),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1), min_layer=3)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.ZeroFill()),
+    ]
+    assert len({plan.hash, *(other.hash for other in others)}) == 6
+
+
+def test_the_paper_preset_is_the_published_rule() -> None:
+    halting = Plan.preset("paper").halting
+    assert halting is not None
+    assert halting.rule == rules.AllRule((rules.DriftRule(0.045), rules.EntropyRule(1.15)))
+    assert (halting.min_layer, halting.protect_first) == (1, 0)
+    assert Plan.preset("paper").kv == rules.DropFill()
+    assert Plan.preset("paper-zero").kv == rules.ZeroFill()
+
+
+def test_presets_carry_their_own_names() -> None:
+    assert all(plan.name == name for name, plan in PRESETS.items())
+    assert PRESETS["dense"].is_dense
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2 is not supported"),
+        ({"version": None}, "version None"),
+        ({"halts": {}}, "unknown key 'halts'"),
+        ({"fusion": {"type": "cosine"}}, "'fusion' is not available"),
+        ({"precision": {}}, "'precision' is not available"),
+        ({"name": 3}, "name must be a string"),
+        ({"hash": "0123456789abcdef"}, "does not match"),
+        ({"halting": []}, "halting must be an object"),
+        ({"halting": {}}, "halting.rule is missing"),
+        ({"halting": {"rule": {"type": "vibes"}}}, "halting.rule.type must be one of drift, relative"),
+        ({"halting": {"rule": {"type": "drift"}}}, "threshold"),
+        ({"halting": {"rule": {"type": "drift", "threshold": "low"}}}, "threshold must be a number"),
+        ({"halting": {"rule": {"type": "drift", "threshold": True}}}, "threshold must be a number"),
+        ({"halting": {"rule": {"type": "drift", "threshold": float("nan")}}}, "threshold must be a number"),
+        ({"halting": {"rule": {"type": "drift", "threshold": 1, "speed": 2}}}, "unknown key 'speed'"),
+        ({"halting": {"rule": {"type": "all", "rules": []}}}, "at least one rule"),
+        ({"halting": {"rule": {"type": "any", "rules": {}}}}, "must be a list of rules"),
+        ({"halting": {"rule": {"type": "all", "rules": [{"type": "x"}]}}}, r"rules\[0\].type"),
+        ({"halting": {"rule": {"type": "forced", "depths": [0]}}}, "depths must be whole numbers"),
+        ({"halting": {"rule": {"type": "random", "probability": 1.5}}}, "probability must lie"),
+        ({"halting": {"rule": {"type": "fixed_point", "threshold": 1, "min_cosine": 2}}}, "min_cosine must lie"),
+        ({"halting": {"rule": {"type": "entropy", "threshold": 1, "layers": [-1]}}}, "layer indices"),
+        ({"halting": {**BASE["halting"], "min_layer": 0}}, "min_layer must be"),
+        ({"halting": {**BASE["halting"], "min_layer": 1.5}}, "min_layer must be"),
+        ({"halting": {**BASE["halting"], "protect_first": -1}}, "protect_first"),
+        ({"kv": {"type": "forget"}}, "kv.type must be one of drop, zero, propagate, share"),
+        ({"kv": "drop"}, "kv must be an object"),
+    ],
+)
+def test_malformed_plans_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_dict({**BASE, **change}, "mine.json")
+    assert str(caught.value).startswith("mine.json")
+
+
+def test_rules_nested_without_end_are_refused() -> None:
+    rule: dict[str, Any] = {"type": "drift", "threshold": 1}
+    for _ in range(50):
+        rule = {"type": "all", "rules": [rule]}
+    with pytest.raises(PlanError, match="nested"):
+        codec.decode_rule(rule, "deep")
+
+
+def test_files_round_trip_and_unreadable_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    Plan.preset("paper").save(path)
+    assert Plan.load(path) == Plan.preset("paper")
+    for name, content in (("text.json", b"not json"), ("bytes.json", b"\xff\xfe"), ("deep.json", b"[" * 100_000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PlanError, match=name):
+            Plan.load(tmp_path / name)
+    with pytest.raises(PlanError, match="No such file"):
+        Plan.load(tmp_path / "missing.json")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.json"
+    write_atomically(path, "old")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_every_rule_and_fill_has_a_name_in_the_file_format() -> None:
+    def leaves(cls: type) -> set[type]:
+        return {cls} if not cls.__subclasses__() else set().union(*map(leaves, cls.__subclasses__()))
+
+    assert set(codec.RULE_TYPES.values()) == leaves(rules.HaltingRule)
+    assert set(codec.FILL_TYPES.values()) == leaves(rules.KVFill)

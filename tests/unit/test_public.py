@@ -1,0 +1,33 @@
+"""The public surface: names, an inert import, and help that does not load PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import quicksilver
+
+
+def test_all_names_exist_and_are_all() -> None:
+    assert quicksilver.__all__ == ["Plan", "__version__", "accelerate", "load"]
+    assert all(getattr(quicksilver, name) is not None for name in quicksilver.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = quicksilver.nonsense
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import quicksilver",
+        "import quicksilver.core.plan",
+        "import sys; sys.argv = ['quicksilver', 'plan', 'show', 'paper']\n"
+        "from quicksilver.cli.main import cli; cli.main(['-h'], standalone_mode=False)",
+    ],
+)
+def test_import_is_inert(code: str) -> None:
+    check = "\nimport sys; assert not {'transformers', 'torch.cuda._lazy'} & set(sys.modules)"
+    if code == "import quicksilver":
+        check += "\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)

@@ -1,0 +1,57 @@
+"""Layouts and token states: where rows come from survives selection."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quicksilver.core.ragged import RaggedLayout, TokenState
+from quicksilver.core.trace import DeferredSum, Trace
+
+sequences = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), min_size=1, max_size=5).filter(
+    lambda pairs: sum(length for _, length in pairs) > 0
+)
+
+
+@given(sequences)
+def test_build_lays_sequences_end_to_end(pairs: list[tuple[int, int]]) -> None:
+    starts, lengths = zip(*pairs, strict=True)
+    layout = RaggedLayout.build(starts, lengths, "cpu")
+    expected = [(seq, starts[seq] + i) for seq, length in enumerate(lengths) for i in range(length)]
+    assert list(zip(layout.seq_ids.tolist(), layout.positions.tolist(), strict=True)) == expected
+    assert layout.origin.tolist() == list(range(len(expected)))
+    assert layout.num_tokens == len(expected)
+    assert layout.cu_seqlens.tolist() == layout.bounds
+
+
+@given(sequences, st.data())
+def test_select_keeps_rows_and_recounts(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    starts, lengths = zip(*pairs, strict=True)
+    layout = RaggedLayout.build(starts, lengths, "cpu")
+    keep = data.draw(st.lists(st.integers(0, layout.num_tokens - 1), unique=True).map(sorted))
+    chosen = layout.select(torch.tensor(keep, dtype=torch.long))
+    assert chosen.origin.tolist() == keep
+    assert chosen.positions.tolist() == [layout.positions[i].item() for i in keep]
+    assert list(chosen.lengths) == [chosen.seq_ids.tolist().count(seq) for seq in range(len(lengths))]
+
+
+def test_scatter_returns_rows_to_their_origin() -> None:
+    layout = RaggedLayout.build([0], [4], "cpu")
+    state = TokenState(torch.arange(4.0)[:, None], layout).select(torch.tensor([1, 3]))
+    assert state.scatter(torch.full((4, 1), -1.0))[:, 0].tolist() == [-1.0, 1.0, -1.0, 3.0]
+
+
+def test_deferred_sum_mixes_host_and_device_numbers() -> None:
+    total = DeferredSum()
+    for value in (1, torch.tensor(2), 3, torch.tensor(4)):
+        total.add(value)
+    assert total.value == 10
+    total.add(torch.tensor(5))
+    assert total.value == 15
+
+
+def test_dense_pairs_are_causal() -> None:
+    trace = Trace(num_layers=2)
+    trace.begin_pass([0, 10], RaggedLayout.build([0, 10], [3, 2], "cpu"))
+    assert trace.dense_attended == (1 + 2 + 3) + (11 + 12)
