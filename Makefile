@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # PyTorch first and by its exact version, so that a machine without a GPU gets the CPU build.
 TORCH := torch==2.13.0
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quicksilver demo
@@ -21,6 +21,9 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.engine
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m scripts.cli_docs > docs/cli.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

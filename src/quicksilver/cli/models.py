@@ -10,7 +10,7 @@ def command() -> None:
     """List the model families supported (transformers' model_type) and the embedded models.
 
     \b
-    Example:
+    Examples:
       quicksilver models
     """
     from quicksilver.models.registry import FAMILIES

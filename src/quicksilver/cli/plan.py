@@ -23,7 +23,12 @@ def command() -> None:
 
 @command.command("list", context_settings=_HELP)
 def list_plans() -> None:
-    """Print the presets, one name per line."""
+    """Print the presets, one name per line.
+
+    \b
+    Examples:
+      quicksilver plan list
+    """
     from quicksilver.core.plan import PRESETS
 
     for name in PRESETS:
@@ -33,7 +38,12 @@ def list_plans() -> None:
 @command.command("show", context_settings=_HELP)
 @click.argument("plan")
 def show(plan: str) -> None:
-    """Print PLAN (a preset's name or a file) as JSON, with its version and hash."""
+    """Print PLAN (a preset's name or a file) as JSON, with its version and hash.
+
+    \b
+    Examples:
+      quicksilver plan show paper > mine.json
+    """
     from quicksilver.runtime.loading import resolve_plan
 
     print(json.dumps(resolve_plan(plan).to_dict(), indent=2))
@@ -42,7 +52,12 @@ def show(plan: str) -> None:
 @command.command("validate", context_settings=_HELP)
 @click.argument("plan")
 def validate(plan: str) -> None:
-    """Check PLAN (a preset's name or a file); exit with status 2 and a reason where it is not valid."""
+    """Check PLAN (a preset's name or a file); exit with status 2 and a reason where it is not valid.
+
+    \b
+    Examples:
+      quicksilver plan validate mine.json
+    """
     from quicksilver.runtime.loading import resolve_plan
 
     resolved = resolve_plan(plan)

@@ -37,7 +37,7 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*_dense_row(results[0]))
     for result in results:
-        if result["plan"]["name"] != "dense":
+        if result["plan"]["halting"] is not None:
             table.add_row(*_plan_row(result))
     console.print(table)
     console.print(

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Plan:
         """Write the plan as JSON; an interrupted write leaves nothing half-written."""
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """First 16 hexadecimal digits of SHA-256 over the contents; the name does not count."""
         text = json.dumps({"version": PLAN_VERSION, **self._body()}, sort_keys=True)

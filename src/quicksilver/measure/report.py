@@ -44,9 +44,16 @@ def evaluate(
         One JSON-ready object per plan, in order.
     """
     decoders = [Decoder(model.adapter, plan, model.special_ids) for plan in (Plan.dense(), *plans)]
-    dense, *accelerated = run_windows(decoders, text.windows, mode, on_window)
+    return build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
+
+
+def build_rows(
+    records: Sequence[EngineRecord], text: WindowedText, protocol: Protocol, mode: Mode, name: str
+) -> list[dict[str, Any]]:
+    """Lay out what `run_windows` recorded, the dense baseline first; return one object per plan after it."""
+    dense, *accelerated = records
     counts = [window.num_scored for window in text.windows]
-    spec = model.adapter.spec
+    spec = dense.decoder.spec
     shared = {
         "model": _describe_model(spec, name),
         "protocol": {
@@ -110,7 +117,7 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
         "weight_bytes_per_token": (cost.weight_bytes - head_bytes + head_bytes * head_share) / fed,
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "seconds": seconds,
-        "tokens_per_second": record.trace.tokens / seconds,
+        "tokens_per_second": record.trace.tokens / seconds if seconds else 0.0,
     }
 
 

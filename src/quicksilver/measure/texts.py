@@ -57,10 +57,12 @@ def read_documents(path: str | Path) -> Corpus:
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
             raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: "text" is not a string')
+        if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+            raise InputError(f'{path}, line {number}: "text" holds half of a surrogate pair')
         if text.strip():
             texts.append(text)
     if not texts:

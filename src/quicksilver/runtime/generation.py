@@ -21,6 +21,7 @@ from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError, UnsupportedFeatureError
+from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.runtime.decoder import Decoder
@@ -116,6 +117,13 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """The weights' element type."""
         return self._adapter.spec.dtype
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
+        """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
+        super()._apply(fn, recurse)
+        self._adapter = adapt(self.model)
+        self.plan = self.plan
+        return self
+
     def can_generate(self) -> bool:
         """Whether `generate` works; always."""
         return True
@@ -186,7 +194,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
+            InputError: prompts padded on the right.
         """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
+            raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left') to be continued")
         with self._one_trace():
             return super().generate(*args, **kwargs)
 
