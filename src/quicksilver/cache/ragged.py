@@ -42,15 +42,20 @@ class RaggedKVCache:
         batch_size: number of sequences.
         shared: store each sequence's entries once and let layers refer to them (the `share` fill).
         owner: what may continue this cache; a run refuses a cache whose owner differs from its own.
+
+    Attributes:
+        seq_lengths: logical length of each sequence.
+        columns: columns of the padded grids fed so far, kept by whoever feeds grids.
     """
 
     is_compileable = False
 
-    def __init__(self, shape: CacheShape, batch_size: int, shared: bool = False, owner: str = "") -> None:
+    def __init__(self, shape: CacheShape, batch_size: int, shared: bool = False, owner: object = None) -> None:
         store: type[EntryStore] = SharedEntries if shared else OwnedEntries
         self.shape = shape
         self.owner = owner
         self.seq_lengths = [0] * batch_size
+        self.columns = 0
         self._stores = [store(shape.num_layers, self._row_shape, shape.dtype, shape.device) for _ in range(batch_size)]
 
     @property
@@ -113,5 +118,5 @@ class RaggedKVCache:
         return sum(sum(self.entry_counts(i)) for i in range(self.shape.num_layers))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the logical length of the longest sequence, as transformers' caches do."""
-        return max(self.seq_lengths, default=0)
+        """Return the columns seen, padding included, by which transformers slices what it feeds next."""
+        return max(self.columns, *self.seq_lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on the CPU, else the model's own."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: PyTorch's)."),
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's)."),
     )
     for option in reversed(options):
         function = option(function)
@@ -37,6 +38,11 @@ def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: i
     tokenizer = load_tokenizer(model)
     special_ids = {*configured_special_ids(loaded.model), *tokenizer.all_special_ids}
     return accelerate(loaded, loaded.plan, sorted(special_ids)), tokenizer
+
+
+def display_name(model: str) -> str:
+    """Return a model's name for tables: the folder's own name, or the id as given."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def quiet_transformers() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quicksilver.cli.common import open_model, progress
+from quicksilver.cli.common import display_name, open_model, progress
 from quicksilver.errors import InputError, ModelError
 
 
@@ -16,7 +16,7 @@ from quicksilver.errors import InputError, ModelError
     "--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Tokens of text used."
 )
 @click.option("--model", "models", multiple=True, help="Use this model instead of the embedded ones; may be repeated.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: PyTorch's).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
 def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int | None) -> None:
     """Measure the embedded models on the embedded articles, generate a sample, and draw the result.
 
@@ -33,17 +33,16 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
     names = models or tuple(embedded_models())
     if not names:
         raise ModelError("this installation holds no embedded model; pass one with --model")
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
-    plans = [Plan.preset(name) for name in demo.PLANS]
+    plans, folder = [Plan.preset(name) for name in demo.PLANS], Path(output)
     for name in names:
         model, tokenizer = open_model(name, "dense", None, "cpu", threads)
         text = demo.demo_windows(tokenizer, model.adapter.spec.max_positions, max_tokens)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
         with progress(name, len(text[1].windows)) as advance:
-            results, picture = demo.run(model, tokenizer, Path(name).name, plans, text, folder, advance)
+            results, picture = demo.run(model, tokenizer, display_name(name), plans, text, folder, advance)
         print_table(results)
         sample = demo.sample(model, tokenizer, plans[-1])
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"

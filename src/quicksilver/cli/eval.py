@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import model_options, open_model, progress
+from quicksilver.cli.common import display_name, model_options, open_model, progress
 from quicksilver.errors import InputError
 
 _DEFAULT_CONTEXT = 2048
@@ -69,7 +69,7 @@ def command(
     protocol = Protocol(context, stride or max(context // 2, 1), default_bos(tokenizer), max_tokens)
     windowed = cut(corpus, tokenizer, protocol)
     with progress("windows", len(windowed.windows)) as advance:
-        results = evaluate(loaded, resolved, windowed, protocol, mode, Path(model).name, advance)
+        results = evaluate(loaded, resolved, windowed, protocol, mode, display_name(model), advance)
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")

@@ -10,16 +10,18 @@ import click
 from quicksilver.cli.common import model_options, open_model
 from quicksilver.errors import InputError
 
+_COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
+
 
 @click.command("generate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--plan", default="dense", show_default=True, help="A preset's name or a plan file.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from the k most likely tokens.")
-@click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0, min_open=True), help="Nucleus sampling.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling.")
+@click.option("--top-p", type=float, help="Nucleus sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of sampling.")
 @click.option("--stats", is_flag=True, help="Print what ran, on stderr.")
 @model_options
 def command(
@@ -43,9 +45,10 @@ def command(
       quicksilver generate ref-llama "The river rises in" --plan settled --stats
       quicksilver generate ref-llama - --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
     """
-    if temperature == 0.0 and (top_k is not None or top_p is not None):
-        raise InputError("--top-k and --top-p need --temperature above 0")
+    _check_sampling(temperature, top_k, top_p)
     text = _read_stdin() if prompt == "-" else prompt
+    if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+        raise InputError("the prompt is not UTF-8 text")
     loaded, tokenizer = open_model(model, plan, dtype, device, threads)
     encoded = tokenizer(text, return_tensors="pt")
     room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
@@ -65,6 +68,15 @@ def command(
             f"time            {seconds:.2f} s, {generated / seconds:.1f} new tokens/s, prefill included",
             file=sys.stderr,
         )
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if temperature != 0.0 and not _COLDEST <= temperature < float("inf"):
+        raise InputError(f"--temperature {temperature} must be 0 (greedy) or at least {_COLDEST}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise InputError(f"--top-p {top_p} must be above 0 and at most 1")
+    if temperature == 0.0 and (top_k is not None or top_p is not None):
+        raise InputError("--top-k and --top-p need --temperature above 0")
 
 
 def _read_stdin() -> str:

@@ -52,7 +52,9 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; deliberate errors print one line and exit with status 2."""
     try:
-        cli.main(standalone_mode=False)
+        with cli.make_context("quicksilver", sys.argv[1:]) as context:  # cli.main would hide a broken pipe
+            cli.invoke(context)
+        sys.stdout.flush()
     except QuickSilverError as error:
         _fail(str(error))
     except click.exceptions.Exit as stop:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _WIDTH = 150
@@ -81,7 +82,7 @@ def _plan_row(result: dict[str, Any]) -> list[str]:
     side, delta = result["accelerated"], result["delta"]
     low, high = delta["ppl_ci95"]
     return [
-        result["plan"]["name"],
+        escape(result["plan"]["name"]),
         f"{side['ppl']:.3f}",
         f"{delta['ppl']:+.3f} [{low:+.3f}, {high:+.3f}]",
         f"{delta['nll']:+.4f}",

@@ -106,7 +106,7 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path}: not a JSON plan: {error}") from None
         return cls.from_dict(data, str(path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,15 @@ def threshold_at(threshold: Threshold, layer_idx: int) -> float:
     return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_threshold(owner: str, value: Any) -> Threshold:
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     for item in values:
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or math.isnan(item):
-            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {item!r}")
+        if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
+            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {str(item)[:40]}")
     return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
 
 
@@ -83,7 +86,7 @@ class EntropyRule(ThresholdRule):
         if self.layers is None:
             return
         layers = tuple(self.layers)
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+        if any(not _is_whole(i) or i < 0 for i in layers):
             raise PlanError(f"EntropyRule: layers must be non-negative layer indices, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
 
@@ -96,7 +99,7 @@ class ForcedRule(HaltingRule):
 
     def __post_init__(self) -> None:
         depths = tuple(self.depths)
-        if not depths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in depths):
+        if not depths or any(not _is_whole(n) or not 1 <= n < 2**31 for n in depths):
             raise PlanError(f"ForcedRule: depths must be whole numbers of at least 1, got {self.depths!r}")
         object.__setattr__(self, "depths", depths)
 
@@ -111,6 +114,8 @@ class RandomRule(HaltingRule):
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
             raise PlanError(f"RandomRule: probability must lie in [0, 1], got {self.probability!r}")
+        if not _is_whole(self.seed):
+            raise PlanError(f"RandomRule: seed must be a whole number, got {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,13 @@ class HaltingConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.min_layer, int) and not isinstance(self.min_layer, bool) and self.min_layer >= 1
+        whole = _is_whole(self.min_layer) and self.min_layer >= 1
         if not whole and not (isinstance(self.min_layer, float) and 0.0 < self.min_layer < 1.0):
             raise PlanError(f"halting.min_layer must be at least 1, or a fraction in (0, 1), got {self.min_layer!r}")
-        if isinstance(self.protect_first, bool) or not isinstance(self.protect_first, int) or self.protect_first < 0:
+        if not _is_whole(self.protect_first) or self.protect_first < 0:
             raise PlanError(f"halting.protect_first must be a whole number, got {self.protect_first!r}")
+        if not isinstance(self.protect_special, bool):
+            raise PlanError(f"halting.protect_special must be true or false, got {self.protect_special!r}")
 
     def first_halt(self, num_layers: int) -> int:
         """Index of the first layer after which a token may halt in a model of `num_layers` layers."""

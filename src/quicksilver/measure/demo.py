@@ -51,14 +51,14 @@ def demo_windows(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[P
 
 def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_tokens: int = 40) -> Sample:
     """Continue the demonstration's prompt greedily under a plan."""
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    limit = model.adapter.spec.max_positions
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, : limit // 2]
     before, model.plan = model.plan, plan
     try:
-        mask = torch.ones_like(ids)
         out = model.generate(
             ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens, limit - ids.shape[1]),
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )

@@ -10,7 +10,7 @@ from typing import Any
 from quicksilver.core.plan import Plan
 from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
-from quicksilver.measure.statistics import paired_delta
+from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
 from quicksilver.models.cost import executed_cost
 from quicksilver.models.spec import ModelSpec
@@ -98,26 +98,20 @@ def _describe_model(spec: ModelSpec, name: str) -> dict[str, Any]:
 def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
     """Return one engine's figures; costs are per token fed (in decode, per step)."""
     nll = sum(record.nll) / sum(counts)
-    cost = executed_cost(spec, record.trace)
-    fed = max(record.trace.tokens, 1)
-    heads = max(record.trace.head_rows, 1)
-    # A decode pass has one more head row per window than steps (the prompt's); per token there is one head.
-    head_share = fed / heads
+    cost, fed = executed_cost(spec, record.trace), record.trace.tokens
     rounds = len(record.seconds) / len(counts)
     seconds = sum(record.seconds) / rounds
-    head_flops = 2 * cost.head_macs * head_share
-    head_bytes = record.trace.head_rows * spec.head_weight_bytes
     return {
         "nll": nll,
-        "ppl": math.exp(nll),
+        "ppl": perplexity(nll),
         "bits_per_byte": sum(record.nll) / (math.log(2) * scored_bytes),
-        "flops_per_token": (cost.body_flops + head_flops) / fed,
+        "flops_per_token": cost.flops / fed,
         "flops_body_per_token": cost.body_flops / fed,
-        "bitops_per_token": (cost.body_macs + cost.head_macs * head_share) * cost.weight_bits**2 / fed,
-        "weight_bytes_per_token": (cost.weight_bytes - head_bytes + head_bytes * head_share) / fed,
+        "bitops_per_token": cost.bitops / fed,
+        "weight_bytes_per_token": cost.weight_bytes / fed,
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "seconds": seconds,
-        "tokens_per_second": record.trace.tokens / seconds if seconds else 0.0,
+        "tokens_per_second": fed / seconds,
     }
 
 

@@ -136,16 +136,16 @@ def _feed_score(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_sc
 
 
 def _feed_decode(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_scored: int) -> Tensor:
-    """Prefill what is not scored, then feed token by token; return the states that predict scored tokens.
+    """Prefill the context, then feed one token at a time; return the states that predict scored tokens.
 
-    Only the single steps are timed and counted: they are what generation repeats.
+    Only the single steps, one for each scored token, are timed and counted: they are what generation repeats.
     """
-    decoder, prefill_trace = record.decoder, record.decoder.new_trace()
+    decoder, context = record.decoder, first_scored - 1
     cache = decoder.new_cache(1)
-    states = [decoder.run(token_ids[:first_scored], [first_scored], cache, prefill_trace)[-1:]]
+    if context:
+        decoder.run(token_ids[:context], [context], cache, decoder.new_trace())
     with clock.running():
-        for i in range(first_scored, token_ids.shape[0]):
-            states.append(decoder.run(token_ids[i : i + 1], [1], cache, record.trace))
+        states = [decoder.run(token, [1], cache, record.trace) for token in token_ids[context:].split(1)]
     record.kv_bytes.append(cache.nbytes)
     return torch.cat(states)
 

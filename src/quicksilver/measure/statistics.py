@@ -11,6 +11,18 @@ RESAMPLES = 1000
 SEED = 0
 
 
+_LARGEST_NLL = 700.0  # exp of more is no float
+
+
+def perplexity(nll: float) -> float:
+    """Return exp(nll), capped near the largest float."""
+    return float(_perplexities(np.asarray(nll)))
+
+
+def _perplexities(nll: np.ndarray) -> np.ndarray:
+    return np.exp(np.minimum(nll, _LARGEST_NLL))
+
+
 @dataclass(frozen=True)
 class PairedDelta:
     """Differences plan - dense, with 95 % percentile intervals of a paired bootstrap over windows."""
@@ -33,11 +45,11 @@ def paired_delta(dense_nll: Sequence[float], plan_nll: Sequence[float], tokens: 
     draws = np.random.default_rng(SEED).integers(0, len(counts), size=(RESAMPLES, len(counts)))
     totals = counts[draws].sum(1)
     dense_mean, plan_mean = dense[draws].sum(1) / totals, plan[draws].sum(1) / totals
-    ppl_low, ppl_high = np.percentile(np.exp(plan_mean) - np.exp(dense_mean), (2.5, 97.5))
+    ppl_low, ppl_high = np.percentile(_perplexities(plan_mean) - _perplexities(dense_mean), (2.5, 97.5))
     nll_low, nll_high = np.percentile(plan_mean - dense_mean, (2.5, 97.5))
     dense_all, plan_all = dense.sum() / counts.sum(), plan.sum() / counts.sum()
     return PairedDelta(
-        ppl=float(np.exp(plan_all) - np.exp(dense_all)),
+        ppl=perplexity(plan_all) - perplexity(dense_all),
         ppl_ci95=(float(ppl_low), float(ppl_high)),
         nll=float(plan_all - dense_all),
         nll_ci95=(float(nll_low), float(nll_high)),

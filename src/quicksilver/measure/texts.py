@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quicksilver.errors import InputError
-from quicksilver.runtime.loading import hub_answers
+from quicksilver.runtime.loading import first_line, hub_answers
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
 
@@ -52,12 +52,12 @@ def read_documents(path: str | Path) -> Corpus:
         InputError: missing, not UTF-8, a malformed line, or no text at all.
     """
     texts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: "text" is not a string')
@@ -92,7 +92,13 @@ def read_dataset(name: str) -> Corpus:
             f"--dataset {name}: the hub did not provide {repo_id} ({reason});"
             " download the text elsewhere and pass it with --text FILE or --documents FILE.jsonl"
         )
-    return load(name, repo_id, datasets)
+    try:
+        return load(name, repo_id, datasets)
+    except Exception as error:  # a download fails in as many ways as there are networks and disks
+        raise InputError(
+            f"--dataset {name}: reading {repo_id} failed ({first_line(error)}); pass a local file with --text or"
+            " --documents"
+        ) from None
 
 
 def _wikitext(config: str) -> Callable[[str, str, Any], Corpus]:

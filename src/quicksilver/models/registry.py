@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quicksilver.errors import UnsupportedModelError
+from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
 from quicksilver.models.spec import Adapter
 
@@ -39,4 +39,24 @@ def adapt(model: Any) -> Adapter:
         raise UnsupportedModelError(f"{model.config.model_type}: a model spread over {names} is not supported")
     if not hasattr(model, "lm_head"):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head (lm_head)")
+    _check_shape(model.config)
     return FAMILIES[model.config.model_type](model)
+
+
+def _check_shape(config: Any) -> None:
+    """Raise ModelError where a size is impossible; what is possible and odd is left to transformers."""
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    sizes = {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{config.model_type}: {name} is {size}")
+    if config.num_attention_heads % kv_heads:
+        raise ModelError(
+            f"{config.model_type}: {config.num_attention_heads} heads do not share {kv_heads} key/value heads evenly"
+        )

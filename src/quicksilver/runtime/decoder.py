@@ -48,12 +48,13 @@ class Decoder:
         self.spec = adapter.spec
         self.plan = plan
         self.backend: AttentionBackend = backend
+        self._owner = (plan.hash, id(adapter))
         self._halting = HaltingStep(adapter, plan.halting, special_ids)
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
         shared = isinstance(self.plan.kv, ShareFill) and not self.plan.is_dense
-        return RaggedKVCache(self.spec.cache_shape, batch_size, shared, owner=self.plan.hash)
+        return RaggedKVCache(self.spec.cache_shape, batch_size, shared, owner=self._owner)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
@@ -112,8 +113,10 @@ class Decoder:
     def _check_inputs(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache) -> None:
         if len(lengths) != cache.batch_size:
             raise InputError(f"{len(lengths)} sequences were given to a cache of {cache.batch_size}")
-        if cache.owner != self.plan.hash:
-            raise InputError(f"the cache was written under another plan than {self.plan.name!r}; start a new one")
+        if cache.owner != self._owner:
+            raise InputError(
+                f"the cache was written by another model or under another plan than {self.plan.name!r}; start a new one"
+            )
         for seen, length in zip(cache.seq_lengths, lengths, strict=True):
             if seen + length > self.spec.max_positions:
                 raise InputError(

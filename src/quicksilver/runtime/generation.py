@@ -180,8 +180,14 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         cache = self._check_cache(past_key_values, input_ids.shape[0])
         trace = self._run_trace if self._run_trace is not None else self._decoder.new_trace()
         self._trace = trace
-        grid = _real_tokens(input_ids.to(self.device), attention_mask)
-        hidden = self._decoder.run(grid.token_ids, grid.lengths, cache, trace)
+        grid = _real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}")
+        if self._run_trace is not None and not any(grid.lengths):  # a chunk of a prefill that is all padding
+            hidden = grid.token_ids.new_zeros((0, self._adapter.spec.hidden_size), dtype=self.dtype)
+        else:
+            hidden = self._decoder.run(grid.token_ids, grid.lengths, cache, trace)
+        cache.columns += input_ids.shape[1]
         keep_all = labels is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         logits = self._grid_logits(hidden, grid, input_ids.shape, 0 if keep_all else logits_to_keep, trace)
         loss = None if labels is None else _shifted_loss(logits, labels.to(logits.device))
@@ -196,6 +202,8 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
             InputError: prompts padded on the right.
         """
+        if kwargs.get("inputs_embeds") is not None:
+            raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
             raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left') to be continued")
@@ -215,7 +223,8 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """Select what `forward` needs of generation's state; called by transformers."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        kwargs.pop("is_first_iteration", None)
+        for name in ("is_first_iteration", "tokenizer"):  # transformers' own, of no use to the call
+            kwargs.pop(name, None)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -295,12 +304,12 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         return padded.view(batch, len(kept), -1)
 
 
-def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> _Grid:
-    """Take the real tokens out of a padded grid [B, T]."""
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> _Grid:
+    """Take the real tokens out of a padded grid [B, T] that follows `seen` columns."""
     batch, columns = input_ids.shape
     if attention_mask is None:
         return _Grid(input_ids.reshape(-1), [columns] * batch, None)
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < columns:
+    if tuple(attention_mask.shape) not in ((batch, columns), (batch, seen + columns)):
         raise InputError(
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.errors import ModelError, PlanError
+from quicksilver.errors import ModelError, PlanError, UnsupportedModelError
 from quicksilver.models import registry
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
@@ -70,7 +70,10 @@ def load(
     resolved = resolve_plan(plan)  # before the slow part
     source, target = resolve_model(path_or_id), resolve_device(device)
     model = _read_model(source, resolve_dtype(dtype, target))
-    return accelerate(model.eval().to(target), resolved, special_ids)
+    try:
+        return accelerate(model.eval().to(target), resolved, special_ids)
+    except ModelError as error:
+        raise type(error)(f"{source}: {error}") from None
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
@@ -83,11 +86,12 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
 
     source = resolve_model(path_or_id)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
         raise ModelError(f"{path_or_id}: cannot load the tokenizer: {first_line(error)}") from None
-    except Exception as error:  # the Rust tokenizer raises bare Exception on a corrupt file
-        raise ModelError(f"{path_or_id}: the tokenizer is corrupt: {first_line(error)}") from None
+    if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
+        raise ModelError(f"{path_or_id}: there is no tokenizer")
+    return tokenizer
 
 
 def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
@@ -100,10 +104,17 @@ def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
         return plan
     if isinstance(plan, str) and plan in PRESETS:
         return PRESETS[plan]
-    if Path(plan).is_file():
+    if _is_file(plan):
         loaded = Plan.load(plan)
         return loaded.renamed(Path(plan).stem) if loaded.name == "plan" else loaded
     raise PlanError(f"{plan}: neither a preset ({', '.join(PRESETS)}) nor a plan file")
+
+
+def _is_file(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long a name, or one with a null character
+        return False
 
 
 def embedded_models() -> list[str]:
@@ -141,8 +152,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
     except RuntimeError:
         raise ModelError(f"{device!r} is not a device; use cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' was asked for, but PyTorch sees no GPU")
+        raise ModelError(f"device {str(device)!r} was asked for, but PyTorch sees no GPU")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     return target
 
 
@@ -167,14 +182,18 @@ def configured_special_ids(model: Any) -> tuple[int, ...]:
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
-            ids.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+            values = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+            if not all(isinstance(token, int) for token in values):
+                raise ModelError(f"{name} must be token ids, got {value!r}")
+            ids.update(values)
     return tuple(sorted(ids))
 
 
 def check_finite(model: Any) -> None:
     """Raise ModelError naming the first weight that holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        bounds = torch.stack(parameter.detach().aminmax())  # unlike isfinite, without a copy of the weight
+        if not bool(torch.isfinite(bounds).all()):
             raise ModelError(f"weight {name!r} holds NaN or infinite values")
 
 
@@ -223,7 +242,6 @@ def _local_only(source: str) -> bool:
 
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:
     """Read configuration and safetensors weights; refuse anything unexpected."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local = _local_only(source)
@@ -232,6 +250,8 @@ def _read_model(source: str, dtype: torch.dtype | str) -> Any:
     except Exception as error:  # configuration classes validate with exceptions of many kinds
         raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
     registry.check_family(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
     if os.path.isdir(source) and not list(Path(source).glob("*.safetensors")):
         raise ModelError(f"{source}: no .safetensors weights (other formats are not read)")
     try:
@@ -242,9 +262,10 @@ def _read_model(source: str, dtype: torch.dtype | str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a configuration may ask for anything, and a file may hold anything
         raise ModelError(f"{source}: cannot read the weights: {first_line(error)}") from None
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):

@@ -1,0 +1,228 @@
+"""Halting signals and KV fills at matched mean depth, against halting at random.
+
+Thresholds are found on calibration text, by bisection for the share of layers saved; figures come from other
+text. Timing is not its subject.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan, write_atomically
+from quicksilver.errors import QuickSilverError
+from quicksilver.measure.report import build_rows
+from quicksilver.measure.scoring import EngineRecord, run_windows
+from quicksilver.measure.statistics import paired_delta
+from quicksilver.measure.texts import Corpus, read_documents, read_text
+from quicksilver.measure.windows import Protocol, Window, cut, default_bos
+from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loading import load, load_tokenizer
+
+MIN_LAYER = 0.5
+BISECTIONS = 12
+FILLS: dict[str, rules.KVFill] = {
+    "drop": rules.DropFill(),
+    "zero": rules.ZeroFill(),
+    "propagate": rules.PropagateFill(),
+    "share": rules.ShareFill(),
+}
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A family of rules indexed by one number, and the range in which to look for it."""
+
+    rule: Callable[[float], rules.HaltingRule]
+    low: float
+    high: float
+
+
+SIGNALS = {
+    "random": Signal(lambda p: rules.RandomRule(p, seed=1), 0.0, 1.0),
+    "drift": Signal(rules.DriftRule, 0.0, 1000.0),
+    "relative": Signal(rules.RelativeDriftRule, 0.0, 2.0),
+    "fixed_point": Signal(lambda t: rules.FixedPointRule(t, min_cosine=0.0), 0.0, 2.0),
+    "entropy": Signal(rules.EntropyRule, 0.0, 16.0),
+    "drift+entropy": Signal(lambda t: rules.AllRule((rules.DriftRule(t), rules.EntropyRule(1.15))), 0.0, 1000.0),
+}
+
+
+def plan_for(signal: str, fill: str, number: float) -> Plan:
+    """Return the plan of a signal's rule at a threshold, with a fill."""
+    rule = SIGNALS[signal].rule(number)
+    return Plan(f"{signal}/{fill}", rules.HaltingConfig(rule, min_layer=MIN_LAYER), FILLS[fill])
+
+
+def saved_share(model: Any, plan: Plan, windows: Sequence[Window]) -> float:
+    """Return the share of token-layers that a plan does not run."""
+    import torch
+
+    decoder = Decoder(model.adapter, plan, model.special_ids)
+    trace = decoder.new_trace()
+    for window in windows:
+        decoder.run(torch.tensor(window.token_ids), [len(window.token_ids)], decoder.new_cache(1), trace)
+    return 1.0 - trace.mean_depth / model.adapter.spec.num_layers
+
+
+def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Window]) -> Plan | None:
+    """Return the plan that saves `share` of the layers on the calibration windows, or None if none does."""
+    low, high = SIGNALS[signal].low, SIGNALS[signal].high
+    if saved_share(model, plan_for(signal, fill, high), windows) < 0.9 * share:
+        return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if saved_share(model, plan_for(signal, fill, middle), windows) < share:
+            low = middle
+        else:
+            high = middle
+    return plan_for(signal, fill, (low + high) / 2)
+
+
+def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -> list[tuple[float, Plan]]:
+    """Return every signal x fill x share that can be matched, with the share asked for."""
+    found = []
+    for share in shares:
+        for signal in SIGNALS:
+            for fill in FILLS:
+                plan = match(model, signal, fill, share, windows)
+                print(f"{share:.0%} {signal}/{fill}: {'not reachable' if plan is None else 'matched'}", file=sys.stderr)
+                if plan is not None:
+                    found.append((share, plan))
+    return found
+
+
+def against_random(
+    shares: Sequence[float], records: Sequence[EngineRecord], counts: list[int]
+) -> list[dict[str, Any] | None]:
+    """Return each plan's loss minus that of random halting with the same fill and share, with its interval."""
+    controls = {
+        (share, record.decoder.plan.name.split("/")[1]): record
+        for share, record in zip(shares, records, strict=True)
+        if record.decoder.plan.name.startswith("random/")
+    }
+    rows: list[dict[str, Any] | None] = []
+    for share, record in zip(shares, records, strict=True):
+        control = controls.get((share, record.decoder.plan.name.split("/")[1]))
+        if control is None or control is record:
+            rows.append(None)
+            continue
+        delta = paired_delta(control.nll, record.nll, counts)
+        rows.append({"nll": delta.nll, "nll_ci95": list(delta.nll_ci95)})
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of a run, the settings above it."""
+    first = rows[0]
+    model, protocol, env = first["model"], first["protocol"], first["environment"]
+    lines = [
+        f"### {model['name']} on {protocol['text']}",
+        "",
+        f"`{env['command']}`",
+        "",
+        f"{model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']};"
+        f" dense {first['dense']['nll']:.4f} nats, perplexity {first['dense']['ppl']:.2f},"
+        f" {first['dense']['bits_per_byte']:.3f} bits per byte; {first['tokens_scored']} tokens scored, context"
+        f" {protocol['context']}, stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'}, mode"
+        f" {protocol['mode']}. quicksilver {env['quicksilver']}, torch {env['torch']}, transformers"
+        f" {env['transformers']}, {env['cpu']}, {env['threads']} thread(s).",
+        "",
+        "| layers saved: asked | got | signal | KV fill | threshold | Δnll [95 % CI] | Δppl | KL | top-1 | FLOPs"
+        " | KV bytes | Δnll against random [95 % CI] |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [_table_row(row) for row in rows]) + "\n"
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    delta, control = row["delta"], row["against_random"]
+    signal, _, fill = row["plan"]["name"].partition("/")
+    asked = "" if row["share"] is None else f"{row['share']:.0%}"
+    got = 1.0 - row["accelerated"]["mean_depth"] / row["model"]["layers"]
+    versus = "" if control is None else _interval(control)
+    return (
+        f"| {asked} | {got:.1%} | {signal} | {fill} | {_threshold(row)} | {_interval(delta)} | {delta['ppl']:+.3f}"
+        f" | {delta['kl']:.4f} | {delta['top1_agreement']:.1%} | {-delta['flops_reduction']:+.1%}"
+        f" | {-delta['kv_bytes_reduction']:+.1%} | {versus} |"
+    )
+
+
+def _threshold(row: dict[str, Any]) -> str:
+    """Return the number that the bisection found, as it stands in the plan."""
+    rule = row["plan"]["halting"]["rule"]
+    if row["share"] is None:
+        return ""
+    rule = rule["rules"][0] if "rules" in rule else rule
+    return f"{rule.get('threshold', rule.get('probability')):.4g}"
+
+
+def _interval(delta: dict[str, Any]) -> str:
+    low, high = delta["nll_ci95"]
+    return f"{delta['nll']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--text", help="One long text to measure on.")
+@click.option("--documents", help="JSON lines to measure on.")
+@click.option("--calibration-text", help="One long text to find thresholds on; never the one measured on.")
+@click.option("--calibration-documents", help="JSON lines to find thresholds on.")
+@click.option("--saved", "shares", multiple=True, type=float, default=(0.03, 0.1), show_default=True)
+@click.option("--context", default=512, show_default=True)
+@click.option("--max-tokens", default=10_000, show_default=True)
+@click.option("--calibration-tokens", default=4096, show_default=True)
+@click.option("-o", "--output", required=True, help="Results: OUTPUT.json and OUTPUT.md.")
+def main(
+    model: str,
+    text: str | None,
+    documents: str | None,
+    calibration_text: str | None,
+    calibration_documents: str | None,
+    shares: tuple[float, ...],
+    context: int,
+    max_tokens: int,
+    calibration_tokens: int,
+    output: str,
+) -> None:
+    """Compare halting signals and KV fills on MODEL at matched mean depth.
+
+    \b
+    Example:
+      python -m benchmarks.signals ref-llama --text test.txt --calibration-text holdout.txt -o signals
+    """
+    try:
+        loaded, tokenizer = load(model), load_tokenizer(model)
+        protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
+        calibration = Protocol(context, protocol.stride, protocol.bos_id, calibration_tokens)
+        measured = cut(_corpus(text, documents), tokenizer, protocol)
+        fitted = cut(_corpus(calibration_text, calibration_documents), tokenizer, calibration)
+    except QuickSilverError as error:
+        raise click.UsageError(str(error)) from None
+    found = [(None, Plan.preset("paper")), *find_plans(loaded, shares, fitted.windows)]
+    decoders = [Decoder(loaded.adapter, plan, loaded.special_ids) for plan in (Plan.dense(), *(p for _, p in found))]
+    records = run_windows(decoders, measured.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
+    rows = build_rows(records, measured, protocol, "score", Path(model).name)
+    counts = [window.num_scored for window in measured.windows]
+    controls = against_random([share for share, _ in found], records[1:], counts)
+    for row, (share, _), control in zip(rows, found, controls, strict=True):
+        row.update(share=share, calibration=fitted.name, against_random=control)
+    write_atomically(Path(f"{output}.json"), json.dumps(rows, indent=1) + "\n")
+    write_atomically(Path(f"{output}.md"), markdown(rows))
+
+
+def _corpus(text: str | None, documents: str | None) -> Corpus:
+    if (text is None) == (documents is None):
+        raise click.UsageError("give a text or documents, for measuring and for calibration")
+    return read_documents(documents) if text is None else read_text(text)
+
+
+if __name__ == "__main__":
+    main()

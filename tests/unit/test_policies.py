@@ -1,0 +1,80 @@
+"""Each halting rule against its formula, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from quicksilver.core import rules
+from quicksilver.core.decisions import Fill, LayerView
+from quicksilver.policies import halting, kv
+
+BEFORE = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [6.0, 8.0]])
+UPDATE = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.3, 0.4], [0.6, 0.8]])  # norms 1, 2, 0.5, 1
+PREVIOUS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.4, -0.3], [1.0, 0.0]])  # cosines 1, -1, 0, 0.6
+RELATIVE = (1 / 4, 2 / 2, 0.5 / math.hypot(1.3, 1.4), 1 / 11)
+
+
+def view(layer_idx: int = 1, previous: Tensor | None = PREVIOUS) -> LayerView:
+    """Four tokens; the head's entropy is the first coordinate of the state, in bits."""
+    return LayerView(layer_idx, BEFORE, BEFORE + UPDATE, previous, torch.arange(4), lambda hidden: hidden[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (rules.DriftRule(1.5), [1, 0, 1, 1]),
+        (rules.DriftRule(1.0), [0, 0, 1, 0]),  # below, not at
+        (rules.DriftRule((9.0, 0.6, 9.0)), [0, 0, 1, 0]),
+        (rules.RelativeDriftRule(0.26), [1, 0, 0, 1]),
+        (rules.RelativeDriftRule(RELATIVE[2] + 1e-4), [1, 0, 1, 1]),
+        (rules.FixedPointRule(5.0, min_cosine=0.5), [1, 0, 0, 1]),
+        (rules.FixedPointRule(0.1, min_cosine=0.5), [0, 0, 0, 1]),
+        (rules.FixedPointRule(5.0, min_cosine=-0.5), [1, 0, 1, 1]),
+        (rules.EntropyRule(2.0), [0, 1, 1, 0]),
+        (rules.EntropyRule(2.0, layers=(0, 2)), [0, 0, 0, 0]),
+        (rules.ForcedRule((2, 3)), [1, 0, 1, 0]),
+        (rules.RandomRule(1.0), [1, 1, 1, 1]),
+        (rules.RandomRule(0.0), [0, 0, 0, 0]),
+        (rules.AllRule((rules.DriftRule(1.5), rules.EntropyRule(2.0))), [0, 0, 1, 0]),
+        (rules.AnyRule((rules.DriftRule(0.6), rules.EntropyRule(0.5))), [0, 1, 1, 0]),
+    ],
+    ids=str,
+)
+def test_rule(rule: rules.HaltingRule, expected: list[int]) -> None:
+    assert halting.decide(rule, view()).halt.tolist() == [bool(x) for x in expected]
+
+
+def test_a_fixed_point_needs_two_updates() -> None:
+    assert not halting.decide(rules.FixedPointRule(9.0, -1.0), view(previous=None)).halt.any()
+
+
+def test_what_a_rule_is_never_asked() -> None:
+    assert not halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 1)
+    assert halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 2)
+    assert not halting.may_halt(rules.AllRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
+    assert halting.may_halt(rules.AnyRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
+
+
+def test_signals_are_accounted_for() -> None:
+    assert halting.decide(rules.DriftRule(1.0), view()).signal_rows == {"norm": 4}
+    assert halting.decide(rules.FixedPointRule(1.0), view()).signal_rows == {"norm": 8, "cosine": 4}
+    both = rules.AllRule((rules.DriftRule(1.5), rules.EntropyRule(2.0)))
+    assert halting.decide(both, view()).signal_rows == {"norm": 4, "head": 3}
+    assert halting.decide(rules.ForcedRule((2,)), view()).signal_rows == {}
+
+
+@pytest.mark.parametrize(
+    ("fill", "expected"),
+    [
+        (rules.DropFill(), Fill.NONE),
+        (rules.ZeroFill(), Fill.ZERO),
+        (rules.PropagateFill(), Fill.PROJECT),
+        (rules.ShareFill(), Fill.REFER),
+    ],
+)
+def test_fills(fill: rules.KVFill, expected: Fill) -> None:
+    assert kv.decide(fill, layer_idx=3).fill is expected
