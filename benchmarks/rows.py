@@ -6,9 +6,7 @@ How the figures were obtained is `timing.py`'s and `memory.py`'s; what they must
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,7 +90,6 @@ def _provenance(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **environment.describe(device),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "commit_modified": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
     }

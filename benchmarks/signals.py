@@ -27,7 +27,7 @@ from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.loading import load, load_tokenizer
 
 MIN_LAYER = 0.5
-BISECTIONS = 12
+BISECTIONS = 10
 FILLS: dict[str, rules.KVFill] = {
     "drop": rules.DropFill(),
     "zero": rules.ZeroFill(),
@@ -103,14 +103,18 @@ def against_random(
     shares: Sequence[float], records: Sequence[EngineRecord], counts: list[int]
 ) -> list[dict[str, Any] | None]:
     """Return each plan's loss minus that of random halting with the same fill and share, with its interval."""
+
+    def fill(record: EngineRecord) -> str:
+        return record.decoder.plan.name.partition("/")[2]
+
     controls = {
-        (share, record.decoder.plan.name.split("/")[1]): record
+        (share, fill(record)): record
         for share, record in zip(shares, records, strict=True)
         if record.decoder.plan.name.startswith("random/")
     }
     rows: list[dict[str, Any] | None] = []
     for share, record in zip(shares, records, strict=True):
-        control = controls.get((share, record.decoder.plan.name.split("/")[1]))
+        control = controls.get((share, fill(record)))
         if control is None or control is record:
             rows.append(None)
             continue

@@ -46,4 +46,6 @@ def cpu_name() -> str:
 
 def command_line() -> str:
     """Return the command as typed, the program by its bare name."""
+    if sys.orig_argv[1:2] == ["-m"]:
+        return shlex.join(["python", *sys.orig_argv[1:]])
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
