@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from quicksilver.core.plan import write_atomically
+from quicksilver.core.files import write_atomically
 from quicksilver.errors import QuickSilverError
 from quicksilver.runtime.loading import load, load_tokenizer
 

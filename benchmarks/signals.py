@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 from quicksilver.core import rules
-from quicksilver.core.plan import Plan, write_atomically
+from quicksilver.core.files import write_atomically
+from quicksilver.core.plan import Plan
 from quicksilver.errors import QuickSilverError
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, run_windows
@@ -75,7 +76,7 @@ def saved_share(model: Any, plan: Plan, windows: Sequence[Window]) -> float:
 def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Window]) -> Plan | None:
     """Return the plan that saves `share` of the layers on the calibration windows, or None if none does."""
     low, high = SIGNALS[signal].low, SIGNALS[signal].high
-    if saved_share(model, plan_for(signal, fill, high), windows) < 0.9 * share:
+    if saved_share(model, plan_for(signal, fill, high), windows) < 0.98 * share:
         return None
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -119,7 +120,7 @@ def against_random(
             rows.append(None)
             continue
         delta = paired_delta(control.nll, record.nll, counts)
-        rows.append({"nll": delta.nll, "nll_ci95": list(delta.nll_ci95)})
+        rows.append({"nll": delta.nll, "nll_ci95": delta.nll_ci95 and list(delta.nll_ci95)})
     return rows
 
 
@@ -169,8 +170,8 @@ def _threshold(row: dict[str, Any]) -> str:
 
 
 def _interval(delta: dict[str, Any]) -> str:
-    low, high = delta["nll_ci95"]
-    return f"{delta['nll']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    bounds = delta["nll_ci95"]
+    return f"{delta['nll']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
 
 
 @click.command()

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 from quicksilver.version import __version__
 
 if TYPE_CHECKING:
+    from quicksilver import errors
+    from quicksilver.core import rules
     from quicksilver.core.plan import Plan
     from quicksilver.runtime.loading import accelerate, load
 
-__all__ = ["Plan", "__version__", "accelerate", "load"]
+__all__ = ["Plan", "__version__", "accelerate", "errors", "load", "rules"]
 
 _LAZY = {
     "Plan": "quicksilver.core.plan",
     "accelerate": "quicksilver.runtime.loading",
+    "errors": "quicksilver",
     "load": "quicksilver.runtime.loading",
+    "rules": "quicksilver.core",
 }
 
 
@@ -30,4 +34,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name in ("errors", "rules"):
+        return importlib.import_module(f"{_LAZY[name]}.{name}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -256,7 +256,7 @@ def test_stdout_is_the_table_and_stderr_is_empty(
     assert (outcome.status, outcome.err) == (0, "")
     heading, settings, *table = outcome.out.splitlines()
     assert heading.split(" ", 1)[1].startswith("(gpt2, 4 layers, ")
-    assert heading.endswith(" on book.txt: 239 tokens scored")
+    assert heading.endswith(" on book.txt: 239 tokens scored in 14 windows")
     assert settings.startswith("context 32, stride 16, no BOS, mode score; cpu, ")
     rows = [re.split(r"\s*[│┃]\s*", line)[1] for line in table if line.startswith(("│", "┃"))]
     assert rows == ["plan", "dense", "mine"]

@@ -24,6 +24,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.errors import InputError
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
+from tests.tolerances import LOSS
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -221,3 +222,49 @@ def test_a_cache_is_not_continued_by_another_model(model: Any, other: str) -> No
     cache = quicksilver.accelerate(tiny.model(other))(PROMPT).past_key_values
     with pytest.raises(InputError, match="cache"):
         model(PROMPT, past_key_values=cache)
+
+
+def test_prompts_padded_on_the_right_cannot_be_continued() -> None:
+    """With the mask given, and with the mask that transformers infers from the padding id."""
+    model, ids = quicksilver.accelerate(tiny.model("llama")), tiny.token_ids(8).view(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with pytest.raises(InputError, match="padded on the left"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(InputError, match="padded on the left"):
+        model.generate(ids.masked_fill(mask == 0, 299), pad_token_id=299, eos_token_id=298, max_new_tokens=2)
+
+
+def test_too_many_new_tokens_are_refused_before_any_is_made() -> None:
+    model, fed = quicksilver.accelerate(tiny.model("gpt2")), []
+    ids = tiny.token_ids(40)[None]
+    with pytest.raises(InputError, match="66 to feed"):
+        model.generate(ids, max_new_tokens=27, stopping_criteria=[lambda *a: fed.append(1)])
+    assert not fed
+    assert model.generate(ids, max_new_tokens=25, eos_token_id=None, pad_token_id=0).shape[1] == 65
+
+
+def test_a_model_called_while_generating_does_not_count() -> None:
+    """Guidance by a second call of the same model, say: the run's statistics are the run's."""
+    model = quicksilver.accelerate(tiny.model("gpt2"))
+
+    def second_call(ids: Tensor, scores: Tensor) -> Tensor:
+        model(ids)
+        return scores
+
+    model.generate(tiny.token_ids(5)[None], max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    alone = model.stats.tokens
+    processors = LogitsProcessorList([second_call])
+    model.generate(
+        tiny.token_ids(5)[None], max_new_tokens=3, eos_token_id=None, pad_token_id=0, logits_processor=processors
+    )
+    assert model.stats.tokens == alone == 7
+
+
+def test_left_padding_predicts_nothing() -> None:
+    model = quicksilver.accelerate(tiny.model("llama"))
+    first, second = tiny.token_ids(6, 1), tiny.token_ids(4, 2)
+    ids = torch.stack((first, torch.cat((torch.zeros(2, dtype=torch.long), second))))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    batch = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    alone = [model(each[None], labels=each[None]).loss for each in (first, second)]
+    assert batch.item() == pytest.approx((5 * alone[0] + 3 * alone[1]).item() / 8, abs=LOSS)

@@ -293,10 +293,3 @@ def test_the_engine_follows_the_model_to_another_dtype() -> None:
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert model(ids).logits.dtype == torch.bfloat16
-
-
-def test_prompts_padded_on_the_right_cannot_be_continued() -> None:
-    model = quicksilver.accelerate(tiny.model("llama"))
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    with pytest.raises(InputError, match="padded on the left"):
-        model.generate(tiny.token_ids(8).view(2, 4), attention_mask=mask, max_new_tokens=2)

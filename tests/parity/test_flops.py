@@ -70,3 +70,19 @@ def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
     engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
     whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
     assert executed_cost(engine.spec, whole) == executed_cost(engine.spec, steps)
+
+
+def test_bytes_and_bit_operations_are_those_of_the_weights_read() -> None:
+    """Worked out from the modules' own parameters: 4 tokens at depths 1 and 4, keys and values propagated."""
+    model = tiny.model("qwen2")
+    engine, ids = decoder(model, halting_plan(ForcedRule((1, 4)), PropagateFill())), tiny.token_ids(4)
+    cost = executed_cost(engine.spec, run_whole(engine, ids).trace)
+    layers, attention = model.model.layers, model.model.layers[0].self_attn
+    layer = sum(p.numel() for p in layers[0].parameters())
+    projections = sum(p.numel() for m in (attention.k_proj, attention.v_proj) for p in m.parameters())
+    head = model.lm_head.weight.numel() + model.model.norm.weight.numel()
+    assert cost.weight_bytes == 4 * ((2 * 1 + 2 * 4) * layer + 2 * 3 * projections + 4 * head)
+    assert cost.bitops == cost.flops // 2 * 32 * 32
+    entropy = decoder(model, halting_plan(EntropyRule(0.0, layers=(1,))))
+    cost = executed_cost(entropy.spec, run_whole(entropy, ids).trace)
+    assert cost.weight_bytes == 4 * (4 * 4 * layer + (4 + 4) * head)

@@ -57,6 +57,17 @@ def test_batch_of_unequal_prompts_equals_each_alone(family: str, fill: KVFill) -
         assert_same_cache(batch.cache, alone.cache, (seq, 0))
 
 
+@pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prefill_equals_decode_in_bfloat16(family: str, fill: KVFill) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
+    engine, ids = decoder(model, halting_plan(RandomRule(0.35, seed=2), fill)), tiny.token_ids(24)
+    whole, steps = run_whole(engine, ids), run_steps(engine, ids, prompt=9)
+    assert torch.equal(torch.cat(whole.trace.depths), torch.cat(steps.trace.depths))
+    error = (whole.logits.float() - steps.logits.float()).abs().max() / whole.logits.float().abs().max()
+    assert error < tolerances.LOGITS[torch.bfloat16]
+
+
 def test_a_batch_whose_sequences_advance_unevenly() -> None:
     """Continuous batching's case: one sequence decodes while another is still prefilling or waits."""
     engine = decoder(tiny.model("llama"), halting_plan(ForcedRule((1, 3, 2, 4)), PropagateFill()))

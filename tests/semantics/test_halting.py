@@ -7,7 +7,7 @@ import torch
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
-from quicksilver.errors import PlanError
+from quicksilver.errors import InputError, PlanError
 from tests import tiny
 from tests.engines import decoder, halting_plan, run_chunks, run_whole
 
@@ -46,9 +46,18 @@ def test_fills_hold_what_they_say() -> None:
     entry = 2 * shape.num_kv_heads * shape.head_dim * 4
     assert caches[rules.DropFill].nbytes == 28 * (entry + 4)  # keys, values and a 4-byte position
     assert caches[rules.ZeroFill].nbytes == caches[rules.PropagateFill].nbytes == 40 * (entry + 4)
-    pool, lists = 28 * entry, 10 * 8 + 40 * (8 + 4)  # lists: newest slots, and each layer's slots and positions
-    room = 32 * entry  # the pool grew from layer to layer, so it has room to grow
-    assert pool + lists <= caches[rules.ShareFill].nbytes <= pool + lists + room
+    lists = 10 * 8 + 40 * (8 + 4)  # newest slots, and each layer's slots and positions
+    assert caches[rules.ShareFill].nbytes == 28 * entry + lists
+    assert all(cache.nbytes == cache.used_nbytes for cache in caches.values())
+
+
+def test_sharing_with_nothing_halted_costs_only_its_lists() -> None:
+    engines = [
+        decoder(tiny.model("llama"), halting_plan(rules.RandomRule(0.0), f))
+        for f in (rules.ShareFill(), rules.DropFill())
+    ]
+    share, drop = (run_whole(engine, tiny.token_ids(40)).cache for engine in engines)
+    assert share.nbytes - drop.nbytes == 40 * 8 + 4 * 40 * 8
 
 
 def test_zero_fill_writes_zeros_and_share_refers_to_the_last_layer_run() -> None:
@@ -87,6 +96,39 @@ def test_all_and_any_only_ask_later_rules_about_open_tokens() -> None:
         assert trace.layers[0].signal_rows["head"] == asked
 
 
-def test_thresholds_per_layer_must_match_the_depth() -> None:
-    with pytest.raises(PlanError, match="3 thresholds, the model has 4 layers"):
-        decoder(tiny.model("llama"), halting_plan(rules.DriftRule((1.0, 2.0, 3.0))))
+def test_a_cache_left_incomplete_by_a_failure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out in the middle of a pass: some layers have written, others have not."""
+    model, ids = tiny.from_config(tiny.CONFIGS["llama"]()), tiny.token_ids(6)
+    engine = decoder(model, Plan.dense())
+    cache = engine.new_cache(1)
+    engine.run(ids, [6], cache, engine.new_trace())
+
+    def fail(module: object, args: object) -> None:
+        raise MemoryError
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        engine.run(ids, [6], cache, engine.new_trace())
+    handle.remove()
+    with pytest.raises(InputError, match="incomplete"):
+        engine.run(ids, [6], cache, engine.new_trace())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (rules.HaltingConfig(rules.DriftRule((1.0, 2.0, 3.0))), "3 thresholds, the model has 4 layers"),
+        (rules.HaltingConfig(rules.EntropyRule(1.0, layers=(1, 4))), "after layer 4, the model has 4"),
+        (rules.HaltingConfig(rules.AnyRule((rules.EntropyRule(1.0, layers=(9,)),))), "after layer 9"),
+        (rules.HaltingConfig(rules.DriftRule(1.0), min_layer=5), "min_layer is 5, the model has 4 layers"),
+    ],
+    ids=str,
+)
+def test_plans_that_do_not_fit_the_depth_are_refused(config: rules.HaltingConfig, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        decoder(tiny.model("llama"), Plan("p", config))
+
+
+def test_a_fraction_of_the_depth_is_rounded_up() -> None:
+    config = rules.HaltingConfig(rules.DriftRule(1.0), min_layer=0.5)
+    assert [config.first_halt(layers) + 1 for layers in (1, 3, 5, 7, 9, 12)] == [1, 2, 3, 4, 5, 6]

@@ -59,7 +59,7 @@ def test_decided_halting(family: str, fill: rules.KVFill, rule: rules.HaltingRul
         return -(probs * probs.log2()).sum(-1)
 
     def halts(layer_idx, before, after, previous):
-        return halting.decide(rule, LayerView(layer_idx, before, after, previous, torch.arange(48), entropy)).halt
+        return halting.decide(rule, LayerView(layer_idx, before, after, previous, torch.arange(48), ids, entropy)).halt
 
     check(model, ids, rule, fill, halts)
 

@@ -88,6 +88,7 @@ def test_paired_intervals_cover_the_difference_and_repeat() -> None:
     assert delta.nll == pytest.approx((sum(plan) - sum(dense)) / sum(tokens))
     assert delta.nll_ci95[0] < delta.nll < delta.nll_ci95[1]
     assert delta.ppl_ci95[0] < delta.ppl < delta.ppl_ci95[1]
+    assert paired_delta([100.0], [110.0], [50]).nll_ci95 is None  # one window says nothing of the spread
     same = paired_delta(dense, dense, tokens)
     assert same.ppl_ci95 == (0.0, 0.0)
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 
 from quicksilver.core import codec, rules
-from quicksilver.core.plan import PRESETS, Plan, write_atomically
+from quicksilver.core.files import write_atomically
+from quicksilver.core.plan import PRESETS, Plan
 from quicksilver.errors import PlanError
 from tests.strategies import plans
 

@@ -20,7 +20,7 @@ RELATIVE = (1 / 4, 2 / 2, 0.5 / math.hypot(1.3, 1.4), 1 / 11)
 
 def view(layer_idx: int = 1, previous: Tensor | None = PREVIOUS) -> LayerView:
     """Four tokens; the head's entropy is the first coordinate of the state, in bits."""
-    return LayerView(layer_idx, BEFORE, BEFORE + UPDATE, previous, torch.arange(4), lambda hidden: hidden[:, 0])
+    return LayerView(layer_idx, BEFORE, BEFORE + UPDATE, previous, torch.arange(4), torch.arange(4), lambda h: h[:, 0])
 
 
 @pytest.mark.parametrize(

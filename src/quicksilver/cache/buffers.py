@@ -38,9 +38,19 @@ class RowBuffer:
         return self._storage[: self.length]
 
     @property
+    def used_nbytes(self) -> int:
+        """Bytes of the rows held."""
+        return self.rows.numel() * self._storage.element_size()
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, room to grow included."""
         return self._storage.numel() * self._storage.element_size()
+
+    def trim(self) -> None:
+        """Give back the room to grow."""
+        if self.length < self._storage.shape[0]:
+            self._storage = self.rows.clone()
 
     def _grow(self, needed: int) -> None:
         slack = max(_SLACK_ROWS, self.length // 4) if self.length else 0

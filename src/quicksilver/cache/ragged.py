@@ -46,6 +46,7 @@ class RaggedKVCache:
     Attributes:
         seq_lengths: logical length of each sequence.
         columns: columns of the padded grids fed so far, kept by whoever feeds grids.
+        in_pass: a pass has begun and not ended; if none is under way, it failed and the entries are not whole.
     """
 
     is_compileable = False
@@ -56,6 +57,7 @@ class RaggedKVCache:
         self.owner = owner
         self.seq_lengths = [0] * batch_size
         self.columns = 0
+        self.in_pass = False
         self._stores = [store(shape.num_layers, self._row_shape, shape.dtype, shape.device) for _ in range(batch_size)]
 
     @property
@@ -68,9 +70,12 @@ class RaggedKVCache:
         return (self.shape.num_kv_heads, self.shape.head_dim)
 
     def advance(self, layout: RaggedLayout) -> None:
-        """Count the tokens of a finished pass as seen."""
+        """Count the tokens of a finished pass as seen; after a prefill, give back the room that it left."""
         for seq, length in enumerate(layout.lengths):
             self.seq_lengths[seq] += length
+            if length > 1:
+                self._stores[seq].trim()
+        self.in_pass = False
 
     def append(
         self,
@@ -111,6 +116,11 @@ class RaggedKVCache:
     def nbytes(self) -> int:
         """Bytes allocated for keys, values, positions and indices, room to grow included."""
         return sum(store.nbytes for store in self._stores)
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of what is held, without room to grow."""
+        return sum(store.used_nbytes for store in self._stores)
 
     @property
     def num_entries(self) -> int:

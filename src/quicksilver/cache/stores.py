@@ -39,8 +39,23 @@ class EntryStore(ABC):
 
     @property
     @abstractmethod
+    def buffers(self) -> tuple[RowBuffer, ...]:
+        """Everything that is allocated."""
+
+    @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated, room to grow included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of what is held, without room to grow."""
+        return sum(buffer.used_nbytes for buffer in self.buffers)
+
+    def trim(self) -> None:
+        """Give back the room to grow."""
+        for buffer in self.buffers:
+            buffer.trim()
 
 
 class OwnedEntries(EntryStore):
@@ -66,9 +81,9 @@ class OwnedEntries(EntryStore):
         return self._positions[layer_idx].length
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(b.nbytes for buffers in (self._keys, self._values, self._positions) for b in buffers)
+    def buffers(self) -> tuple[RowBuffer, ...]:
+        """Keys, values and positions of each layer."""
+        return (*self._keys, *self._values, *self._positions)
 
 
 class SharedEntries(EntryStore):
@@ -105,7 +120,6 @@ class SharedEntries(EntryStore):
         return self._positions[layer_idx].length
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated, the lists of slots included."""
-        pools = (self._keys, self._values, self._newest)
-        return sum(b.nbytes for group in (pools, self._slots, self._positions) for b in group)
+    def buffers(self) -> tuple[RowBuffer, ...]:
+        """The pools, and each layer's slots and positions."""
+        return (self._keys, self._values, self._newest, *self._slots, *self._positions)

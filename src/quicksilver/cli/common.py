@@ -26,18 +26,15 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: int | None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer; special tokens are the configuration's and the tokenizer's."""
+    """Load a model under a plan, and its tokenizer."""
     quiet_transformers()
     import torch
 
-    from quicksilver.runtime.loading import accelerate, configured_special_ids, load, load_tokenizer
+    from quicksilver.runtime.loading import load, load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(model, plan, dtype, device)
-    tokenizer = load_tokenizer(model)
-    special_ids = {*configured_special_ids(loaded.model), *tokenizer.all_special_ids}
-    return accelerate(loaded, loaded.plan, sorted(special_ids)), tokenizer
+    return load(model, plan, dtype, device), load_tokenizer(model)
 
 
 def display_name(model: str) -> str:

@@ -52,7 +52,7 @@ def command(
       quicksilver eval ref-llama --text book.txt --plan settled --mode decode --max-tokens 5000
     """
     from quicksilver.cli.table import print_table
-    from quicksilver.core.plan import write_atomically
+    from quicksilver.core.files import write_atomically
     from quicksilver.measure.report import evaluate
     from quicksilver.measure.windows import Protocol, cut, default_bos
     from quicksilver.runtime.loading import resolve_plan

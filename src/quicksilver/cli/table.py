@@ -50,10 +50,11 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
 
 def _heading(result: dict[str, Any]) -> list[str]:
     model, protocol, env = result["model"], result["protocol"], result["environment"]
+    scored = f"{result['tokens_scored']} tokens scored in {protocol['windows']} windows"
     bos = "BOS before each window" if protocol["bos"] else "no BOS"
     return [
         f"{model['name']} ({model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters,"
-        f" {model['dtype']}) on {protocol['text']}: {result['tokens_scored']} tokens scored",
+        f" {model['dtype']}) on {protocol['text']}: {scored}",
         f"context {protocol['context']}, stride {protocol['stride']}, {bos}, mode {protocol['mode']};"
         f" {env['device']}, {env['threads']} threads, {env['cpu']}, torch {env['torch']},"
         f" transformers {env['transformers']}",
@@ -80,11 +81,10 @@ def _dense_row(result: dict[str, Any]) -> list[str]:
 
 def _plan_row(result: dict[str, Any]) -> list[str]:
     side, delta = result["accelerated"], result["delta"]
-    low, high = delta["ppl_ci95"]
     return [
         escape(result["plan"]["name"]),
         f"{side['ppl']:.3f}",
-        f"{delta['ppl']:+.3f} [{low:+.3f}, {high:+.3f}]",
+        f"{delta['ppl']:+.3f} {_interval(delta['ppl_ci95'])}",
         f"{delta['nll']:+.4f}",
         f"{delta['kl']:.4f}",
         f"{delta['top1_agreement']:.1%}",
@@ -93,3 +93,7 @@ def _plan_row(result: dict[str, Any]) -> list[str]:
         *(f"{-delta[key]:+.1%}" for key in ("weight_bytes_reduction", "kv_bytes_reduction")),
         f"{delta['speedup']:.2f}x",
     ]
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return escape(f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "[n/a]")

@@ -19,6 +19,7 @@ class LayerView:
         after: [N, d] states that left it.
         previous_update: [N, d] what the layer before added, or None after the first layer.
         positions: [N] logical positions.
+        token_ids: [N] the tokens themselves.
         head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
     """
 
@@ -27,6 +28,7 @@ class LayerView:
     after: Tensor
     previous_update: Tensor | None
     positions: Tensor
+    token_ids: Tensor
     head_entropy: Callable[[Tensor], Tensor]
 
     @property
@@ -43,6 +45,7 @@ class LayerView:
             after=self.after.index_select(0, rows),
             previous_update=None if previous is None else previous.index_select(0, rows),
             positions=self.positions.index_select(0, rows),
+            token_ids=self.token_ids.index_select(0, rows),
         )
 
 

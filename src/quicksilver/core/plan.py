@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quicksilver.core import codec
+from quicksilver.core.files import write_atomically
 from quicksilver.core.rules import (
     AllRule,
     DriftRule,
@@ -138,31 +137,14 @@ class Plan:
         """Raise PlanError where the plan does not fit a model of `num_layers` layers."""
         if self.halting is None:
             return
-        for threshold in self.halting.rule.thresholds:
-            if isinstance(threshold, tuple) and len(threshold) != num_layers:
-                raise PlanError(
-                    f"plan {self.name!r} has {len(threshold)} thresholds, the model has {num_layers} layers"
-                )
+        try:
+            self.halting.check_depth(num_layers)
+        except PlanError as error:
+            raise PlanError(f"plan {self.name!r}: {error}") from None
 
     def _body(self) -> dict[str, Any]:
         halting = None if self.halting is None else codec.encode_halting(self.halting)
         return {"halting": halting, "kv": codec.encode(self.kv)}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file in the same folder, then rename it."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise PlanError(f"{path}: cannot write: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _paper(name: str, kv: KVFill) -> Plan:
@@ -175,10 +157,10 @@ PRESETS: dict[str, Plan] = {
     "dense": Plan.dense(),
     "paper": _paper("paper", DropFill()),
     "paper-zero": _paper("paper-zero", ZeroFill()),
-    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.15), min_layer=0.67), PropagateFill()),
+    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.15), min_layer=0.66), PropagateFill()),
     "settled": Plan(
         "settled",
-        HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.67),
+        HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.66),
         PropagateFill(),
     ),
 }

@@ -53,11 +53,6 @@ class RaggedLayout:
         """Row at which each sequence begins, and N at the end: B + 1 host integers."""
         return list(accumulate(self.lengths, initial=0))
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """[B + 1] `bounds` as an int32 tensor, the form that variable-length kernels take."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.seq_ids.device)
-
     def select(self, rows: Tensor) -> RaggedLayout:
         """Return the layout of the given rows ([M], ascending)."""
         seq_ids = self.seq_ids.index_select(0, rows)
@@ -75,18 +70,15 @@ class TokenState:
     Attributes:
         hidden: [N, d] residual stream.
         layout: where each row comes from.
-        mass: [N] tokens that each row stands for, or None where every row stands for itself.
     """
 
     hidden: Tensor
     layout: RaggedLayout
-    mass: Tensor | None = None
 
     def select(self, rows: Tensor) -> TokenState:
         """Return the state of the given rows ([M], ascending)."""
-        mass = None if self.mass is None else self.mass.index_select(0, rows)
-        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows), mass)
+        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows))
 
-    def scatter(self, grid: Tensor) -> Tensor:
-        """Return `grid` ([M, d]) with these rows written in place at their origin."""
+    def scatter_into(self, grid: Tensor) -> Tensor:
+        """Write these rows into `grid` ([M, d]) at their origin, in place, and return it."""
         return grid.index_copy_(0, self.layout.origin, self.hidden)

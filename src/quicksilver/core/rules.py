@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,8 @@ def _check_threshold(owner: str, value: Any) -> Threshold:
 class HaltingRule:
     """Base of the rules that say which tokens have settled."""
 
-    @property
-    def thresholds(self) -> tuple[Threshold, ...]:
-        """Thresholds whose length, where they are lists, must equal the model's number of layers."""
-        return ()
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where the rule does not fit a model of `num_layers` layers."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class ThresholdRule(HaltingRule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", _check_threshold(type(self).__name__, self.threshold))
 
-    @property
-    def thresholds(self) -> tuple[Threshold, ...]:
-        """The one threshold, or its list over the layers."""
-        return (self.threshold,)
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where a list of thresholds is not as long as the model is deep."""
+        if isinstance(self.threshold, tuple) and len(self.threshold) != num_layers:
+            raise PlanError(f"{len(self.threshold)} thresholds, the model has {num_layers} layers")
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,12 @@ class EntropyRule(ThresholdRule):
             raise PlanError(f"EntropyRule: layers must be non-negative layer indices, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
 
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where thresholds or layers do not fit the depth."""
+        super().check_depth(num_layers)
+        if self.layers and max(self.layers) >= num_layers:
+            raise PlanError(f"entropy is asked for after layer {max(self.layers)}, the model has {num_layers}")
+
 
 @dataclass(frozen=True)
 class ForcedRule(HaltingRule):
@@ -106,7 +111,7 @@ class ForcedRule(HaltingRule):
 
 @dataclass(frozen=True)
 class RandomRule(HaltingRule):
-    """The control: after each layer a token halts with `probability`, drawn from (seed, layer, position)."""
+    """The control: after each layer a token halts with `probability`, drawn from (seed, layer, position, token)."""
 
     probability: float
     seed: int = 0
@@ -129,10 +134,10 @@ class CombinedRule(HaltingRule):
         if not self.rules:
             raise PlanError(f"{type(self).__name__}: at least one rule is needed")
 
-    @property
-    def thresholds(self) -> tuple[Threshold, ...]:
-        """The thresholds of every member."""
-        return tuple(t for rule in self.rules for t in rule.thresholds)
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where a member does not fit the depth."""
+        for rule in self.rules:
+            rule.check_depth(num_layers)
 
 
 @dataclass(frozen=True)
@@ -172,8 +177,15 @@ class HaltingConfig:
 
     def first_halt(self, num_layers: int) -> int:
         """Index of the first layer after which a token may halt in a model of `num_layers` layers."""
-        layers = self.min_layer if isinstance(self.min_layer, int) else round(self.min_layer * num_layers)
-        return max(int(layers), 1) - 1
+        if isinstance(self.min_layer, int):
+            return self.min_layer - 1
+        return math.ceil(self.min_layer * num_layers) - 1
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise PlanError where the configuration does not fit a model of `num_layers` layers."""
+        if isinstance(self.min_layer, int) and self.min_layer > num_layers:
+            raise PlanError(f"min_layer is {self.min_layer}, the model has {num_layers} layers")
+        self.rule.check_depth(num_layers)
 
 
 @dataclass(frozen=True)

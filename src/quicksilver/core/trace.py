@@ -70,6 +70,7 @@ class Trace:
         self.head_rows = 0
         self.dense_attended = 0
         self.kv_bytes = 0
+        self.kv_used_bytes = 0
         self.kv_entries = 0
         self.per_token = per_token
         self.depths: list[Tensor] = []
@@ -90,6 +91,10 @@ class Trace:
         layer.signal_rows.update(signal_rows)
         if self.per_token and origin.shape[0]:
             self.depths[-1].index_fill_(0, origin, layer_idx + 1)
+
+    def record_cache(self, allocated: int, used: int, entries: int) -> None:
+        """Record the cache after a pass: bytes allocated, bytes of what is held, and entries."""
+        self.kv_bytes, self.kv_used_bytes, self.kv_entries = allocated, used, entries
 
     @property
     def mean_depth(self) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from quicksilver.core.plan import Plan, write_atomically
+from quicksilver.core.files import write_atomically
+from quicksilver.core.plan import Plan
 from quicksilver.measure.picture import draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus

@@ -5,11 +5,12 @@ Drawing only; the figures come from `report.py` and from a trace.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from quicksilver.core.files import write_atomically
 
 _COLUMNS, _ROWS = 78, 18  # of the token panel, in characters
 
@@ -34,15 +35,9 @@ def draw_summary(
     top, bottom = figure.subplots(2, 1, height_ratios=(1.0, 1.15))
     _draw_plans(top, results)
     _draw_tokens(figure, bottom, plan_name, tokens, depths, results[0]["model"]["layers"])
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=110)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=110)
+    write_atomically(path, image.getvalue())
 
 
 def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
@@ -52,7 +47,7 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     for i, result in enumerate(results):
         delta = result["delta"]
         saved = 100 * delta["flops_reduction"]
-        low, high = delta["nll_ci95"]
+        low, high = delta["nll_ci95"] or (delta["nll"], delta["nll"])
         error = [[delta["nll"] - low], [high - delta["nll"]]]
         label = f"{result['plan']['name']}: {result['accelerated']['mean_depth']:.2f} layers per token"
         marker = "osD^vP*X"[i % 8]

@@ -110,6 +110,7 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
         "bitops_per_token": cost.bitops / fed,
         "weight_bytes_per_token": cost.weight_bytes / fed,
         "kv_bytes": statistics.fmean(record.kv_bytes),
+        "kv_used_bytes": statistics.fmean(record.kv_used_bytes),
         "seconds": seconds,
         "tokens_per_second": fed / seconds,
     }
@@ -138,12 +139,13 @@ def _delta(
     }
     return {
         "ppl": paired.ppl,
-        "ppl_ci95": list(paired.ppl_ci95),
+        "ppl_ci95": paired.ppl_ci95 and list(paired.ppl_ci95),
         "nll": paired.nll,
-        "nll_ci95": list(paired.nll_ci95),
+        "nll_ci95": paired.nll_ci95 and list(paired.nll_ci95),
         "kl": plan.kl / sum(counts),
         "top1_agreement": plan.agreed / sum(counts),
         **reductions,
         "kv_bytes_reduction": 1.0 - side["kv_bytes"] / dense_side["kv_bytes"],
+        "kv_used_bytes_reduction": 1.0 - side["kv_used_bytes"] / dense_side["kv_used_bytes"],
         "speedup": statistics.median(ratios),
     }

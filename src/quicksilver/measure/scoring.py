@@ -33,7 +33,8 @@ class EngineRecord:
         nll: total negative log-likelihood of each window, nats.
         kl: sum over scored tokens of KL(dense || this), nats.
         agreed: scored tokens whose most likely token equals the dense model's.
-        kv_bytes: bytes of the cache after each window.
+        kv_bytes: bytes allocated for the cache after each window.
+        kv_used_bytes: of these, bytes of what is held.
         seconds: of each timed run of a window.
     """
 
@@ -43,6 +44,7 @@ class EngineRecord:
     kl: float = 0.0
     agreed: int = 0
     kv_bytes: list[int] = field(default_factory=list)
+    kv_used_bytes: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
@@ -132,6 +134,7 @@ def _feed_score(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_sc
         cache = decoder.new_cache(1)
         hidden = decoder.run(token_ids, [token_ids.shape[0]], cache, record.trace)
     record.kv_bytes.append(cache.nbytes)
+    record.kv_used_bytes.append(cache.used_nbytes)
     return hidden
 
 
@@ -147,6 +150,7 @@ def _feed_decode(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_s
     with clock.running():
         states = [decoder.run(token, [1], cache, record.trace) for token in token_ids[context:].split(1)]
     record.kv_bytes.append(cache.nbytes)
+    record.kv_used_bytes.append(cache.used_nbytes)
     return torch.cat(states)
 
 

@@ -25,12 +25,15 @@ def _perplexities(nll: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PairedDelta:
-    """Differences plan - dense, with 95 % percentile intervals of a paired bootstrap over windows."""
+    """Differences plan - dense, with 95 % percentile intervals of a paired bootstrap over windows.
+
+    The intervals are None where there is only one window, which says nothing of the spread.
+    """
 
     ppl: float
-    ppl_ci95: tuple[float, float]
+    ppl_ci95: tuple[float, float] | None
     nll: float
-    nll_ci95: tuple[float, float]
+    nll_ci95: tuple[float, float] | None
 
 
 def paired_delta(dense_nll: Sequence[float], plan_nll: Sequence[float], tokens: Sequence[int]) -> PairedDelta:
@@ -42,15 +45,17 @@ def paired_delta(dense_nll: Sequence[float], plan_nll: Sequence[float], tokens: 
         tokens: tokens scored in each window.
     """
     dense, plan, counts = (np.asarray(values, dtype=np.float64) for values in (dense_nll, plan_nll, tokens))
+    dense_all, plan_all = dense.sum() / counts.sum(), plan.sum() / counts.sum()
+    ppl, nll = perplexity(plan_all) - perplexity(dense_all), float(plan_all - dense_all)
+    if len(counts) < 2:
+        return PairedDelta(ppl, None, nll, None)
     draws = np.random.default_rng(SEED).integers(0, len(counts), size=(RESAMPLES, len(counts)))
     totals = counts[draws].sum(1)
     dense_mean, plan_mean = dense[draws].sum(1) / totals, plan[draws].sum(1) / totals
-    ppl_low, ppl_high = np.percentile(_perplexities(plan_mean) - _perplexities(dense_mean), (2.5, 97.5))
-    nll_low, nll_high = np.percentile(plan_mean - dense_mean, (2.5, 97.5))
-    dense_all, plan_all = dense.sum() / counts.sum(), plan.sum() / counts.sum()
-    return PairedDelta(
-        ppl=perplexity(plan_all) - perplexity(dense_all),
-        ppl_ci95=(float(ppl_low), float(ppl_high)),
-        nll=float(plan_all - dense_all),
-        nll_ci95=(float(nll_low), float(nll_high)),
-    )
+    ppl_ci95 = _interval(_perplexities(plan_mean) - _perplexities(dense_mean))
+    return PairedDelta(ppl, ppl_ci95, nll, _interval(plan_mean - dense_mean))
+
+
+def _interval(resampled: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return float(low), float(high)

@@ -26,7 +26,7 @@ def adapt(model: Any) -> Adapter:
         spec=_spec(model),
         layers=tuple(_layer_ops(layer) for layer in body.layers),
         embed=lambda ids, positions: body.embed_tokens(ids),
-        rotation=partial(_rotation, body.rotary_emb, body.embed_tokens.weight),
+        rotation=partial(_rotation, _rotary_module(model), body.embed_tokens.weight),
         final_norm=body.norm,
         head=model.lm_head,
     )
@@ -108,6 +108,14 @@ def _project_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _project_qkv(attention: Any, x: Tensor) -> QKV:
     query = _heads(attention.q_proj(x), attention.head_dim, getattr(attention, "q_norm", None))
     return QKV(query, *_project_kv(attention, x))
+
+
+def _rotary_module(model: Any) -> Any:
+    """Return the model's rotary module; one of our own where it remembers the longest sequence it has seen."""
+    shared = model.model.rotary_emb
+    if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        return type(shared)(model.config).to(model.model.embed_tokens.weight.device)
+    return shared
 
 
 def _rotation(rotary_emb: Any, like: Tensor, positions: Tensor) -> Rotation:

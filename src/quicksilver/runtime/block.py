@@ -36,59 +36,65 @@ class PassContext:
     backend: AttentionBackend
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """The tokens that a layer does not run, and how their entries in it come about."""
+
+    tokens: HaltedTokens
+    fill: Fill
+
+
 def run_layer(
     layer: LayerOps,
     layer_idx: int,
     state: TokenState,
     rotation: Rotation | None,
-    halted: HaltedTokens,
-    fill: Fill,
+    skipped: Skipped,
     context: PassContext,
 ) -> TokenState:
     """Run a layer for the tokens of `state`; write its entries; return the new state."""
     query, key, value = layer.project_qkv(layer.attn_norm(state.hidden))
     if rotation is not None:
         query, key = rotation.apply(query), rotation.apply(key)
-    _write(layer, layer_idx, state.layout, key, value, halted, fill, context)
-    attended = _attend(query, state.layout, layer_idx, layer.scaling, fill, context)
-    hidden = layer.attn_output(attended).add_(state.hidden)
-    hidden = layer.mlp(layer.mlp_norm(hidden)).add_(hidden)
+    _write(layer, layer_idx, state.layout, (key, value), skipped, context)
+    attended = _attend(query, state.layout, layer_idx, layer.scaling, skipped.fill, context)
+    hidden = state.hidden + layer.attn_output(attended)
+    hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
     context.trace.layers[layer_idx].query_rows += hidden.shape[0]
-    return TokenState(hidden, state.layout, state.mass)
+    return TokenState(hidden, state.layout)
 
 
-def fill_layer(layer: LayerOps, layer_idx: int, halted: HaltedTokens, fill: Fill, context: PassContext) -> None:
+def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassContext) -> None:
     """Write the entries of a layer that no token runs."""
-    if fill is Fill.NONE:
+    if skipped.fill is Fill.NONE:
         return
     shape = context.cache.shape
     none = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=shape.device)
     nobody = context.chunk.select(context.chunk.origin[:0])
-    _write(layer, layer_idx, nobody, none, none, halted, fill, context)
+    _write(layer, layer_idx, nobody, (none, none), skipped, context)
 
 
 def _write(
     layer: LayerOps,
     layer_idx: int,
     layout: RaggedLayout,
-    key: Tensor,
-    value: Tensor,
-    halted: HaltedTokens,
-    fill: Fill,
+    running: tuple[Tensor, Tensor],
+    skipped: Skipped,
     context: PassContext,
 ) -> None:
-    """Write running tokens' entries and, as `fill` says, halted tokens', in order of position."""
-    cache, chunk = context.cache, context.chunk
-    if halted.rows is None or halted.grid is None or fill is Fill.NONE:
+    """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
+    cache, chunk, halted = context.cache, context.chunk, skipped.tokens
+    key, value = running
+    if halted.rows is None or halted.grid is None or skipped.fill is Fill.NONE:
         cache.append(layer_idx, layout, key, value)
-    elif fill is Fill.REFER:
+    elif skipped.fill is Fill.REFER:
         cache.append(layer_idx, layout, key, value, refer=chunk)
     else:
         shape = (chunk.num_tokens, *key.shape[1:])
         keys, values = key.new_zeros(shape), value.new_zeros(shape)
         keys.index_copy_(0, layout.origin, key)
         values.index_copy_(0, layout.origin, value)
-        if fill is Fill.PROJECT:
+        if skipped.fill is Fill.PROJECT:
             frozen = layer.attn_norm(halted.grid.index_select(0, halted.rows))
             frozen_key, frozen_value = layer.project_kv(frozen)
             if context.rotation is not None:

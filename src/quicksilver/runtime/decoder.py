@@ -19,7 +19,7 @@ from quicksilver.errors import InputError
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.policies import kv
-from quicksilver.runtime.block import PassContext, fill_layer, run_layer
+from quicksilver.runtime.block import PassContext, Skipped, fill_layer, run_layer
 from quicksilver.runtime.halting import HaltedTokens, HaltingStep
 
 
@@ -79,30 +79,31 @@ class Decoder:
         self._check_inputs(token_ids, lengths, cache)
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         trace.begin_pass(cache.seq_lengths, chunk)
+        cache.in_pass = True
         rotate = self.adapter.rotation
         context = PassContext(chunk, None if rotate is None else rotate(chunk.positions), cache, trace, self.backend)
         state = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         halted = HaltedTokens.none(chunk)
-        protected = self._halting.protected(token_ids, chunk)
+        tokens = self._halting.tokens(token_ids, chunk)
         rotation, previous_update = context.rotation, None
         for layer_idx, layer in enumerate(self.adapter.layers):
-            fill = kv.decide(self.plan.kv, layer_idx).fill
+            skipped = Skipped(halted, kv.decide(self.plan.kv, layer_idx).fill)
             if state.hidden.shape[0] == 0:  # nothing runs: the layer is skipped but for its fill
-                fill_layer(layer, layer_idx, halted, fill, context)
+                fill_layer(layer, layer_idx, skipped, context)
                 continue
             before = state
-            state = run_layer(layer, layer_idx, state, rotation, halted, fill, context)
-            rows = self._halting.decide(layer_idx, before, state, previous_update, protected, trace)
+            state = run_layer(layer, layer_idx, state, rotation, skipped, context)
+            rows = self._halting.decide(layer_idx, before, state, previous_update, tokens, trace)
             if self._halting.keeps_updates:
                 previous_update = state.hidden - before.hidden
             if rows is not None:
-                halted = halted.add(state.select(rows.halt), rows.keep)
+                halted = halted.add(state, rows)
                 state = state.select(rows.keep)
                 rotation = None if rotation is None else rotation.select(rows.keep)
                 previous_update = None if previous_update is None else previous_update.index_select(0, rows.keep)
         cache.advance(chunk)
-        trace.kv_bytes, trace.kv_entries = cache.nbytes, cache.num_entries
-        return state.hidden if halted.grid is None else state.scatter(halted.grid)
+        trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
+        return state.hidden if halted.grid is None else state.scatter_into(halted.grid)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:
@@ -117,6 +118,8 @@ class Decoder:
             raise InputError(
                 f"the cache was written by another model or under another plan than {self.plan.name!r}; start a new one"
             )
+        if cache.in_pass:
+            raise InputError("an earlier pass over this cache failed and left it incomplete; start a new one")
         for seen, length in zip(cache.seq_lengths, lengths, strict=True):
             if seen + length > self.spec.max_positions:
                 raise InputError(
@@ -132,6 +135,6 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
     """Raise InputError where an id is not in [0, vocab_size)."""
     if token_ids.numel() == 0:
         raise InputError("no tokens were given")
-    low, high = (int(bound) for bound in token_ids.aminmax())
+    low, high = torch.stack(token_ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

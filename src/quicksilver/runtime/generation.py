@@ -1,18 +1,16 @@
 """The model users hold: transformers' `generate()` and call conventions over the ragged engine.
 
-Turns padded grids into ragged rows and back; what runs in between is `decoder.py`'s.
+Padded grids are turned into ragged rows and back by `grids.py`; what runs in between is `decoder.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -25,18 +23,10 @@ from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.grids import grid_logits, real_tokens, shifted_loss
 from quicksilver.runtime.stats import RunStats
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The real tokens of a padded grid: their ids end to end, counts per row, and flat places [N] (or None)."""
-
-    token_ids: Tensor
-    lengths: list[int]
-    places: Tensor | None
 
 
 class QuickSilverForCausalLM(nn.Module, GenerationMixin):
@@ -76,7 +66,6 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         self._backend: AttentionBackend = backend
         self._decoder = Decoder(adapter, plan, self._special_ids, backend)
         self._trace = self._decoder.new_trace()
-        self._run_trace: Trace | None = None
 
     @property
     def plan(self) -> Plan:
@@ -150,6 +139,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        trace: Trace | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on a grid of tokens.
@@ -163,6 +153,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             use_cache: return a cache (default: the configuration's).
             logits_to_keep: number of last columns to compute logits for (0: all), or their indices [K].
             return_dict: False for a plain tuple.
+            trace: counts to add to (default: a new one, which `stats` then reads).
             **unsupported: transformers' other arguments; anything but None or False is refused.
 
         Returns:
@@ -178,19 +169,17 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         if input_ids is None or input_ids.dim() != 2:
             raise InputError("input_ids must be a [batch, tokens] tensor")
         cache = self._check_cache(past_key_values, input_ids.shape[0])
-        trace = self._run_trace if self._run_trace is not None else self._decoder.new_trace()
-        self._trace = trace
-        grid = _real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}")
-        if self._run_trace is not None and not any(grid.lengths):  # a chunk of a prefill that is all padding
-            hidden = grid.token_ids.new_zeros((0, self._adapter.spec.hidden_size), dtype=self.dtype)
+        decoder, generating = self._decoder, trace is not None
+        trace = self._trace = decoder.new_trace() if trace is None else trace
+        grid = real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
+        if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
+            hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
-            hidden = self._decoder.run(grid.token_ids, grid.lengths, cache, trace)
-        cache.columns += input_ids.shape[1]
-        keep_all = labels is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
-        logits = self._grid_logits(hidden, grid, input_ids.shape, 0 if keep_all else logits_to_keep, trace)
-        loss = None if labels is None else _shifted_loss(logits, labels.to(logits.device))
+            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace)
+        cache.columns += grid.columns
+        keep = 0 if labels is not None else logits_to_keep
+        logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
+        loss = None if labels is None else shifted_loss(logits, labels, grid)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
@@ -200,15 +189,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
-            InputError: prompts padded on the right.
+            InputError: prompts padded on the right, or more tokens asked for than the model's context holds.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
-            raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left') to be continued")
-        with self._one_trace():
-            return super().generate(*args, **kwargs)
+        return super().generate(*args, trace=self._decoder.new_trace(), **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -223,6 +208,8 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """Select what `forward` needs of generation's state; called by transformers."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
+        if next_sequence_length == 1 and past_key_values is not None:
+            attention_mask = None  # what was just generated is no padding; reading a mask would wait for the device
         for name in ("is_first_iteration", "tokenizer"):  # transformers' own, of no use to the call
             kwargs.pop(name, None)
         return {
@@ -254,9 +241,23 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         super()._validate_generation_mode(generation_mode, generation_config, kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, *args: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """Start a ragged cache for `generate`, unless the caller passed one or wants none."""
+        """Check that what is asked for fits; start a ragged cache, unless the caller passed one or wants none."""
+        padding, mask = 0, model_kwargs.get("attention_mask")
+        if mask is not None:
+            if not bool((mask[:, -1] != 0).all()):
+                raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left')")
+            padding = mask.shape[1] - int(mask.sum(1).max())
+        limit = self._adapter.spec.max_positions
+        fed = max_cache_length - padding
+        if fed > limit:
+            raise InputError(f"prompt and new tokens, {fed} to feed, are longer than the model's context of {limit}")
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
         sequences = batch_size * (generation_config.num_return_sequences or 1)
@@ -266,15 +267,6 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """Leave the wrapped model as it is while decoding; its mixture-of-experts switches do not apply."""
         return nullcontext()
 
-    @contextmanager
-    def _one_trace(self) -> Iterator[None]:
-        """Count every forward pass inside into one fresh trace."""
-        self._run_trace = self._decoder.new_trace()
-        try:
-            yield
-        finally:
-            self._run_trace = None
-
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:
             return self._decoder.new_cache(batch_size)
@@ -283,44 +275,3 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
             )
         return cache
-
-    def _grid_logits(self, hidden: Tensor, grid: _Grid, shape: torch.Size, keep: int | Tensor, trace: Trace) -> Tensor:
-        """Return logits [B, K, vocab] of the columns to keep; only real tokens pass through the head."""
-        batch, columns = shape
-        kept = torch.arange(columns, device=hidden.device)
-        kept = kept[-keep:] if isinstance(keep, int) else kept[keep.to(kept.device)]
-        if grid.places is None and len(kept) == columns:
-            return self._decoder.logits(hidden, trace).view(batch, columns, -1)
-        row_of = torch.full((batch * columns,), -1, device=hidden.device)
-        places = torch.arange(batch * columns, device=hidden.device) if grid.places is None else grid.places
-        row_of[places] = torch.arange(hidden.shape[0], device=hidden.device)
-        rows = row_of.view(batch, columns)[:, kept].flatten()  # [B * K], -1 at padding
-        if grid.places is None or bool((rows >= 0).all()):
-            return self._decoder.logits(hidden[rows], trace).view(batch, len(kept), -1)
-        real = rows >= 0
-        logits = self._decoder.logits(hidden[rows[real]], trace)
-        padded = logits.new_zeros((batch * len(kept), logits.shape[-1]))
-        padded[real] = logits
-        return padded.view(batch, len(kept), -1)
-
-
-def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> _Grid:
-    """Take the real tokens out of a padded grid [B, T] that follows `seen` columns."""
-    batch, columns = input_ids.shape
-    if attention_mask is None:
-        return _Grid(input_ids.reshape(-1), [columns] * batch, None)
-    if tuple(attention_mask.shape) not in ((batch, columns), (batch, seen + columns)):
-        raise InputError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}"
-        )
-    real = attention_mask[:, -columns:].to(input_ids.device) != 0
-    lengths = real.sum(1).tolist()
-    if sum(lengths) == batch * columns:
-        return _Grid(input_ids.reshape(-1), lengths, None)
-    places = real.flatten().nonzero().squeeze(-1)
-    return _Grid(input_ids.reshape(-1)[places], lengths, places)
-
-
-def _shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each position's prediction against the next label; -100 is ignored."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

@@ -30,6 +30,13 @@ class SplitRows(NamedTuple):
     keep: Tensor
 
 
+class PassTokens(NamedTuple):
+    """The tokens of a pass: their ids and which of them may never halt, each [N] in order of origin."""
+
+    token_ids: Tensor
+    protected: Tensor
+
+
 @dataclass(frozen=True)
 class HaltedTokens:
     """The tokens of this pass that have halted.
@@ -49,15 +56,15 @@ class HaltedTokens:
         """Return the empty set of a pass."""
         return cls(chunk)
 
-    def add(self, state: TokenState, keep: Tensor) -> HaltedTokens:
-        """Add the tokens of `state`; `keep` are the rows that still run (only their number matters)."""
+    def add(self, state: TokenState, split: SplitRows) -> HaltedTokens:
+        """Add the rows of `state` that halt. The grid is written in place: the value added to is used up."""
         grid = self.grid
         if grid is None:
             grid = state.hidden.new_empty((self.chunk.num_tokens, state.hidden.shape[1]))
-        state.scatter(grid)
-        if keep.shape[0] == 0:
+        rows = state.layout.origin.index_select(0, split.halt)
+        grid.index_copy_(0, rows, state.hidden.index_select(0, split.halt))
+        if split.keep.shape[0] == 0:
             return HaltedTokens(self.chunk, grid, self.chunk.origin)
-        rows = state.layout.origin
         if self.rows is not None:
             rows = torch.cat((self.rows, rows)).sort().values
         return HaltedTokens(self.chunk, grid, rows)
@@ -78,15 +85,15 @@ class HaltingStep:
         self._special_ids = torch.tensor(sorted(set(special_ids)), dtype=torch.int64, device=adapter.spec.device)
         self.keeps_updates = config is not None and halting.needs_previous_update(config.rule)
 
-    def protected(self, token_ids: Tensor, chunk: RaggedLayout) -> Tensor | None:
-        """Return which tokens of a pass may never halt, [N] bool; None where all may."""
+    def tokens(self, token_ids: Tensor, chunk: RaggedLayout) -> PassTokens | None:
+        """Return what halting needs of a pass's tokens; None where nothing can halt."""
         config = self._config
         if config is None:
             return None
         protected = chunk.positions < config.protect_first
         if config.protect_special and self._special_ids.numel():
             protected = protected | torch.isin(token_ids, self._special_ids)
-        return protected
+        return PassTokens(token_ids, protected)
 
     def decide(
         self,
@@ -94,24 +101,34 @@ class HaltingStep:
         before: TokenState,
         after: TokenState,
         previous_update: Tensor | None,
-        protected: Tensor | None,
+        tokens: PassTokens | None,
         trace: Trace,
     ) -> SplitRows | None:
         """Return the rows that halt after a layer and those that go on, or None where none halts."""
         config, num_layers = self._config, self._adapter.spec.num_layers
-        if config is None or protected is None or layer_idx == num_layers - 1:
+        if config is None or tokens is None or layer_idx == num_layers - 1:
             return None
         if layer_idx < config.first_halt(num_layers) or not halting.may_halt(config.rule, layer_idx):
             return None
         layout = after.layout
-        view = LayerView(layer_idx, before.hidden, after.hidden, previous_update, layout.positions, self._head_entropy)
+        token_ids, protected = (t.index_select(0, layout.origin) for t in tokens)
+        view = LayerView(
+            layer_idx,
+            before.hidden,
+            after.hidden,
+            previous_update,
+            layout.positions,
+            token_ids,
+            self._head_entropy,
+        )
         decision = halting.decide(config.rule, view)
-        halt = decision.halt & ~protected.index_select(0, layout.origin)
+        halt = decision.halt & ~protected
         rows = halt.nonzero().squeeze(-1)
         trace.record_halt(layer_idx, layout.origin.index_select(0, rows), decision.signal_rows)
         if rows.shape[0] == 0:
             return None
-        return SplitRows(rows, (~halt).nonzero().squeeze(-1))
+        going_on = halt.shape[0] - rows.shape[0]
+        return SplitRows(rows, halt.argsort(stable=True)[:going_on])  # False first; the device is not asked again
 
     def _head_entropy(self, hidden: Tensor) -> Tensor:
         """Return the entropy in bits of the head on states [M, d], [M]."""

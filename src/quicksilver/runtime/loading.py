@@ -60,7 +60,8 @@ def load(
         plan: a `Plan`, a preset's name, or the path of a plan file.
         dtype: "float32", "bfloat16", "float16", or None for float32 on the CPU and the model's own elsewhere.
         device: "cpu", "cuda", "cuda:1", ...
-        special_ids: as in `accelerate`.
+        special_ids: token ids never halted where the plan protects them (default: the configuration's BOS, EOS
+            and padding ids, and the special tokens of the tokenizer where there is one).
 
     Raises:
         ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
@@ -71,7 +72,8 @@ def load(
     source, target = resolve_model(path_or_id), resolve_device(device)
     model = _read_model(source, resolve_dtype(dtype, target))
     try:
-        return accelerate(model.eval().to(target), resolved, special_ids)
+        ids = {*configured_special_ids(model), *_tokenizer_special_ids(source)} if special_ids is None else special_ids
+        return accelerate(model.eval().to(target), resolved, sorted(ids))
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
 
@@ -92,6 +94,13 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
     if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
         raise ModelError(f"{path_or_id}: there is no tokenizer")
     return tokenizer
+
+
+def _tokenizer_special_ids(source: str) -> list[int]:
+    try:
+        return load_tokenizer(source).all_special_ids
+    except ModelError:
+        return []
 
 
 def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:

@@ -14,7 +14,8 @@ class RunStats:
     """Counts of the last run. FLOPs are counted from what ran; `dense_flops` by arithmetic for the same tokens.
 
     Attributes:
-        tokens: tokens fed, prompt and generated.
+        tokens: tokens fed, prompt and generated, and the padding that transformers feeds for rows of a batch
+            that have finished.
         mean_depth: layers run per token, on average.
         num_layers: layers of the model.
         halted_by_layer: tokens that halted after each layer.
@@ -22,6 +23,7 @@ class RunStats:
         dense_flops: FLOPs of the dense model for the same tokens.
         weight_bytes_per_token: weight bytes read per token were each decoded alone.
         kv_bytes: bytes allocated in the cache at the end, room to grow included.
+        kv_used_bytes: of these, bytes of what is held.
         kv_entries: entries in the cache at the end, over all layers and sequences.
     """
 
@@ -33,6 +35,7 @@ class RunStats:
     dense_flops: int
     weight_bytes_per_token: float
     kv_bytes: int
+    kv_used_bytes: int
     kv_entries: int
 
     @classmethod
@@ -48,6 +51,7 @@ class RunStats:
             dense_flops=dense_cost(spec, trace).flops,
             weight_bytes_per_token=executed.weight_bytes / max(trace.tokens, 1),
             kv_bytes=trace.kv_bytes,
+            kv_used_bytes=trace.kv_used_bytes,
             kv_entries=trace.kv_entries,
         )
 
@@ -59,12 +63,13 @@ class RunStats:
     def summary(self) -> str:
         """Return the counts as a few lines of text."""
         halted = sum(self.halted_by_layer)
+        used, allocated = self.kv_used_bytes / 1e6, self.kv_bytes / 1e6
         return "\n".join(
             (
                 f"tokens          {self.tokens} ({halted} halted early)",
                 f"mean depth      {self.mean_depth:.2f} of {self.num_layers} layers",
                 f"FLOPs           {self.flops:.4g} ({self.flops_reduction:+.2%} saved against dense, by arithmetic)",
                 f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",
-                f"cache           {self.kv_entries} entries, {self.kv_bytes / 1e6:.3f} MB allocated",
+                f"cache           {self.kv_entries} entries, {used:.3f} MB of {allocated:.3f} MB allocated",
             )
         )
