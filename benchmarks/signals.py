@@ -7,6 +7,7 @@ text. Timing is not its subject.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.loading import load, load_tokenizer
 
 MIN_LAYER = 0.5
-BISECTIONS = 10
+BISECTIONS = 20
+CLOSE = 0.03  # of the share asked for
 FILLS: dict[str, rules.KVFill] = {
     "drop": rules.DropFill(),
     "zero": rules.ZeroFill(),
@@ -47,12 +49,12 @@ class Signal:
 
 
 SIGNALS = {
-    "random": Signal(lambda p: rules.RandomRule(p, seed=1), 0.0, 1.0),
-    "drift": Signal(rules.DriftRule, 0.0, 1000.0),
-    "relative": Signal(rules.RelativeDriftRule, 0.0, 2.0),
-    "fixed_point": Signal(lambda t: rules.FixedPointRule(t, min_cosine=0.0), 0.0, 2.0),
-    "entropy": Signal(rules.EntropyRule, 0.0, 16.0),
-    "drift+entropy": Signal(lambda t: rules.AllRule((rules.DriftRule(t), rules.EntropyRule(1.15))), 0.0, 1000.0),
+    "random": Signal(lambda p: rules.RandomRule(p, seed=1), 1e-4, 1.0),
+    "drift": Signal(rules.DriftRule, 1e-3, 1e4),
+    "relative": Signal(rules.RelativeDriftRule, 1e-3, 2.0),
+    "fixed_point": Signal(lambda t: rules.FixedPointRule(t, min_cosine=0.0), 1e-3, 2.0),
+    "entropy": Signal(rules.EntropyRule, 1e-3, 16.0),
+    "drift+entropy": Signal(lambda t: rules.AllRule((rules.DriftRule(t), rules.EntropyRule(1.15))), 1e-3, 1e4),
 }
 
 
@@ -76,15 +78,15 @@ def saved_share(model: Any, plan: Plan, windows: Sequence[Window]) -> float:
 def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Window]) -> Plan | None:
     """Return the plan that saves `share` of the layers on the calibration windows, or None if none does."""
     low, high = SIGNALS[signal].low, SIGNALS[signal].high
-    if saved_share(model, plan_for(signal, fill, high), windows) < 0.98 * share:
+    if saved_share(model, plan_for(signal, fill, high), windows) < (1 - CLOSE) * share:
         return None
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if saved_share(model, plan_for(signal, fill, middle), windows) < share:
-            low = middle
-        else:
-            high = middle
-    return plan_for(signal, fill, (low + high) / 2)
+        middle = math.sqrt(low * high)  # thresholds differ by orders of magnitude between models
+        saved = saved_share(model, plan_for(signal, fill, middle), windows)
+        if abs(saved - share) <= CLOSE * share:
+            return plan_for(signal, fill, middle)
+        low, high = (middle, high) if saved < share else (low, middle)
+    return None
 
 
 def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -> list[tuple[float, Plan]]:

@@ -1,0 +1,57 @@
+"""Documents that can be checked are: the help page, the README's commands, and links between pages."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quicksilver.measure.demo import ARTICLES
+from quicksilver.runtime.loading import embedded_models
+from scripts.cli_docs import render
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def readme_commands() -> list[str]:
+    """The lines of the README's shell blocks that call the program."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?quicksilver ", line)]
+
+
+def test_the_help_page_is_current() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == render(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(readme_commands()) >= 4
+
+
+def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in one folder, as a reader would; with fewer tokens."""
+    if not embedded_models():
+        pytest.skip("this checkout holds no embedded model")
+    (tmp_path / "book.txt").write_text("".join(path.read_text() for path in sorted(ARTICLES.glob("*.txt"))))
+    monkeypatch.chdir(tmp_path)
+    for line in readme_commands():
+        arguments, _, output = line.partition(">")
+        words = shlex.split(arguments, comments=True)[1:]
+        if words[0] in ("eval", "demo"):
+            words += ["--max-tokens", "1100"]
+        result = cli(*words)
+        assert result.status == 0, (line, result.err)
+        if output.strip():
+            (tmp_path / output.strip()).write_text(result.out)
