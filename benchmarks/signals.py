@@ -1,7 +1,8 @@
 """Halting signals and KV fills at matched mean depth, against halting at random.
 
 Thresholds are found on calibration text, by bisection for the share of layers saved; figures come from other
-text. Timing is not its subject.
+text, where a threshold may save more or less: random halting is measured at several shares, and each plan is
+compared with it at the share the plan really saved. Timing is not its subject.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from quicksilver.runtime.loading import load, load_tokenizer
 MIN_LAYER = 0.5
 BISECTIONS = 20
 CLOSE = 0.03  # of the share asked for
+RANDOM_SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15)
 FILLS: dict[str, rules.KVFill] = {
     "drop": rules.DropFill(),
     "zero": rules.ZeroFill(),
@@ -48,8 +50,9 @@ class Signal:
     high: float
 
 
+CONTROL = "random"
 SIGNALS = {
-    "random": Signal(lambda p: rules.RandomRule(p, seed=1), 1e-4, 1.0),
+    CONTROL: Signal(lambda p: rules.RandomRule(p, seed=1), 1e-4, 1.0),
     "drift": Signal(rules.DriftRule, 1e-3, 1e4),
     "relative": Signal(rules.RelativeDriftRule, 1e-3, 2.0),
     "fixed_point": Signal(lambda t: rules.FixedPointRule(t, min_cosine=0.0), 1e-3, 2.0),
@@ -92,36 +95,48 @@ def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Wi
 def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -> list[tuple[float, Plan]]:
     """Return every signal x fill x share that can be matched, with the share asked for."""
     found = []
-    for share in shares:
-        for signal in SIGNALS:
+    for signal in SIGNALS:
+        for share in RANDOM_SHARES if signal == CONTROL else shares:
             for fill in FILLS:
                 plan = match(model, signal, fill, share, windows)
-                print(f"{share:.0%} {signal}/{fill}: {'not reachable' if plan is None else 'matched'}", file=sys.stderr)
+                print(f"{share:.1%} {signal}/{fill}: {'not reachable' if plan is None else 'matched'}", file=sys.stderr)
                 if plan is not None:
                     found.append((share, plan))
     return found
 
 
-def against_random(
-    shares: Sequence[float], records: Sequence[EngineRecord], counts: list[int]
-) -> list[dict[str, Any] | None]:
-    """Return each plan's loss minus that of random halting with the same fill and share, with its interval."""
+def saved(record: EngineRecord) -> float:
+    """Return the share of token-layers that an engine did not run."""
+    return 1.0 - record.trace.mean_depth / record.decoder.spec.num_layers
 
-    def fill(record: EngineRecord) -> str:
-        return record.decoder.plan.name.partition("/")[2]
 
-    controls = {
-        (share, fill(record)): record
-        for share, record in zip(shares, records, strict=True)
-        if record.decoder.plan.name.startswith("random/")
+def against_random(records: Sequence[EngineRecord], counts: list[int]) -> list[dict[str, Any] | None]:
+    """Return each plan's loss minus that of random halting with the same fill at the same share, with its interval.
+
+    Between two shares at which random halting was measured, each window's loss is interpolated linearly. None for
+    the controls themselves, and outside the range measured. The first record is the dense engine's.
+    """
+    curves = {
+        fill: sorted(
+            [(0.0, records[0].nll)]
+            + [(saved(r), r.nll) for r in records if r.decoder.plan.name == f"{CONTROL}/{fill}"],
+            key=lambda point: point[0],
+        )
+        for fill in FILLS
     }
     rows: list[dict[str, Any] | None] = []
-    for share, record in zip(shares, records, strict=True):
-        control = controls.get((share, fill(record)))
-        if control is None or control is record:
+    for record in records[1:]:
+        signal, _, fill = record.decoder.plan.name.partition("/")
+        curve = curves.get(fill, [])
+        share = saved(record)
+        if signal == CONTROL or not curve or not 0.0 < share <= curve[-1][0]:
             rows.append(None)
             continue
-        delta = paired_delta(control.nll, record.nll, counts)
+        above = next(i for i, point in enumerate(curve) if point[0] >= share)
+        (low, low_nll), (high, high_nll) = curve[above - 1], curve[above]
+        weight = (share - low) / (high - low)
+        control = [(1 - weight) * x + weight * y for x, y in zip(low_nll, high_nll, strict=True)]
+        delta = paired_delta(control, record.nll, counts)
         rows.append({"nll": delta.nll, "nll_ci95": delta.nll_ci95 and list(delta.nll_ci95)})
     return rows
 
@@ -143,7 +158,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         f" {env['transformers']}, {env['cpu']}, {env['threads']} thread(s).",
         "",
         "| layers saved: asked | got | signal | KV fill | threshold | Δnll [95 % CI] | Δppl | KL | top-1 | FLOPs"
-        " | KV bytes | Δnll against random [95 % CI] |",
+        " | KV bytes | Δnll against random at the share got [95 % CI] |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_table_row(row) for row in rows]) + "\n"
@@ -218,7 +233,7 @@ def main(
     records = run_windows(decoders, measured.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
     rows = build_rows(records, measured, protocol, "score", Path(model).name)
     counts = [window.num_scored for window in measured.windows]
-    controls = against_random([share for share, _ in found], records[1:], counts)
+    controls = against_random(records, counts)
     for row, (share, _), control in zip(rows, found, controls, strict=True):
         row.update(share=share, calibration=fitted.name, against_random=control)
     write_atomically(Path(f"{output}.json"), json.dumps(rows, indent=1) + "\n")
