@@ -12,8 +12,6 @@ import torch
 
 from training.common import InputError
 
-GROUP_WINDOWS = 512  # long windows whose short pieces are spread over one another
-
 
 def load_tokens(path: Path) -> np.ndarray:
     """Map a packed `.npy` file (uint16, 1-D) into memory."""
@@ -31,13 +29,13 @@ def load_tokens(path: Path) -> np.ndarray:
 class WindowSampler:
     """Training batches without replacement within an epoch.
 
-    Windows of `longest` tokens are shuffled afresh each epoch, from a fresh offset. A stage of shorter
-    windows takes one piece of each window of a group before the next piece of any, so that a batch mixes
-    documents.
+    The epoch's windows are shuffled one by one, from a fresh offset each epoch: pieces of one article that come
+    close together would be learnt by heart and forgotten again. A stage of another window length goes on at the
+    same token count in its own order, so it may repeat some of what the stage before it saw.
 
     Args:
         tokens: packed tokens `[N]`, uint16.
-        longest: length of the longest window of any stage; every other length divides it.
+        longest: length of the longest window of any stage.
         seed: order of the run.
         device: where the tokens are kept and the batches made.
     """
@@ -60,10 +58,7 @@ class WindowSampler:
         if self._cached is None or self._cached[0] != (epoch, seq_len):
             rng = np.random.default_rng((self.seed, epoch))
             offset = int(rng.integers(self.longest))
-            order = rng.permutation(self.windows).astype(np.int64) * self.longest + offset
-            pieces = np.arange(0, self.longest, seq_len)
-            groups = [order[at : at + GROUP_WINDOWS] for at in range(0, self.windows, GROUP_WINDOWS)]
-            starts = np.concatenate([(pieces[:, None] + group).ravel() for group in groups])
+            starts = rng.permutation(self.epoch_tokens // seq_len).astype(np.int64) * seq_len + offset
             starts = np.minimum(starts, len(self.tokens) - seq_len - 1)
             self._cached = ((epoch, seq_len), torch.from_numpy(starts).to(self.device))
         return self._cached[1]

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from quicksilver import errors
     from quicksilver.core import rules
     from quicksilver.core.plan import Plan
-    from quicksilver.runtime.loading import accelerate, load
+    from quicksilver.runtime.loading import accelerate, load, load_tokenizer
 
-__all__ = ["Plan", "__version__", "accelerate", "errors", "load", "rules"]
+__all__ = ["Plan", "__version__", "accelerate", "errors", "load", "load_tokenizer", "rules"]
 
 _LAZY = {
     "Plan": "quicksilver.core.plan",
     "accelerate": "quicksilver.runtime.loading",
     "errors": "quicksilver",
     "load": "quicksilver.runtime.loading",
+    "load_tokenizer": "quicksilver.runtime.loading",
     "rules": "quicksilver.core",
 }
 

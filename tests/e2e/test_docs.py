@@ -55,3 +55,12 @@ def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatc
         assert result.status == 0, (line, result.err)
         if output.strip():
             (tmp_path / output.strip()).write_text(result.out)
+
+
+def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if not embedded_models():
+        pytest.skip("this checkout holds no embedded model")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    small = snippet.replace("GPT2Config()", "GPT2Config(n_layer=2, n_embd=32, n_head=2)")
+    exec(compile(small, "README.md", "exec"), {})
+    assert "mean depth" in capsys.readouterr().out

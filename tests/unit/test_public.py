@@ -11,7 +11,7 @@ import quicksilver
 
 
 def test_all_names_exist_and_are_all() -> None:
-    assert quicksilver.__all__ == ["Plan", "__version__", "accelerate", "errors", "load", "rules"]
+    assert quicksilver.__all__ == ["Plan", "__version__", "accelerate", "errors", "load", "load_tokenizer", "rules"]
     assert all(getattr(quicksilver, name) is not None for name in quicksilver.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = quicksilver.nonsense

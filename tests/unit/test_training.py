@@ -119,6 +119,15 @@ def test_sampler_covers_an_epoch_once_at_any_length() -> None:
         assert torch.equal(torch.cat(targets), flat + 1)
 
 
+def test_short_windows_of_one_stretch_are_spread_over_the_epoch() -> None:
+    tokens = np.arange(60_000, dtype=np.uint16)
+    sampler = WindowSampler(tokens, 64, seed=0, device=torch.device("cpu"))
+    inputs, _ = sampler.batch(0, sampler.epoch_tokens // 64 * 64, 16)
+    visited = torch.argsort(inputs[:, 0])  # when each window, in the order of the text, was visited
+    gaps = (visited[1:] - visited[:-1]).abs().float() / len(visited)
+    assert gaps.mean() == pytest.approx(1 / 3, abs=0.02)  # as for positions drawn at random
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_resuming_changes_nothing(corpus: Path, tmp_path: Path, architecture: str) -> None:
     config = tiny_config(architecture)

@@ -44,7 +44,12 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
         with progress(name, len(text[1].windows)) as advance:
             results, picture = demo.run(model, tokenizer, display_name(name), plans, text, folder, advance)
         print_table(results)
-        sample = demo.sample(model, tokenizer, plans[-1])
+        print(
+            "No preset is calibrated to a model: `paper` is the published rule, literally, and the others show what\n"
+            "halting without calibration costs. See docs/results for what was found.",
+        )
+        shallowest = demo.shallowest(results, plans)
+        sample = demo.sample(model, tokenizer, shallowest)
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
         print(f"\nGenerated under plan '{sample.plan}' ({depth}):\n  {sample.text}\n")
         print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")

@@ -68,6 +68,12 @@ def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_to
         model.plan = before
 
 
+def shallowest(results: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> Plan:
+    """Return the plan that ran the fewest layers per token."""
+    name = min(results, key=lambda result: result["accelerated"]["mean_depth"])["plan"]["name"]
+    return next(plan for plan in plans if plan.name == name)
+
+
 def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[int]) -> list[int]:
     """Return how many layers each token of one sequence ran under a plan."""
     decoder = Decoder(model.adapter, plan, model.special_ids)
@@ -88,8 +94,7 @@ def run(
     """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`, return the results and the picture."""
     protocol, windowed = text
     results = evaluate(model, plans, windowed, protocol, "score", name, on_window)
-    saved = min(results, key=lambda r: r["accelerated"]["mean_depth"])["plan"]["name"]
-    shown = next(plan for plan in plans if plan.name == saved)
+    shown = shallowest(results, plans)
     token_ids = windowed.windows[0].token_ids
     picture = folder / f"{name}.png"
     tokens = [tokenizer.decode([token]) for token in token_ids]

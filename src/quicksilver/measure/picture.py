@@ -91,5 +91,7 @@ def _draw_tokens(
     axes.set_ylim(-_ROWS + 0.4, 0.6)
     axes.set_axis_off()
     mean = sum(depths[:shown]) / max(shown, 1)
-    axes.set_title(f"layers each token ran under plan '{plan_name}' (mean {mean:.2f} of {layers})", fontsize=10)
+    axes.set_title(
+        f"layers each token ran under plan '{plan_name}' (mean {mean:.2f} of {layers} in this excerpt)", fontsize=10
+    )
     figure.colorbar(colours, ax=axes, label="layers run", ticks=range(1, layers + 1))

@@ -92,7 +92,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
     except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
         raise ModelError(f"{path_or_id}: cannot load the tokenizer: {first_line(error)}") from None
     if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
-        raise ModelError(f"{path_or_id}: there is no tokenizer")
+        raise ModelError(f"{path_or_id}: there is no tokenizer in this folder; save one there with save_pretrained")
     return tokenizer
 
 
@@ -111,6 +111,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
     """
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise PlanError(f"a plan is a Plan, a preset's name or a file, not {type(plan).__name__}")
     if isinstance(plan, str) and plan in PRESETS:
         return PRESETS[plan]
     if _is_file(plan):
