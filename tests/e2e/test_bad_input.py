@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +114,7 @@ def test_a_dataset_without_the_hub(refused: Refused, no_hub: None, folder: Path,
 
 
 def test_a_dataset_without_the_package(refused: Refused, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     refused("eval", folder, "--dataset", "c4", names=("c4", "pip install", "--documents"))
 
 
@@ -126,7 +128,7 @@ def test_a_dataset_whose_download_fails(
         raise error
 
     monkeypatch.setattr("quicksilver.measure.texts.hub_answers", lambda kind, repo_id: None)
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))  # an optional package
     refused("eval", folder, "--dataset", "wikitext-2", names=("wikitext-2", str(error), "--text"))
 
 
