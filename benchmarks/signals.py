@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from quicksilver.core import rules
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
+from quicksilver.core.trace import Trace
 from quicksilver.errors import QuickSilverError
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, run_windows
@@ -69,13 +71,16 @@ def plan_for(signal: str, fill: str, number: float) -> Plan:
 
 def saved_share(model: Any, plan: Plan, windows: Sequence[Window]) -> float:
     """Return the share of token-layers that a plan does not run."""
-    import torch
-
     decoder = Decoder(model.adapter, plan, model.special_ids)
     trace = decoder.new_trace()
     for window in windows:
         decoder.run(torch.tensor(window.token_ids), [len(window.token_ids)], decoder.new_cache(1), trace)
-    return 1.0 - trace.mean_depth / model.adapter.spec.num_layers
+    return saved(decoder, trace)
+
+
+def saved(decoder: Decoder, trace: Trace) -> float:
+    """Return the share of token-layers that a traced run did not run."""
+    return 1.0 - trace.mean_depth / decoder.spec.num_layers
 
 
 def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Window]) -> Plan | None:
@@ -85,10 +90,11 @@ def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Wi
         return None
     for _ in range(BISECTIONS):
         middle = math.sqrt(low * high)  # thresholds differ by orders of magnitude between models
-        saved = saved_share(model, plan_for(signal, fill, middle), windows)
-        if abs(saved - share) <= CLOSE * share:
-            return plan_for(signal, fill, middle)
-        low, high = (middle, high) if saved < share else (low, middle)
+        plan = plan_for(signal, fill, middle)
+        got = saved_share(model, plan, windows)
+        if abs(got - share) <= CLOSE * share:
+            return plan
+        low, high = (middle, high) if got < share else (low, middle)
     return None
 
 
@@ -105,11 +111,6 @@ def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -
     return found
 
 
-def saved(record: EngineRecord) -> float:
-    """Return the share of token-layers that an engine did not run."""
-    return 1.0 - record.trace.mean_depth / record.decoder.spec.num_layers
-
-
 def against_random(records: Sequence[EngineRecord], counts: list[int]) -> list[dict[str, Any] | None]:
     """Return each plan's loss minus that of random halting with the same fill at the same share, with its interval.
 
@@ -119,7 +120,7 @@ def against_random(records: Sequence[EngineRecord], counts: list[int]) -> list[d
     curves = {
         fill: sorted(
             [(0.0, records[0].nll)]
-            + [(saved(r), r.nll) for r in records if r.decoder.plan.name == f"{CONTROL}/{fill}"],
+            + [(saved(r.decoder, r.trace), r.nll) for r in records if r.decoder.plan.name == f"{CONTROL}/{fill}"],
             key=lambda point: point[0],
         )
         for fill in FILLS
@@ -128,7 +129,7 @@ def against_random(records: Sequence[EngineRecord], counts: list[int]) -> list[d
     for record in records[1:]:
         signal, _, fill = record.decoder.plan.name.partition("/")
         curve = curves.get(fill, [])
-        share = saved(record)
+        share = saved(record.decoder, record.trace)
         if signal == CONTROL or not curve or not 0.0 < share <= curve[-1][0]:
             rows.append(None)
             continue

@@ -45,9 +45,11 @@ def command(
       quicksilver generate ref-llama "The river rises in" --plan settled --stats
       quicksilver generate ref-llama - --temperature 0.8 --top-p 0.95 --seed 1 < prompt.txt
     """
+    from quicksilver.measure.texts import is_encodable
+
     _check_sampling(temperature, top_k, top_p)
     text = _read_stdin() if prompt == "-" else prompt
-    if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+    if not is_encodable(text):
         raise InputError("the prompt is not UTF-8 text")
     loaded, tokenizer = open_model(model, plan, dtype, device, threads)
     encoded = tokenizer(text, return_tensors="pt")

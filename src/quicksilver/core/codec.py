@@ -98,7 +98,5 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return cls(**values)
-    except PlanError as error:
-        raise PlanError(f"{where}: {error}") from None
-    except TypeError as error:
+    except (PlanError, TypeError) as error:
         raise PlanError(f"{where}: {error}") from None

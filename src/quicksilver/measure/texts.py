@@ -61,7 +61,7 @@ def read_documents(path: str | Path) -> Corpus:
             raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: "text" is not a string')
-        if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+        if not is_encodable(text):
             raise InputError(f'{path}, line {number}: "text" holds half of a surrogate pair')
         if text.strip():
             texts.append(text)
@@ -99,6 +99,11 @@ def read_dataset(name: str) -> Corpus:
             f"--dataset {name}: reading {repo_id} failed ({first_line(error)}); pass a local file with --text or"
             " --documents"
         ) from None
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    return not any("\ud800" <= symbol <= "\udfff" for symbol in text)
 
 
 def _wikitext(config: str) -> Callable[[str, str, Any], Corpus]:
