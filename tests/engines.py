@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, HaltingConfig, HaltingRule, KVFill
+from quicksilver.core.rules import DropFill, FusionConfig, FusionRule, HaltingConfig, HaltingRule, KVFill
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
 from quicksilver.runtime.decoder import Decoder
@@ -30,15 +30,23 @@ def halting_plan(rule: HaltingRule, kv: KVFill | None = None, **protection: Any)
     return Plan("test", config, kv or DropFill())
 
 
+def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill | None = None, **options: Any) -> Plan:
+    """Return a plan that fuses all tokens by `rule` and halts by `halting`, with nothing protected."""
+    free = {"protect_first": 0, "protect_special": False}
+    config = FusionConfig(rule, **{"layers": (1,), "scope": "all", "max_group": 3, **free, **options})
+    stops = None if halting is None else HaltingConfig(halting, min_layer=1, protect_first=0, protect_special=False)
+    return Plan("test", stops, kv or DropFill(), config)
+
+
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:
     """Return the engine for a transformers model."""
     return Decoder(adapt(model), plan, **options)
 
 
-def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int]) -> Run:
+def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int], prompt: bool = False) -> Run:
     """Feed one sequence in chunks of the given sizes."""
     cache, trace = engine.new_cache(1), engine.new_trace(per_token=True)
-    hidden = [engine.run(chunk, [len(chunk)], cache, trace) for chunk in ids.split(list(chunks))]
+    hidden = [engine.run(chunk, [len(chunk)], cache, trace, prompt) for chunk in ids.split(list(chunks))]
     return Run(engine.logits(torch.cat(hidden), trace), cache, trace)
 
 

@@ -1,7 +1,7 @@
-"""The definition of halting and of each KV fill: every token through every layer, then masks decide.
+"""The definition of halting, of each KV fill and of fusion: every token through every layer, then masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
-through transformers' own leaf modules, attention is written out.
+through transformers' own leaf modules, attention is written out, groups are formed token by token.
 """
 
 from __future__ import annotations
@@ -13,34 +13,65 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quicksilver.core.rules import DropFill, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ShareFill, ZeroFill
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 """(layer, states before, states after, previous update), each [T, d], to which tokens would halt, [T] bool."""
 
 
+Alike = Callable[[int, Tensor, Tensor, int, int], bool]
+"""(layer, states [T, d], keys before rotation [T, Hkv, D], earlier, later) to whether the two tokens may fuse."""
+
+
+class Fusion(NamedTuple):
+    """After which layers neighbours fuse, in what groups, and what goes on."""
+
+    after_layers: tuple[int, ...]
+    max_group: int
+    weights: FusionWeights
+    alike: Alike
+
+
 class OracleRun(NamedTuple):
-    """Logits [T, vocab], layers run by each token [T], and (query, key) pairs scored in each layer."""
+    """What the mechanisms' definitions give.
+
+    Attributes:
+        logits: [T, vocab].
+        depths: [T] layers run by each token.
+        attended: (query, key) pairs scored in each layer.
+        masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
+        sizes: sizes of the groups formed after each layer, ascending.
+    """
 
     logits: Tensor
     depths: Tensor
     attended: list[int]
+    masses: Tensor
+    sizes: list[list[int]]
+
+
+def never(*_: object) -> Tensor:
+    """Halt nothing."""
+    return torch.tensor(False)
 
 
 @torch.no_grad()
-def run(model: Any, ids: Tensor, fill: KVFill, halts: Halts) -> OracleRun:
+def run(model: Any, ids: Tensor, fill: KVFill, halts: Halts = never, fusion: Fusion | None = None) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives."""
     parts = _gpt2_parts(model, ids) if model.config.model_type == "gpt2" else _llama_parts(model, ids)
     hidden = parts.embedded
     running = torch.ones(len(ids), dtype=torch.bool)
+    masses = torch.ones(len(ids), dtype=torch.long)  # 0: absorbed
+    shift = torch.zeros_like(hidden)
     depths = torch.zeros(len(ids), dtype=torch.long)
     newest_key = newest_value = previous_update = None
-    attended = []
+    attended, all_masses, sizes = [], [], []
     num_layers = len(parts.layers)
     for layer_idx, layer in enumerate(parts.layers):
-        query, key, value = layer.qkv(hidden)  # [H, T, D], [Hkv, T, D]
+        query = layer.qkv(hidden)[0]  # [H, T, D]
+        _, key, value = layer.qkv(hidden + shift)  # [Hkv, T, D]
         own_key, own_value = key, value
-        halted = ~running
+        halted = ~running & (masses > 0)
         if isinstance(fill, ZeroFill):
             key, value = key.clone(), value.clone()
             key[:, halted], value[:, halted] = 0.0, 0.0
@@ -49,10 +80,11 @@ def run(model: Any, ids: Tensor, fill: KVFill, halts: Halts) -> OracleRun:
             value = torch.where(running[None, :, None], value, newest_value)
         else:
             assert isinstance(fill, DropFill | PropagateFill | ShareFill)
-        listed = running if isinstance(fill, DropFill) else torch.ones_like(running)
+        listed = running if isinstance(fill, DropFill) else masses > 0
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & listed[None, :]
         attended.append(int(mask[running].sum()))
-        after = layer.finish(hidden, _attention(query, key, value, mask, layer.scaling))
+        all_masses.append(masses)
+        after = layer.finish(hidden, _attention(query, key, value, mask, layer.scaling, masses))
         after = torch.where(running[:, None], after, hidden)
         depths += running
         if newest_key is None:
@@ -61,15 +93,51 @@ def run(model: Any, ids: Tensor, fill: KVFill, halts: Halts) -> OracleRun:
         newest_value = torch.where(running[None, :, None], own_value, newest_value)
         if layer_idx < num_layers - 1:
             running = running & ~halts(layer_idx, hidden, after, previous_update)
-        previous_update, hidden = after - hidden, after
-    return OracleRun(model.lm_head(parts.final_norm(hidden)), depths, attended)
+        previous_update = after - hidden
+        formed: list[int] = []
+        if fusion is not None and layer_idx in fusion.after_layers:
+            keys = layer.raw_keys(hidden + shift)
+            after, shift, masses, formed = _fuse(fusion, layer_idx, after, shift, keys, running, masses)
+            running = running & (masses > 0)
+        sizes.append(sorted(formed))
+        hidden = after
+    logits = model.lm_head(parts.final_norm(hidden))
+    return OracleRun(logits, depths, attended, torch.stack(all_masses), sizes)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Return attended values [T, H * D] of queries [H, T, D] over keys [Hkv, T, D] under mask [T, T]."""
+def _fuse(
+    fusion: Fusion, layer_idx: int, hidden: Tensor, shift: Tensor, keys: Tensor, running: Tensor, masses: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Form groups token by token; return the new states, shifts and masses, and the sizes of the groups."""
+    groups: list[list[int]] = []
+    for t in running.nonzero().flatten().tolist():
+        last = groups[-1][-1] if groups else None
+        adjacent = last is not None and last == t - int(masses[t])
+        room = bool(groups) and int(masses[groups[-1]].sum() + masses[t]) <= fusion.max_group
+        if last is not None and adjacent and room and fusion.alike(layer_idx, hidden, keys, last, t):
+            groups[-1].append(t)
+        else:
+            groups.append([t])
+    new_hidden, new_shift, new_masses, sizes = hidden.clone(), shift.clone(), masses.clone(), []
+    for group in (group for group in groups if len(group) > 1):
+        *absorbed, representative = group
+        weight = (torch.ones(len(group)) if fusion.weights == "uniform" else masses[group].float())[:, None]
+        mean = ((hidden + shift)[group] * weight).sum(0) / weight.sum()
+        if fusion.weights in ("mass", "uniform"):
+            new_hidden[representative] = mean
+        elif fusion.weights == "kv":
+            new_shift[representative] = mean - hidden[representative]
+        new_masses[representative] = masses[group].sum()
+        new_masses[absorbed] = 0
+        sizes.append(int(masses[group].sum()))
+    return new_hidden, new_shift, new_masses, sizes
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, masses: Tensor) -> Tensor:
+    """Return attended values [T, H * D] of queries [H, T, D] over keys [Hkv, T, D], `masses` [T], mask [T, T]."""
     repeats = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-    scores = (query @ key.transpose(1, 2)) * scaling
+    scores = (query @ key.transpose(1, 2)) * scaling + masses.clamp(min=1).float().log()
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
     return (weights @ value).transpose(0, 1).flatten(1)
@@ -77,6 +145,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling:
 
 class _Layer(NamedTuple):
     qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    raw_keys: Callable[[Tensor], Tensor]
     finish: Callable[[Tensor, Tensor], Tensor]
     scaling: float
 
@@ -102,7 +171,7 @@ def _gpt2_parts(model: Any, ids: Tensor) -> _Parts:
             x = x + block.attn.c_proj(attended)
             return x + block.mlp(block.ln_2(x))
 
-        return _Layer(qkv, finish, block.attn.scaling)
+        return _Layer(qkv, lambda x: qkv(x)[1].transpose(0, 1), finish, block.attn.scaling)
 
     embedded = body.wte(ids) + body.wpe(torch.arange(len(ids)))
     return _Parts(embedded, [layer(block) for block in body.h], body.ln_f)
@@ -123,14 +192,19 @@ def _llama_parts(model: Any, ids: Tensor) -> _Parts:
         def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x = block.input_layernorm(x)
             query = heads(attention.q_proj(x), getattr(attention, "q_norm", None))
-            key = heads(attention.k_proj(x), getattr(attention, "k_norm", None))
-            query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
+            query, key = apply_rotary_pos_emb(query[None], unrotated(x)[None], cos, sin)
             return query[0], key[0], heads(attention.v_proj(x))
+
+        def unrotated(x: Tensor) -> Tensor:
+            return heads(attention.k_proj(x), getattr(attention, "k_norm", None))
+
+        def raw_keys(x: Tensor) -> Tensor:
+            return unrotated(block.input_layernorm(x)).transpose(0, 1)
 
         def finish(x: Tensor, attended: Tensor) -> Tensor:
             x = x + attention.o_proj(attended)
             return x + block.mlp(block.post_attention_layernorm(x))
 
-        return _Layer(qkv, finish, attention.scaling)
+        return _Layer(qkv, raw_keys, finish, attention.scaling)
 
     return _Parts(embedded, [layer(block) for block in body.layers], body.norm)

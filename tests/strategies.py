@@ -1,6 +1,8 @@
-"""Hypothesis strategies for plans that do halt tokens of the tiny models, of every rule and fill."""
+"""Hypothesis strategies for plans that do halt and fuse tokens of the tiny models, of every rule and fill."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 from hypothesis import strategies as st
 
@@ -42,4 +44,25 @@ halting_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
+_fusion_layers = st.lists(st.integers(1, NUM_LAYERS - 1), min_size=1, max_size=3, unique=True).map(
+    lambda layers: tuple(sorted(layers))
+)
+fusion_rules: st.SearchStrategy[rules.FusionRule] = st.one_of(
+    st.builds(rules.L2FusionRule, st.floats(10.0, 30.0)),
+    st.builds(rules.CosineFusionRule, st.floats(-0.2, 0.6)),
+    st.builds(rules.KeyFusionRule, st.floats(-0.5, 0.6)),
+    st.builds(rules.RandomFusionRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
+    st.builds(rules.ForcedFusionRule, st.lists(st.booleans(), min_size=1, max_size=7).map(tuple)),
+)
+fusion_configs = st.builds(
+    rules.FusionConfig,
+    fusion_rules,
+    layers=_fusion_layers,
+    max_group=st.integers(2, 6),
+    weights=st.sampled_from(get_args(rules.FusionWeights)),
+    scope=st.sampled_from(get_args(rules.FusionScope)),
+    protect_first=st.integers(0, 3),
+    protect_special=st.booleans(),
+)
 plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)
+fusing_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)

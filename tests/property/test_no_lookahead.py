@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quicksilver.core.plan import Plan
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
-from tests.strategies import plans
+from tests.strategies import fusing_plans, plans
 
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:
@@ -43,3 +43,36 @@ def test_neighbours_in_a_batch_change_nothing(plan: Plan, family: str, length: i
     engine = decoder(tiny.model(family), plan)
     ids, neighbour = tiny.token_ids(length), tiny.token_ids(other, seed=1)
     assert_same_until(run_whole(engine, ids), run_batch(engine, [ids, neighbour]), length)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_later_tokens_change_nothing_where_tokens_fuse(
+    plan: Plan, family: str, length: int, data: st.DataObject
+) -> None:
+    """Token by token, a token has predicted before a later one can absorb it: no exception is made."""
+    engine = decoder(tiny.model(family), plan, special_ids=[7])
+    ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
+    prompt = data.draw(st.integers(1, keep))
+    atol = tolerances.LOGITS[torch.float32]
+    one, other = (run_steps(engine, tokens, prompt).logits[prompt - 1 : keep] for tokens in (ids, changed))
+    torch.testing.assert_close(one, other, atol=atol, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_in_one_pass_later_tokens_decide_only_who_is_absorbed_at_the_end(
+    plan: Plan, family: str, length: int, data: st.DataObject
+) -> None:
+    """In one pass a token that a later one absorbs is read at the fusion layer; its state there knows nothing of it."""
+    engine = decoder(tiny.model(family), plan, special_ids=[7])
+    ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    whole, prefix = run_whole(engine, ids), run_whole(engine, ids[:keep])
+    open_ends = {tail.position for layer in engine.fusion_layers for tail in prefix.cache.tails.stack(layer, 0)}
+    settled = torch.tensor([position not in open_ends for position in range(keep)], dtype=torch.bool)
+    assert len(open_ends) <= len(engine.fusion_layers) * (len(engine.fusion_layers) + 1) // 2
+    assert torch.equal(whole.trace.depths[0][:keep][settled], prefix.trace.depths[0][settled])
+    same = whole.trace.depths[0][:keep] == prefix.trace.depths[0]
+    atol = tolerances.LOGITS[torch.float32]
+    torch.testing.assert_close(whole.logits[:keep][same], prefix.logits[same], atol=atol, rtol=0)

@@ -52,13 +52,29 @@ def test_presets_carry_their_own_names() -> None:
     assert PRESETS["dense"].is_dense
 
 
+FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"version": 2}, "version 2 is not supported"),
         ({"version": None}, "version None"),
         ({"halts": {}}, "unknown key 'halts'"),
-        ({"fusion": {"type": "cosine"}}, "'fusion' is not available"),
+        ({"fusion": {"type": "cosine"}}, "fusion.rule is missing"),
+        ({"fusion": {"rule": {"type": "cosine"}}}, "fusion.rule: .*threshold"),
+        ({"fusion": {"rule": {"type": "euclid"}}}, "fusion.rule.type must be one of l2, cosine, key"),
+        ({"fusion": {"rule": {"type": "l2", "threshold": "near"}}}, "threshold must be a number"),
+        ({"fusion": {"rule": {"type": "l2", "threshold": [1, 2]}, "layers": [3]}}, "2 thresholds for 1 fusion layers"),
+        ({"fusion": {**FUSION, "layers": []}}, "fusion.layers is empty"),
+        ({"fusion": {**FUSION, "layers": [0]}}, "fusion.layers must be at least 1"),
+        ({"fusion": {**FUSION, "max_group": 1}}, "fusion.max_group"),
+        ({"fusion": {**FUSION, "weights": "best"}}, "fusion.weights must be one of last, mass, uniform, kv"),
+        ({"fusion": {**FUSION, "scope": "some"}}, "fusion.scope must be one of prompt, all"),
+        ({"fusion": {**FUSION, "protect_first": 1.5}}, "fusion.protect_first"),
+        ({"fusion": {**FUSION, "protect": 1}}, "fusion: unknown key 'protect'"),
+        ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
+        ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
         ({"precision": {}}, "'precision' is not available"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),

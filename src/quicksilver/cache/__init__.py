@@ -1,5 +1,6 @@
-"""The ragged key/value cache: lengths and positions per layer and sequence."""
+"""The ragged key/value cache: lengths and positions per layer and sequence, and where fusion stands."""
 
 from quicksilver.cache.ragged import CacheShape, RaggedKVCache
+from quicksilver.cache.tails import TailRow
 
-__all__ = ["CacheShape", "RaggedKVCache"]
+__all__ = ["CacheShape", "RaggedKVCache", "TailRow"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.cache.stores import EntryStore, OwnedEntries, SharedEntries
+from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
 
 
@@ -27,11 +28,19 @@ class CacheShape:
 
 
 class Entries(NamedTuple):
-    """One sequence's entries in one layer: keys and values [n, num_kv_heads, head_dim], positions [n]."""
+    """One sequence's entries in one layer.
+
+    Attributes:
+        keys: [n, num_kv_heads, head_dim].
+        values: like keys.
+        positions: [n] logical positions.
+        masses: [n] tokens that each entry stands for, None where each stands for one.
+    """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    masses: Tensor | None
 
 
 class RaggedKVCache:
@@ -42,32 +51,43 @@ class RaggedKVCache:
         batch_size: number of sequences.
         shared: store each sequence's entries once and let layers refer to them (the `share` fill).
         owner: what may continue this cache; a run refuses a cache whose owner differs from its own.
+        fusion_layers: indices of the layers after which tokens fuse, ascending.
 
     Attributes:
         seq_lengths: logical length of each sequence.
         columns: columns of the padded grids fed so far, kept by whoever feeds grids.
         in_pass: a pass has begun and not ended; if none is under way, it failed and the entries are not whole.
+        tails: where each sequence's last group stands at each fusion layer.
     """
 
     is_compileable = False
 
-    def __init__(self, shape: CacheShape, batch_size: int, shared: bool = False, owner: object = None) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        batch_size: int,
+        shared: bool = False,
+        owner: object = None,
+        fusion_layers: tuple[int, ...] = (),
+    ) -> None:
         store: type[EntryStore] = SharedEntries if shared else OwnedEntries
+        facts = (shape.num_layers, self._row_shape(shape), shape.dtype, shape.device, bool(fusion_layers))
         self.shape = shape
         self.owner = owner
         self.seq_lengths = [0] * batch_size
         self.columns = 0
         self.in_pass = False
-        self._stores = [store(shape.num_layers, self._row_shape, shape.dtype, shape.device) for _ in range(batch_size)]
+        self.tails = FusionTails(fusion_layers, batch_size)
+        self._stores = [store(*facts) for _ in range(batch_size)]
 
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
         return len(self.seq_lengths)
 
-    @property
-    def _row_shape(self) -> tuple[int, int]:
-        return (self.shape.num_kv_heads, self.shape.head_dim)
+    @staticmethod
+    def _row_shape(shape: CacheShape) -> tuple[int, int]:
+        return (shape.num_kv_heads, shape.head_dim)
 
     def advance(self, layout: RaggedLayout) -> None:
         """Count the tokens of a finished pass as seen; after a prefill, give back the room that it left."""
@@ -84,6 +104,7 @@ class RaggedKVCache:
         keys: Tensor,
         values: Tensor,
         refer: RaggedLayout | None = None,
+        masses: Tensor | None = None,
     ) -> None:
         """Write new entries of one layer.
 
@@ -94,19 +115,42 @@ class RaggedKVCache:
             values: [N, num_kv_heads, head_dim].
             refer: all tokens the layer should list, given ones included; those not given are referred to
                 at their newest entry (shared caches only).
+            masses: tokens that each listed token stands for, None for one each.
         """
-        bounds, refer_bounds = layout.bounds, None if refer is None else refer.bounds
+        listed = layout if refer is None else refer
+        bounds, listed_bounds = layout.bounds, listed.bounds
         for seq, store in enumerate(self._stores):
             rows = slice(bounds[seq], bounds[seq + 1])
-            listed = layout.positions[rows]
-            if refer is not None and refer_bounds is not None:
-                listed = refer.positions[refer_bounds[seq] : refer_bounds[seq + 1]]
-            if listed.shape[0]:
-                store.append(layer_idx, layout.positions[rows], keys[rows], values[rows], listed)
+            listed_rows = slice(listed_bounds[seq], listed_bounds[seq + 1])
+            if listed_rows.start == listed_rows.stop:
+                continue
+            store.append(
+                layer_idx,
+                layout.positions[rows],
+                keys[rows],
+                values[rows],
+                listed.positions[listed_rows],
+                None if masses is None else masses[listed_rows],
+            )
+
+    def take_back(self, after_layer: int, seq: int, position: int) -> list[TakenBack]:
+        """Forget the sequence's entries and tails at `position` in the layers after `after_layer`.
+
+        The token at `position` is the last of the sequence so far. Returns what changed in the tails.
+        """
+        store = self._stores[seq]
+        deeper = [i for i in range(self.shape.num_layers - 1, after_layer, -1) if store.length(i)]
+        if deeper:
+            last = torch.stack([store.positions(i)[-1] for i in deeper]).tolist()
+            for layer_idx, found in zip(deeper, last, strict=True):
+                if found == position:
+                    store.drop_last(layer_idx)
+        return self.tails.take_back(after_layer, seq, position)
 
     def entries(self, layer_idx: int, seq: int) -> Entries:
         """Return one sequence's entries in one layer, oldest first."""
-        return Entries(*self._stores[seq].entries(layer_idx))
+        store = self._stores[seq]
+        return Entries(*store.keys_values(layer_idx), store.positions(layer_idx), store.masses(layer_idx))
 
     def entry_counts(self, layer_idx: int) -> list[int]:
         """Entries that each sequence lists in a layer."""
@@ -114,13 +158,13 @@ class RaggedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values, positions and indices, room to grow included."""
-        return sum(store.nbytes for store in self._stores)
+        """Bytes allocated for keys, values, positions, masses, indices and tails, room to grow included."""
+        return sum(store.nbytes for store in self._stores) + self.tails.nbytes
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of what is held, without room to grow."""
-        return sum(store.used_nbytes for store in self._stores)
+        return sum(store.used_nbytes for store in self._stores) + self.tails.nbytes
 
     @property
     def num_entries(self) -> int:

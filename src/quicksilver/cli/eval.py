@@ -22,7 +22,14 @@ _DEFAULT_CONTEXT = 2048
 @click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
 @click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
 @click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens between windows (default: half the context).")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens between windows (default: half the context; with --prompt, all that follow it).",
+)
+@click.option(
+    "--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt, unscored."
+)
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
 @model_options
@@ -35,6 +42,7 @@ def command(
     mode: Any,
     context: int | None,
     stride: int | None,
+    prompt: int | None,
     max_tokens: int | None,
     json_path: str | None,
     dtype: str | None,
@@ -50,6 +58,7 @@ def command(
       quicksilver eval ref-llama --text book.txt --plan paper
       quicksilver eval ./my-gpt2 --documents c4.jsonl --plan settled --plan mine.json --json out.json
       quicksilver eval ref-llama --text book.txt --plan settled --mode decode --max-tokens 5000
+      quicksilver eval ref-llama --text book.txt --plan fused-prompt --prompt 448 --context 512
     """
     from quicksilver.cli.table import print_table
     from quicksilver.core.files import write_atomically
@@ -66,7 +75,10 @@ def command(
     if context is not None and context > limit:
         raise InputError(f"--context {context} is longer than the model's context of {limit}")
     context = context or min(limit, _DEFAULT_CONTEXT)
-    protocol = Protocol(context, stride or max(context // 2, 1), default_bos(tokenizer), max_tokens)
+    bos_id = default_bos(tokenizer)
+    if stride is None:
+        stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    protocol = Protocol(context, stride, bos_id, max_tokens, prompt)
     windowed = cut(corpus, tokenizer, protocol)
     with progress("windows", len(windowed.windows)) as advance:
         results = evaluate(loaded, resolved, windowed, protocol, mode, display_name(model), advance)

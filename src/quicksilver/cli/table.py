@@ -18,6 +18,7 @@ _COLUMNS = (
     "KL",
     "top-1",
     "layers",
+    "fused",
     "FLOPs",
     "body",
     "weights",
@@ -28,7 +29,7 @@ _COLUMNS = (
 
 def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
     """Print evaluation results of one model on one text."""
-    console = Console(file=file)
+    console, protocol = Console(file=file), results[0]["protocol"]
     if not console.is_terminal:
         console = Console(file=file, width=_WIDTH)
     for line in _heading(results[0]):
@@ -38,13 +39,15 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*_dense_row(results[0]))
     for result in results:
-        if result["plan"]["halting"] is not None:
+        if result["plan"]["halting"] is not None or "fusion" in result["plan"]:
             table.add_row(*_plan_row(result))
     console.print(table)
+    if protocol["prompt"] is not None:
+        _print_prompts(console, results)
     console.print(
         "FLOPs, body (head left out), weights read and KV bytes: saved against dense, per token; below zero, the plan"
         " costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"
-        " predictions, nats. top-1: same likeliest token.",
+        " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed.",
         highlight=False,
     )
 
@@ -53,10 +56,11 @@ def _heading(result: dict[str, Any]) -> list[str]:
     model, protocol, env = result["model"], result["protocol"], result["environment"]
     scored = f"{result['tokens_scored']} tokens scored in {protocol['windows']} windows"
     bos = "BOS before each window" if protocol["bos"] else "no BOS"
+    prompt = "" if protocol["prompt"] is None else f", after a prompt of {protocol['prompt']}"
     return [
         f"{model['name']} ({model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters,"
         f" {model['dtype']}) on {protocol['text']}: {scored}",
-        f"context {protocol['context']}, stride {protocol['stride']}, {bos}, mode {protocol['mode']};"
+        f"context {protocol['context']}, stride {protocol['stride']}, {bos}, mode {protocol['mode']}{prompt};"
         f" {env['device']}, {env['threads']} threads, {env['cpu']}, torch {env['torch']},"
         f" transformers {env['transformers']}",
     ]
@@ -72,6 +76,7 @@ def _dense_row(result: dict[str, Any]) -> list[str]:
         "",
         "",
         f"{result['model']['layers']}",
+        "",
         f"{dense['flops_per_token'] / 1e6:.2f} M",
         f"{dense['flops_body_per_token'] / 1e6:.2f} M",
         f"{dense['weight_bytes_per_token'] / 1e6:.2f} MB",
@@ -90,9 +95,23 @@ def _plan_row(result: dict[str, Any]) -> list[str]:
         f"{delta['kl']:.4f}",
         f"{delta['top1_agreement']:.1%}",
         f"{side['mean_depth']:.2f}",
+        f"{side['fused_fraction']:.1%}",
         *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "weight_bytes", "kv_bytes")),
         f"{delta['speedup']:.2f}x",
     ]
+
+
+def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
+    """Say what the prompts took, of which the table shows nothing but how much of everything fused."""
+    for result in results:
+        prompt, name = result["accelerated"]["prompt"], result["plan"]["name"]
+        if prompt is not None:
+            console.print(
+                f"prompts under {name}: {prompt['tokens']} tokens, {prompt['fused_fraction']:.1%} fused,"
+                f" FLOPs {_saved(prompt['flops_reduction'])}",
+                highlight=False,
+                markup=False,
+            )
 
 
 def _saved(reduction: float) -> str:

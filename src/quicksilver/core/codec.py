@@ -27,10 +27,14 @@ FILL_TYPES: dict[str, type[rules.KVFill]] = {
     "propagate": rules.PropagateFill,
     "share": rules.ShareFill,
 }
-_NAMES: dict[type, str] = {
-    **{cls: name for name, cls in RULE_TYPES.items()},
-    **{cls: name for name, cls in FILL_TYPES.items()},
+FUSION_TYPES: dict[str, type[rules.FusionRule]] = {
+    "l2": rules.L2FusionRule,
+    "cosine": rules.CosineFusionRule,
+    "key": rules.KeyFusionRule,
+    "random": rules.RandomFusionRule,
+    "forced": rules.ForcedFusionRule,
 }
+_NAMES: dict[type, str] = {cls: name for table in (RULE_TYPES, FILL_TYPES, FUSION_TYPES) for name, cls in table.items()}
 _MAX_NESTING = 16
 
 
@@ -38,23 +42,36 @@ def encode(value: object) -> Any:
     """Return a rule or a fill as a dictionary with its type's name first; other values unchanged."""
     if isinstance(value, tuple):
         return [encode(item) for item in value]
-    if not isinstance(value, (rules.HaltingRule, rules.KVFill)):
+    if not isinstance(value, (rules.HaltingRule, rules.KVFill, rules.FusionRule)):
         return value
     return {"type": _NAMES[type(value)], **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
 
 
-def encode_halting(config: rules.HaltingConfig) -> dict[str, Any]:
-    """Return a halting configuration as a dictionary."""
+def encode_config(config: rules.HaltingConfig | rules.FusionConfig) -> dict[str, Any]:
+    """Return the configuration of a mechanism as a dictionary."""
     return {f.name: encode(getattr(config, f.name)) for f in fields(config)}
 
 
 def decode_halting(data: object, source: str) -> rules.HaltingConfig:
     """Build a halting configuration; `source` names the plan in errors."""
-    values = _object(data, f"{source}: halting")
-    if "rule" not in values:
-        raise PlanError(f"{source}: halting.rule is missing")
+    values = _with_rule(data, f"{source}: halting")
     values["rule"] = decode_rule(values["rule"], f"{source}: halting.rule")
     return _construct(rules.HaltingConfig, values, f"{source}: halting")
+
+
+def decode_fusion(data: object, source: str) -> rules.FusionConfig:
+    """Build a fusion configuration; `source` names the plan in errors."""
+    values = _with_rule(data, f"{source}: fusion")
+    cls, rule = _typed(values["rule"], FUSION_TYPES, f"{source}: fusion.rule")
+    values["rule"] = _construct(cls, rule, f"{source}: fusion.rule")
+    return _construct(rules.FusionConfig, values, f"{source}: fusion")
+
+
+def _with_rule(data: object, where: str) -> dict[str, Any]:
+    values = _object(data, where)
+    if "rule" not in values:
+        raise PlanError(f"{where}.rule is missing")
+    return values
 
 
 def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:

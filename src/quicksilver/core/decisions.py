@@ -1,4 +1,4 @@
-"""What a policy sees (`LayerView`) and what it returns (`HaltDecision`, `KVDecision`): data, never actions."""
+"""What policies see (`LayerView`, `PairView`) and what they return (`HaltDecision`, ...): data, never actions."""
 
 from __future__ import annotations
 
@@ -59,6 +59,49 @@ class HaltDecision:
     """
 
     halt: Tensor
+    signal_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairView:
+    """Pairs of adjacent tokens that may fuse after a layer, as a policy sees them.
+
+    Attributes:
+        layer_idx: index of the layer that just ran.
+        ordinal: which of the plan's fusion layers this is, from 0.
+        earlier: [P, d] states of the earlier tokens.
+        later: [P, d] states of the later tokens.
+        earlier_keys: [P, num_kv_heads, head_dim] their keys in this layer before rotation; None unless needed.
+        later_keys: like `earlier_keys`, of the later tokens.
+        positions: [P] logical positions of the later tokens.
+        token_ids: [P] the later tokens themselves.
+    """
+
+    layer_idx: int
+    ordinal: int
+    earlier: Tensor
+    later: Tensor
+    earlier_keys: Tensor | None
+    later_keys: Tensor | None
+    positions: Tensor
+    token_ids: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """P, the number of pairs in view."""
+        return self.later.shape[0]
+
+
+@dataclass(frozen=True)
+class FusionDecision:
+    """Which pairs are alike, and what finding out cost.
+
+    Attributes:
+        alike: [P] bool.
+        signal_rows: vectors for which each signal ("norm", "cosine", "key") was computed.
+    """
+
+    alike: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -16,9 +16,11 @@ from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
 from quicksilver.core.rules import (
     AllRule,
+    CosineFusionRule,
     DriftRule,
     DropFill,
     EntropyRule,
+    FusionConfig,
     HaltingConfig,
     KVFill,
     PropagateFill,
@@ -38,11 +40,13 @@ class Plan:
         name: a label for tables; not part of the hash.
         halting: which tokens stop early, or None for none.
         kv: what fills the deeper keys and values of a halted token.
+        fusion: which adjacent tokens become one, or None for none.
     """
 
     name: str = "plan"
     halting: HaltingConfig | None = None
     kv: KVFill = field(default_factory=DropFill)
+    fusion: FusionConfig | None = None
 
     @classmethod
     def dense(cls) -> Plan:
@@ -76,10 +80,9 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        for mechanism in ("fusion", "precision"):
-            if data.pop(mechanism, None) is not None:
-                raise PlanError(f"{source}: the mechanism {mechanism!r} is not available in this version")
-        halting, kv = data.pop("halting", None), data.pop("kv", None)
+        if data.pop("precision", None) is not None:
+            raise PlanError(f"{source}: the mechanism 'precision' is not available in this version")
+        halting, kv, fusion = (data.pop(mechanism, None) for mechanism in ("halting", "kv", "fusion"))
         name = data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
@@ -89,6 +92,7 @@ class Plan:
             name=name,
             halting=None if halting is None else codec.decode_halting(halting, source),
             kv=DropFill() if kv is None else codec.decode_fill(kv, source),
+            fusion=None if fusion is None else codec.decode_fusion(fusion, source),
         )
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
@@ -127,7 +131,7 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        return self.halting is None
+        return self.halting is None and self.fusion is None
 
     def renamed(self, name: str) -> Plan:
         """Return the same plan under another label."""
@@ -135,16 +139,20 @@ class Plan:
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where the plan does not fit a model of `num_layers` layers."""
-        if self.halting is None:
-            return
         try:
-            self.halting.check_depth(num_layers)
+            if self.halting is not None:
+                self.halting.check_depth(num_layers)
+            if self.fusion is not None:
+                self.fusion.after_layers(num_layers)
         except PlanError as error:
             raise PlanError(f"plan {self.name!r}: {error}") from None
 
     def _body(self) -> dict[str, Any]:
-        halting = None if self.halting is None else codec.encode_halting(self.halting)
-        return {"halting": halting, "kv": codec.encode(self.kv)}
+        halting = None if self.halting is None else codec.encode_config(self.halting)
+        body = {"halting": halting, "kv": codec.encode(self.kv)}
+        if self.fusion is not None:  # plans without it keep the hash they had before there was fusion
+            body["fusion"] = codec.encode_config(self.fusion)
+        return body
 
 
 def _paper(name: str, kv: KVFill) -> Plan:
@@ -163,4 +171,5 @@ PRESETS: dict[str, Plan] = {
         HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.66),
         PropagateFill(),
     ),
+    "fused-prompt": Plan("fused-prompt", fusion=FusionConfig(CosineFusionRule(0.5))),
 }

@@ -6,7 +6,8 @@ FLOPs, tables, pictures and the oracle tests all read this; it computes no cost 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,17 +43,25 @@ class LayerTrace:
 
     Attributes:
         query_rows: tokens that ran the whole layer.
-        fill_rows: halted tokens whose key and value alone were projected.
+        fill_rows: rows for which key and value alone were projected: halted tokens, and merged means.
         attended: (query, key) pairs scored, a DeferredSum.
+        entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
-        signal_rows: rows for which each halting signal was computed after this layer.
+        fusion_rows: rows that reached fusion after this layer.
+        fused: tokens that were absorbed by a later one after this layer.
+        group_sizes: fused groups by the tokens that they stand for.
+        signal_rows: rows for which each signal was computed after this layer.
     """
 
     def __init__(self) -> None:
         self.query_rows = 0
         self.fill_rows = 0
         self.attended = DeferredSum()
+        self.entries_read = 0
         self.halted = 0
+        self.fusion_rows = 0
+        self.fused = 0
+        self.group_sizes: Counter[int] = Counter()
         self.signal_rows: Counter[str] = Counter()
 
 
@@ -89,12 +98,48 @@ class Trace:
         layer = self.layers[layer_idx]
         layer.halted += origin.shape[0]
         layer.signal_rows.update(signal_rows)
+        self._record_depth(layer_idx, origin)
+
+    def record_fusion(self, layer_idx: int, origin: Tensor, fused: int, sizes: Mapping[int, int]) -> None:
+        """Record what fusion after a layer did.
+
+        Args:
+            layer_idx: the layer.
+            origin: [M] origins of this pass's tokens that were absorbed.
+            fused: tokens absorbed, those of earlier passes included.
+            sizes: groups by size, to be added; negative where one has grown.
+        """
+        layer = self.layers[layer_idx]
+        layer.fused += fused
+        layer.group_sizes.update(sizes)
+        self._record_depth(layer_idx, origin)
+
+    def _record_depth(self, layer_idx: int, origin: Tensor) -> None:
         if self.per_token and origin.shape[0]:
             self.depths[-1].index_fill_(0, origin, layer_idx + 1)
+
+    @contextmanager
+    def rerun(self, num_tokens: int, device: torch.device) -> Iterator[None]:
+        """Count work done again for tokens of earlier passes, whose depths are on record already."""
+        if self.per_token:
+            self.depths.append(torch.zeros(num_tokens, dtype=torch.int64, device=device))
+        yield
+        if self.per_token:
+            self.depths.pop()
 
     def record_cache(self, allocated: int, used: int, entries: int) -> None:
         """Record the cache after a pass: bytes allocated, bytes of what is held, and entries."""
         self.kv_bytes, self.kv_used_bytes, self.kv_entries = allocated, used, entries
+
+    @property
+    def fused_fraction(self) -> float:
+        """Share of the tokens fed that a later token absorbed."""
+        return sum(layer.fused for layer in self.layers) / max(self.tokens, 1)
+
+    @property
+    def entries_read(self) -> int:
+        """Cache entries that queries read, over all passes, layers and sequences."""
+        return sum(layer.entries_read for layer in self.layers)
 
     @property
     def mean_depth(self) -> float:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from quicksilver.core.plan import Plan
+from quicksilver.core.trace import Trace
 from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
 from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
-from quicksilver.models.cost import executed_cost
+from quicksilver.models.cost import dense_cost, executed_cost
 from quicksilver.models.spec import ModelSpec
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
-_REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes")
+_REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes", "kv_read_bytes")
 
 
 def evaluate(
@@ -62,6 +64,7 @@ def build_rows(
             "bos": protocol.bos_id is not None,
             "mode": mode,
             "text": text.name,
+            "prompt": protocol.prompt,
             "max_tokens": protocol.max_tokens,
             "windows": len(text.windows),
             "scored_bytes": text.scored_bytes,
@@ -109,6 +112,7 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
         "flops_body_per_token": cost.body_flops / fed,
         "bitops_per_token": cost.bitops / fed,
         "weight_bytes_per_token": cost.weight_bytes / fed,
+        "kv_read_bytes_per_token": record.trace.entries_read * spec.entry_bytes / fed,
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "kv_used_bytes": statistics.fmean(record.kv_used_bytes),
         "seconds": seconds,
@@ -117,11 +121,32 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
 
 
 def _mechanisms(spec: ModelSpec, record: EngineRecord) -> dict[str, Any]:
+    traces = (record.trace, record.prompt_trace)
+    fed = sum(trace.tokens for trace in traces)
+    sizes = sum((layer.group_sizes for trace in traces for layer in trace.layers), Counter())
     return {
         "mean_depth": record.trace.mean_depth,
         "halted_by_layer": [layer.halted for layer in record.trace.layers],
-        "fused_fraction": 0.0,
+        "fused_fraction": sum(trace.fused_fraction * trace.tokens for trace in traces) / fed,
+        "fused_by_layer": [
+            sum(layer.fused for layer in layers) for layers in zip(*(t.layers for t in traces), strict=True)
+        ],
+        "groups_by_size": {str(size): count for size, count in sorted(sizes.items())},
+        "prompt": _prompt(spec, record.prompt_trace),
         "width_histogram": {str(8 * spec.dtype.itemsize): 1.0, "8": 0.0, "4": 0.0, "2": 0.0, "0": 0.0},
+    }
+
+
+def _prompt(spec: ModelSpec, trace: Trace) -> dict[str, Any] | None:
+    """Return what feeding the prompts took, where there were any; their predictions are not computed."""
+    if not trace.tokens:
+        return None
+    return {
+        "tokens": trace.tokens,
+        "fused_fraction": trace.fused_fraction,
+        "mean_depth": trace.mean_depth,
+        "flops_per_token": executed_cost(spec, trace).flops / trace.tokens,
+        "flops_reduction": 1.0 - executed_cost(spec, trace).flops / dense_cost(spec, trace).flops,
     }
 
 

@@ -30,6 +30,7 @@ class EngineRecord:
     Attributes:
         decoder: the engine.
         trace: counts over the scored pass (`score`) or over the decode steps (`decode`).
+        prompt_trace: counts over the prompts fed before, where there are any.
         nll: total negative log-likelihood of each window, nats.
         kl: sum over scored tokens of KL(dense || this), nats.
         agreed: scored tokens whose most likely token equals the dense model's.
@@ -40,6 +41,7 @@ class EngineRecord:
 
     decoder: Decoder
     trace: Trace
+    prompt_trace: Trace
     nll: list[float] = field(default_factory=list)
     kl: float = 0.0
     agreed: int = 0
@@ -86,7 +88,7 @@ def run_windows(
         on_window: called after each window of the first round.
     """
     windows = list(windows)
-    records = [EngineRecord(decoder, decoder.new_trace()) for decoder in decoders]
+    records = [new_record(decoder) for decoder in decoders]
     _run_window(_fresh(records), windows[0], mode)
     for window in windows:
         _run_window(records, window, mode)
@@ -100,18 +102,23 @@ def run_windows(
     return records
 
 
+def new_record(decoder: Decoder) -> EngineRecord:
+    """Return an empty record of an engine."""
+    return EngineRecord(decoder, decoder.new_trace(), decoder.new_trace())
+
+
 def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
-    return [EngineRecord(record.decoder, record.decoder.new_trace()) for record in records]
+    return [new_record(record.decoder) for record in records]
 
 
 def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
     """Run all engines over one window and add what they predicted to their records."""
-    feed = _feed_score if mode == "score" else _feed_decode
     token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
     clocks = [_Clock(record.decoder.spec.device) for record in records]
+    prompt, size = (window.prompt, token_ids.shape[0]) if mode == "score" else (window.first_scored - 1, 1)
     states = []
     for record, clock in zip(records, clocks, strict=True):
-        states.append(feed(record, clock, token_ids[:-1], window.first_scored))
+        states.append(_feed(record, clock, token_ids[:-1], prompt, size))
         record.nll.append(0.0)
     first_row = token_ids.shape[0] - 1 - states[0].shape[0]
     for start in range(0, states[0].shape[0], _HEAD_ROWS):
@@ -127,31 +134,20 @@ def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None
         record.seconds.append(clock.seconds)
 
 
-def _feed_score(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_scored: int) -> Tensor:
-    """Feed a window at once; return the states of all its tokens, [n, d]."""
-    decoder = record.decoder
-    with clock.running():
-        cache = decoder.new_cache(1)
-        hidden = decoder.run(token_ids, [token_ids.shape[0]], cache, record.trace)
-    record.kv_bytes.append(cache.nbytes)
-    record.kv_used_bytes.append(cache.used_nbytes)
-    return hidden
+def _feed(record: EngineRecord, clock: _Clock, token_ids: Tensor, prompt: int, size: int) -> Tensor:
+    """Feed the first `prompt` tokens at once, then the rest `size` at a time; return the rest's states, [n, d].
 
-
-def _feed_decode(record: EngineRecord, clock: _Clock, token_ids: Tensor, first_scored: int) -> Tensor:
-    """Prefill the context, then feed one token at a time; return the states that predict scored tokens.
-
-    Only the single steps, one for each scored token, are timed and counted: they are what generation repeats.
+    Only the rest is timed, and counted as the scored pass: in `decode` it is what generation repeats.
     """
-    decoder, context = record.decoder, first_scored - 1
+    decoder = record.decoder
     cache = decoder.new_cache(1)
-    if context:
-        decoder.run(token_ids[:context], [context], cache, decoder.new_trace())
+    if prompt:
+        decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)
     with clock.running():
-        states = [decoder.run(token, [1], cache, record.trace) for token in token_ids[context:].split(1)]
+        states = [decoder.run(part, [len(part)], cache, record.trace) for part in token_ids[prompt:].split(size)]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
-    return torch.cat(states)
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def _compare(records: list[EngineRecord], logits: list[Tensor], targets: Tensor) -> None:

@@ -18,19 +18,32 @@ class Protocol:
         stride: tokens by which each window begins after the one before.
         bos_id: prepended to every window, or None.
         max_tokens: tokens of text used in all, or None for all of them.
+        prompt: first tokens of every window that are fed as a prompt and never scored, or None: then a window's
+            context is what earlier windows scored. A window scores `stride` tokens after its prompt.
     """
 
     context: int
     stride: int
     bos_id: int | None = None
     max_tokens: int | None = None
+    prompt: int | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens of text in a window."""
+        return self.context - (self.bos_id is not None)
 
     def __post_init__(self) -> None:
-        room = self.context - (self.bos_id is not None)
-        if room < 2:
+        room = self.room
+        if self.prompt is not None:
+            if not 1 <= self.prompt < room:
+                raise InputError(f"the prompt must lie between 1 and {room - 1} for this context, got {self.prompt}")
+            room -= self.prompt
+        if self.room < 2:
             raise InputError(f"a context of {self.context} tokens is too short to score anything")
         if not 1 <= self.stride <= room:
-            raise InputError(f"the stride must lie between 1 and {room} for this context, got {self.stride}")
+            after = "" if self.prompt is None else f" and a prompt of {self.prompt}"
+            raise InputError(f"the stride must lie between 1 and {room} for this context{after}, got {self.stride}")
         if self.max_tokens is not None and self.max_tokens < 2:
             raise InputError(f"max_tokens must be at least 2, got {self.max_tokens}")
 
@@ -43,11 +56,13 @@ class Window:
         token_ids: BOS included where there is one.
         first_scored: index in `token_ids` of the first token scored; the rest after it are scored too.
         text_start: index of that token in the text.
+        prompt: tokens that are fed apart as a prompt in `score` too; the rest predicts.
     """
 
     token_ids: tuple[int, ...]
     first_scored: int
     text_start: int
+    prompt: int = 0
 
     @property
     def num_scored(self) -> int:
@@ -85,7 +100,7 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
         ids, offsets = _tokenize(tokenizer, text)
         ids = ids[:left]
         left = None if left is None else left - len(ids)
-        room = protocol.context - (protocol.bos_id is not None)
+        room = protocol.room
         if not corpus.separate and len(ids) < room:
             limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
             raise InputError(
@@ -103,7 +118,9 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
 def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
     """Cut token ids into windows; a token with nothing before it in its window cannot be scored."""
     bos = () if protocol.bos_id is None else (protocol.bos_id,)
-    room = protocol.context - len(bos)
+    if protocol.prompt is not None:
+        return _slide_prompts(token_ids, bos, protocol.prompt, protocol.stride)
+    room = protocol.room
     windows, done = [], 0
     for start in range(0, len(token_ids), protocol.stride):
         end = min(start + room, len(token_ids))
@@ -113,6 +130,16 @@ def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
         done = end
         if end == len(token_ids):
             break
+    return windows
+
+
+def _slide_prompts(token_ids: list[int], bos: tuple[int, ...], prompt: int, stride: int) -> list[Window]:
+    """Cut windows of a prompt and what is scored after it; the last prompt token's prediction is scored too."""
+    windows = []
+    for start in range(0, len(token_ids) - prompt, stride):
+        ids = (*bos, *token_ids[start : start + prompt + stride])
+        first = len(bos) + prompt
+        windows.append(Window(ids, first, start + prompt, first - 1))
     return windows
 
 

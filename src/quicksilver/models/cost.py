@@ -1,6 +1,6 @@
 """What a run cost: FLOPs, bit operations and bytes, by arithmetic over its trace.
 
-2 FLOPs per multiply-add. Weight matrices, attention pairs, the head and halting signals count; norms,
+2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals and merging count; norms,
 activations and residual additions count on neither side.
 """
 
@@ -45,10 +45,12 @@ class Cost:
 
 
 def signal_macs(spec: ModelSpec, signal: str) -> int:
-    """Return the multiply-adds that one row of a halting signal takes."""
+    """Return the multiply-adds that one row (or pair of rows) of a signal takes."""
     if signal == "head":
         return spec.head_macs + 2 * spec.vocab_size  # softmax and the sum of p log p
-    return {"norm": 2, "cosine": 4}[signal] * spec.hidden_size
+    if signal == "key":
+        return 2 * spec.num_kv_heads * spec.head_dim + 4 * spec.head_dim  # means over heads, then their cosine
+    return {"norm": 2, "cosine": 4, "mean": 1}[signal] * spec.hidden_size
 
 
 def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:

@@ -54,6 +54,11 @@ class ModelSpec:
         return 2 * self.num_heads * self.head_dim
 
     @property
+    def entry_bytes(self) -> int:
+        """Bytes of one cache entry's key and value."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
     def cache_shape(self) -> CacheShape:
         """What a cache for this model must know."""
         return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device)

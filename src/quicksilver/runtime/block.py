@@ -2,66 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quicksilver.cache import RaggedKVCache
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.trace import Trace
-from quicksilver.models.rotary import Rotation
 from quicksilver.models.spec import LayerOps
-from quicksilver.ops import AttentionBackend, ragged_attention
-from quicksilver.runtime.halting import HaltedTokens
-
-
-@dataclass(frozen=True)
-class PassContext:
-    """What stays the same through one pass.
-
-    Attributes:
-        chunk: layout of all tokens of the pass.
-        rotation: of all tokens of the pass, None where positions are embedded.
-        cache: extended by every layer.
-        trace: counts what runs.
-        backend: attention implementation.
-    """
-
-    chunk: RaggedLayout
-    rotation: Rotation | None
-    cache: RaggedKVCache
-    trace: Trace
-    backend: AttentionBackend
+from quicksilver.ops import ragged_attention
+from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.status import Running, TokenStatus
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """The tokens that a layer does not run, and how their entries in it come about."""
+    """How the tokens that a layer does not run stand, and how their entries in it come about."""
 
-    tokens: HaltedTokens
+    status: TokenStatus
     fill: Fill
 
 
 def run_layer(
-    layer: LayerOps,
-    layer_idx: int,
-    state: TokenState,
-    rotation: Rotation | None,
-    skipped: Skipped,
-    context: PassContext,
-) -> TokenState:
-    """Run a layer for the tokens of `state`; write its entries; return the new state."""
+    layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext, keeps_keys: bool = False
+) -> Running:
+    """Run a layer for the running tokens; write its entries; return the tokens as they leave it.
+
+    Args:
+        layer: its leaf operations.
+        layer_idx: its index.
+        running: the tokens that run it.
+        skipped: the others.
+        context: of the pass.
+        keeps_keys: return the keys, before rotation, too.
+    """
+    state = running.state
     query, key, value = layer.project_qkv(layer.attn_norm(state.hidden))
-    if rotation is not None:
-        query, key = rotation.apply(query), rotation.apply(key)
-    _write(layer, layer_idx, state.layout, (key, value), skipped, context)
-    attended = _attend(query, state.layout, layer_idx, layer.scaling, skipped.fill, context)
+    key, value = _project_shifted(layer, layer_idx, state, (key, value), context)
+    keys = key if keeps_keys else None
+    if running.rotation is not None:
+        query, key = running.rotation.apply(query), running.rotation.apply(key)
+    _write(layer, layer_idx, state, (key, value), skipped, context)
+    attended = _attend(query, state.layout, layer_idx, layer.scaling, skipped, context)
     hidden = state.hidden + layer.attn_output(attended)
     hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
     context.trace.layers[layer_idx].query_rows += hidden.shape[0]
-    return TokenState(hidden, state.layout)
+    return Running(replace(state, hidden=hidden), running.rotation, running.update, keys)
 
 
 def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassContext) -> None:
@@ -70,43 +56,64 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
         return
     shape = context.cache.shape
     none = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=shape.device)
-    nobody = context.chunk.select(context.chunk.origin[:0])
+    nobody = TokenState(none, context.chunk.select(context.chunk.origin[:0]))
     _write(layer, layer_idx, nobody, (none, none), skipped, context)
+
+
+def _project_shifted(
+    layer: LayerOps, layer_idx: int, state: TokenState, projected: tuple[Tensor, Tensor], context: PassContext
+) -> tuple[Tensor, Tensor]:
+    """Return keys and values, those of super-tokens projected from their shifted states where they are shifted."""
+    if state.mass is None or state.shift is None:
+        return projected
+    rows = (state.mass > 1).nonzero().squeeze(-1)
+    if rows.shape[0] == 0:
+        return projected
+    means = state.hidden.index_select(0, rows) + state.shift.index_select(0, rows)
+    key, value = (
+        own.index_copy(0, rows, merged)
+        for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means)), strict=True)
+    )
+    context.trace.layers[layer_idx].fill_rows += rows.shape[0]
+    return key, value
 
 
 def _write(
     layer: LayerOps,
     layer_idx: int,
-    layout: RaggedLayout,
+    state: TokenState,
     running: tuple[Tensor, Tensor],
     skipped: Skipped,
     context: PassContext,
 ) -> None:
     """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
-    cache, chunk, halted = context.cache, context.chunk, skipped.tokens
+    cache, chunk, status, layout = context.cache, context.chunk, skipped.status, state.layout
     key, value = running
-    if halted.rows is None or halted.grid is None or skipped.fill is Fill.NONE:
-        cache.append(layer_idx, layout, key, value)
+    if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
+        cache.append(layer_idx, layout, key, value, masses=state.mass)
     elif skipped.fill is Fill.REFER:
-        cache.append(layer_idx, layout, key, value, refer=chunk)
+        cache.append(layer_idx, layout, key, value, status.present, status.present_masses)
     else:
         shape = (chunk.num_tokens, *key.shape[1:])
         keys, values = key.new_zeros(shape), value.new_zeros(shape)
         keys.index_copy_(0, layout.origin, key)
         values.index_copy_(0, layout.origin, value)
         if skipped.fill is Fill.PROJECT:
-            frozen = layer.attn_norm(halted.grid.index_select(0, halted.rows))
+            frozen = status.frozen if status.frozen_kv is None else status.frozen_kv
+            frozen = layer.attn_norm(frozen.index_select(0, status.halted))
             frozen_key, frozen_value = layer.project_kv(frozen)
             if context.rotation is not None:
-                frozen_key = context.rotation.select(halted.rows).apply(frozen_key)
-            keys.index_copy_(0, halted.rows, frozen_key)
-            values.index_copy_(0, halted.rows, frozen_value)
+                frozen_key = context.rotation.select(status.halted).apply(frozen_key)
+            keys.index_copy_(0, status.halted, frozen_key)
+            values.index_copy_(0, status.halted, frozen_value)
             context.trace.layers[layer_idx].fill_rows += frozen.shape[0]
-        cache.append(layer_idx, chunk, keys, values)
+        if status.present is not chunk:
+            keys, values = (t.index_select(0, status.present.origin) for t in (keys, values))
+        cache.append(layer_idx, status.present, keys, values, masses=status.present_masses)
 
 
 def _attend(
-    query: Tensor, layout: RaggedLayout, layer_idx: int, scaling: float, fill: Fill, context: PassContext
+    query: Tensor, layout: RaggedLayout, layer_idx: int, scaling: float, skipped: Skipped, context: PassContext
 ) -> Tensor:
     """Attend within each sequence; return [N, num_heads * head_dim]."""
     outputs, bounds = [], layout.bounds
@@ -122,10 +129,12 @@ def _attend(
             layout.positions[rows],
             entries.positions,
             scaling,
-            newest=fill is Fill.NONE or length == context.chunk.lengths[seq],
+            newest=skipped.fill is Fill.NONE or length == skipped.status.present.lengths[seq],
             backend=context.backend,
+            masses=entries.masses,
         )
         context.trace.layers[layer_idx].attended.add(pairs)
+        context.trace.layers[layer_idx].entries_read += entries.keys.shape[0]
         outputs.append(output)
     attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return attended.flatten(1)

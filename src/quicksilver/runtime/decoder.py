@@ -1,11 +1,12 @@
-"""The layer loop: every token enters, some halt on the way, the rest run to the end. Read this file first.
+"""The layer loop: every token enters, some halt or fuse on the way, the rest run on. Read this file first.
 
-What one layer does is in `block.py`; what halts is decided by `quicksilver.policies`.
+What one layer does is in `block.py`; what halts or fuses is decided by `quicksilver.policies`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from quicksilver.errors import InputError
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.policies import kv
-from quicksilver.runtime.block import PassContext, Skipped, fill_layer, run_layer
-from quicksilver.runtime.halting import HaltedTokens, HaltingStep
+from quicksilver.runtime.block import Skipped, fill_layer, run_layer
+from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.fusion import FusionStep, Rerun
+from quicksilver.runtime.halting import HaltingStep
+from quicksilver.runtime.status import Running, TokenStatus
 
 
 class Decoder:
@@ -50,18 +54,31 @@ class Decoder:
         self.backend: AttentionBackend = backend
         self._owner = (plan.hash, id(adapter))
         self._halting = HaltingStep(adapter, plan.halting, special_ids)
+        self._fusion = FusionStep(adapter, plan.fusion, special_ids)
+
+    @property
+    def fusion_layers(self) -> tuple[int, ...]:
+        """Indices of the layers after which tokens may fuse, ascending."""
+        return self._fusion.layers
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
-        shared = isinstance(self.plan.kv, ShareFill) and not self.plan.is_dense
-        return RaggedKVCache(self.spec.cache_shape, batch_size, shared, owner=self._owner)
+        shared = isinstance(self.plan.kv, ShareFill) and self.plan.halting is not None
+        return RaggedKVCache(self.spec.cache_shape, batch_size, shared, self._owner, self._fusion.layers)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
         return Trace(self.spec.num_layers, per_token)
 
     @torch.no_grad()
-    def run(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache, trace: Trace) -> Tensor:
+    def run(
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        cache: RaggedKVCache,
+        trace: Trace,
+        prompt: bool | Sequence[bool] = False,
+    ) -> Tensor:
         """Feed each sequence's next tokens through the layers.
 
         Args:
@@ -69,6 +86,8 @@ class Decoder:
             lengths: new tokens of each sequence; they continue what the cache has seen.
             cache: extended in place.
             trace: added to.
+            prompt: the tokens belong to a prompt: nobody asks what any but the last predicts. For all sequences, or
+                for each. A plan may fuse such tokens only.
 
         Returns:
             [N, d] the state of each token after the last layer it ran, before the final norm.
@@ -80,30 +99,59 @@ class Decoder:
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
-        rotate = self.adapter.rotation
-        context = PassContext(chunk, None if rotate is None else rotate(chunk.positions), cache, trace, self.backend)
-        state = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
-        halted = HaltedTokens.none(chunk)
-        tokens = self._halting.tokens(token_ids, chunk)
-        rotation, previous_update = context.rotation, None
-        for layer_idx, layer in enumerate(self.adapter.layers):
-            skipped = Skipped(halted, kv.decide(self.plan.kv, layer_idx).fill)
-            if state.hidden.shape[0] == 0:  # nothing runs: the layer is skipped but for its fill
-                fill_layer(layer, layer_idx, skipped, context)
-                continue
-            before = state
-            state = run_layer(layer, layer_idx, state, rotation, skipped, context)
-            rows = self._halting.decide(layer_idx, before, state, previous_update, tokens, trace)
-            if self._halting.keeps_updates:
-                previous_update = state.hidden - before.hidden
-            if rows is not None:
-                halted = halted.add(state, rows)
-                state = state.select(rows.keep)
-                rotation = None if rotation is None else rotation.select(rows.keep)
-                previous_update = None if previous_update is None else previous_update.index_select(0, rows.keep)
+        fuses = self._fusion.takes_part([prompt] * len(lengths) if isinstance(prompt, bool) else prompt)
+        context = self._context(chunk, token_ids, fuses, cache, trace)
+        embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
+        running, status = self._run_layers(
+            0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
+        )
         cache.advance(chunk)
         trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
-        return state.hidden if halted.grid is None else state.scatter_into(halted.grid)
+        return running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
+
+    def _run_layers(
+        self, first: int, running: Running, status: TokenStatus, context: PassContext
+    ) -> tuple[Running, TokenStatus]:
+        """Run the layers from `first` on."""
+        for layer_idx, layer in enumerate(self.adapter.layers[first:], first):
+            skipped = Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
+            if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
+                fill_layer(layer, layer_idx, skipped, context)
+            else:
+                before = running
+                running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
+                if self._halting.keeps_updates:
+                    running = replace(running, update=running.state.hidden - before.state.hidden)
+                if split is not None:
+                    status, running = status.halt(running.state, split), running.select(split.keep)
+            fused = self._fusion.apply(layer_idx, running, status, context)
+            if fused is not None:
+                if fused.rerun is not None:
+                    self._run_again(layer_idx + 1, fused.rerun, context)
+                running, status = fused.running, fused.status
+        return running, status
+
+    def _run_again(self, first: int, rerun: Rerun, outer: PassContext) -> None:
+        """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
+        chunk = rerun.state.layout
+        fuses = tuple(fuses and length > 0 for fuses, length in zip(outer.fuses, chunk.lengths, strict=True))
+        context = self._context(chunk, rerun.token_ids, fuses, outer.cache, outer.trace)
+        with outer.trace.rerun(chunk.num_tokens, self.spec.device):
+            self._run_layers(
+                first,
+                Running(rerun.state, context.rotation, rerun.update),
+                TokenStatus.all_running(chunk, rerun.state.mass),
+                context,
+            )
+
+    def _context(
+        self, chunk: RaggedLayout, token_ids: Tensor, fuses: tuple[bool, ...], cache: RaggedKVCache, trace: Trace
+    ) -> PassContext:
+        rotate = self.adapter.rotation
+        rotation = None if rotate is None else rotate(chunk.positions)
+        protected = self._halting.protected(token_ids, chunk.positions)
+        return PassContext(chunk, token_ids, protected, rotation, fuses, cache, trace, self.backend)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:

@@ -140,6 +140,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         trace: Trace | None = None,
+        prompt: bool | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on a grid of tokens.
@@ -154,6 +155,8 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             logits_to_keep: number of last columns to compute logits for (0: all), or their indices [K].
             return_dict: False for a plain tuple.
             trace: counts to add to (default: a new one, which `stats` then reads).
+            prompt: the tokens belong to a prompt, so that a plan may fuse them (default: where only the last of
+                several columns' logits are asked for).
             **unsupported: transformers' other arguments; anything but None or False is refused.
 
         Returns:
@@ -175,7 +178,10 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
             hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
-            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace)
+            if prompt is None:
+                last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+                prompt = labels is None and last_only and grid.columns > 1
+            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
         cache.columns += grid.columns
         keep = 0 if labels is not None else logits_to_keep
         logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
@@ -203,6 +209,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
         use_cache: bool | None = None,
+        is_first_iteration: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Select what `forward` needs of generation's state; called by transformers."""
@@ -210,14 +217,15 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             input_ids = input_ids[:, -next_sequence_length:]
         if next_sequence_length == 1 and past_key_values is not None:
             attention_mask = None  # what was just generated is no padding; reading a mask would wait for the device
-        for name in ("is_first_iteration", "tokenizer"):  # transformers' own, of no use to the call
-            kwargs.pop(name, None)
+        kwargs.pop("tokenizer", None)  # transformers' own, of no use to the call
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep or 1,
             "use_cache": use_cache,
+            # Without a cache every step feeds the prompt again, and must find it as it was.
+            "prompt": bool(is_first_iteration) and past_key_values is not None,
             **kwargs,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from quicksilver.core.trace import Trace
@@ -19,24 +20,30 @@ class RunStats:
         mean_depth: layers run per token, on average.
         num_layers: layers of the model.
         halted_by_layer: tokens that halted after each layer.
+        fused_by_layer: tokens that a later one absorbed after each layer.
+        groups_by_size: groups of fused tokens, by the tokens that they stand for.
         flops: FLOPs executed, head and halting signals included.
         dense_flops: FLOPs of the dense model for the same tokens.
         weight_bytes_per_token: weight bytes read per token were each decoded alone.
         kv_bytes: bytes allocated in the cache at the end, room to grow included.
         kv_used_bytes: of these, bytes of what is held.
         kv_entries: entries in the cache at the end, over all layers and sequences.
+        kv_read_bytes: bytes of keys and values that attention read, over all passes.
     """
 
     tokens: int
     mean_depth: float
     num_layers: int
     halted_by_layer: tuple[int, ...]
+    fused_by_layer: tuple[int, ...]
+    groups_by_size: dict[int, int]
     flops: int
     dense_flops: int
     weight_bytes_per_token: float
     kv_bytes: int
     kv_used_bytes: int
     kv_entries: int
+    kv_read_bytes: int
 
     @classmethod
     def from_trace(cls, spec: ModelSpec, trace: Trace) -> RunStats:
@@ -47,12 +54,15 @@ class RunStats:
             mean_depth=trace.mean_depth,
             num_layers=spec.num_layers,
             halted_by_layer=tuple(layer.halted for layer in trace.layers),
+            fused_by_layer=tuple(layer.fused for layer in trace.layers),
+            groups_by_size=dict(sorted(sum((layer.group_sizes for layer in trace.layers), Counter()).items())),
             flops=executed.flops,
             dense_flops=dense_cost(spec, trace).flops,
             weight_bytes_per_token=executed.weight_bytes / max(trace.tokens, 1),
             kv_bytes=trace.kv_bytes,
             kv_used_bytes=trace.kv_used_bytes,
             kv_entries=trace.kv_entries,
+            kv_read_bytes=trace.entries_read * spec.entry_bytes,
         )
 
     @property
@@ -62,11 +72,11 @@ class RunStats:
 
     def summary(self) -> str:
         """Return the counts as a few lines of text."""
-        halted = sum(self.halted_by_layer)
+        halted, fused = sum(self.halted_by_layer), sum(self.fused_by_layer)
         used, allocated = self.kv_used_bytes / 1e6, self.kv_bytes / 1e6
         return "\n".join(
             (
-                f"tokens          {self.tokens} ({halted} halted early)",
+                f"tokens          {self.tokens} ({halted} halted early{f', {fused} fused' if fused else ''})",
                 f"mean depth      {self.mean_depth:.2f} of {self.num_layers} layers",
                 f"FLOPs           {self.flops:.4g} ({self.flops_reduction:+.2%} saved against dense, by arithmetic)",
                 f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",

@@ -1,32 +1,12 @@
-"""Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
+"""Halting: the rules that say which tokens have settled, as frozen configurations."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from quicksilver.core.rules.checks import Threshold, check_draw, check_protection, check_threshold, is_whole
 from quicksilver.errors import PlanError
-
-Threshold = float | tuple[float, ...]
-"""One absolute threshold for all layers, or one per layer."""
-
-
-def threshold_at(threshold: Threshold, layer_idx: int) -> float:
-    """Return the threshold that applies after layer `layer_idx`."""
-    return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_threshold(owner: str, value: Any) -> Threshold:
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
-    for item in values:
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
-            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {str(item)[:40]}")
-    return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
 
 
 @dataclass(frozen=True)
@@ -44,7 +24,7 @@ class ThresholdRule(HaltingRule):
     threshold: Threshold
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", _check_threshold(type(self).__name__, self.threshold))
+        object.__setattr__(self, "threshold", check_threshold(type(self).__name__, self.threshold))
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where a list of thresholds is not as long as the model is deep."""
@@ -85,7 +65,7 @@ class EntropyRule(ThresholdRule):
         if self.layers is None:
             return
         layers = tuple(self.layers)
-        if any(not _is_whole(i) or i < 0 for i in layers):
+        if any(not is_whole(i) or i < 0 for i in layers):
             raise PlanError(f"EntropyRule: layers must be non-negative layer indices, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
 
@@ -104,7 +84,7 @@ class ForcedRule(HaltingRule):
 
     def __post_init__(self) -> None:
         depths = tuple(self.depths)
-        if not depths or any(not _is_whole(n) or not 1 <= n < 2**31 for n in depths):
+        if not depths or any(not is_whole(n) or not 1 <= n < 2**31 for n in depths):
             raise PlanError(f"ForcedRule: depths must be whole numbers of at least 1, got {self.depths!r}")
         object.__setattr__(self, "depths", depths)
 
@@ -117,10 +97,7 @@ class RandomRule(HaltingRule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.probability <= 1.0:
-            raise PlanError(f"RandomRule: probability must lie in [0, 1], got {self.probability!r}")
-        if not _is_whole(self.seed):
-            raise PlanError(f"RandomRule: seed must be a whole number, got {self.seed!r}")
+        check_draw("RandomRule", self.probability, self.seed)
 
 
 @dataclass(frozen=True)
@@ -167,13 +144,10 @@ class HaltingConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
-        whole = _is_whole(self.min_layer) and self.min_layer >= 1
+        whole = is_whole(self.min_layer) and self.min_layer >= 1
         if not whole and not (isinstance(self.min_layer, float) and 0.0 < self.min_layer < 1.0):
             raise PlanError(f"halting.min_layer must be at least 1, or a fraction in (0, 1), got {self.min_layer!r}")
-        if not _is_whole(self.protect_first) or self.protect_first < 0:
-            raise PlanError(f"halting.protect_first must be a whole number, got {self.protect_first!r}")
-        if not isinstance(self.protect_special, bool):
-            raise PlanError(f"halting.protect_special must be true or false, got {self.protect_special!r}")
+        check_protection("halting", self.protect_first, self.protect_special)
 
     def first_halt(self, num_layers: int) -> int:
         """Index of the first layer after which a token may halt in a model of `num_layers` layers."""
@@ -186,28 +160,3 @@ class HaltingConfig:
         if isinstance(self.min_layer, int) and self.min_layer > num_layers:
             raise PlanError(f"min_layer is {self.min_layer}, the model has {num_layers} layers")
         self.rule.check_depth(num_layers)
-
-
-@dataclass(frozen=True)
-class KVFill:
-    """Base of the choices for a halted token's keys and values in the layers it skips."""
-
-
-@dataclass(frozen=True)
-class DropFill(KVFill):
-    """Nothing is written: later tokens attend over fewer entries (the paper)."""
-
-
-@dataclass(frozen=True)
-class ZeroFill(KVFill):
-    """A zero key and value are written: the paper's formula read literally; they still take softmax mass."""
-
-
-@dataclass(frozen=True)
-class PropagateFill(KVFill):
-    """The layer's own key and value projections of the frozen state are written."""
-
-
-@dataclass(frozen=True)
-class ShareFill(KVFill):
-    """The entry of the last layer the token ran is referred to; no new bytes but an index."""

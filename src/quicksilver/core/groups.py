@@ -1,0 +1,112 @@
+"""Rows that reach a fusion layer, and the groups they form; deciding which rows join is a policy's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FusionRows:
+    """Rows of several sequences at a fusion layer; a row may stand for a whole group that it ends.
+
+    Attributes:
+        hidden: [N, d] the rows' own states.
+        mean: [N, d] mean over the row's group, None where no mean is used.
+        weight: [N] what the row's mean weighs.
+        mass: [N] int64, tokens that the row stands for.
+        members: [N] int64, rows of this layer in its group.
+        positions: [N] logical positions; a row covers its last `mass` positions.
+        token_ids: [N] the tokens at those positions.
+        seq_ids: [N] sequences, ascending.
+        keys: [N, num_kv_heads, head_dim] keys before rotation, None where no rule reads them.
+        update: [N, d] what the layer added, None where no halting rule reads it.
+    """
+
+    hidden: Tensor
+    mean: Tensor | None
+    weight: Tensor
+    mass: Tensor
+    members: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    seq_ids: Tensor
+    keys: Tensor | None
+    update: Tensor | None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FusionRows:
+        """Return the rows with every tensor changed alike."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return FusionRows(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
+
+    def select(self, rows: Tensor) -> FusionRows:
+        """Return the given rows ([M])."""
+        return self.map(lambda value: value.index_select(0, rows))
+
+    def detached_row(self, row: int) -> FusionRows:
+        """Return one row in memory of its own."""
+        return self.map(lambda value: value[row : row + 1].clone())
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[FusionRows]) -> FusionRows:
+        """Return the parts' rows, end to end."""
+        columns = (
+            None if values[0] is None else torch.cat(values)
+            for values in zip(*([getattr(part, field.name) for field in fields(cls)] for part in parts), strict=True)
+        )
+        return cls(*columns)  # type: ignore[arg-type]
+
+
+class Groups(NamedTuple):
+    """How N rows fell into G groups of adjacent rows.
+
+    Attributes:
+        group_ids: [N] group of each row, ascending.
+        last: [G] each group's last row, its representative.
+    """
+
+    group_ids: Tensor
+    last: Tensor
+
+    @classmethod
+    def from_joins(cls, joins: Tensor) -> Groups:
+        """Group rows of which `joins` ([N] bool) says who joins the row before."""
+        ends = torch.cat((~joins[1:], joins.new_ones(1)))
+        return cls((~joins).cumsum(0) - 1, ends.nonzero().squeeze(-1))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return each group's sum of `values` ([N, ...]), [G, ...]."""
+        sums = values.new_zeros((self.last.shape[0], *values.shape[1:]))
+        return sums.index_add_(0, self.group_ids, values)
+
+
+def merge(rows: FusionRows, groups: Groups) -> FusionRows:
+    """Return the groups' last rows, each standing for its group: masses and weights add up, means are averaged."""
+    last = rows.select(groups.last)
+    weight = groups.sum(rows.weight)
+    mean = None
+    if rows.mean is not None and last.mean is not None:
+        averaged = groups.sum(rows.mean * rows.weight[:, None].to(rows.mean.dtype)) / weight[:, None].to(
+            last.mean.dtype
+        )
+        alone = torch.bincount(groups.group_ids, minlength=len(last))[:, None] == 1
+        mean = torch.where(alone, last.mean, averaged)  # a row alone keeps its bits
+    return FusionRows(
+        last.hidden,
+        mean,
+        weight,
+        groups.sum(rows.mass),
+        groups.sum(rows.members),
+        last.positions,
+        last.token_ids,
+        last.seq_ids,
+        last.keys,
+        last.update,
+    )

@@ -1,0 +1,62 @@
+"""Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
+
+from quicksilver.core.rules.checks import Threshold, threshold_at
+from quicksilver.core.rules.fusion import (
+    CosineFusionRule,
+    ForcedFusionRule,
+    FusionConfig,
+    FusionRule,
+    FusionScope,
+    FusionWeights,
+    KeyFusionRule,
+    L2FusionRule,
+    RandomFusionRule,
+    SimilarityRule,
+)
+from quicksilver.core.rules.halting import (
+    AllRule,
+    AnyRule,
+    CombinedRule,
+    DriftRule,
+    EntropyRule,
+    FixedPointRule,
+    ForcedRule,
+    HaltingConfig,
+    HaltingRule,
+    RandomRule,
+    RelativeDriftRule,
+    ThresholdRule,
+)
+from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ShareFill, ZeroFill
+
+__all__ = [
+    "AllRule",
+    "AnyRule",
+    "CombinedRule",
+    "CosineFusionRule",
+    "DriftRule",
+    "DropFill",
+    "EntropyRule",
+    "FixedPointRule",
+    "ForcedFusionRule",
+    "ForcedRule",
+    "FusionConfig",
+    "FusionRule",
+    "FusionScope",
+    "FusionWeights",
+    "HaltingConfig",
+    "HaltingRule",
+    "KVFill",
+    "KeyFusionRule",
+    "L2FusionRule",
+    "PropagateFill",
+    "RandomFusionRule",
+    "RandomRule",
+    "RelativeDriftRule",
+    "ShareFill",
+    "SimilarityRule",
+    "Threshold",
+    "ThresholdRule",
+    "ZeroFill",
+    "threshold_at",
+]

@@ -1,0 +1,46 @@
+"""What configurations of every mechanism check alike: thresholds, whole numbers, protection."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from quicksilver.errors import PlanError
+
+Threshold = float | tuple[float, ...]
+"""One absolute threshold for all layers, or one per layer."""
+
+
+def threshold_at(threshold: Threshold, layer_idx: int) -> float:
+    """Return the threshold that applies after layer `layer_idx`."""
+    return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer and not a boolean."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_threshold(owner: str, value: Any) -> Threshold:
+    """Return a threshold as floats; `owner` names it in the PlanError raised for anything else."""
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
+            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {str(item)[:40]}")
+    return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
+
+
+def check_protection(owner: str, protect_first: object, protect_special: object) -> None:
+    """Raise PlanError where what a mechanism may never touch is not given as a count and a switch."""
+    if not is_whole(protect_first) or protect_first < 0:
+        raise PlanError(f"{owner}.protect_first must be a whole number, got {protect_first!r}")
+    if not isinstance(protect_special, bool):
+        raise PlanError(f"{owner}.protect_special must be true or false, got {protect_special!r}")
+
+
+def check_draw(owner: str, probability: Any, seed: object) -> None:
+    """Raise PlanError where a random control's probability or seed is none."""
+    number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
+    if not number or not 0.0 <= probability <= 1.0:
+        raise PlanError(f"{owner}: probability must lie in [0, 1], got {probability!r}")
+    if not is_whole(seed):
+        raise PlanError(f"{owner}: seed must be a whole number, got {seed!r}")

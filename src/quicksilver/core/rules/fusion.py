@@ -1,0 +1,133 @@
+"""Fusion: which adjacent tokens become one and what stands for them, as frozen configurations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+from quicksilver.core.rules.checks import Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.errors import PlanError
+
+FusionWeights = Literal["last", "mass", "uniform", "kv"]
+FusionScope = Literal["prompt", "all"]
+
+
+@dataclass(frozen=True)
+class FusionRule:
+    """Base of the rules that say whether a token is like the one before it."""
+
+    def check_layers(self, num_fusion_layers: int) -> None:
+        """Raise PlanError where the rule does not fit so many fusion layers."""
+
+
+@dataclass(frozen=True)
+class SimilarityRule(FusionRule):
+    """A rule that compares two adjacent tokens' vectors with an absolute threshold, or one per fusion layer."""
+
+    threshold: Threshold
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", check_threshold(type(self).__name__, self.threshold))
+
+    def check_layers(self, num_fusion_layers: int) -> None:
+        """Raise PlanError where a list of thresholds is not as long as that of the fusion layers."""
+        if isinstance(self.threshold, tuple) and len(self.threshold) != num_fusion_layers:
+            raise PlanError(f"{len(self.threshold)} thresholds for {num_fusion_layers} fusion layers")
+
+
+@dataclass(frozen=True)
+class L2FusionRule(SimilarityRule):
+    """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
+
+
+@dataclass(frozen=True)
+class CosineFusionRule(SimilarityRule):
+    """Cosine of the two states above the threshold."""
+
+
+@dataclass(frozen=True)
+class KeyFusionRule(SimilarityRule):
+    """Cosine of the keys of the layer that just ran, averaged over heads, before rotation, above the threshold."""
+
+
+@dataclass(frozen=True)
+class RandomFusionRule(FusionRule):
+    """The control: a token joins the one before with `probability`, drawn from (seed, layer, position, token)."""
+
+    probability: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_draw("RandomFusionRule", self.probability, self.seed)
+
+
+@dataclass(frozen=True)
+class ForcedFusionRule(FusionRule):
+    """The token at position p joins the one before it iff `joins[p % len(joins)]`: for tests and timing."""
+
+    joins: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        joins = tuple(self.joins)
+        if not joins or any(not isinstance(join, bool) for join in joins):
+            raise PlanError(f"ForcedFusionRule: joins must be a list of true and false, got {self.joins!r}")
+        object.__setattr__(self, "joins", joins)
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Which adjacent tokens fuse, where, and what goes on in their place.
+
+    A group's representative is its last member, at that member's position; the members before it stop.
+
+    Attributes:
+        rule: says whether a token is like the one before it.
+        layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1).
+        max_group: most tokens that one representative stands for.
+        weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
+            by the tokens each stands for (the paper). "uniform": their plain mean. "kv": its own state, but its
+            keys and values are projected from the mass-weighted mean; its members are taken to have moved with it.
+        scope: "prompt": only tokens whose predictions nobody asked for; "all": any token.
+        protect_first: tokens at positions below this never fuse (attention sinks).
+        protect_special: special tokens (BOS, EOS, ...) never fuse.
+    """
+
+    rule: FusionRule
+    layers: tuple[int | float, ...] = (1 / 3,)
+    max_group: int = 2
+    weights: FusionWeights = "last"
+    scope: FusionScope = "prompt"
+    protect_first: int = 4
+    protect_special: bool = True
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
+        object.__setattr__(self, "layers", layers)
+        for item in layers:
+            if not (is_whole(item) and item >= 1) and not (isinstance(item, float) and 0.0 < item < 1.0):
+                raise PlanError(f"fusion.layers must be at least 1, or fractions in (0, 1), got {item!r}")
+        if not layers:
+            raise PlanError("fusion.layers is empty")
+        if not is_whole(self.max_group) or self.max_group < 2:
+            raise PlanError(f"fusion.max_group must be a whole number of at least 2, got {self.max_group!r}")
+        if self.weights not in get_args(FusionWeights):
+            raise PlanError(f"fusion.weights must be one of {', '.join(get_args(FusionWeights))}, got {self.weights!r}")
+        if self.scope not in get_args(FusionScope):
+            raise PlanError(f"fusion.scope must be one of {', '.join(get_args(FusionScope))}, got {self.scope!r}")
+        check_protection("fusion", self.protect_first, self.protect_special)
+        self.rule.check_layers(len(layers))
+
+    def after_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers after which tokens fuse in a model of `num_layers` layers, ascending.
+
+        Raises:
+            PlanError: the configuration does not fit the depth.
+        """
+        run = [item if is_whole(item) else math.ceil(item * num_layers) for item in self.layers]
+        if any(later <= earlier for earlier, later in pairwise(run)):
+            raise PlanError(f"fusion.layers must ascend, got {list(self.layers)} in a model of {num_layers} layers")
+        if run[-1] >= num_layers:
+            raise PlanError(f"fusion after {run[-1]} layers saves nothing, the model has {num_layers}")
+        return tuple(int(count) - 1 for count in run)

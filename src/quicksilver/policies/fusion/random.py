@@ -1,0 +1,12 @@
+"""Random fusion: the control that any similarity has to beat at the same number of fused tokens."""
+
+from __future__ import annotations
+
+from quicksilver.core.decisions import FusionDecision, PairView
+from quicksilver.core.rules import RandomFusionRule
+from quicksilver.policies.hashing import hashed_uniform
+
+
+def decide(rule: RandomFusionRule, view: PairView) -> FusionDecision:
+    """Fuse each pair with the rule's probability."""
+    return FusionDecision(hashed_uniform(rule.seed, view.layer_idx, view.positions, view.token_ids) < rule.probability)

@@ -1,0 +1,32 @@
+"""Which tokens a mechanism may never touch: the first of a sequence, and special ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.rules import FusionConfig, HaltingConfig
+
+
+class Protection:
+    """What a configuration protects, bound to a model's special tokens.
+
+    Args:
+        config: says how much is protected.
+        special_ids: the model's special tokens.
+        device: where tokens are.
+    """
+
+    def __init__(self, config: HaltingConfig | FusionConfig, special_ids: Sequence[int], device: torch.device) -> None:
+        self._first = config.protect_first
+        ids = sorted(set(special_ids)) if config.protect_special else []
+        self._special_ids = torch.tensor(ids, dtype=torch.int64, device=device)
+
+    def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return which tokens are protected, [N] bool."""
+        protected = positions < self._first
+        if self._special_ids.numel():
+            protected = protected | torch.isin(token_ids, self._special_ids)
+        return protected

@@ -1,0 +1,148 @@
+"""Fusion has one meaning however tokens are fed: the cache that a run leaves does not depend on where it was cut.
+
+A token that is absorbed later has predicted from a full run before; so logits are compared where the definition
+says that they agree: at tokens that were not absorbed.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+from tests import tiny, tolerances
+from tests.engines import Run, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.strategies import fusing_plans
+
+ATOL = tolerances.LOGITS[torch.float32]
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+PLANS = {
+    "one layer": fusion_plan(rules.RandomFusionRule(0.6, seed=1)),
+    "nested": fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2, 3), max_group=5),
+    "nested, decided": fusion_plan(rules.KeyFusionRule(0.0), layers=(1, 2, 3), max_group=4, weights="kv"),
+    "mean": fusion_plan(rules.RandomFusionRule(0.6, seed=3), layers=(1, 3), weights="mass", max_group=4),
+    **{
+        f"halting, {type(fill).__name__}": fusion_plan(
+            rules.RandomFusionRule(0.7, seed=4), rules.RandomRule(0.2, seed=5), fill, layers=(1, 2), max_group=4
+        )
+        for fill in FILLS
+    },
+}
+
+
+def assert_same_cache(one: Run, other: Run, seqs: tuple[int, int] = (0, 0)) -> None:
+    for layer_idx in range(one.cache.shape.num_layers):
+        first, second = one.cache.entries(layer_idx, seqs[0]), other.cache.entries(layer_idx, seqs[1])
+        assert torch.equal(first.positions, second.positions)
+        masses = [torch.ones_like(e.positions) if e.masses is None else e.masses for e in (first, second)]
+        assert torch.equal(*masses)
+        torch.testing.assert_close(first.keys, second.keys, atol=ATOL, rtol=0)
+        torch.testing.assert_close(first.values, second.values, atol=ATOL, rtol=0)
+
+
+def assert_same_run(whole: Run, parts: Run) -> None:
+    """Compare two runs of one sequence, the first in one pass."""
+    assert_same_cache(whole, parts)
+    for one, other in zip(whole.trace.layers, parts.trace.layers, strict=True):
+        assert one.fused == other.fused
+        assert +one.group_sizes == +other.group_sizes
+    unchanged = torch.cat(whole.trace.depths) == torch.cat(parts.trace.depths)
+    torch.testing.assert_close(whole.logits[unchanged], parts.logits[unchanged], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prefill_equals_decode_equals_chunks(family: str, plan: Plan) -> None:
+    engine, ids = decoder(tiny.model(family), plan), tiny.token_ids(33)
+    whole = run_whole(engine, ids)
+    assert whole.trace.fused_fraction > 0.2
+    assert_same_run(whole, run_steps(engine, ids))
+    assert_same_run(whole, run_steps(engine, ids, prompt=20))
+    assert_same_run(whole, run_chunks(engine, ids, [4, 1, 13, 15]))
+
+
+def test_every_cut_of_a_prompt_gives_the_same_cache() -> None:
+    for plan in (PLANS["one layer"], PLANS["nested"]):
+        engine, ids = decoder(tiny.model("llama"), plan), tiny.token_ids(14)
+        whole = run_whole(engine, ids)
+        for cut in range(1, 14):
+            assert_same_run(whole, run_chunks(engine, ids, [cut, 14 - cut]))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_batch_of_unequal_prompts_equals_each_alone(plan: Plan) -> None:
+    engine = decoder(tiny.model("qwen3"), plan)
+    sequences = [tiny.token_ids(n, seed=n) for n in (11, 1, 30, 2)]
+    batch = run_batch(engine, sequences)
+    for seq, (ids, logits) in enumerate(zip(sequences, batch.logits.split([11, 1, 30, 2]), strict=True)):
+        alone = run_whole(engine, ids)
+        torch.testing.assert_close(logits, alone.logits, atol=ATOL, rtol=0)
+        assert_same_cache(batch, alone, (seq, 0))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_batch_whose_sequences_advance_unevenly(plan: Plan) -> None:
+    engine = decoder(tiny.model("llama"), plan)
+    sequences = (tiny.token_ids(12, 1), tiny.token_ids(20, 2), tiny.token_ids(9, 3))
+    cache, trace = engine.new_cache(3), engine.new_trace(per_token=True)
+    for ends in ((5, 1, 0), (5, 9, 1), (6, 10, 2), (12, 10, 3), (12, 20, 9)):
+        chunk = [ids[seen:end] for ids, seen, end in zip(sequences, cache.seq_lengths, ends, strict=True)]
+        engine.run(torch.cat(chunk), [len(c) for c in chunk], cache, trace)
+    uneven = Run(torch.empty(0), cache, trace)
+    for seq, ids in enumerate(sequences):
+        assert_same_cache(uneven, run_whole(engine, ids), (seq, 0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
+    engine, ids = decoder(tiny.model(family), plan, special_ids=[7]), tiny.token_ids(length, seed=length)
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=5)))
+    chunks = [end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
+    whole = run_chunks(engine, ids, [length], prompt=True)
+    assert_same_run(whole, run_chunks(engine, ids, chunks, prompt=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plan=fusing_plans,
+    family=st.sampled_from(tiny.FAMILIES),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+)
+def test_every_layer_accounts_for_every_token(plan: Plan, family: str, lengths: list[int]) -> None:
+    """Mass is conserved: entries, halted tokens without entry and fused ones add up to the tokens fed."""
+    engine = decoder(tiny.model(family), plan)
+    sequences = [tiny.token_ids(n, seed=n) for n in lengths]
+    cache, trace = engine.new_cache(len(lengths)), engine.new_trace(per_token=True)
+    engine.run(torch.cat(sequences), lengths, cache, trace, prompt=True)
+    if isinstance(plan.kv, rules.DropFill) and plan.halting is not None:
+        return
+    for layer_idx in range(4):
+        for seq, length in enumerate(lengths):
+            entries = cache.entries(layer_idx, seq)
+            assert length == (len(entries.positions) if entries.masses is None else int(entries.masses.sum()))
+
+
+@pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
+def test_prompt_scope_fuses_prompts_only(weights: rules.FusionWeights) -> None:
+    engine = decoder(
+        tiny.model("gpt2"), fusion_plan(rules.RandomFusionRule(1.0), scope="prompt", weights=weights, max_group=8)
+    )
+    ids = tiny.token_ids(24)
+    cache, trace = engine.new_cache(1), engine.new_trace(per_token=True)
+    engine.run(ids[:16], [16], cache, trace, prompt=True)
+    assert cache.entry_counts(3) == [2]
+    assert trace.fused_fraction == 14 / 16
+    for token in ids[16:].split(1):
+        engine.run(token, [1], cache, trace)
+    assert cache.entry_counts(3) == [10]
+    untouched = run_whole(engine, ids)
+    assert untouched.trace.fused_fraction == 0.0
+    mixed = engine.new_cache(2)
+    engine.run(torch.cat((ids, ids)), [24, 24], mixed, engine.new_trace(), prompt=[False, True])
+    assert mixed.entry_counts(3) == [24, 3]
