@@ -7,10 +7,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, EntropyRule, ForcedRule, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules import (
+    CosineFusionRule,
+    DropFill,
+    EntropyRule,
+    ForcedFusionRule,
+    ForcedRule,
+    KVFill,
+    PropagateFill,
+    ShareFill,
+    ZeroFill,
+)
 from quicksilver.models.cost import dense_cost, executed_cost, signal_macs
 from tests import tiny
-from tests.engines import decoder, halting_plan, run_steps, run_whole
+from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole
 
 PLANS = {
     "dense": Plan.dense(),
@@ -18,6 +28,10 @@ PLANS = {
         type(fill).__name__: halting_plan(ForcedRule((1, 3, 5, 2)), fill)
         for fill in (DropFill(), ZeroFill(), PropagateFill(), ShareFill())
     },
+    "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
+    "nested fusion and halting": fusion_plan(
+        ForcedFusionRule((False, True, True, False, True)), ForcedRule((4, 4, 2)), PropagateFill(), layers=(1, 2, 3)
+    ),
 }
 
 
@@ -70,6 +84,25 @@ def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
     engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
     whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
     assert executed_cost(engine.spec, whole) == executed_cost(engine.spec, steps)
+
+
+def test_similarity_and_merged_means_count() -> None:
+    """Ten tokens, all alike: nine pairs compared after each of two layers, means merged into, keys projected anew."""
+    plan = fusion_plan(CosineFusionRule(-2.0), layers=(1, 2), weights="kv", max_group=2)
+    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    trace = run_whole(engine, ids).trace
+    assert [layer.fusion_rows for layer in trace.layers] == [10, 5, 0, 0]
+    assert [layer.fused for layer in trace.layers] == [5, 0, 0, 0]
+    assert [layer.fill_rows for layer in trace.layers] == [0, 5, 5, 5]
+    assert [dict(layer.signal_rows) for layer in trace.layers[:2]] == [
+        {"cosine": 9, "mean": 5},
+        {"cosine": 4, "mean": 0},
+    ]
+    spec = engine.spec
+    macs = sum(layer.query_rows for layer in trace.layers) * spec.layer_macs + 15 * spec.kv_macs
+    macs += sum(layer.attended.value for layer in trace.layers) * spec.attention_macs_per_pair
+    macs += (13 * 4 + 5) * spec.hidden_size + 10 * spec.head_macs
+    assert executed_cost(spec, trace).flops == 2 * macs
 
 
 def test_bytes_and_bit_operations_are_those_of_the_weights_read() -> None:

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 import quicksilver
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ForcedRule, RandomRule, ShareFill
+from quicksilver.core.rules import ForcedRule, RandomFusionRule, RandomRule, ShareFill
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
 from quicksilver.measure.statistics import paired_delta
 from quicksilver.measure.windows import Protocol, WindowedText, slide
 from tests import tiny, tolerances
-from tests.engines import decoder, halting_plan
+from tests.engines import decoder, fusion_plan, halting_plan
 
 PROTOCOL = Protocol(20, 10, bos_id=0)
 IDS = tiny.token_ids(75).tolist()
@@ -51,6 +51,19 @@ def test_score_and_decode_agree_on_everything_but_cost() -> None:
     model, plans = quicksilver.accelerate(tiny.model("llama")), [halting_plan(RandomRule(0.3), ShareFill())]
     (score,), (decode,) = (evaluate(model, plans, TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
     for key in ("nll", "kl", "top1_agreement"):
+        assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key
+
+
+def test_score_and_decode_agree_after_a_fused_prompt() -> None:
+    protocol = Protocol(20, 6, bos_id=0, prompt=12)
+    text = WindowedText("random ids", tuple(slide(IDS, protocol)), scored_bytes=300)
+    plan = fusion_plan(RandomFusionRule(0.7), RandomRule(0.1), scope="prompt", layers=(1, 2))
+    model = quicksilver.accelerate(tiny.model("llama"))
+    (score,), (decode,) = (evaluate(model, [plan], text, protocol, mode) for mode in ("score", "decode"))
+    assert score["accelerated"]["prompt"] == decode["accelerated"]["prompt"]
+    assert score["accelerated"]["prompt"]["fused_fraction"] > 0.3
+    assert score["tokens_scored"] == 75 - 12
+    for key in ("nll", "kl", "top1_agreement", "kv_used_bytes_reduction"):
         assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key
 
 

@@ -28,6 +28,22 @@ def test_each_token_is_scored_exactly_once(count: int, context: int, bos: bool, 
         assert window.token_ids[window.first_scored] == window.text_start + 1
 
 
+@given(st.integers(2, 200), st.integers(3, 40), st.booleans(), st.data())
+def test_after_a_prompt_each_token_is_scored_exactly_once(
+    count: int, context: int, bos: bool, data: st.DataObject
+) -> None:
+    prompt = data.draw(st.integers(1, context - bos - 1))
+    stride = data.draw(st.integers(1, context - bos - prompt))
+    windows = slide(list(range(1, count + 1)), Protocol(context, stride, 0 if bos else None, prompt=prompt))
+    scored = [token for window in windows for token in window.token_ids[window.first_scored :]]
+    assert scored == list(range(prompt + 1, count + 1))
+    for window in windows:
+        assert len(window.token_ids) <= context
+        assert (window.token_ids[0] == 0) == bos
+        assert window.first_scored == prompt + bos == window.prompt + 1
+        assert window.token_ids[window.first_scored] == window.text_start + 1
+
+
 def test_context_left_of_a_scored_token_is_at_least_the_overlap() -> None:
     windows = slide(list(range(100)), Protocol(20, 5))
     assert all(window.first_scored >= 15 for window in windows[1:])
@@ -41,6 +57,9 @@ def test_context_left_of_a_scored_token_is_at_least_the_overlap() -> None:
         ((8, 9), "stride"),
         ((8, 8, 3), "stride"),
         ((8, 4, None, 1), "max_tok"),
+        ((8, 4, None, None, 0), "the prompt must lie between 1 and 7"),
+        ((8, 4, 3, None, 7), "the prompt must lie between 1 and 6"),
+        ((8, 4, None, None, 5), "between 1 and 3 for this context and a prompt of 5"),
     ],
 )
 def test_impossible_protocols_are_refused(values: Any, message: str) -> None:
