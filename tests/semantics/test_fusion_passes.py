@@ -98,6 +98,24 @@ def test_a_batch_whose_sequences_advance_unevenly(plan: Plan) -> None:
         assert_same_cache(uneven, run_whole(engine, ids), (seq, 0))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_whom_a_token_had_absorbed_runs_again_even_where_it_halts_itself(seed: int) -> None:
+    """Nested fusion and much halting: between two fusion layers the row that took a token's place may stop."""
+    fusion, halting = rules.RandomFusionRule(0.75, seed), rules.RandomRule(0.4, seed)
+    plan = fusion_plan(fusion, halting, rules.PropagateFill(), layers=(1, 2, 3), max_group=6)
+    engine, sequences = decoder(tiny.model("llama"), plan), [tiny.token_ids(26, seed=seed + i) for i in range(3)]
+    cache, trace = engine.new_cache(3), engine.new_trace(per_token=True)
+    for start in range(0, 26, 2):  # the second sequence waits every other time
+        sizes = (2, 4 * (start % 4 == 0), 2)
+        chunk = [ids[seen : seen + n] for ids, seen, n in zip(sequences, cache.seq_lengths, sizes, strict=True)]
+        engine.run(torch.cat(chunk), [len(c) for c in chunk], cache, trace)
+    batch = Run(torch.empty(0), cache, trace)
+    for seq, ids in enumerate(sequences):
+        whole = run_whole(engine, ids)
+        assert_same_run(whole, run_steps(engine, ids))
+        assert_same_cache(batch, whole, (seq, 0))
+
+
 @settings(max_examples=150, deadline=None)
 @given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
