@@ -26,30 +26,29 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo --output results --max-tokens 20000
     """
     from quicksilver.cli.table import print_table
-    from quicksilver.core.plan import Plan
     from quicksilver.measure import demo
     from quicksilver.runtime.loading import embedded_models
 
     names = models or tuple(embedded_models())
     if not names:
         raise ModelError("this installation holds no embedded model; pass one with --model")
-    plans, folder = [Plan.preset(name) for name in demo.PLANS], Path(output)
+    folder = Path(output)
     for name in names:
         model, tokenizer = open_model(name, "dense", None, "cpu", threads)
-        text = demo.demo_windows(tokenizer, model.adapter.spec.max_positions, max_tokens)
+        measured = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
-        with progress(name, len(text[1].windows)) as advance:
-            results, picture = demo.run(model, tokenizer, display_name(name), plans, text, folder, advance)
-        print_table(results)
+        with progress(name, sum(len(part.text.windows) for part in measured)) as advance:
+            results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance)
+        for rows in results:
+            print_table(rows, legend=rows is results[-1])
         print(
             "No preset is calibrated to a model: `paper` is the published rule, literally, and the others show what\n"
-            "halting without calibration costs. See docs/results for what was found.",
+            "halting and fusion without calibration cost. See docs/results for what was found.",
         )
-        shallowest = demo.shallowest(results, plans)
-        sample = demo.sample(model, tokenizer, shallowest)
+        sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
         print(f"\nGenerated under plan '{sample.plan}' ({depth}):\n  {sample.text}\n")
         print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")

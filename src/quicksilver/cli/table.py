@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_WIDTH = 150
+_WIDTH = 164
 _COLUMNS = (
     "plan",
     "ppl",
@@ -27,16 +27,16 @@ _COLUMNS = (
 )
 
 
-def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
-    """Print evaluation results of one model on one text."""
+def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: bool = True) -> None:
+    """Print evaluation results of one model on one text; `legend` explains the columns below."""
     console, protocol = Console(file=file), results[0]["protocol"]
     if not console.is_terminal:
         console = Console(file=file, width=_WIDTH)
     for line in _heading(results[0]):
         console.print(line, highlight=False, markup=False)
-    table = Table(*_COLUMNS[:1])
-    for name in _COLUMNS[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table()
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
     table.add_row(*_dense_row(results[0]))
     for result in results:
         if result["plan"]["halting"] is not None or "fusion" in result["plan"]:
@@ -44,6 +44,11 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None) -> None:
     console.print(table)
     if protocol["prompt"] is not None:
         _print_prompts(console, results)
+    if legend:
+        _print_legend(console)
+
+
+def _print_legend(console: Console) -> None:
     console.print(
         "FLOPs, body (head left out), weights read and KV bytes: saved against dense, per token; below zero, the plan"
         " costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"

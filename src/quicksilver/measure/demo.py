@@ -15,7 +15,7 @@ import torch
 
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
-from quicksilver.measure.picture import draw_summary
+from quicksilver.measure.picture import TokenPanel, draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos
@@ -25,6 +25,7 @@ from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"
 PLANS = ("paper", "relative", "settled")
+PROMPT_PLANS = ("fused-prompt",)
 PROMPT = "The river rises in the mountains and"
 
 
@@ -43,11 +44,29 @@ def demo_corpus() -> Corpus:
     return Corpus("the embedded articles", texts, separate=True)
 
 
-def demo_windows(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[Protocol, WindowedText]:
-    """Cut the embedded articles for a model."""
-    context = min(max_positions, 512)
-    protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
-    return protocol, cut(demo_corpus(), tokenizer, protocol)
+@dataclass(frozen=True)
+class Part:
+    """Plans to compare with dense, and the windows on which that is done."""
+
+    plans: tuple[Plan, ...]
+    protocol: Protocol
+    text: WindowedText
+
+
+def parts(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[Part, Part]:
+    """Return what is measured: plans that halt on all of a text, plans that fuse on what follows a prompt."""
+    context, bos = min(max_positions, 512), default_bos(tokenizer)
+    prompt = 3 * context // 4
+    protocols = (
+        Protocol(context, context // 2, bos, max_tokens),
+        Protocol(context, context - (bos is not None) - prompt, bos, max_tokens, prompt),
+    )
+    corpus = demo_corpus()
+    first, second = (
+        Part(tuple(Plan.preset(name) for name in names), protocol, cut(corpus, tokenizer, protocol))
+        for names, protocol in zip((PLANS, PROMPT_PLANS), protocols, strict=True)
+    )
+    return first, second
 
 
 def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_tokens: int = 40) -> Sample:
@@ -68,17 +87,17 @@ def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_to
         model.plan = before
 
 
-def shallowest(results: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> Plan:
+def shallowest(results: Sequence[dict[str, Any]]) -> Plan:
     """Return the plan that ran the fewest layers per token."""
     name = min(results, key=lambda result: result["accelerated"]["mean_depth"])["plan"]["name"]
-    return next(plan for plan in plans if plan.name == name)
+    return Plan.preset(name)
 
 
-def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[int]) -> list[int]:
-    """Return how many layers each token of one sequence ran under a plan."""
+def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[int], prompt: bool) -> list[int]:
+    """Return how many layers each token of one sequence, a prompt or not, ran under a plan."""
     decoder = Decoder(model.adapter, plan, model.special_ids)
     trace = decoder.new_trace(per_token=True)
-    decoder.run(torch.tensor(token_ids, device=model.device), [len(token_ids)], decoder.new_cache(1), trace)
+    decoder.run(torch.tensor(token_ids, device=model.device), [len(token_ids)], decoder.new_cache(1), trace, prompt)
     return trace.depths[0].tolist()
 
 
@@ -86,18 +105,23 @@ def run(
     model: QuickSilverForCausalLM,
     tokenizer: Any,
     name: str,
-    plans: Sequence[Plan],
-    text: tuple[Protocol, WindowedText],
+    measured: Sequence[Part],
     folder: Path,
     on_window: Callable[[], None] = lambda: None,
-) -> tuple[list[dict[str, Any]], Path]:
-    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`, return the results and the picture."""
-    protocol, windowed = text
-    results = evaluate(model, plans, windowed, protocol, "score", name, on_window)
-    shown = shallowest(results, plans)
-    token_ids = windowed.windows[0].token_ids
-    picture = folder / f"{name}.png"
+) -> tuple[list[list[dict[str, Any]]], Path]:
+    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture."""
+    results = [evaluate(model, part.plans, part.text, part.protocol, "score", name, on_window) for part in measured]
+    token_ids = measured[0].text.windows[0].token_ids
     tokens = [tokenizer.decode([token]) for token in token_ids]
-    draw_summary(picture, results, shown.name, tokens, token_depths(model, shown, token_ids))
-    write_atomically(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    panels = [
+        TokenPanel(f"layers each token ran under plan '{plan.name}'{where}", tokens, depths)
+        for plan, is_prompt, where in (
+            (shallowest(results[0]), False, ""),
+            (measured[1].plans[0], True, ", as a prompt: dark tokens were absorbed by the next"),
+        )
+        for depths in [token_depths(model, plan, token_ids, is_prompt)]
+    ]
+    picture = folder / f"{name}.png"
+    draw_summary(picture, [row for rows in results for row in rows], panels)
+    write_atomically(folder / f"{name}.json", json.dumps([row for rows in results for row in rows], indent=2) + "\n")
     return results, picture

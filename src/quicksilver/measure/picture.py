@@ -7,34 +7,47 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quicksilver.core.files import write_atomically
 
-_COLUMNS, _ROWS = 78, 18  # of the token panel, in characters
+_COLUMNS, _ROWS = 96, 10  # of a token panel, in characters
 
 
-def draw_summary(
-    path: Path, results: Sequence[dict[str, Any]], plan_name: str, tokens: Sequence[str], depths: Sequence[int]
-) -> None:
-    """Write a PNG with the plans' cost against what they saved, and a text coloured by depth.
+@dataclass(frozen=True)
+class TokenPanel:
+    """A text whose tokens are coloured by depth.
+
+    Attributes:
+        title: what is shown.
+        tokens: the tokens, as text.
+        depths: layers each of them ran.
+    """
+
+    title: str
+    tokens: Sequence[str]
+    depths: Sequence[int]
+
+
+def draw_summary(path: Path, results: Sequence[dict[str, Any]], panels: Sequence[TokenPanel]) -> None:
+    """Write a PNG with the plans' cost against what they saved, and texts coloured by depth.
 
     Args:
         path: where to write; an interrupted write leaves nothing there.
         results: rows of `report.evaluate`, one model and text.
-        plan_name: the plan under which `depths` were recorded.
-        tokens: the text's tokens, as text.
-        depths: layers each of them ran.
+        panels: texts to show.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.4 + 2.4 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, height_ratios=(1.0, 1.15))
+    top, *below = figure.subplots(1 + len(panels), 1, height_ratios=(1.75, *[1.0] * len(panels)))
     _draw_plans(top, results)
-    _draw_tokens(figure, bottom, plan_name, tokens, depths, results[0]["model"]["layers"])
+    for axes, panel in zip(below, panels, strict=True):
+        _draw_tokens(figure, axes, panel, results[0]["model"]["layers"])
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     write_atomically(path, image.getvalue())
@@ -45,11 +58,13 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     axes.axhline(0.0, color="0.6", linewidth=0.8)
     axes.axvline(0.0, color="0.6", linewidth=0.8)
     for i, result in enumerate(results):
-        delta = result["delta"]
-        saved = 100 * delta["flops_reduction"]
+        delta, prompt = result["delta"], result["accelerated"]["prompt"]
+        saved = 100 * (delta if prompt is None else prompt)["flops_reduction"]
         low, high = delta["nll_ci95"] or (delta["nll"], delta["nll"])
         error = [[delta["nll"] - low], [high - delta["nll"]]]
         label = f"{result['plan']['name']}: {result['accelerated']['mean_depth']:.2f} layers per token"
+        if prompt is not None:
+            label = f"{result['plan']['name']}: {prompt['fused_fraction']:.0%} of prompts fused; their FLOPs, the loss after"
         marker = "osD^vP*X"[i % 8]
         axes.errorbar(saved, delta["nll"], yerr=error, fmt=marker, capsize=4, markersize=9, alpha=0.8, label=label)
     axes.set_xlabel("FLOPs saved against dense, head and signals included (%)")
@@ -63,16 +78,14 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
     axes.grid(alpha=0.25)
 
 
-def _draw_tokens(
-    figure: Any, axes: Any, plan_name: str, tokens: Sequence[str], depths: Sequence[int], layers: int
-) -> None:
+def _draw_tokens(figure: Any, axes: Any, panel: TokenPanel, layers: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
     colours = ScalarMappable(Normalize(vmin=min(1, layers), vmax=layers), "viridis")
     column = row = shown = 0
-    for token, depth in zip(tokens, depths, strict=True):
+    for token, depth in zip(panel.tokens, panel.depths, strict=True):
         text = token.replace("\n", "⏎")
         if column + len(text) > _COLUMNS:
             column, row = 0, row + 1
@@ -83,15 +96,13 @@ def _draw_tokens(
         ink = "white" if sum(shade[:3]) < 1.4 else "black"
         for offset, symbol in enumerate(text):
             axes.text(
-                column + offset + 0.5, -row, symbol, family="monospace", fontsize=9, ha="center", va="center", color=ink
+                column + offset + 0.5, -row, symbol, family="monospace", fontsize=8, ha="center", va="center", color=ink
             )
         column += len(text)
         shown += 1
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(-_ROWS + 0.4, 0.6)
     axes.set_axis_off()
-    mean = sum(depths[:shown]) / max(shown, 1)
-    axes.set_title(
-        f"layers each token ran under plan '{plan_name}' (mean {mean:.2f} of {layers} in this excerpt)", fontsize=10
-    )
+    mean = sum(panel.depths[:shown]) / max(shown, 1)
+    axes.set_title(f"{panel.title} (mean {mean:.2f} of {layers} in this excerpt)", fontsize=10)
     figure.colorbar(colours, ax=axes, label="layers run", ticks=range(1, layers + 1))
