@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contenders import DENSE
+from benchmarks.contenders import DENSE, FUSED
 from benchmarks.rows import Measurement, find
 from benchmarks.timing import paired_ratios, summarise
 
@@ -37,6 +37,7 @@ BARS = (
     Bar("prefill", DENSE, 1.0, speed=True),
     Bar("decode", DENSE, 1.0, speed=True),
     Bar("prefill", "half-drop", 0.82, ideal="arithmetic allows 0.75"),
+    Bar("prefill", FUSED, 0.75, ideal="arithmetic allows 0.66"),
     Bar("decode", "half-drop", 0.88, ideal="bytes allow 0.83"),
     Bar("memory", DENSE, 1.10),
 )

@@ -1,4 +1,4 @@
-"""The model that is measured and the engines that run it: Hugging Face's own, ours dense, ours with halting.
+"""The model that is measured and the engines that run it: Hugging Face's own, ours dense, with halting, with fusion.
 
 What they are asked to do is in `tasks.py`. The package is imported only for its own engines, so that it
 does not weigh on the memory of the other.
@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.forced import Forced
+
 SEED = 0
+POSITIONS = 2048  # twice the published ones, so that tokens can be decoded after a prompt of 1,024
 HUGGINGFACE, DENSE = "huggingface", "dense"
 FILLS = ("drop", "zero", "propagate", "share")
+HALVED = tuple(f"half-{fill}" for fill in FILLS)
+FUSED = "half-fused"
 _QUICK_SHAPE: dict[str, Any] = {
     "n_embd": 128,
     "n_head": 4,
@@ -33,28 +38,23 @@ class Contender:
         name: as in tables and rows.
         model: called as transformers' models are.
         baseline: the engine it is compared with; itself where it is the baseline.
-        depths: layers that tokens at positions 0, 1, ... run, repeated; None where the engine keeps no count.
+        forced: what its plan makes of tokens; None where the engine keeps no count.
     """
 
     name: str
     model: Any
     baseline: str
-    depths: tuple[int, ...] | None = None
-
-    def mean_depth(self, positions: range) -> float | None:
-        """Return the layers per token that tokens at these positions must run."""
-        if self.depths is None:
-            return None
-        return sum(self.depths[p % len(self.depths)] for p in positions) / len(positions)
+    forced: Forced | None = None
 
 
 def build_model(quick: bool) -> GPT2LMHeadModel:
-    """Return a random GPT-2 of 124 million parameters, or a very small one, always with the same weights.
+    """Return a random GPT-2 in the shape with 124 million parameters, or a very small one, always the same weights.
 
     Generation never stops early: the end-of-text token has no meaning in it.
     """
     torch.manual_seed(SEED)
-    model = GPT2LMHeadModel(GPT2Config(**_QUICK_SHAPE) if quick else GPT2Config()).eval()
+    shape = _QUICK_SHAPE if quick else {}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=POSITIONS, **shape)).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -74,7 +74,8 @@ def dense(model: GPT2LMHeadModel) -> Contender:
     """Return our engine with every mechanism off."""
     import quicksilver
 
-    return Contender(DENSE, quicksilver.accelerate(model, "dense"), HUGGINGFACE, (model.config.n_layer,))
+    layers = model.config.n_layer
+    return Contender(DENSE, quicksilver.accelerate(model, "dense"), HUGGINGFACE, Forced(layers, (layers,)))
 
 
 def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
@@ -88,12 +89,27 @@ def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
         "propagate": rules.PropagateFill,
         "share": rules.ShareFill,
     }
-    depths = (model.config.n_layer, model.config.n_layer // 2)
-    halting = rules.HaltingConfig(rules.ForcedRule(depths), min_layer=1, protect_first=0)
+    layers = model.config.n_layer
+    forced = Forced(layers, (layers, layers // 2), fills=fill != "drop")
+    halting = rules.HaltingConfig(rules.ForcedRule(forced.depths), min_layer=1, protect_first=0)
     plan = quicksilver.Plan(f"half-{fill}", halting, fills[fill]())
-    return Contender(plan.name, quicksilver.accelerate(model, plan), DENSE, depths)
+    return Contender(plan.name, quicksilver.accelerate(model, plan), DENSE, forced)
+
+
+def fused(model: GPT2LMHeadModel) -> Contender:
+    """Return our engine with every second token of a prompt fusing into the next at a third of the depth."""
+    import quicksilver
+    from quicksilver.core import rules
+
+    layers = model.config.n_layer
+    after = layers // 3
+    fusion = rules.FusionConfig(
+        rules.ForcedFusionRule((False, True)), layers=(after,), max_group=2, protect_first=0, protect_special=False
+    )
+    engine = quicksilver.accelerate(model, quicksilver.Plan(FUSED, fusion=fusion))
+    return Contender(FUSED, engine, DENSE, Forced(layers, (layers,), fused_after=after))
 
 
 def build_contenders(model: GPT2LMHeadModel) -> list[Contender]:
     """Return every engine over one model, each after the one it is compared with."""
-    return [huggingface(model), dense(model), *(halved(model, fill) for fill in FILLS)]
+    return [huggingface(model), dense(model), *(halved(model, fill) for fill in FILLS), fused(model)]

@@ -18,11 +18,10 @@ from benchmarks import bars, contenders, gate, rows, table, timing
 from benchmarks.contenders import DENSE, HUGGINGFACE, Contender
 from benchmarks.memory import peak_rss_bytes
 from benchmarks.rows import Measurement
-from benchmarks.tasks import Decode, Generate, Prefill, Task, run
+from benchmarks.tasks import Decode, DecodeLong, Generate, Prefill, Task, run
 
 _RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
 _REPEATS, _QUICK_REPEATS, _WARMUP = 9, 5, 2
-_MAX_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Settings:
     new_tokens: int
     prompt_tokens: int
     prefill_tokens: int
+    long_prompt_tokens: int
     quick: bool
 
 
@@ -44,6 +44,9 @@ class Settings:
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Before decoding.")
 @click.option("--prefill-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of task prefill.")
 @click.option(
+    "--long-prompt-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Before decode-long."
+)
+@click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     default=_RESULTS,
@@ -52,7 +55,7 @@ class Settings:
 )
 @click.option("--quick", is_flag=True, help="A very small model: tries the benchmark itself, measures nothing.")
 def main(output: Path, repeats: int | None, quick: bool, **sizes: int) -> None:
-    """Measure Hugging Face's GPT-2, our engine dense, and our engine with half of the tokens halting midway.
+    """Measure Hugging Face's GPT-2, our engine dense, with half of the tokens halting midway, and with half fusing.
 
     The engines are checked against each other first; exit status 1 where they disagree. A missed bar is
     reported and changes nothing.
@@ -64,8 +67,9 @@ def main(output: Path, repeats: int | None, quick: bool, **sizes: int) -> None:
       python -m benchmarks.engine --quick --output /tmp/engine.jsonl
     """
     settings = Settings(repeats=repeats or (_QUICK_REPEATS if quick else _REPEATS), quick=quick, **sizes)
-    if max(settings.prompt_tokens, settings.prefill_tokens) + settings.new_tokens > _MAX_POSITIONS:
-        raise click.UsageError(f"a prompt and the new tokens together must fit the context of {_MAX_POSITIONS}")
+    longest = max(settings.prompt_tokens, settings.prefill_tokens, settings.long_prompt_tokens) + settings.new_tokens
+    if longest > contenders.POSITIONS:
+        raise click.UsageError(f"a prompt and the new tokens together must fit the context of {contenders.POSITIONS}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,13 +92,11 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
     torch.set_num_threads(settings.threads)
     model = contenders.build_model(settings.quick)
     engines = contenders.build_contenders(model)
-    ids = contenders.random_ids(model, _MAX_POSITIONS)
-    prompt, end = settings.prompt_tokens, settings.prompt_tokens + settings.new_tokens
-    prefill = Prefill(ids[:, : settings.prefill_tokens])
-    tasks = (prefill, Decode(ids[:, :end], prompt), Generate(ids[:, :prompt], settings.new_tokens))
+    ids = contenders.random_ids(model, contenders.POSITIONS)
+    tasks = build_tasks(ids, settings)
     with torch.inference_mode():
         _say("gate")
-        work = gate.check(engines, tasks, prefill.ids)
+        work = gate.check(engines, tasks, ids[:, : settings.prefill_tokens])
         seconds = [m for task in tasks for m in measure_seconds(task, engines, work, settings.repeats)]
     measurements = [*seconds, *memory]
     shared = {
@@ -112,6 +114,17 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
     return measured
 
 
+def build_tasks(ids: torch.Tensor, settings: Settings) -> tuple[Task, ...]:
+    """Return what is timed, in order, over the first of the tokens [1, T]."""
+    prompt, long_prompt, new = settings.prompt_tokens, settings.long_prompt_tokens, settings.new_tokens
+    return (
+        Prefill(ids[:, : settings.prefill_tokens]),
+        Decode(ids[:, : prompt + new], prompt),
+        DecodeLong(ids[:, : long_prompt + new], long_prompt),
+        Generate(ids[:, :prompt], new),
+    )
+
+
 def measure_seconds(
     task: Task, engines: Sequence[Contender], work: dict[tuple[str, str], gate.Work], repeats: int
 ) -> list[Measurement]:
@@ -123,7 +136,7 @@ def measure_seconds(
     for engine in taking_part:
         values = tuple(value / task.divisor for value in seconds[engine.name])
         details = {}
-        if engine.depths is not None:
+        if engine.forced is not None:
             details = {**work[task.name, engine.name].to_dict(), "plan": engine.model.plan.to_dict()}
         measurements.append(Measurement(task.name, engine.name, engine.baseline, task.unit, values, details))
     return measurements
@@ -164,6 +177,7 @@ def _describe(model: Any) -> dict[str, Any]:
         "layers": config.n_layer,
         "hidden_size": config.n_embd,
         "heads": config.n_head,
+        "positions": config.n_positions,
         "vocab_size": config.vocab_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "attention": config._attn_implementation,
@@ -178,7 +192,8 @@ def _heading(row: dict[str, Any]) -> list[str]:
         f"quicksilver {row['quicksilver']}, torch {row['torch']}, transformers {row['transformers']}"
         f" ({model['attention']} attention), python {row['python']}; {sizes['repeats']} rounds after {_WARMUP}",
         f"prefill {sizes['prefill_tokens']} tokens; decode and generate {sizes['new_tokens']} after"
-        f" {sizes['prompt_tokens']}; memory: build, prefill {sizes['prefill_tokens']}, decode {sizes['new_tokens']}",
+        f" {sizes['prompt_tokens']}, decode-long after {sizes['long_prompt_tokens']};"
+        f" memory: build, prefill {sizes['prefill_tokens']}, decode {sizes['new_tokens']}",
     ]
     if sizes["quick"]:
         lines.append("--quick: tries the benchmark itself; figures and verdicts below say nothing about the engine")

@@ -5,7 +5,6 @@ It also counts each engine's work, as the engine itself reports it; seconds are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import DENSE, HUGGINGFACE, Contender
+from benchmarks.forced import Counts, count
 from benchmarks.tasks import Task
 
 LOGITS_TOLERANCE = 1e-4  # largest absolute difference of float32 logits
@@ -33,6 +33,8 @@ class Work:
         dense_flops: FLOPs of the dense model for the same tokens.
         mean_depth: layers run per token.
         weight_bytes_per_token: weight bytes read per token were each decoded alone.
+        kv_read_bytes_per_token: bytes of keys and values that attention read, over the tokens fed.
+        fused_by_layer: tokens that a later one absorbed after each layer.
     """
 
     tokens: int
@@ -40,6 +42,8 @@ class Work:
     dense_flops: int
     mean_depth: float
     weight_bytes_per_token: float
+    kv_read_bytes_per_token: float
+    fused_by_layer: tuple[int, ...]
 
     @classmethod
     def total(cls, stats: Sequence[Any]) -> Work:
@@ -51,6 +55,8 @@ class Work:
             dense_flops=sum(s.dense_flops for s in stats),
             mean_depth=sum(s.tokens * s.mean_depth for s in stats) / tokens,
             weight_bytes_per_token=sum(s.tokens * s.weight_bytes_per_token for s in stats) / tokens,
+            kv_read_bytes_per_token=sum(s.kv_read_bytes for s in stats) / tokens,
+            fused_by_layer=tuple(map(sum, zip(*(s.fused_by_layer for s in stats), strict=True))),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def check(contenders: Sequence[Contender], tasks: Sequence[Task], prompt: Tensor
         Work by (task, engine), for the engines that count theirs.
 
     Raises:
-        GateError: dense logits or tokens are not Hugging Face's, or a depth is not the forced one.
+        GateError: dense logits or tokens are not Hugging Face's, or a count is not what the plan forces.
     """
     by_name = {contender.name: contender for contender in contenders}
     theirs, ours = by_name[HUGGINGFACE], by_name[DENSE]
@@ -80,8 +86,9 @@ def check(contenders: Sequence[Contender], tasks: Sequence[Task], prompt: Tensor
         for expected, actual in zip(_outputs(task, theirs), _outputs(task, ours), strict=True):
             _compare(task.name, expected, actual)
         for contender in contenders:
-            if contender.depths is not None and (task.engines is None or contender.name in task.engines):
-                work[task.name, contender.name] = _count(task, contender)
+            if contender.forced is not None and (task.engines is None or contender.name in task.engines):
+                expected = count(contender.forced, task.prompt, task.passes)
+                work[task.name, contender.name] = _count(task, contender, expected)
     return work
 
 
@@ -104,13 +111,23 @@ def _compare(where: str, expected: Tensor, actual: Tensor) -> None:
         )
 
 
-def _count(task: Task, contender: Contender) -> Work:
-    """Run a task once, add up its work, and hold its depth against the forced one."""
+def _count(task: Task, contender: Contender, expected: Counts) -> Work:
+    """Run a task once, add up its work, and hold it against what the plan forces."""
     state = task.prepare(contender.model)
     work = Work.total([contender.model.stats for _ in task.calls(contender.model, state)])
-    forced = contender.mean_depth(task.positions)
-    if forced is None or not math.isclose(work.mean_depth, forced, rel_tol=1e-9):
-        raise GateError(
-            f"{task.name}: {contender.name} ran {work.mean_depth} layers per token, its plan forces {forced}"
-        )
+    kv_read_bytes = expected.entries_read * _entry_bytes(contender.model)
+    compared = (
+        ("tokens fed", work.tokens, expected.tokens),
+        ("tokens fused after each layer", work.fused_by_layer, expected.fused_by_layer),
+        ("layers run by all tokens", round(work.tokens * work.mean_depth), expected.layers_run),
+        ("bytes of keys and values read", round(work.tokens * work.kv_read_bytes_per_token), kv_read_bytes),
+    )
+    for what, counted, forced in compared:
+        if counted != forced:
+            raise GateError(f"{task.name}: {what}: {contender.name} counts {counted}, its plan forces {forced}")
     return work
+
+
+def _entry_bytes(model: Any) -> int:
+    """Return the bytes of one token's key and value in one layer of a GPT-2, all heads together."""
+    return 2 * model.config.n_embd * model.dtype.itemsize

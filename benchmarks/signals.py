@@ -7,8 +7,6 @@ compared with it at the share the plan really saved. Timing is not its subject.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,22 +16,27 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.sweep import (
+    CONTROL,
+    against_random,
+    bisect,
+    heading,
+    interval,
+    read_corpus,
+    text_options,
+    write_results,
+)
 from quicksilver.core import rules
-from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
 from quicksilver.errors import QuickSilverError
 from quicksilver.measure.report import build_rows
-from quicksilver.measure.scoring import EngineRecord, run_windows
-from quicksilver.measure.statistics import paired_delta
-from quicksilver.measure.texts import Corpus, read_documents, read_text
+from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, Window, cut, default_bos
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.loading import load, load_tokenizer
 
 MIN_LAYER = 0.5
-BISECTIONS = 20
-CLOSE = 0.03  # of the share asked for
 RANDOM_SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15)
 FILLS: dict[str, rules.KVFill] = {
     "drop": rules.DropFill(),
@@ -52,7 +55,6 @@ class Signal:
     high: float
 
 
-CONTROL = "random"
 SIGNALS = {
     CONTROL: Signal(lambda p: rules.RandomRule(p, seed=1), 1e-4, 1.0),
     "drift": Signal(rules.DriftRule, 1e-3, 1e4),
@@ -85,17 +87,9 @@ def saved(decoder: Decoder, trace: Trace) -> float:
 
 def match(model: Any, signal: str, fill: str, share: float, windows: Sequence[Window]) -> Plan | None:
     """Return the plan that saves `share` of the layers on the calibration windows, or None if none does."""
-    low, high = SIGNALS[signal].low, SIGNALS[signal].high
-    if saved_share(model, plan_for(signal, fill, high), windows) < (1 - CLOSE) * share:
-        return None
-    for _ in range(BISECTIONS):
-        middle = math.sqrt(low * high)  # thresholds differ by orders of magnitude between models
-        plan = plan_for(signal, fill, middle)
-        got = saved_share(model, plan, windows)
-        if abs(got - share) <= CLOSE * share:
-            return plan
-        low, high = (middle, high) if got < share else (low, middle)
-    return None
+    rule = SIGNALS[signal]
+    number = bisect(lambda x: saved_share(model, plan_for(signal, fill, x), windows), rule.low, rule.high, share)
+    return None if number is None else plan_for(signal, fill, number)
 
 
 def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -> list[tuple[float, Plan]]:
@@ -111,53 +105,10 @@ def find_plans(model: Any, shares: Sequence[float], windows: Sequence[Window]) -
     return found
 
 
-def against_random(records: Sequence[EngineRecord], counts: list[int]) -> list[dict[str, Any] | None]:
-    """Return each plan's loss minus that of random halting with the same fill at the same share, with its interval.
-
-    Between two shares at which random halting was measured, each window's loss is interpolated linearly. None for
-    the controls themselves, and outside the range measured. The first record is the dense engine's.
-    """
-    curves = {
-        fill: sorted(
-            [(0.0, records[0].nll)]
-            + [(saved(r.decoder, r.trace), r.nll) for r in records if r.decoder.plan.name == f"{CONTROL}/{fill}"],
-            key=lambda point: point[0],
-        )
-        for fill in FILLS
-    }
-    rows: list[dict[str, Any] | None] = []
-    for record in records[1:]:
-        signal, _, fill = record.decoder.plan.name.partition("/")
-        curve = curves.get(fill, [])
-        share = saved(record.decoder, record.trace)
-        if signal == CONTROL or not curve or not 0.0 < share <= curve[-1][0]:
-            rows.append(None)
-            continue
-        above = next(i for i, point in enumerate(curve) if point[0] >= share)
-        (low, low_nll), (high, high_nll) = curve[above - 1], curve[above]
-        weight = (share - low) / (high - low)
-        control = [(1 - weight) * x + weight * y for x, y in zip(low_nll, high_nll, strict=True)]
-        delta = paired_delta(control, record.nll, counts)
-        rows.append({"nll": delta.nll, "nll_ci95": delta.nll_ci95 and list(delta.nll_ci95)})
-    return rows
-
-
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table of a run, the settings above it."""
-    first = rows[0]
-    model, protocol, env = first["model"], first["protocol"], first["environment"]
     lines = [
-        f"### {model['name']} on {protocol['text']}",
-        "",
-        f"`{env['command']}`",
-        "",
-        f"{model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']};"
-        f" dense {first['dense']['nll']:.4f} nats, perplexity {first['dense']['ppl']:.2f},"
-        f" {first['dense']['bits_per_byte']:.3f} bits per byte; {first['tokens_scored']} tokens scored, context"
-        f" {protocol['context']}, stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'}, mode"
-        f" {protocol['mode']}. quicksilver {env['quicksilver']}, torch {env['torch']}, transformers"
-        f" {env['transformers']}, {env['cpu']}, {env['threads']} thread(s).",
-        "",
+        *heading(rows[0]),
         "| layers saved: asked | got | signal | KV fill | threshold | Δnll [95 % CI] | Δppl | KL | top-1 | FLOPs"
         " | KV bytes | Δnll against random at the share got [95 % CI] |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -170,9 +121,9 @@ def _table_row(row: dict[str, Any]) -> str:
     signal, _, fill = row["plan"]["name"].partition("/")
     asked = "" if row["share"] is None else f"{row['share']:.0%}"
     got = 1.0 - row["accelerated"]["mean_depth"] / row["model"]["layers"]
-    versus = "" if control is None else _interval(control)
+    versus = "" if control is None else interval(control)
     return (
-        f"| {asked} | {got:.1%} | {signal} | {fill} | {_threshold(row)} | {_interval(delta)} | {delta['ppl']:+.3f}"
+        f"| {asked} | {got:.1%} | {signal} | {fill} | {_threshold(row)} | {interval(delta)} | {delta['ppl']:+.3f}"
         f" | {delta['kl']:.4f} | {delta['top1_agreement']:.1%} | {-delta['flops_reduction']:+.1%}"
         f" | {-delta['kv_bytes_reduction']:+.1%} | {versus} |"
     )
@@ -187,17 +138,9 @@ def _threshold(row: dict[str, Any]) -> str:
     return f"{rule.get('threshold', rule.get('probability')):.4g}"
 
 
-def _interval(delta: dict[str, Any]) -> str:
-    bounds = delta["nll_ci95"]
-    return f"{delta['nll']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
-
-
 @click.command()
 @click.argument("model")
-@click.option("--text", help="One long text to measure on.")
-@click.option("--documents", help="JSON lines to measure on.")
-@click.option("--calibration-text", help="One long text to find thresholds on; never the one measured on.")
-@click.option("--calibration-documents", help="JSON lines to find thresholds on.")
+@text_options
 @click.option("--saved", "shares", multiple=True, type=float, default=(0.03, 0.1), show_default=True)
 @click.option("--context", default=512, show_default=True)
 @click.option("--max-tokens", default=10_000, show_default=True)
@@ -225,8 +168,8 @@ def main(
         loaded, tokenizer = load(model), load_tokenizer(model)
         protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
         calibration = Protocol(context, protocol.stride, protocol.bos_id, calibration_tokens)
-        measured = cut(_corpus(text, documents), tokenizer, protocol)
-        fitted = cut(_corpus(calibration_text, calibration_documents), tokenizer, calibration)
+        measured = cut(read_corpus(text, documents), tokenizer, protocol)
+        fitted = cut(read_corpus(calibration_text, calibration_documents), tokenizer, calibration)
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     found = [(None, Plan.preset("paper")), *find_plans(loaded, shares, fitted.windows)]
@@ -234,17 +177,10 @@ def main(
     records = run_windows(decoders, measured.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
     rows = build_rows(records, measured, protocol, "score", Path(model).name)
     counts = [window.num_scored for window in measured.windows]
-    controls = against_random(records, counts)
+    controls = against_random(records, [saved(r.decoder, r.trace) for r in records[1:]], counts)
     for row, (share, _), control in zip(rows, found, controls, strict=True):
         row.update(share=share, calibration=fitted.name, against_random=control)
-    write_atomically(Path(f"{output}.json"), json.dumps(rows, indent=1) + "\n")
-    write_atomically(Path(f"{output}.md"), markdown(rows))
-
-
-def _corpus(text: str | None, documents: str | None) -> Corpus:
-    if (text is None) == (documents is None):
-        raise click.UsageError("give a text or documents, for measuring and for calibration")
-    return read_documents(documents) if text is None else read_text(text)
+    write_results(output, rows, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import Verdict
-from benchmarks.rows import Measurement, ratio_to_baseline
+from benchmarks.contenders import DENSE
+from benchmarks.rows import Measurement, find, ratio_to_baseline
 from benchmarks.timing import Summary, summarise
 
 _WIDTH = 160
@@ -26,7 +27,7 @@ def print_table(
     for line in heading:
         console.print(line, highlight=False, markup=False)
     table = Table("task", "engine")
-    for name in ("median", r"\[min, max]", r"of baseline \[min, max]", "FLOPs"):
+    for name in ("median", r"\[min, max]", r"of baseline \[min, max]", "FLOPs", "KV read"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bar")
     previous = None
@@ -35,28 +36,38 @@ def print_table(
             table.add_section()
         previous = measurement.task
         verdict = verdicts.get((measurement.task, measurement.engine))
-        table.add_row(*_cells(measurement, ratio_to_baseline(measurement, measurements), verdict))
+        ratio = ratio_to_baseline(measurement, measurements)
+        dense = find(measurements, measurement.task, DENSE)
+        bar = "" if verdict is None else str(verdict)
+        table.add_row(*_figures(measurement, ratio), *_counts(measurement, dense), bar)
     console.print(table, highlight=False)
     missed = sum(not verdict.passed for verdict in verdicts.values())
     console.print(f"bars: {len(verdicts) - missed} passed, {missed} missed", highlight=False)
     console.print(
         "of baseline: the engine's figure / its baseline's, median over repetitions paired in turn; below 1 is less"
-        " time or memory. FLOPs: what ran / dense, counted.",
+        " time or memory.\nFLOPs, KV read: what ran, and the bytes of keys and values that attention read, / dense's;"
+        " counted.",
         highlight=False,
     )
 
 
-def _cells(measurement: Measurement, ratio: Summary, verdict: Verdict | None) -> list[str]:
+def _figures(measurement: Measurement, ratio: Summary) -> list[str]:
     scale, unit = _SCALES[measurement.unit]
     median, low, high = (value * scale for value in summarise(measurement.values))
     is_baseline = measurement.engine == measurement.baseline
-    details = measurement.details
     return [
         measurement.task,
         measurement.engine,
         f"{median:.2f} {unit}",
         f"\\[{low:.2f}, {high:.2f}]",
         "" if is_baseline else f"{ratio.median:.3f} of {measurement.baseline} \\[{ratio.low:.3f}, {ratio.high:.3f}]",
-        f"{details['flops'] / details['dense_flops']:.3f}" if "flops" in details else "",
-        "" if verdict is None else str(verdict),
     ]
+
+
+def _counts(measurement: Measurement, dense: Measurement) -> list[str]:
+    """Return the shares of dense's FLOPs and bytes of keys and values, empty where the engine keeps no count."""
+    details = measurement.details
+    if "flops" not in details:
+        return ["", ""]
+    kv_read = details["kv_read_bytes_per_token"] / dense.details["kv_read_bytes_per_token"]
+    return [f"{details['flops'] / details['dense_flops']:.3f}", f"{kv_read:.3f}"]

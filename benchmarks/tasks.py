@@ -1,4 +1,4 @@
-"""What the engines are asked to do: prefill, decode, generate.
+"""What the engines are asked to do: prefill, decode after a short prompt or a long one, generate.
 
 Every engine gets the same tokens through the same calls; which engines there are is `contenders.py`'s.
 """
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from benchmarks.contenders import DENSE, HUGGINGFACE
+from benchmarks.contenders import DENSE, FUSED, HALVED, HUGGINGFACE
 
 
 class Task(Protocol):
@@ -32,8 +32,13 @@ class Task(Protocol):
     def divisor(self) -> int: ...
 
     @property
-    def positions(self) -> range:
-        """Positions of the tokens fed by `calls`."""
+    def prompt(self) -> int:
+        """Tokens of the prompt, at positions from 0 on, which `prepare` or `calls` feeds in one pass."""
+        ...
+
+    @property
+    def passes(self) -> tuple[range, ...]:
+        """Positions of the tokens that `calls` feeds, pass by pass."""
         ...
 
     def prepare(self, model: Any) -> Any:
@@ -60,8 +65,12 @@ class Prefill:
         return 1
 
     @property
-    def positions(self) -> range:
-        return range(self.ids.shape[1])
+    def prompt(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def passes(self) -> tuple[range, ...]:
+        return (range(self.prompt),)
 
     def prepare(self, model: Any) -> None:
         """Need nothing."""
@@ -80,15 +89,15 @@ class Decode:
 
     name: ClassVar[str] = "decode"
     unit: ClassVar[str] = "seconds per token"
-    engines: ClassVar[tuple[str, ...] | None] = None
+    engines: ClassVar[tuple[str, ...] | None] = (HUGGINGFACE, DENSE, *HALVED)
 
     @property
     def divisor(self) -> int:
-        return len(self.positions)
+        return len(self.passes)
 
     @property
-    def positions(self) -> range:
-        return range(self.prompt, self.ids.shape[1])
+    def passes(self) -> tuple[range, ...]:
+        return _one_by_one(self.prompt, self.ids.shape[1])
 
     def prepare(self, model: Any) -> Any:
         """Prefill the prompt; return its cache."""
@@ -96,9 +105,16 @@ class Decode:
 
     def calls(self, model: Any, state: Any) -> Iterator[Tensor]:
         """Feed the tokens after the prompt; yield each one's logits."""
-        for position in self.positions:
-            token = self.ids[:, position : position + 1]
+        for fed in self.passes:
+            token = self.ids[:, fed.start : fed.stop]
             yield model(token, past_key_values=state, use_cache=True, logits_to_keep=1).logits
+
+
+class DecodeLong(Decode):
+    """The same after a prompt so long that its keys and values weigh: what a fused prompt saves of their bytes."""
+
+    name: ClassVar[str] = "decode-long"
+    engines: ClassVar[tuple[str, ...] | None] = (HUGGINGFACE, DENSE, FUSED)
 
 
 @dataclass(frozen=True)
@@ -117,8 +133,13 @@ class Generate:
         return 1
 
     @property
-    def positions(self) -> range:
-        return range(self.ids.shape[1] + self.new_tokens - 1)  # the last token is never fed
+    def prompt(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def passes(self) -> tuple[range, ...]:
+        end = self.prompt + self.new_tokens - 1  # the last token is never fed
+        return (range(self.prompt), *_one_by_one(self.prompt, end))
 
     def prepare(self, model: Any) -> None:
         """Need nothing."""
@@ -132,3 +153,7 @@ def run(task: Task, model: Any, state: Any) -> None:
     """Do a task's calls and keep nothing."""
     for _ in task.calls(model, state):
         pass
+
+
+def _one_by_one(start: int, stop: int) -> tuple[range, ...]:
+    return tuple(range(position, position + 1) for position in range(start, stop))

@@ -64,7 +64,8 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
         error = [[delta["nll"] - low], [high - delta["nll"]]]
         label = f"{result['plan']['name']}: {result['accelerated']['mean_depth']:.2f} layers per token"
         if prompt is not None:
-            label = f"{result['plan']['name']}: {prompt['fused_fraction']:.0%} of prompts fused; their FLOPs, the loss after"
+            fused = f"{prompt['fused_fraction']:.0%} of prompts fused"
+            label = f"{result['plan']['name']}: {fused}; their FLOPs, the loss after"
         marker = "osD^vP*X"[i % 8]
         axes.errorbar(saved, delta["nll"], yerr=error, fmt=marker, capsize=4, markersize=9, alpha=0.8, label=label)
     axes.set_xlabel("FLOPs saved against dense, head and signals included (%)")

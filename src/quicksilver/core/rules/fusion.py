@@ -49,7 +49,7 @@ class CosineFusionRule(SimilarityRule):
 
 @dataclass(frozen=True)
 class KeyFusionRule(SimilarityRule):
-    """Cosine of the keys of the layer that just ran, averaged over heads, before rotation, above the threshold."""
+    """Cosine of the two keys, each averaged over heads and not rotated, of the layer that just ran, above it."""
 
 
 @dataclass(frozen=True)
