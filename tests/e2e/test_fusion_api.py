@@ -13,6 +13,7 @@ import torch
 import quicksilver
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import CosineFusionRule, ForcedFusionRule, FusionConfig, RandomFusionRule
+from quicksilver.errors import InputError
 from tests import tiny
 from tests.e2e.conftest import SENTENCES, Outcome
 from tests.e2e.prompts import ATOL, PROMPT, left_padded
@@ -61,6 +62,8 @@ def test_a_call_fuses_only_tokens_whose_predictions_nobody_asked_for() -> None:
     assert fused(model) == 0
     model(ids, labels=ids, logits_to_keep=1)
     assert fused(model) == 0
+    with pytest.raises(InputError, match="labels ask for what every token predicts"):
+        model(ids, labels=ids, prompt=True)
     last = model(ids, logits_to_keep=1)
     assert fused(model) > 3
     assert last.past_key_values.entry_counts(3)[0] == 20 - fused(model)
@@ -109,13 +112,13 @@ def test_eval_scores_only_what_follows_a_fused_prompt(
     assert result["tokens_scored"] == 120 - 24
     assert result["protocol"]["prompt"] == 24
     prompt = result["accelerated"]["prompt"]
-    assert prompt["tokens"] == result["protocol"]["windows"] * 23  # the last one's prediction is scored
+    assert prompt["tokens"] == result["protocol"]["windows"] * 24
     assert prompt["fused_fraction"] > 0.5
     assert prompt["flops_reduction"] > 0.3
     assert 0.0 < result["accelerated"]["fused_fraction"] < prompt["fused_fraction"]
     assert result["delta"]["kv_used_bytes_reduction"] > 0.2
     assert result["delta"]["kv_read_bytes_reduction"] > 0.2
-    assert sum(int(size) * count for size, count in result["accelerated"]["groups_by_size"].items()) > 30
+    assert sum(int(size) * count for size, count in prompt["groups_by_size"].items()) > 30
     assert "after a prompt of 24" in outcome.out
     assert f"prompts under pairs: {prompt['tokens']} tokens" in outcome.out
 

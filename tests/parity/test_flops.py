@@ -88,7 +88,7 @@ def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
 
 def test_similarity_and_merged_means_count() -> None:
     """Ten tokens, all alike: nine pairs compared after each of two layers, means merged into, keys projected anew."""
-    plan = fusion_plan(CosineFusionRule(-2.0), layers=(1, 2), weights="kv", max_group=2)
+    plan = fusion_plan(CosineFusionRule(-1.0), layers=(1, 2), weights="kv", max_group=2)
     engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
     trace = run_whole(engine, ids).trace
     assert [layer.fusion_rows for layer in trace.layers] == [10, 5, 0, 0]

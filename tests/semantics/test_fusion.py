@@ -20,7 +20,7 @@ WEIGHTS = get_args(rules.FusionWeights)
 LENGTH = 40
 ATOL = tolerances.LOGITS[torch.float32]
 DECIDED = (
-    rules.L2FusionRule((16.0, 23.0)),
+    rules.L2FusionRule((23.0, 28.0)),
     rules.CosineFusionRule(0.1),
     rules.KeyFusionRule(0.1),
     rules.RandomFusionRule(0.5, seed=3),
@@ -79,10 +79,10 @@ def test_decided_groups(family: str, rule: rules.FusionRule, weights: rules.Fusi
 
     def alike(layer_idx, hidden, keys, earlier, later):
         pair = [hidden[[earlier]], hidden[[later]], keys[[earlier]], keys[[later]]]
-        view = PairView(layer_idx, layer_idx, *pair, torch.tensor([later]), ids[[later]])
+        view = PairView(layer_idx, layer_idx - 1, *pair, torch.tensor([later]), ids[[later]])
         return bool(fusion.decide(rule, view).alike)
 
-    expected = check(tiny.model(family), ids, fusion_plan(rule, weights=weights, layers=(1, 2)), alike=alike)
+    expected = check(tiny.model(family), ids, fusion_plan(rule, weights=weights, layers=(2, 3)), alike=alike)
     assert 2 <= sum(len(sizes) for sizes in expected.sizes) <= LENGTH // 2
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
+from quicksilver.errors import InputError
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import fusing_plans
@@ -48,10 +49,14 @@ def assert_same_cache(one: Run, other: Run, seqs: tuple[int, int] = (0, 0)) -> N
 def assert_same_run(whole: Run, parts: Run) -> None:
     """Compare two runs of one sequence, the first in one pass."""
     assert_same_cache(whole, parts)
+    held = [run.cache.used_nbytes - run.cache.tails.nbytes for run in (whole, parts)]
+    assert held[0] == held[1]
     for one, other in zip(whole.trace.layers, parts.trace.layers, strict=True):
         assert one.fused == other.fused
         assert +one.group_sizes == +other.group_sizes
-    unchanged = torch.cat(whole.trace.depths) == torch.cat(parts.trace.depths)
+    depths = torch.cat(whole.trace.depths), torch.cat(parts.trace.depths)
+    unchanged = depths[0] == depths[1]
+    assert int((~unchanged).sum()) <= sum(layer.fused for layer in whole.trace.layers)
     torch.testing.assert_close(whole.logits[unchanged], parts.logits[unchanged], atol=ATOL, rtol=0)
 
 
@@ -101,7 +106,7 @@ def test_a_batch_whose_sequences_advance_unevenly(plan: Plan) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_whom_a_token_had_absorbed_runs_again_even_where_it_halts_itself(seed: int) -> None:
     """Nested fusion and much halting: between two fusion layers the row that took a token's place may stop."""
-    fusion, halting = rules.RandomFusionRule(0.75, seed), rules.RandomRule(0.4, seed)
+    fusion, halting = rules.RandomFusionRule(0.75, seed), rules.RandomRule(0.4, seed + 50)
     plan = fusion_plan(fusion, halting, rules.PropagateFill(), layers=(1, 2, 3), max_group=6)
     engine, sequences = decoder(tiny.model("llama"), plan), [tiny.token_ids(26, seed=seed + i) for i in range(3)]
     cache, trace = engine.new_cache(3), engine.new_trace(per_token=True)
@@ -114,6 +119,14 @@ def test_whom_a_token_had_absorbed_runs_again_even_where_it_halts_itself(seed: i
         whole = run_whole(engine, ids)
         assert_same_run(whole, run_steps(engine, ids))
         assert_same_cache(batch, whole, (seq, 0))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_that_took_a_tokens_place_may_halt_where_no_layer_keeps_keys(seed: int) -> None:
+    rule, halting = rules.KeyFusionRule((0.0, -1.0)), rules.RandomRule(0.4, seed)
+    plan = fusion_plan(rule, halting, rules.PropagateFill(), layers=(1, 3), max_group=6)
+    engine, ids = decoder(tiny.model("llama"), plan), tiny.token_ids(20, seed)
+    assert_same_run(run_whole(engine, ids), run_steps(engine, ids))
 
 
 @settings(max_examples=150, deadline=None)
@@ -138,12 +151,12 @@ def test_every_layer_accounts_for_every_token(plan: Plan, family: str, lengths: 
     sequences = [tiny.token_ids(n, seed=n) for n in lengths]
     cache, trace = engine.new_cache(len(lengths)), engine.new_trace(per_token=True)
     engine.run(torch.cat(sequences), lengths, cache, trace, prompt=True)
-    if isinstance(plan.kv, rules.DropFill) and plan.halting is not None:
-        return
+    dropped = isinstance(plan.kv, rules.DropFill) and plan.halting is not None
     for layer_idx in range(4):
         for seq, length in enumerate(lengths):
             entries = cache.entries(layer_idx, seq)
-            assert length == (len(entries.positions) if entries.masses is None else int(entries.masses.sum()))
+            held = len(entries.positions) if entries.masses is None else int(entries.masses.sum())
+            assert held == length or (dropped and held < length and sum(layer.halted for layer in trace.layers))
 
 
 @pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
@@ -164,3 +177,33 @@ def test_prompt_scope_fuses_prompts_only(weights: rules.FusionWeights) -> None:
     mixed = engine.new_cache(2)
     engine.run(torch.cat((ids, ids)), [24, 24], mixed, engine.new_trace(), prompt=[False, True])
     assert mixed.entry_counts(3) == [24, 3]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
+def test_prefill_equals_decode_in_bfloat16(family: str, weights: rules.FusionWeights) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
+    engine = decoder(model, fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2), weights=weights))
+    ids = tiny.token_ids(24)
+    whole, steps = run_whole(engine, ids), run_steps(engine, ids, prompt=9)
+    for layer_idx in range(4):
+        assert torch.equal(*(run.cache.entries(layer_idx, 0).positions for run in (whole, steps)))
+    assert whole.cache.entries(3, 0).keys.dtype == torch.bfloat16
+    error = (whole.logits[-1].float() - steps.logits[-1].float()).abs().max() / whole.logits[-1].float().abs().max()
+    assert error < tolerances.LOGITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("flags", [[True], [True, False, True]], ids=str)
+def test_a_wrong_number_of_prompt_flags_is_refused_and_spoils_nothing(flags: list[bool]) -> None:
+    engine, ids = decoder(tiny.model("gpt2"), PLANS["one layer"]), tiny.token_ids(8)
+    cache = engine.new_cache(2)
+    with pytest.raises(InputError, match=f"prompt has {len(flags)} flags for 2 sequences"):
+        engine.run(ids, [5, 3], cache, engine.new_trace(), prompt=flags)
+    engine.run(ids, [5, 3], cache, engine.new_trace(), prompt=[True, False])
+
+
+def test_what_halts_at_random_does_not_say_what_fuses() -> None:
+    plan = fusion_plan(rules.RandomFusionRule(0.3, 1), rules.RandomRule(0.3, 1), rules.PropagateFill())
+    trace = run_whole(decoder(tiny.model("gpt2"), plan), tiny.token_ids(60)).trace
+    assert trace.layers[0].halted > 5
+    assert trace.layers[0].fused > 5

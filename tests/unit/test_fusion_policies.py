@@ -32,7 +32,7 @@ def view(ordinal: int = 0) -> PairView:
         (rules.L2FusionRule(4.0), [0, 1, 1]),  # below, not at
         (rules.L2FusionRule((9.0, 0.5)), [1, 1, 1]),
         (rules.CosineFusionRule(0.59), [1, 1, 0]),
-        (rules.CosineFusionRule(-2.0), [1, 1, 1]),
+        (rules.CosineFusionRule(-0.99), [1, 1, 0]),
         (rules.KeyFusionRule(0.7), [0, 1, 1]),
         (rules.KeyFusionRule(0.71), [0, 1, 0]),
         (rules.RandomFusionRule(1.0), [1, 1, 1]),

@@ -60,11 +60,24 @@ def test_score_and_decode_agree_after_a_fused_prompt() -> None:
     plan = fusion_plan(RandomFusionRule(0.7), RandomRule(0.1), scope="prompt", layers=(1, 2))
     model = quicksilver.accelerate(tiny.model("llama"))
     (score,), (decode,) = (evaluate(model, [plan], text, protocol, mode) for mode in ("score", "decode"))
+    for result in (score, decode):
+        assert result["accelerated"]["prompt"].pop("speedup") > 0.0
     assert score["accelerated"]["prompt"] == decode["accelerated"]["prompt"]
     assert score["accelerated"]["prompt"]["fused_fraction"] > 0.3
     assert score["tokens_scored"] == 75 - 12
     for key in ("nll", "kl", "top1_agreement", "kv_used_bytes_reduction"):
         assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key
+
+
+def test_without_a_prompt_only_decode_fuses_in_prompt_scope() -> None:
+    """In `score` every token's prediction is asked for or might be; in `decode` what is not scored is a prompt."""
+    model, plan = quicksilver.accelerate(tiny.model("gpt2")), fusion_plan(RandomFusionRule(0.7), scope="prompt")
+    (score,), (decode,) = (evaluate(model, [plan], TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
+    assert score["accelerated"]["fused_fraction"] == 0.0
+    assert score["delta"]["nll"] == 0.0
+    assert score["accelerated"]["prompt"] is None
+    assert decode["accelerated"]["prompt"]["fused_fraction"] > 0.2
+    assert decode["delta"]["nll"] != 0.0
 
 
 def test_a_dense_plan_changes_nothing_and_saves_nothing() -> None:

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from quicksilver.core import codec, rules
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import PRESETS, Plan
 from quicksilver.errors import PlanError
-from tests.strategies import plans
+from tests.strategies import fusing_plans, plans
 
 BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}
 
 
-@given(plans)
+@given(st.one_of(plans, fusing_plans))
 def test_round_trip_through_json(plan: Plan) -> None:
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert again == plan
@@ -34,8 +35,15 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         Plan("a", rules.HaltingConfig(rules.RelativeDriftRule(0.1))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1), min_layer=3)),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.ZeroFill()),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.L2FusionRule(1.0))),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.CosineFusionRule(1.0))),
     ]
-    assert len({plan.hash, *(other.hash for other in others)}) == 6
+    assert len({plan.hash, *(other.hash for other in others)}) == 8
+
+
+def test_a_plan_without_fusion_keeps_the_hash_it_had_before_there_was_fusion() -> None:
+    assert Plan.dense().hash == "2a30209e3c3c1ac2"
+    assert Plan.preset("settled").hash == "2de2b915cb8a596e"
 
 
 def test_the_paper_preset_is_the_published_rule() -> None:
@@ -69,6 +77,10 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {**FUSION, "layers": []}}, "fusion.layers is empty"),
         ({"fusion": {**FUSION, "layers": [0]}}, "fusion.layers must be at least 1"),
         ({"fusion": {**FUSION, "max_group": 1}}, "fusion.max_group"),
+        ({"fusion": {**FUSION, "max_group": 10**30}}, "fusion.max_group"),
+        ({"fusion": {**FUSION, "protect_first": 2**63}}, "fusion.protect_first"),
+        ({"fusion": {"rule": {"type": "cosine", "threshold": 1.5}}}, "must lie in .-1, 1., got 1.5"),
+        ({"fusion": {"rule": {"type": "key", "threshold": [0.5, -2]}, "layers": [1, 2]}}, "got -2.0"),
         ({"fusion": {**FUSION, "weights": "best"}}, "fusion.weights must be one of last, mass, uniform, kv"),
         ({"fusion": {**FUSION, "scope": "some"}}, "fusion.scope must be one of prompt, all"),
         ({"fusion": {**FUSION, "protect_first": 1.5}}, "fusion.protect_first"),
@@ -146,3 +158,4 @@ def test_every_rule_and_fill_has_a_name_in_the_file_format() -> None:
 
     assert set(codec.RULE_TYPES.values()) == leaves(rules.HaltingRule)
     assert set(codec.FILL_TYPES.values()) == leaves(rules.KVFill)
+    assert set(codec.FUSION_TYPES.values()) == leaves(rules.FusionRule)

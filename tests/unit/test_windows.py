@@ -40,7 +40,7 @@ def test_after_a_prompt_each_token_is_scored_exactly_once(
     for window in windows:
         assert len(window.token_ids) <= context
         assert (window.token_ids[0] == 0) == bos
-        assert window.first_scored == prompt + bos == window.prompt + 1
+        assert window.first_scored == prompt + bos == window.prompt
         assert window.token_ids[window.first_scored] == window.text_start + 1
 
 

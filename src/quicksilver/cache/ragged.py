@@ -5,6 +5,7 @@ Which tokens write, and what, is decided elsewhere; attention is computed elsewh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,28 +72,31 @@ class RaggedKVCache:
         fusion_layers: tuple[int, ...] = (),
     ) -> None:
         store: type[EntryStore] = SharedEntries if shared else OwnedEntries
-        facts = (shape.num_layers, self._row_shape(shape), shape.dtype, shape.device, bool(fusion_layers))
         self.shape = shape
         self.owner = owner
         self.seq_lengths = [0] * batch_size
         self.columns = 0
         self.in_pass = False
         self.tails = FusionTails(fusion_layers, batch_size)
-        self._stores = [store(*facts) for _ in range(batch_size)]
+        row_shape = (shape.num_kv_heads, shape.head_dim)
+        self._stores = [store(shape.num_layers, row_shape, shape.dtype, shape.device) for _ in range(batch_size)]
 
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
         return len(self.seq_lengths)
 
-    @staticmethod
-    def _row_shape(shape: CacheShape) -> tuple[int, int]:
-        return (shape.num_kv_heads, shape.head_dim)
+    def advance(self, layout: RaggedLayout, fuses: Sequence[bool] = ()) -> None:
+        """Count the tokens of a finished pass as seen; after a prefill, give back the room that it left.
 
-    def advance(self, layout: RaggedLayout) -> None:
-        """Count the tokens of a finished pass as seen; after a prefill, give back the room that it left."""
+        Args:
+            layout: of the pass.
+            fuses: for each sequence, whether its tokens could fuse; the tails of those that could not are dropped.
+        """
         for seq, length in enumerate(layout.lengths):
             self.seq_lengths[seq] += length
+            if length and not (fuses and fuses[seq]):
+                self.tails.forget(seq)
             if length > 1:
                 self._stores[seq].trim()
         self.in_pass = False
@@ -118,7 +122,8 @@ class RaggedKVCache:
             masses: tokens that each listed token stands for, None for one each.
         """
         listed = layout if refer is None else refer
-        bounds, listed_bounds = layout.bounds, listed.bounds
+        bounds = layout.bounds
+        listed_bounds = bounds if refer is None else listed.bounds
         for seq, store in enumerate(self._stores):
             rows = slice(bounds[seq], bounds[seq + 1])
             listed_rows = slice(listed_bounds[seq], listed_bounds[seq + 1])
@@ -139,12 +144,10 @@ class RaggedKVCache:
         The token at `position` is the last of the sequence so far. Returns what changed in the tails.
         """
         store = self._stores[seq]
-        deeper = [i for i in range(self.shape.num_layers - 1, after_layer, -1) if store.length(i)]
+        deeper = [i for i in range(after_layer + 1, self.shape.num_layers) if store.length(i)]
         if deeper:
             last = torch.stack([store.positions(i)[-1] for i in deeper]).tolist()
-            for layer_idx, found in zip(deeper, last, strict=True):
-                if found == position:
-                    store.drop_last(layer_idx)
+            store.drop_last([i for i, found in zip(deeper, last, strict=True) if found == position])
         return self.tails.take_back(after_layer, seq, position)
 
     def entries(self, layer_idx: int, seq: int) -> Entries:

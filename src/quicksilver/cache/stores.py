@@ -18,23 +18,19 @@ class EntryStore(ABC):
         row_shape: (num_kv_heads, head_dim).
         dtype: of keys and values.
         device: where they live.
-        fuses: entries may stand for several tokens, so how many is kept too.
     """
 
-    def __init__(
-        self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fuses: bool
-    ) -> None:
+    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self._positions = [RowBuffer((), torch.int32, device) for _ in range(num_layers)]
-        self._masses = [RowBuffer((), torch.int32, device) for _ in range(num_layers)] if fuses else []
-        self._fused = [False] * num_layers
+        self._masses: dict[int, RowBuffer] = {}  # of layers that hold an entry for several tokens
 
     @abstractmethod
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:
         """Write [M] entries; `listed` are the positions the layer lists, a superset where entries are shared."""
 
     @abstractmethod
-    def _drop_last(self, layer_idx: int) -> None:
-        """Forget a layer's last key and value."""
+    def _drop_last(self, layers: list[int]) -> None:
+        """Forget the last key and value of each of these layers."""
 
     @abstractmethod
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -59,16 +55,20 @@ class EntryStore(ABC):
             masses: [m] tokens that each of them stands for, None for one each.
         """
         self._append(layer_idx, positions, keys, values, listed)
-        self._positions[layer_idx].append(listed)
-        if self._masses:
-            self._fused[layer_idx] |= masses is not None
+        if masses is not None and layer_idx not in self._masses:
+            self._masses[layer_idx] = RowBuffer((), torch.int32, listed.device)
+            self._masses[layer_idx].append(torch.ones_like(self._positions[layer_idx].rows))
+        if layer_idx in self._masses:
             self._masses[layer_idx].append(torch.ones_like(listed) if masses is None else masses)
+        self._positions[layer_idx].append(listed)
 
-    def drop_last(self, layer_idx: int) -> None:
-        """Forget a layer's last entry."""
-        self._drop_last(layer_idx)
-        self._positions[layer_idx].length -= 1
-        self._masses[layer_idx].length -= 1
+    def drop_last(self, layers: list[int]) -> None:
+        """Forget the last entry of each of these layers."""
+        self._drop_last(layers)
+        for layer_idx in layers:
+            self._positions[layer_idx].length -= 1
+            if layer_idx in self._masses:
+                self._masses[layer_idx].length -= 1
 
     def positions(self, layer_idx: int) -> Tensor:
         """Return the positions of a layer's entries, [n]."""
@@ -76,7 +76,7 @@ class EntryStore(ABC):
 
     def masses(self, layer_idx: int) -> Tensor | None:
         """Return how many tokens each entry of a layer stands for, [n]; None where each stands for one."""
-        return self._masses[layer_idx].rows if self._fused[layer_idx] else None
+        return self._masses[layer_idx].rows if layer_idx in self._masses else None
 
     def length(self, layer_idx: int) -> int:
         """Return the number of entries a layer lists."""
@@ -85,7 +85,7 @@ class EntryStore(ABC):
     @property
     def buffers(self) -> tuple[RowBuffer, ...]:
         """Everything that is allocated."""
-        return (*self._key_value_buffers, *self._positions, *self._masses)
+        return (*self._key_value_buffers, *self._positions, *self._masses.values())
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +106,8 @@ class EntryStore(ABC):
 class OwnedEntries(EntryStore):
     """Each layer holds the keys and values of the tokens that wrote there."""
 
-    def __init__(
-        self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fuses: bool
-    ) -> None:
-        super().__init__(num_layers, row_shape, dtype, device, fuses)
+    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(num_layers, row_shape, dtype, device)
         self._keys = [RowBuffer(row_shape, dtype, device) for _ in range(num_layers)]
         self._values = [RowBuffer(row_shape, dtype, device) for _ in range(num_layers)]
 
@@ -117,9 +115,10 @@ class OwnedEntries(EntryStore):
         self._keys[layer_idx].append(keys)
         self._values[layer_idx].append(values)
 
-    def _drop_last(self, layer_idx: int) -> None:
-        self._keys[layer_idx].length -= 1
-        self._values[layer_idx].length -= 1
+    def _drop_last(self, layers: list[int]) -> None:
+        for layer_idx in layers:
+            self._keys[layer_idx].length -= 1
+            self._values[layer_idx].length -= 1
 
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return views of a layer's keys and values."""
@@ -133,36 +132,47 @@ class OwnedEntries(EntryStore):
 class SharedEntries(EntryStore):
     """One pool of keys and values for all layers; a layer is a list of slots in it."""
 
-    def __init__(
-        self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device, fuses: bool
-    ) -> None:
-        super().__init__(num_layers, row_shape, dtype, device, fuses)
+    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(num_layers, row_shape, dtype, device)
         self._keys = RowBuffer(row_shape, dtype, device)
         self._values = RowBuffer(row_shape, dtype, device)
         self._newest = RowBuffer((), torch.int64, device)  # slot of each position's newest entry
         self._slots = [RowBuffer((), torch.int64, device) for _ in range(num_layers)]
+        self._free = torch.empty(0, dtype=torch.int64, device=device)  # slots of the pool that nobody lists any more
 
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:
-        first = self._keys.length
-        slots = torch.arange(first, first + positions.shape[0], device=positions.device)
-        self._keys.append(keys)
-        self._values.append(values)
+        slots = self._place(keys, values)
         if layer_idx == 0:  # every token runs the first layer, in order of position
             self._newest.append(slots)
         else:
             self._newest.rows.index_copy_(0, positions, slots)
         self._slots[layer_idx].append(self._newest.rows.index_select(0, listed))
 
-    def _drop_last(self, layer_idx: int) -> None:
-        """Unlist the last entry, and give its place back where it is the pool's last.
+    def _place(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Store rows [M] in the pool, in free slots where there are enough; return their slots."""
+        count, first = keys.shape[0], self._keys.length
+        if 0 < count <= self._free.shape[0]:
+            slots, self._free = self._free[:count], self._free[count:]
+            self._keys.rows.index_copy_(0, slots, keys)
+            self._values.rows.index_copy_(0, slots, values)
+            return slots
+        self._keys.append(keys)
+        self._values.append(values)
+        return torch.arange(first, first + count, device=keys.device)
 
-        Layers that list the same place are asked from the deepest on, so nothing listed is given back.
-        """
-        slot = int(self._slots[layer_idx].rows[-1])
-        self._slots[layer_idx].length -= 1
-        if slot == self._keys.length - 1:
-            self._keys.length -= 1
-            self._values.length -= 1
+    def _drop_last(self, layers: list[int]) -> None:
+        """Unlist the last entry of each layer; all that list one slot are among them, so it is free."""
+        if layers:
+            slots = torch.stack([self._slots[layer_idx].rows[-1] for layer_idx in layers])
+            self._free = torch.cat((self._free, slots.unique()))
+        for layer_idx in layers:
+            self._slots[layer_idx].length -= 1
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of what is held, without room to grow and free slots."""
+        row = 2 * self._keys.rows.element_size() * self._keys.rows[:1].numel()
+        return super().used_nbytes - self._free.shape[0] * row
 
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, gathered."""

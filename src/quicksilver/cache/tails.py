@@ -60,6 +60,11 @@ class FusionTails:
         stack = self._stacks[layer_idx][seq]
         return stack[-1] if stack else None
 
+    def forget(self, seq: int) -> None:
+        """Drop a sequence's rows: a pass in which it did not fuse has gone by, and nothing is adjacent any more."""
+        for stacks in self._stacks.values():
+            stacks[seq] = ()
+
     def depth(self, layer_idx: int) -> int:
         """Return how many rows a fusion layer's stacks hold at most."""
         return self.layers.index(layer_idx) + 1

@@ -113,7 +113,7 @@ def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
         if prompt is not None:
             console.print(
                 f"prompts under {name}: {prompt['tokens']} tokens, {prompt['fused_fraction']:.1%} fused,"
-                f" FLOPs {_saved(prompt['flops_reduction'])}",
+                f" FLOPs {_saved(prompt['flops_reduction'])}, {prompt['speedup']:.2f}x",
                 highlight=False,
                 markup=False,
             )

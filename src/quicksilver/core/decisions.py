@@ -98,7 +98,7 @@ class FusionDecision:
 
     Attributes:
         alike: [P] bool.
-        signal_rows: vectors for which each signal ("norm", "cosine", "key") was computed.
+        signal_rows: pairs for which each signal ("norm", "cosine", "key") was computed.
     """
 
     alike: Tensor

@@ -16,7 +16,7 @@ class FusionRows:
 
     Attributes:
         hidden: [N, d] the rows' own states.
-        mean: [N, d] mean over the row's group, None where no mean is used.
+        mean: [N, d] float32, mean over the row's group, None where no mean is used.
         weight: [N] what the row's mean weighs.
         mass: [N] int64, tokens that the row stands for.
         members: [N] int64, rows of this layer in its group.
@@ -93,9 +93,7 @@ def merge(rows: FusionRows, groups: Groups) -> FusionRows:
     weight = groups.sum(rows.weight)
     mean = None
     if rows.mean is not None and last.mean is not None:
-        averaged = groups.sum(rows.mean * rows.weight[:, None].to(rows.mean.dtype)) / weight[:, None].to(
-            last.mean.dtype
-        )
+        averaged = groups.sum(rows.mean * rows.weight[:, None]) / weight[:, None]
         alone = torch.bincount(groups.group_ids, minlength=len(last))[:, None] == 1
         mean = torch.where(alone, last.mean, averaged)  # a row alone keeps its bits
     return FusionRows(

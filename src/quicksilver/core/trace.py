@@ -123,13 +123,26 @@ class Trace:
         """Count work done again for tokens of earlier passes, whose depths are on record already."""
         if self.per_token:
             self.depths.append(torch.zeros(num_tokens, dtype=torch.int64, device=device))
-        yield
-        if self.per_token:
-            self.depths.pop()
+        try:
+            yield
+        finally:
+            if self.per_token:
+                self.depths.pop()
 
     def record_cache(self, allocated: int, used: int, entries: int) -> None:
         """Record the cache after a pass: bytes allocated, bytes of what is held, and entries."""
         self.kv_bytes, self.kv_used_bytes, self.kv_entries = allocated, used, entries
+
+    @property
+    def group_sizes(self) -> dict[int, int]:
+        """Fused groups by the tokens that they stand for, over all layers.
+
+        Below zero where a group that another trace has counted has grown.
+        """
+        sizes: Counter[int] = Counter()
+        for layer in self.layers:
+            sizes.update(layer.group_sizes)
+        return {size: count for size, count in sorted(sizes.items()) if count}
 
     @property
     def fused_fraction(self) -> float:

@@ -55,7 +55,7 @@ class Part:
 
 def parts(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[Part, Part]:
     """Return what is measured: plans that halt on all of a text, plans that fuse on what follows a prompt."""
-    context, bos = min(max_positions, 512), default_bos(tokenizer)
+    context, bos = min(max_positions, 512, max_tokens), default_bos(tokenizer)
     prompt = 3 * context // 4
     protocols = (
         Protocol(context, context // 2, bos, max_tokens),

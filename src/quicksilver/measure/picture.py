@@ -54,7 +54,6 @@ def draw_summary(path: Path, results: Sequence[dict[str, Any]], panels: Sequence
 
 
 def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
-    model, protocol = results[0]["model"], results[0]["protocol"]
     axes.axhline(0.0, color="0.6", linewidth=0.8)
     axes.axvline(0.0, color="0.6", linewidth=0.8)
     for i, result in enumerate(results):
@@ -70,13 +69,24 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
         axes.errorbar(saved, delta["nll"], yerr=error, fmt=marker, capsize=4, markersize=9, alpha=0.8, label=label)
     axes.set_xlabel("FLOPs saved against dense, head and signals included (%)")
     axes.set_ylabel("loss added (nats per token)")
-    axes.set_title(
-        f"{model['name']}: {results[0]['dense']['bits_per_byte']:.3f} bits per byte dense on {protocol['text']},"
-        f" {results[0]['tokens_scored']} tokens, context {protocol['context']}, stride {protocol['stride']}",
-        fontsize=10,
-    )
+    axes.set_title("\n".join(_settings(results)), fontsize=10)
     axes.legend(loc="best", fontsize=9)
     axes.grid(alpha=0.25)
+
+
+def _settings(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each protocol under which something was measured."""
+    lines = {}
+    for result in results:
+        protocol = result["protocol"]
+        after = "" if protocol["prompt"] is None else f", after prompts of {protocol['prompt']}"
+        line = (
+            f"{result['model']['name']}: {result['dense']['bits_per_byte']:.3f} bits per byte dense on"
+            f" {protocol['text']}, {result['tokens_scored']} tokens, context {protocol['context']},"
+            f" stride {protocol['stride']}{after}"
+        )
+        lines[line] = None
+    return list(lines)
 
 
 def _draw_tokens(figure: Any, axes: Any, panel: TokenPanel, layers: int) -> None:

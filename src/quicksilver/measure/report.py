@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
 from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
-from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.models.cost import executed_cost
 from quicksilver.models.spec import ModelSpec
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.generation import QuickSilverForCausalLM
@@ -78,7 +77,7 @@ def build_rows(
             **shared,
             "plan": record.decoder.plan.to_dict(),
             "dense": dense_side,
-            "accelerated": {**side, **_mechanisms(spec, record)},
+            "accelerated": {**side, **_mechanisms(spec, dense, record)},
             "delta": _delta(dense, record, dense_side, side, counts),
         }
         for record in accelerated
@@ -101,7 +100,7 @@ def _describe_model(spec: ModelSpec, name: str) -> dict[str, Any]:
 def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
     """Return one engine's figures; costs are per token fed (in decode, per step)."""
     nll = sum(record.nll) / sum(counts)
-    cost, fed = executed_cost(spec, record.trace), record.trace.tokens
+    cost, fed = executed_cost(spec, record.trace), max(record.trace.tokens, 1)
     rounds = len(record.seconds) / len(counts)
     seconds = sum(record.seconds) / rounds
     return {
@@ -116,37 +115,44 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "kv_used_bytes": statistics.fmean(record.kv_used_bytes),
         "seconds": seconds,
-        "tokens_per_second": fed / seconds,
+        "tokens_per_second": fed / seconds if seconds else 0.0,
     }
 
 
-def _mechanisms(spec: ModelSpec, record: EngineRecord) -> dict[str, Any]:
+def _mechanisms(spec: ModelSpec, dense: EngineRecord, record: EngineRecord) -> dict[str, Any]:
     traces = (record.trace, record.prompt_trace)
     fed = sum(trace.tokens for trace in traces)
-    sizes = sum((layer.group_sizes for trace in traces for layer in trace.layers), Counter())
     return {
-        "mean_depth": record.trace.mean_depth,
-        "halted_by_layer": [layer.halted for layer in record.trace.layers],
+        **_what_ran(record.trace),
         "fused_fraction": sum(trace.fused_fraction * trace.tokens for trace in traces) / fed,
-        "fused_by_layer": [
-            sum(layer.fused for layer in layers) for layers in zip(*(t.layers for t in traces), strict=True)
-        ],
-        "groups_by_size": {str(size): count for size, count in sorted(sizes.items())},
-        "prompt": _prompt(spec, record.prompt_trace),
+        "prompt": _prompt(spec, dense, record),
         "width_histogram": {str(8 * spec.dtype.itemsize): 1.0, "8": 0.0, "4": 0.0, "2": 0.0, "0": 0.0},
     }
 
 
-def _prompt(spec: ModelSpec, trace: Trace) -> dict[str, Any] | None:
-    """Return what feeding the prompts took, where there were any; their predictions are not computed."""
+def _what_ran(trace: Trace) -> dict[str, Any]:
+    return {
+        "mean_depth": trace.mean_depth,
+        "halted_by_layer": [layer.halted for layer in trace.layers],
+        "fused_by_layer": [layer.fused for layer in trace.layers],
+        "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
+    }
+
+
+def _prompt(spec: ModelSpec, dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
+    """Return what feeding the prompts took, where there were any."""
+    trace = record.prompt_trace
     if not trace.tokens:
         return None
+    ratios = [slow / fast for slow, fast in zip(dense.prompt_seconds, record.prompt_seconds, strict=True)]
+    cost, baseline = executed_cost(spec, trace), executed_cost(spec, dense.prompt_trace)
     return {
         "tokens": trace.tokens,
         "fused_fraction": trace.fused_fraction,
-        "mean_depth": trace.mean_depth,
-        "flops_per_token": executed_cost(spec, trace).flops / trace.tokens,
-        "flops_reduction": 1.0 - executed_cost(spec, trace).flops / dense_cost(spec, trace).flops,
+        **_what_ran(trace),
+        "flops_per_token": cost.flops / trace.tokens,
+        "flops_reduction": 1.0 - cost.flops / baseline.flops,
+        "speedup": statistics.median(ratios),
     }
 
 
@@ -158,7 +164,7 @@ def _delta(
     counts: list[int],
 ) -> dict[str, Any]:
     paired = paired_delta(dense.nll, plan.nll, counts)
-    ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True)]
+    ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True) if fast]
     reductions = {
         f"{key}_reduction": 1.0 - side[f"{key}_per_token"] / dense_side[f"{key}_per_token"] for key in _REDUCTIONS
     }

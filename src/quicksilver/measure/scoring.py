@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class EngineRecord:
         agreed: scored tokens whose most likely token equals the dense model's.
         kv_bytes: bytes allocated for the cache after each window.
         kv_used_bytes: of these, bytes of what is held.
-        seconds: of each timed run of a window.
+        seconds: of each timed run of a window, without its prompt.
+        prompt_seconds: of the prompts.
     """
 
     decoder: Decoder
@@ -48,6 +49,7 @@ class EngineRecord:
     kv_bytes: list[int] = field(default_factory=list)
     kv_used_bytes: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    prompt_seconds: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -99,6 +101,7 @@ def run_windows(
             _run_window(again, window, mode)
             for record, timed in zip(records, again, strict=True):
                 record.seconds += timed.seconds
+                record.prompt_seconds += timed.prompt_seconds
     return records
 
 
@@ -114,40 +117,67 @@ def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
 def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
     """Run all engines over one window and add what they predicted to their records."""
     token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
-    clocks = [_Clock(record.decoder.spec.device) for record in records]
-    prompt, size = (window.prompt, token_ids.shape[0]) if mode == "score" else (window.first_scored - 1, 1)
-    states = []
-    for record, clock in zip(records, clocks, strict=True):
-        states.append(_feed(record, clock, token_ids[:-1], prompt, size))
+    prompt = window.prompt if mode == "score" else window.first_scored
+    prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
+    fed = [_feed(record, token_ids[:-1], prompt, len(token_ids) if mode == "score" else 1) for record in records]
+    for record in records:
         record.nll.append(0.0)
-    first_row = token_ids.shape[0] - 1 - states[0].shape[0]
-    for start in range(0, states[0].shape[0], _HEAD_ROWS):
+    if prompt:  # the prompt's last token predicts the first one scored
+        last = [each.prompt_state for each in fed]
+        _compare(records, _logits(records, [each.prompt_clock for each in fed], last, True), token_ids[prompt:][:1])
+    first_row = max(window.first_scored - 1 - prompt, 0)  # rows before it are context, in `score` only
+    targets = token_ids[prompt + 1 :]
+    for start in range(0, fed[0].states.shape[0], _HEAD_ROWS):
         rows = slice(start, start + _HEAD_ROWS)
-        logits = []
-        for record, clock, state in zip(records, clocks, states, strict=True):
-            with clock.running():
-                logits.append(record.decoder.logits(state[rows], record.trace))
-        skipped = max(window.first_scored - 1 - first_row - start, 0)  # rows fed for context only
-        targets = token_ids[first_row + start + 1 :][: logits[0].shape[0]]
-        _compare(records, [rows_[skipped:] for rows_ in logits], targets[skipped:])
-    for record, clock in zip(records, clocks, strict=True):
-        record.seconds.append(clock.seconds)
+        logits = _logits(records, [each.clock for each in fed], [each.states[rows] for each in fed], False)
+        skipped = max(first_row - start, 0)
+        _compare(records, [each[skipped:] for each in logits], targets[rows][skipped:])
+    for record, each in zip(records, fed, strict=True):
+        record.seconds.append(each.clock.seconds)
+        record.prompt_seconds.append(each.prompt_clock.seconds)
 
 
-def _feed(record: EngineRecord, clock: _Clock, token_ids: Tensor, prompt: int, size: int) -> Tensor:
-    """Feed the first `prompt` tokens at once, then the rest `size` at a time; return the rest's states, [n, d].
+class _Fed(NamedTuple):
+    """What one engine gave for a window, and the clocks that ran meanwhile.
 
-    Only the rest is timed, and counted as the scored pass: in `decode` it is what generation repeats.
+    Attributes:
+        prompt_state: [1, d] of the prompt's last token; [0, d] without a prompt.
+        states: [n, d] of the tokens after it.
+        prompt_clock: of the prompt.
+        clock: of the rest.
     """
+
+    prompt_state: Tensor
+    states: Tensor
+    prompt_clock: _Clock
+    clock: _Clock
+
+
+def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> _Fed:
+    """Feed the first `prompt` tokens at once, as a prompt, then the rest `size` at a time."""
     decoder = record.decoder
+    clocks = _Clock(decoder.spec.device), _Clock(decoder.spec.device)
     cache = decoder.new_cache(1)
+    nothing = torch.empty((0, decoder.spec.hidden_size), dtype=decoder.spec.dtype, device=decoder.spec.device)
+    prompt_state, states = nothing, []
     if prompt:
-        decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)
-    with clock.running():
-        states = [decoder.run(part, [len(part)], cache, record.trace) for part in token_ids[prompt:].split(size)]
+        with clocks[0].running():
+            prompt_state = decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)[-1:]
+    rest = token_ids[prompt:]
+    with clocks[1].running():
+        states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size) if len(part)]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
-    return states[0] if len(states) == 1 else torch.cat(states)
+    return _Fed(prompt_state, torch.cat(states) if states else nothing, *clocks)
+
+
+def _logits(records: list[EngineRecord], clocks: list[_Clock], states: list[Tensor], of_prompt: bool) -> list[Tensor]:
+    """Apply each engine's head to its states, timed and counted with the prompt or with what follows it."""
+    logits = []
+    for record, clock, state in zip(records, clocks, states, strict=True):
+        with clock.running():
+            logits.append(record.decoder.logits(state, record.prompt_trace if of_prompt else record.trace))
+    return logits
 
 
 def _compare(records: list[EngineRecord], logits: list[Tensor], targets: Tensor) -> None:

@@ -56,7 +56,7 @@ class Window:
         token_ids: BOS included where there is one.
         first_scored: index in `token_ids` of the first token scored; the rest after it are scored too.
         text_start: index of that token in the text.
-        prompt: tokens that are fed apart as a prompt in `score` too; the rest predicts.
+        prompt: tokens that are fed apart as a prompt in `score` too, BOS included; the last of them predicts.
     """
 
     token_ids: tuple[int, ...]
@@ -99,7 +99,6 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
             break
         ids, offsets = _tokenize(tokenizer, text)
         ids = ids[:left]
-        left = None if left is None else left - len(ids)
         room = protocol.room
         if not corpus.separate and len(ids) < room:
             limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
@@ -108,6 +107,8 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
                 " choose a shorter context"
             )
         fresh = slide(ids, protocol)
+        if left is not None and (fresh or not protocol.prompt):  # a document no longer than the prompt costs nothing
+            left -= len(ids)
         windows += fresh
         scored_bytes += sum(_scored_bytes(text, len(ids), offsets, window) for window in fresh)
     if not windows:
@@ -134,12 +135,12 @@ def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
 
 
 def _slide_prompts(token_ids: list[int], bos: tuple[int, ...], prompt: int, stride: int) -> list[Window]:
-    """Cut windows of a prompt and what is scored after it; the last prompt token's prediction is scored too."""
+    """Cut windows of a prompt and what is scored after it."""
     windows = []
     for start in range(0, len(token_ids) - prompt, stride):
         ids = (*bos, *token_ids[start : start + prompt + stride])
         first = len(bos) + prompt
-        windows.append(Window(ids, first, start + prompt, first - 1))
+        windows.append(Window(ids, first, start + prompt, first))
     return windows
 
 

@@ -17,7 +17,7 @@ class Cost:
     """Work of a run or of its dense counterpart, in total over its tokens.
 
     Attributes:
-        body_macs: multiply-adds of the layers and of halting signals.
+        body_macs: multiply-adds of the layers, of signals and of merging.
         head_macs: multiply-adds of the head for logits.
         weight_bytes: weight bytes that the tokens would read were each decoded alone.
         weight_bits: bits of one weight.

@@ -21,11 +21,11 @@ from quicksilver.runtime.status import Running
 
 
 def _own(state: TokenState) -> Tensor:
-    return state.hidden
+    return state.hidden.float()
 
 
 def _shifted(state: TokenState) -> Tensor:
-    return state.hidden if state.shift is None else state.hidden + state.shift
+    return state.hidden.float() if state.shift is None else state.hidden.float() + state.shift
 
 
 _AVERAGED: dict[FusionWeights, Callable[[TokenState], Tensor | None]] = {
@@ -73,7 +73,8 @@ def gather(layer_idx: int, running: Running, weights: FusionWeights, context: Pa
     found = {seq: context.cache.tails.last(layer_idx, seq) for seq, fuses in enumerate(context.fuses) if fuses}
     tails = {seq: tail for seq, tail in found.items() if tail is not None and (lengths[seq] or not tail.ran)}
     if tails:
-        rows = FusionRows.concatenate([*(tail.row for tail in tails.values()), rows])
+        own = [rows] if len(rows) else []  # where nothing runs, no layer has left keys either
+        rows = FusionRows.concatenate([*(tail.row for tail in tails.values()), *own])
         source = torch.cat((source.new_full((len(tails),), -1), source))
         order = rows.seq_ids.argsort(stable=True)
         rows, source = rows.select(order), source.index_select(0, order)
@@ -103,6 +104,7 @@ def group_state(rows: FusionRows, layout: RaggedLayout, weights: FusionWeights) 
     """Return the state with which representatives, each standing for its group, go on."""
     if rows.mean is None:
         return TokenState(rows.hidden, layout, rows.mass)
+    dtype = rows.hidden.dtype
     if weights == "kv":
-        return TokenState(rows.hidden, layout, rows.mass, rows.mean - rows.hidden)
-    return TokenState(rows.mean, layout, rows.mass)
+        return TokenState(rows.hidden, layout, rows.mass, (rows.mean - rows.hidden).to(dtype))
+    return TokenState(rows.mean.to(dtype), layout, rows.mass)

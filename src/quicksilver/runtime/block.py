@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ def run_layer(
     hidden = state.hidden + layer.attn_output(attended)
     hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
     context.trace.layers[layer_idx].query_rows += hidden.shape[0]
-    return Running(replace(state, hidden=hidden), running.rotation, running.update, keys)
+    state = TokenState(hidden, state.layout, state.mass, state.shift)
+    return Running(state, running.rotation, running.update, keys)
 
 
 def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassContext) -> None:

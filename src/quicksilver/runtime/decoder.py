@@ -33,7 +33,7 @@ class Decoder:
     Args:
         adapter: the model.
         plan: what may be saved.
-        special_ids: token ids that a plan with `protect_special` never halts.
+        special_ids: token ids that a plan with `protect_special` never halts or fuses.
         backend: attention implementation.
 
     Raises:
@@ -93,19 +93,19 @@ class Decoder:
             [N, d] the state of each token after the last layer it ran, before the final norm.
 
         Raises:
-            InputError: a token id out of range, or a sequence longer than the model allows.
+            InputError: a token id out of range, a sequence longer than the model allows, or flags of another number.
         """
         self._check_inputs(token_ids, lengths, cache)
+        of_prompt = self._flags(prompt, len(lengths))
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
-        fuses = self._fusion.takes_part([prompt] * len(lengths) if isinstance(prompt, bool) else prompt)
-        context = self._context(chunk, token_ids, fuses, cache, trace)
+        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         running, status = self._run_layers(
             0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
         )
-        cache.advance(chunk)
+        cache.advance(chunk, context.fuses)
         trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
         return running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
 
@@ -125,8 +125,7 @@ class Decoder:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
                 if split is not None:
                     status, running = status.halt(running.state, split), running.select(split.keep)
-            fused = self._fusion.apply(layer_idx, running, status, context)
-            if fused is not None:
+            if layer_idx in self._fusion.layers and (fused := self._fusion.apply(layer_idx, running, status, context)):
                 if fused.rerun is not None:
                     self._run_again(layer_idx + 1, fused.rerun, context)
                 running, status = fused.running, fused.status
@@ -141,9 +140,16 @@ class Decoder:
             self._run_layers(
                 first,
                 Running(rerun.state, context.rotation, rerun.update),
-                TokenStatus.all_running(chunk, rerun.state.mass),
+                TokenStatus.all_running(chunk, None if rerun.state.mass is None else rerun.state.mass.clone()),
                 context,
             )
+
+    @staticmethod
+    def _flags(prompt: bool | Sequence[bool], count: int) -> list[bool]:
+        flags = [prompt] * count if isinstance(prompt, bool) else [bool(flag) for flag in prompt]
+        if len(flags) != count:
+            raise InputError(f"prompt has {len(flags)} flags for {count} sequences")
+        return flags
 
     def _context(
         self, chunk: RaggedLayout, token_ids: Tensor, fuses: tuple[bool, ...], cache: RaggedKVCache, trace: Trace

@@ -66,7 +66,7 @@ class FusionStep:
 
     def __init__(self, adapter: Adapter, config: FusionConfig | None, special_ids: Sequence[int]) -> None:
         self._config = config
-        self._protection = None if config is None else Protection(config, special_ids, adapter.spec.device)
+        self._protection = Protection(config, special_ids, adapter.spec.device)
         self.layers: tuple[int, ...] = () if config is None else config.after_layers(adapter.spec.num_layers)
 
     def takes_part(self, prompt: Sequence[bool]) -> tuple[bool, ...]:
@@ -81,20 +81,20 @@ class FusionStep:
     def apply(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> Fused | None:
         """Fuse what is alike after a layer; return None where nothing changes."""
         config = self._config
-        if config is None or layer_idx not in self.layers or not any(context.fuses):
+        if config is None or not any(context.fuses):
             return None
-        context.trace.layers[layer_idx].fusion_rows += len(running)
         arrivals = gather(layer_idx, running, config.weights, context)
         if len(arrivals.rows) == 0:
             return None
         joined = self._join(layer_idx, arrivals, config, context)
         rerun = self._rerun(layer_idx, joined, config, context)
         stop, keep = _split(joined)
+        context.trace.layers[layer_idx].fusion_rows += len(running)
         origins = running.state.layout.origin.index_select(0, stop)
         _record(layer_idx, joined, origins, context)
         _keep_tails(layer_idx, joined, context)
-        if rerun is None and not any(joined.host_joins):
-            return None
+        if not any(joined.host_joins):
+            return None if rerun is None else Fused(running, status, rerun)
         going_on = joined.merged.select((arrivals.source.index_select(0, joined.groups.last) >= 0).nonzero()[:, 0])
         state = group_state(going_on, running.state.layout.select(keep), config.weights)
         status = status.absorb(running.state, SplitRows(stop, keep), going_on.mass)
@@ -125,9 +125,7 @@ class FusionStep:
     def _candidates(self, arrivals: Arrivals, context: PassContext) -> Tensor:
         """Return which rows may join the row before, [N] bool: of one sequence, adjacent, unprotected, new."""
         rows = arrivals.rows
-        free = torch.ones_like(rows.mass, dtype=torch.bool)
-        if self._protection is not None:
-            free &= ~self._protection.covers(rows.token_ids, rows.positions)
+        free = ~self._protection.covers(rows.token_ids, rows.positions)
         if not all(context.fuses):
             free &= torch.tensor(context.fuses, device=free.device).index_select(0, rows.seq_ids)
         adjacent = (rows.positions[1:] - rows.mass[1:] == rows.positions[:-1]) & (rows.seq_ids[1:] == rows.seq_ids[:-1])

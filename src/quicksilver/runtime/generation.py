@@ -5,7 +5,7 @@ Padded grids are turned into ragged rows and back by `grids.py`; what runs in be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         model: a loaded transformers causal language model, kept as `.model`.
         adapter: how its family's weights are read.
         plan: what may be saved.
-        special_ids: token ids that a plan with `protect_special` never halts.
+        special_ids: token ids that a plan with `protect_special` never halts or fuses.
         backend: attention implementation, "sdpa" or "eager".
     """
 
@@ -166,11 +166,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             InputError: token ids out of range, no real token, or a context longer than the model's.
             UnsupportedFeatureError: an argument this runtime does not implement.
         """
-        for name, value in unsupported.items():
-            if value is not None and value is not False:
-                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
-        if input_ids is None or input_ids.dim() != 2:
-            raise InputError("input_ids must be a [batch, tokens] tensor")
+        input_ids = self._check_call(input_ids, unsupported, prompt, labels)
         cache = self._check_cache(past_key_values, input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
@@ -179,8 +175,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
             if prompt is None:
-                last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-                prompt = labels is None and last_only and grid.columns > 1
+                prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
             hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
         cache.columns += grid.columns
         keep = 0 if labels is not None else logits_to_keep
@@ -189,6 +184,20 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
+
+    @staticmethod
+    def _check_call(
+        input_ids: Tensor | None, unsupported: Mapping[str, Any], prompt: bool | None, labels: Tensor | None
+    ) -> Tensor:
+        """Return the tokens of a call that can be done; raise where it cannot."""
+        for name, value in unsupported.items():
+            if value is not None and value is not False:
+                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+        if input_ids is None or input_ids.dim() != 2:
+            raise InputError("input_ids must be a [batch, tokens] tensor")
+        if prompt and labels is not None:
+            raise InputError("labels ask for what every token predicts, so the tokens cannot be a prompt")
+        return input_ids
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does: greedy or sampling, streamers, processors, criteria, left padding.
@@ -283,3 +292,8 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
             )
         return cache
+
+
+def _is_one(logits_to_keep: int | Tensor) -> bool:
+    """Whether only the last column's logits are asked for: then what is fed before it is a prompt."""
+    return isinstance(logits_to_keep, int) and logits_to_keep == 1

@@ -29,7 +29,7 @@ def accelerate(
     Args:
         model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model.
         plan: a `Plan`, a preset's name, or the path of a plan file.
-        special_ids: token ids never halted where the plan protects them (default: the configuration's
+        special_ids: token ids never halted or fused where the plan protects them (default: the configuration's
             BOS, EOS and padding ids).
 
     Raises:

@@ -14,14 +14,16 @@ class Protection:
     """What a configuration protects, bound to a model's special tokens.
 
     Args:
-        config: says how much is protected.
+        config: says how much is protected; None for nothing.
         special_ids: the model's special tokens.
         device: where tokens are.
     """
 
-    def __init__(self, config: HaltingConfig | FusionConfig, special_ids: Sequence[int], device: torch.device) -> None:
-        self._first = config.protect_first
-        ids = sorted(set(special_ids)) if config.protect_special else []
+    def __init__(
+        self, config: HaltingConfig | FusionConfig | None, special_ids: Sequence[int], device: torch.device
+    ) -> None:
+        self._first = 0 if config is None else config.protect_first
+        ids = sorted(set(special_ids)) if config is not None and config.protect_special else []
         self._special_ids = torch.tensor(ids, dtype=torch.int64, device=device)
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:

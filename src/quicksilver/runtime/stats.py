@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from quicksilver.core.trace import Trace
@@ -22,7 +21,7 @@ class RunStats:
         halted_by_layer: tokens that halted after each layer.
         fused_by_layer: tokens that a later one absorbed after each layer.
         groups_by_size: groups of fused tokens, by the tokens that they stand for.
-        flops: FLOPs executed, head and halting signals included.
+        flops: FLOPs executed, head, signals and merging included.
         dense_flops: FLOPs of the dense model for the same tokens.
         weight_bytes_per_token: weight bytes read per token were each decoded alone.
         kv_bytes: bytes allocated in the cache at the end, room to grow included.
@@ -55,7 +54,7 @@ class RunStats:
             num_layers=spec.num_layers,
             halted_by_layer=tuple(layer.halted for layer in trace.layers),
             fused_by_layer=tuple(layer.fused for layer in trace.layers),
-            groups_by_size=dict(sorted(sum((layer.group_sizes for layer in trace.layers), Counter()).items())),
+            groups_by_size=trace.group_sizes,
             flops=executed.flops,
             dense_flops=dense_cost(spec, trace).flops,
             weight_bytes_per_token=executed.weight_bytes / max(trace.tokens, 1),

@@ -9,6 +9,9 @@ from quicksilver.errors import PlanError
 Threshold = float | tuple[float, ...]
 """One absolute threshold for all layers, or one per layer."""
 
+LARGE = 2**31
+"""Bound of counts and positions in a plan, far above any model's context and far below what tensors hold."""
+
 
 def threshold_at(threshold: Threshold, layer_idx: int) -> float:
     """Return the threshold that applies after layer `layer_idx`."""
@@ -31,8 +34,8 @@ def check_threshold(owner: str, value: Any) -> Threshold:
 
 def check_protection(owner: str, protect_first: object, protect_special: object) -> None:
     """Raise PlanError where what a mechanism may never touch is not given as a count and a switch."""
-    if not is_whole(protect_first) or protect_first < 0:
-        raise PlanError(f"{owner}.protect_first must be a whole number, got {protect_first!r}")
+    if not is_whole(protect_first) or not 0 <= protect_first < LARGE:
+        raise PlanError(f"{owner}.protect_first must be a whole number below 2**31, got {protect_first!r}")
     if not isinstance(protect_special, bool):
         raise PlanError(f"{owner}.protect_special must be true or false, got {protect_special!r}")
 

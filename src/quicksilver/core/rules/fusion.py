@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-from quicksilver.core.rules.checks import Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.core.rules.checks import LARGE, Threshold, check_draw, check_protection, check_threshold, is_whole
 from quicksilver.errors import PlanError
 
 FusionWeights = Literal["last", "mass", "uniform", "kv"]
@@ -42,14 +42,28 @@ class L2FusionRule(SimilarityRule):
     """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
 
 
+def _check_cosine(threshold: Threshold) -> None:
+    for number in threshold if isinstance(threshold, tuple) else (threshold,):
+        if not -1.0 <= number <= 1.0:
+            raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
+
+
 @dataclass(frozen=True)
 class CosineFusionRule(SimilarityRule):
     """Cosine of the two states above the threshold."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_cosine(self.threshold)
+
 
 @dataclass(frozen=True)
 class KeyFusionRule(SimilarityRule):
-    """Cosine of the two keys, each averaged over heads and not rotated, of the layer that just ran, above it."""
+    """Cosine, above the threshold, of the two tokens' keys in the layer that just ran: heads averaged, not rotated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_cosine(self.threshold)
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class ForcedFusionRule(FusionRule):
     def __post_init__(self) -> None:
         joins = tuple(self.joins)
         if not joins or any(not isinstance(join, bool) for join in joins):
-            raise PlanError(f"ForcedFusionRule: joins must be a list of true and false, got {self.joins!r}")
+            raise PlanError(f"ForcedFusionRule: joins must be a list of true and false, got {str(self.joins)[:40]}")
         object.__setattr__(self, "joins", joins)
 
 
@@ -88,7 +102,8 @@ class FusionConfig:
         max_group: most tokens that one representative stands for.
         weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
             by the tokens each stands for (the paper). "uniform": their plain mean. "kv": its own state, but its
-            keys and values are projected from the mass-weighted mean; its members are taken to have moved with it.
+            keys and values are projected from its state plus what the mass-weighted mean differed from it by where
+            they fused: its members are taken to have moved with it.
         scope: "prompt": only tokens whose predictions nobody asked for; "all": any token.
         protect_first: tokens at positions below this never fuse (attention sinks).
         protect_special: special tokens (BOS, EOS, ...) never fuse.
@@ -103,6 +118,8 @@ class FusionConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, FusionRule):
+            raise PlanError(f"fusion.rule must be a fusion rule, got {str(self.rule)[:40]}")
         layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
         object.__setattr__(self, "layers", layers)
         for item in layers:
@@ -110,8 +127,8 @@ class FusionConfig:
                 raise PlanError(f"fusion.layers must be at least 1, or fractions in (0, 1), got {item!r}")
         if not layers:
             raise PlanError("fusion.layers is empty")
-        if not is_whole(self.max_group) or self.max_group < 2:
-            raise PlanError(f"fusion.max_group must be a whole number of at least 2, got {self.max_group!r}")
+        if not is_whole(self.max_group) or not 2 <= self.max_group < LARGE:
+            raise PlanError(f"fusion.max_group must be a whole number from 2 to below 2**31, got {self.max_group!r}")
         if self.weights not in get_args(FusionWeights):
             raise PlanError(f"fusion.weights must be one of {', '.join(get_args(FusionWeights))}, got {self.weights!r}")
         if self.scope not in get_args(FusionScope):

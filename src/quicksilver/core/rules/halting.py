@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quicksilver.core.rules.checks import Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.core.rules.checks import LARGE, Threshold, check_draw, check_protection, check_threshold, is_whole
 from quicksilver.errors import PlanError
 
 
@@ -84,7 +84,7 @@ class ForcedRule(HaltingRule):
 
     def __post_init__(self) -> None:
         depths = tuple(self.depths)
-        if not depths or any(not is_whole(n) or not 1 <= n < 2**31 for n in depths):
+        if not depths or any(not is_whole(n) or not 1 <= n < LARGE for n in depths):
             raise PlanError(f"ForcedRule: depths must be whole numbers of at least 1, got {self.depths!r}")
         object.__setattr__(self, "depths", depths)
 

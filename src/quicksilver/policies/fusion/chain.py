@@ -30,6 +30,6 @@ def chain(alike: Tensor, mass: Tensor, max_group: int) -> Tensor:
     begins = torch.cat((~alike, alike.new_ones(1)))  # one place past the end absorbs walks that are over
     step = torch.cat((following, following.new_full((1,), num_rows)))
     for _ in range(num_rows.bit_length()):
-        begins = begins.index_fill(0, step[begins], True)
+        begins = begins.index_fill(0, torch.where(begins, step, num_rows), True)
         step = step[step]
     return ~begins[:-1]

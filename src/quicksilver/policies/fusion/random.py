@@ -6,7 +6,10 @@ from quicksilver.core.decisions import FusionDecision, PairView
 from quicksilver.core.rules import RandomFusionRule
 from quicksilver.policies.hashing import hashed_uniform
 
+_STREAM = 1  # another than halting's: which tokens halt must not say which fuse
+
 
 def decide(rule: RandomFusionRule, view: PairView) -> FusionDecision:
     """Fuse each pair with the rule's probability."""
-    return FusionDecision(hashed_uniform(rule.seed, view.layer_idx, view.positions, view.token_ids) < rule.probability)
+    draws = hashed_uniform(rule.seed, view.layer_idx, view.positions, view.token_ids, _STREAM)
+    return FusionDecision(draws < rule.probability)
