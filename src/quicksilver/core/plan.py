@@ -171,5 +171,5 @@ PRESETS: dict[str, Plan] = {
         HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.66),
         PropagateFill(),
     ),
-    "fused-prompt": Plan("fused-prompt", fusion=FusionConfig(CosineFusionRule(0.5))),
+    "fused-prompt": Plan("fused-prompt", fusion=FusionConfig(CosineFusionRule(0.75))),
 }
