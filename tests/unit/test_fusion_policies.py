@@ -88,6 +88,5 @@ def test_layers_are_counted_or_are_shares_of_the_depth(
     [((12,), "after 12 layers saves nothing"), ((3, 2), "must ascend"), ((0.1, 0.11), "must ascend")],
 )
 def test_layers_that_do_not_fit_the_model_are_refused(layers: tuple[int | float, ...], message: str) -> None:
-    config = rules.FusionConfig(rules.CosineFusionRule(0.5), layers=layers)
     with pytest.raises(PlanError, match=message):
-        config.after_layers(12)
+        rules.FusionConfig(rules.CosineFusionRule(0.5), layers=layers).after_layers(12)

@@ -44,15 +44,24 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
     console.print(table)
     if protocol["prompt"] is not None:
         _print_prompts(console, results)
+    elif protocol["mode"] == "score" and any(_fuses_prompts(result["plan"]) for result in results):
+        console.print(
+            "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses.", highlight=False
+        )
     if legend:
         _print_legend(console)
+
+
+def _fuses_prompts(plan: dict[str, Any]) -> bool:
+    return plan.get("fusion", {}).get("scope") == "prompt"
 
 
 def _print_legend(console: Console) -> None:
     console.print(
         "FLOPs, body (head left out), weights read and KV bytes: saved against dense, per token; below zero, the plan"
         " costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"
-        " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed.",
+        " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed,\nof all fed, prompts"
+        " included.",
         highlight=False,
     )
 

@@ -104,7 +104,7 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
             limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
             raise InputError(
                 f"{corpus.name}: {len(ids)} tokens{limit} are fewer than one window of {protocol.context};"
-                " choose a shorter context"
+                " choose a shorter context, or more tokens where there are more"
             )
         fresh = slide(ids, protocol)
         if left is not None and (fresh or not protocol.prompt):  # a document no longer than the prompt costs nothing

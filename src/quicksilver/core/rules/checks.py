@@ -28,14 +28,14 @@ def check_threshold(owner: str, value: Any) -> Threshold:
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
-            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {str(item)[:40]}")
+            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {repr(item)[:40]}")
     return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def check_protection(owner: str, protect_first: object, protect_special: object) -> None:
     """Raise PlanError where what a mechanism may never touch is not given as a count and a switch."""
     if not is_whole(protect_first) or not 0 <= protect_first < LARGE:
-        raise PlanError(f"{owner}.protect_first must be a whole number below 2**31, got {protect_first!r}")
+        raise PlanError(f"{owner}.protect_first must be a whole number from 0 to below 2**31, got {protect_first!r}")
     if not isinstance(protect_special, bool):
         raise PlanError(f"{owner}.protect_special must be true or false, got {protect_special!r}")
 

@@ -98,7 +98,8 @@ class FusionConfig:
 
     Attributes:
         rule: says whether a token is like the one before it.
-        layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1).
+        layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1),
+            rounded up.
         max_group: most tokens that one representative stands for.
         weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
             by the tokens each stands for (the paper). "uniform": their plain mean. "kv": its own state, but its
@@ -127,6 +128,9 @@ class FusionConfig:
                 raise PlanError(f"fusion.layers must be at least 1, or fractions in (0, 1), got {item!r}")
         if not layers:
             raise PlanError("fusion.layers is empty")
+        alike = [(a, b) for a, b in pairwise(layers) if isinstance(a, int) == isinstance(b, int)]
+        if any(b <= a for a, b in alike):  # a fraction and a whole number compare only when the depth is known
+            raise PlanError(f"fusion.layers must ascend, got {list(layers)}")
         if not is_whole(self.max_group) or not 2 <= self.max_group < LARGE:
             raise PlanError(f"fusion.max_group must be a whole number from 2 to below 2**31, got {self.max_group!r}")
         if self.weights not in get_args(FusionWeights):
