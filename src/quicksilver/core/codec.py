@@ -95,11 +95,7 @@ def decode_fill(data: object, source: str) -> rules.KVFill:
 
 def _object(data: object, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise PlanError(
-            f"{where} must be an object, got {str(data)[:40]!r}"
-            if isinstance(data, str)
-            else f"{where} must be an object, got {str(data)[:40]}"
-        )
+        raise PlanError(f"{where} must be an object, got {repr(data)[:40]}")
     return dict(data)
 
 

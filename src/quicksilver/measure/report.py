@@ -100,7 +100,7 @@ def _describe_model(spec: ModelSpec, name: str) -> dict[str, Any]:
 def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
     """Return one engine's figures; costs are per token fed (in decode, per step)."""
     nll = sum(record.nll) / sum(counts)
-    cost, fed = executed_cost(spec, record.trace), max(record.trace.tokens, 1)
+    cost, fed = executed_cost(spec, record.trace), record.trace.tokens
     rounds = len(record.seconds) / len(counts)
     seconds = sum(record.seconds) / rounds
     return {
@@ -115,7 +115,7 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "kv_used_bytes": statistics.fmean(record.kv_used_bytes),
         "seconds": seconds,
-        "tokens_per_second": fed / seconds if seconds else 0.0,
+        "tokens_per_second": fed / seconds,
     }
 
 
@@ -164,7 +164,7 @@ def _delta(
     counts: list[int],
 ) -> dict[str, Any]:
     paired = paired_delta(dense.nll, plan.nll, counts)
-    ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True) if fast]
+    ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True)]
     reductions = {
         f"{key}_reduction": 1.0 - side[f"{key}_per_token"] / dense_side[f"{key}_per_token"] for key in _REDUCTIONS
     }

@@ -165,10 +165,10 @@ def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> _F
             prompt_state = decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)[-1:]
     rest = token_ids[prompt:]
     with clocks[1].running():
-        states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size) if len(part)]
+        states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size)]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
-    return _Fed(prompt_state, torch.cat(states) if states else nothing, *clocks)
+    return _Fed(prompt_state, torch.cat(states), *clocks)
 
 
 def _logits(records: list[EngineRecord], clocks: list[_Clock], states: list[Tensor], of_prompt: bool) -> list[Tensor]:
