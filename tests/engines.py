@@ -10,7 +10,16 @@ from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, FusionConfig, FusionRule, HaltingConfig, HaltingRule, KVFill
+from quicksilver.core.rules import (
+    DropFill,
+    FusionConfig,
+    FusionRule,
+    HaltingConfig,
+    HaltingRule,
+    KVFill,
+    PrecisionConfig,
+    PrecisionRule,
+)
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
 from quicksilver.runtime.decoder import Decoder
@@ -36,6 +45,11 @@ def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill
     config = FusionConfig(rule, **{"layers": (1,), "scope": "all", "max_group": 3, **free, **options})
     stops = None if halting is None else HaltingConfig(halting, min_layer=1, protect_first=0, protect_special=False)
     return Plan("test", stops, kv or DropFill(), config)
+
+
+def precision_plan(rule: PrecisionRule, **others: Any) -> Plan:
+    """Return a plan that chooses widths by `rule` with nothing protected."""
+    return Plan("test", precision=PrecisionConfig(rule, protect_first=0, protect_special=False), **others)
 
 
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:

@@ -7,6 +7,7 @@ through transformers' own leaf modules, attention is written out, groups are for
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.quant import NestedSplit
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 """(layer, states before, states after, previous update), each [T, d], to which tokens would halt, [T] bool."""
@@ -21,6 +23,15 @@ Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 Alike = Callable[[int, Tensor, Tensor, int, int], bool]
 """(layer, states [T, d], keys before rotation [T, Hkv, D], earlier, later) to whether the two tokens may fuse."""
+
+
+Read = Callable[[int, Any, Tensor], Tensor]
+"""(layer, a linear map's module, its inputs [T, in]) to its outputs [T, out]."""
+
+
+def whole(layer_idx: int, module: Any, x: Tensor) -> Tensor:
+    """Apply a linear map as it is."""
+    return module(x)
 
 
 class Fusion(NamedTuple):
@@ -56,9 +67,11 @@ def never(*_: object) -> Tensor:
 
 
 @torch.no_grad()
-def run(model: Any, ids: Tensor, fill: KVFill, halts: Halts = never, fusion: Fusion | None = None) -> OracleRun:
+def run(
+    model: Any, ids: Tensor, fill: KVFill, halts: Halts = never, fusion: Fusion | None = None, read: Read = whole
+) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives."""
-    parts = _gpt2_parts(model, ids) if model.config.model_type == "gpt2" else _llama_parts(model, ids)
+    parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
     running = torch.ones(len(ids), dtype=torch.bool)
     masses = torch.ones(len(ids), dtype=torch.long)  # 0: absorbed
@@ -156,34 +169,40 @@ class _Parts(NamedTuple):
     final_norm: Callable[[Tensor], Tensor]
 
 
-def _gpt2_parts(model: Any, ids: Tensor) -> _Parts:
+def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
     body = model.transformer
 
-    def layer(block: Any) -> _Layer:
+    def layer(layer_idx: int, block: Any) -> _Layer:
+        apply = partial(read, layer_idx)
+
         def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            parts = block.attn.c_attn(block.ln_1(x)).split(block.attn.split_size, dim=1)
+            c_attn, normed = block.attn.c_attn, block.ln_1(x)
+            if isinstance(c_attn, NestedSplit):
+                parts = [apply(part, normed) for part in c_attn.parts]
+            else:
+                parts = c_attn(normed).split(block.attn.split_size, dim=1)
             query, key, value = (
                 p.view(len(x), block.attn.num_heads, block.attn.head_dim).transpose(0, 1) for p in parts
             )
             return query, key, value
 
         def finish(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + block.attn.c_proj(attended)
-            return x + block.mlp(block.ln_2(x))
+            x = x + apply(block.attn.c_proj, attended)
+            return x + apply(block.mlp.c_proj, block.mlp.act(apply(block.mlp.c_fc, block.ln_2(x))))
 
         return _Layer(qkv, lambda x: qkv(x)[1].transpose(0, 1), finish, block.attn.scaling)
 
     embedded = body.wte(ids) + body.wpe(torch.arange(len(ids)))
-    return _Parts(embedded, [layer(block) for block in body.h], body.ln_f)
+    return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.h)], body.ln_f)
 
 
-def _llama_parts(model: Any, ids: Tensor) -> _Parts:
+def _llama_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
     body = model.model
     embedded = body.embed_tokens(ids)
     cos, sin = body.rotary_emb(embedded[None], torch.arange(len(ids))[None])
 
-    def layer(block: Any) -> _Layer:
-        attention = block.self_attn
+    def layer(layer_idx: int, block: Any) -> _Layer:
+        attention, apply = block.self_attn, partial(read, layer_idx)
 
         def heads(x: Tensor, norm: Any = None) -> Tensor:
             x = x.view(len(x), -1, attention.head_dim)
@@ -191,20 +210,21 @@ def _llama_parts(model: Any, ids: Tensor) -> _Parts:
 
         def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x = block.input_layernorm(x)
-            query = heads(attention.q_proj(x), getattr(attention, "q_norm", None))
+            query = heads(apply(attention.q_proj, x), getattr(attention, "q_norm", None))
             query, key = apply_rotary_pos_emb(query[None], unrotated(x)[None], cos, sin)
-            return query[0], key[0], heads(attention.v_proj(x))
+            return query[0], key[0], heads(apply(attention.v_proj, x))
 
         def unrotated(x: Tensor) -> Tensor:
-            return heads(attention.k_proj(x), getattr(attention, "k_norm", None))
+            return heads(apply(attention.k_proj, x), getattr(attention, "k_norm", None))
 
         def raw_keys(x: Tensor) -> Tensor:
             return unrotated(block.input_layernorm(x)).transpose(0, 1)
 
         def finish(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + attention.o_proj(attended)
-            return x + block.mlp(block.post_attention_layernorm(x))
+            x = x + apply(attention.o_proj, attended)
+            normed, mlp = block.post_attention_layernorm(x), block.mlp
+            return x + apply(mlp.down_proj, mlp.act_fn(apply(mlp.gate_proj, normed)) * apply(mlp.up_proj, normed))
 
         return _Layer(qkv, raw_keys, finish, attention.scaling)
 
-    return _Parts(embedded, [layer(block) for block in body.layers], body.norm)
+    return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.layers)], body.norm)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
+from quicksilver.core.rules.precision import ChannelScore, EntropyOf
 
 NUM_LAYERS = 4
 
@@ -66,3 +67,43 @@ fusion_configs = st.builds(
 )
 plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)
 fusing_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
+
+
+def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
+    """Widths, and as many descending thresholds as they need, for scores of a few units."""
+    widths = options.pop("widths")
+    return widths.flatmap(
+        lambda chosen: st.fixed_dictionaries(
+            {
+                "widths": st.just(chosen),
+                "thresholds": st.lists(st.floats(0.0, 8.0), min_size=len(chosen) - 1, max_size=len(chosen) - 1).map(
+                    lambda limits: tuple(sorted(limits, reverse=True))
+                ),
+                **options,
+            }
+        )
+    )
+
+
+def _widths(lowest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.integers(lowest, 8), min_size=2, max_size=5).map(lambda found: tuple(sorted(found, reverse=True)))
+
+
+channel_rules = _graded(widths=_widths(0), score=st.sampled_from(get_args(ChannelScore))).map(
+    lambda values: rules.ChannelWidthRule(**values)
+)
+entropy_width_rules = _graded(
+    widths=_widths(1), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
+).map(lambda values: rules.EntropyWidthRule(**values))
+precision_configs = st.builds(
+    rules.PrecisionConfig,
+    st.one_of(
+        st.builds(rules.UniformWidthRule, st.integers(1, 8)),
+        channel_rules,
+        entropy_width_rules,
+        st.builds(rules.CappedWidthRule, entropy_width_rules, channel_rules),
+    ),
+    protect_first=st.integers(0, 3),
+    protect_special=st.booleans(),
+)
+precise_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)

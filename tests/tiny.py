@@ -17,6 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from quicksilver.models.nesting import nest
+from quicksilver.quant.config import QuantizationConfig
+
 MAX_POSITIONS = 64
 VOCAB = 300
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -104,6 +107,14 @@ def from_config(config: Any, seed: int = 0) -> Any:
 def model(name: str) -> Any:
     """Return the tiny model of a family or variant; shared, so tests must not change it."""
     return from_config((CONFIGS.get(name) or VARIANTS[name])())
+
+
+@cache
+def nested(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the tiny model of a family or variant with nested weights; shared, so tests must not change it."""
+    made = from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
+    nest(made, QuantizationConfig())
+    return made
 
 
 @cache

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from quicksilver.core.plan import Plan
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
-from tests.strategies import fusing_plans, plans
+from tests.strategies import fusing_plans, plans, precise_plans
 
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:
-    atol = tolerances.LOGITS[torch.float32]
+    atol = tolerances.LOGITS[one.logits.dtype]
     torch.testing.assert_close(one.logits[:end], other.logits[:end], atol=atol, rtol=0)
     assert torch.equal(torch.cat(one.trace.depths)[:end], torch.cat(other.trace.depths)[:end])
 
@@ -76,3 +76,17 @@ def test_in_one_pass_later_tokens_decide_only_who_is_absorbed_at_the_end(
     same = whole.trace.depths[0][:keep] == prefix.trace.depths[0]
     atol = tolerances.LOGITS[torch.float32]
     torch.testing.assert_close(whole.logits[:keep][same], prefix.logits[same], atol=atol, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plan=precise_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_later_tokens_change_nothing_where_widths_are_chosen(
+    plan: Plan, family: str, length: int, data: st.DataObject
+) -> None:
+    engine = decoder(tiny.nested(family, torch.float64), plan, special_ids=[7])
+    ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
+    whole = run_whole(engine, ids)
+    assert_same_until(whole, run_whole(engine, changed), keep)
+    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
+    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)

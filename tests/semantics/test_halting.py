@@ -106,7 +106,7 @@ def test_a_cache_left_incomplete_by_a_failure_is_refused(monkeypatch: pytest.Mon
     def fail(module: object, args: object) -> None:
         raise MemoryError
 
-    handle = model.model.layers[2].mlp.register_forward_pre_hook(fail)
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
         engine.run(ids, [6], cache, engine.new_trace())
     handle.remove()

@@ -87,7 +87,6 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {**FUSION, "protect": 1}}, "fusion: unknown key 'protect'"),
         ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
         ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
-        ({"precision": {}}, "'precision' is not available"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
         ({"halting": []}, "halting must be an object"),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quicksilver.cli.common import display_name, model_options, open_model, progress
+from quicksilver.cli.recipes import CALIBRATION_HELP, ready
 from quicksilver.errors import InputError
 
 _DEFAULT_CONTEXT = 2048
@@ -31,6 +32,7 @@ _DEFAULT_CONTEXT = 2048
     "--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt, unscored."
 )
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
+@click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
 @model_options
 def command(
@@ -44,6 +46,7 @@ def command(
     stride: int | None,
     prompt: int | None,
     max_tokens: int | None,
+    calibration: str | None,
     json_path: str | None,
     dtype: str | None,
     device: str,
@@ -59,6 +62,7 @@ def command(
       quicksilver eval ./my-gpt2 --documents c4.jsonl --plan settled --plan mine.json --json out.json
       quicksilver eval ref-llama --text book.txt --plan settled --mode decode --max-tokens 5000
       quicksilver eval ref-llama --text book.txt --plan fused-prompt --prompt 448 --context 512
+      quicksilver eval ref-llama --text book.txt --plan channel-5bit --calibration other-book.txt
     """
     from quicksilver.cli.table import print_table
     from quicksilver.core.files import write_atomically
@@ -76,12 +80,12 @@ def command(
         raise InputError(f"--context {context} is longer than the model's context of {limit}")
     context = context or min(limit, _DEFAULT_CONTEXT)
     bos_id = default_bos(tokenizer)
-    if stride is None:
-        stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    stride = stride or max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    nested, resolved = ready(loaded, resolved, tokenizer, calibration)
     protocol = Protocol(context, stride, bos_id, max_tokens, prompt)
     windowed = cut(corpus, tokenizer, protocol)
     with progress("windows", len(windowed.windows)) as advance:
-        results = evaluate(loaded, resolved, windowed, protocol, mode, display_name(model), advance)
+        results = evaluate(loaded, resolved, windowed, protocol, mode, display_name(model), advance, nested)
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")

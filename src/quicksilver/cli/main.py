@@ -14,7 +14,8 @@ from quicksilver.version import __version__
 _COMMANDS = {
     "eval": "Measure plans against the dense model: perplexity, FLOPs, bytes, seconds.",
     "generate": "Continue a prompt under a plan.",
-    "plan": "List, show and validate plans.",
+    "quantize": "Nest a model's weights in 8-bit codes, to be read at fewer bits where a plan says so.",
+    "plan": "List, show, validate and fit plans.",
     "models": "List the model families and the embedded models.",
     "demo": "Measure the embedded model on the embedded text and draw the result.",
 }

@@ -1,4 +1,4 @@
-"""`quicksilver plan`: list presets, show a plan as JSON, validate a plan file."""
+"""`quicksilver plan`: list presets, show a plan as JSON, validate a plan file, fit a recipe."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import json
 
 import click
 
+from quicksilver.cli.common import model_options, open_model
+from quicksilver.cli.recipes import CALIBRATION_HELP, ready
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 @click.group("plan", context_settings=_HELP)
 def command() -> None:
-    """List, show and validate plans.
+    """List, show, validate and fit plans.
 
     \b
     Examples:
       quicksilver plan list
       quicksilver plan show paper > mine.json
       quicksilver plan validate mine.json
+      quicksilver plan fit ref-llama channel-5bit --calibration book.txt -o mine.json
     """
 
 
@@ -62,3 +66,44 @@ def validate(plan: str) -> None:
 
     resolved = resolve_plan(plan)
     print(f"{plan}: valid, hash {resolved.hash}")
+
+
+@command.command("fit", context_settings=_HELP)
+@click.argument("model")
+@click.argument("plan")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The plan file to write.")
+@click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
+@model_options
+def fit(
+    model: str,
+    plan: str,
+    output: str,
+    calibration: str | None,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Fit the thresholds of PLAN, a recipe such as channel-5bit, to MODEL, and write the plan that can be run.
+
+    They belong to the model with the weights it has: to those of a folder that `quicksilver quantize` wrote, if that
+    is what will be run.
+
+    \b
+    Examples:
+      quicksilver plan fit ref-llama channel-5bit -o mine.json
+      quicksilver plan fit ./nested channel-5bit --calibration book.txt -o mine.json
+    """
+    from pathlib import Path
+
+    from quicksilver.errors import PlanError
+    from quicksilver.runtime.loading import resolve_plan
+
+    recipe = resolve_plan(plan)
+    if not recipe.is_recipe:
+        raise PlanError(f"plan {recipe.name!r} has all its thresholds; there is nothing to fit")
+    if not Path(output).absolute().parent.is_dir():
+        raise PlanError(f"-o {output}: its folder does not exist")
+    loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
+    fitted = ready(loaded, [recipe], tokenizer, calibration)[1][0]
+    fitted.save(output)
+    print(f"{output}: written, hash {fitted.hash}")

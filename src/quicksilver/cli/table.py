@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_WIDTH = 164
+_WIDTH = 180
 _COLUMNS = (
     "plan",
     "ppl",
@@ -19,8 +19,10 @@ _COLUMNS = (
     "top-1",
     "layers",
     "fused",
+    "bits",
     "FLOPs",
     "body",
+    "bitops",
     "weights",
     "KV",
     "speed",
@@ -39,7 +41,7 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
         table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
     table.add_row(*_dense_row(results[0]))
     for result in results:
-        if result["plan"]["halting"] is not None or "fusion" in result["plan"]:
+        if result["plan"]["halting"] is not None or {"fusion", "precision"} & result["plan"].keys():
             table.add_row(*_plan_row(result))
     console.print(table)
     if protocol["prompt"] is not None:
@@ -58,10 +60,10 @@ def _fuses_prompts(plan: dict[str, Any]) -> bool:
 
 def _print_legend(console: Console) -> None:
     console.print(
-        "FLOPs, body (head left out), weights read and KV bytes: saved against dense, per token; below zero, the plan"
-        " costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"
-        " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed,\nof all fed, prompts"
-        " included.",
+        "FLOPs, body (head left out), bitops, weights read and KV bytes: saved against dense, per token; below zero,"
+        " the plan costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the"
+        " dense predictions, nats. top-1: same likeliest token.\nfused: tokens that a later one absorbed, of all fed,"
+        " prompts included. bits: read of a weight of the layers, on average.",
         highlight=False,
     )
 
@@ -91,8 +93,10 @@ def _dense_row(result: dict[str, Any]) -> list[str]:
         "",
         f"{result['model']['layers']}",
         "",
+        f"{result['model']['weight_bits']}",
         f"{dense['flops_per_token'] / 1e6:.2f} M",
         f"{dense['flops_body_per_token'] / 1e6:.2f} M",
+        f"{dense['bitops_per_token'] / 1e9:.2f} G",
         f"{dense['weight_bytes_per_token'] / 1e6:.2f} MB",
         f"{dense['kv_bytes'] / 1e3:.0f} kB",
         f"{dense['tokens_per_second']:.0f} tok/s",
@@ -110,7 +114,8 @@ def _plan_row(result: dict[str, Any]) -> list[str]:
         f"{delta['top1_agreement']:.1%}",
         f"{side['mean_depth']:.2f}",
         f"{side['fused_fraction']:.1%}",
-        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "weight_bytes", "kv_bytes")),
+        f"{side['mean_bits']:.2f}".removesuffix(".00"),
+        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "bitops", "weight_bytes", "kv_bytes")),
         f"{delta['speedup']:.2f}x",
     ]
 

@@ -34,7 +34,14 @@ FUSION_TYPES: dict[str, type[rules.FusionRule]] = {
     "random": rules.RandomFusionRule,
     "forced": rules.ForcedFusionRule,
 }
-_NAMES: dict[type, str] = {cls: name for table in (RULE_TYPES, FILL_TYPES, FUSION_TYPES) for name, cls in table.items()}
+PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
+    "uniform": rules.UniformWidthRule,
+    "entropy": rules.EntropyWidthRule,
+    "channel": rules.ChannelWidthRule,
+    "capped": rules.CappedWidthRule,
+}
+_TABLES = (RULE_TYPES, FILL_TYPES, FUSION_TYPES, PRECISION_TYPES)
+_NAMES: dict[type, str] = {cls: name for table in _TABLES for name, cls in table.items()}
 _MAX_NESTING = 16
 
 
@@ -42,14 +49,14 @@ def encode(value: object) -> Any:
     """Return a rule or a fill as a dictionary with its type's name first; other values unchanged."""
     if isinstance(value, tuple):
         return [encode(item) for item in value]
-    if not isinstance(value, (rules.HaltingRule, rules.KVFill, rules.FusionRule)):
+    if type(value) not in _NAMES:
         return value
-    return {"type": _NAMES[type(value)], **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+    return {"type": _NAMES[type(value)], **encode_fields(value)}
 
 
-def encode_config(config: rules.HaltingConfig | rules.FusionConfig) -> dict[str, Any]:
-    """Return the configuration of a mechanism as a dictionary."""
-    return {f.name: encode(getattr(config, f.name)) for f in fields(config)}
+def encode_fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a rule, or of a mechanism's configuration, as a dictionary."""
+    return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
 
 
 def decode_halting(data: object, source: str) -> rules.HaltingConfig:
@@ -65,6 +72,23 @@ def decode_fusion(data: object, source: str) -> rules.FusionConfig:
     cls, rule = _typed(values["rule"], FUSION_TYPES, f"{source}: fusion.rule")
     values["rule"] = _construct(cls, rule, f"{source}: fusion.rule")
     return _construct(rules.FusionConfig, values, f"{source}: fusion")
+
+
+def decode_precision(data: object, source: str) -> rules.PrecisionConfig:
+    """Build a precision configuration; `source` names the plan in errors."""
+    values = _with_rule(data, f"{source}: precision")
+    values["rule"] = _decode_width_rule(values["rule"], f"{source}: precision.rule")
+    return _construct(rules.PrecisionConfig, values, f"{source}: precision")
+
+
+def _decode_width_rule(data: object, where: str) -> rules.PrecisionRule:
+    cls, values = _typed(data, PRECISION_TYPES, where)
+    if cls is rules.CappedWidthRule:
+        members = {name: values[name] for name in ("token", "channel") if name in values}
+        for name, member in members.items():
+            member_cls, member_values = _typed(member, PRECISION_TYPES, f"{where}.{name}")
+            values[name] = _construct(member_cls, member_values, f"{where}.{name}")
+    return _construct(cls, values, where)
 
 
 def _with_rule(data: object, where: str) -> dict[str, Any]:

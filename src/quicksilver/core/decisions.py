@@ -1,4 +1,4 @@
-"""What policies see (`LayerView`, `PairView`) and what they return (`HaltDecision`, ...): data, never actions."""
+"""What policies see (`LayerView`, `PairView`, ...) and what they return (`HaltDecision`, ...): data, never actions."""
 
 from __future__ import annotations
 
@@ -102,6 +102,53 @@ class FusionDecision:
     """
 
     alike: Tensor
+    signal_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenWidthView:
+    """Tokens whose widths are decided at once, as a policy sees them after a layer.
+
+    Attributes:
+        hidden: [N, d] their states.
+        head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+    """
+
+    hidden: Tensor
+    head_entropy: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ChannelView:
+    """The inputs of one linear map, as a policy that chooses widths sees them.
+
+    Attributes:
+        layer_idx: index of the layer.
+        map_idx: which of the layer's nested maps this is.
+        num_maps: how many it has.
+        inputs: [N, in] what the map is applied to.
+        norms: gives [in] float32, the norm of each input channel's weights.
+        caps: [N] uint8, the most bits each token may read; None for no limit.
+    """
+
+    layer_idx: int
+    map_idx: int
+    num_maps: int
+    inputs: Tensor
+    norms: Callable[[], Tensor]
+    caps: Tensor | None
+
+
+@dataclass(frozen=True)
+class WidthChoice:
+    """How many bits are read, and what finding out cost.
+
+    Attributes:
+        widths: one number for everything, [N] uint8 for each token, or [N, in] uint8 for each of its channels.
+        signal_rows: rows (of "score": channels) for which each signal ("head", "softmax", "score") was computed.
+    """
+
+    widths: int | Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
 
 

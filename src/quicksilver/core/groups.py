@@ -25,6 +25,7 @@ class FusionRows:
         seq_ids: [N] sequences, ascending.
         keys: [N, num_kv_heads, head_dim] keys before rotation, None where no rule reads them.
         update: [N, d] what the layer added, None where no halting rule reads it.
+        caps: [N] uint8, the most bits of each weight that a row reads, None where nothing limits them.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class FusionRows:
     seq_ids: Tensor
     keys: Tensor | None
     update: Tensor | None
+    caps: Tensor | None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -107,4 +109,5 @@ def merge(rows: FusionRows, groups: Groups) -> FusionRows:
         last.seq_ids,
         last.keys,
         last.update,
+        last.caps,
     )

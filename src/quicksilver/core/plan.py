@@ -16,6 +16,7 @@ from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
 from quicksilver.core.rules import (
     AllRule,
+    ChannelWidthRule,
     CosineFusionRule,
     DriftRule,
     DropFill,
@@ -23,8 +24,10 @@ from quicksilver.core.rules import (
     FusionConfig,
     HaltingConfig,
     KVFill,
+    PrecisionConfig,
     PropagateFill,
     RelativeDriftRule,
+    UniformWidthRule,
     ZeroFill,
 )
 from quicksilver.errors import PlanError
@@ -41,12 +44,14 @@ class Plan:
         halting: which tokens stop early, or None for none.
         kv: what fills the deeper keys and values of a halted token.
         fusion: which adjacent tokens become one, or None for none.
+        precision: how many bits of nested weights are read, or None for all.
     """
 
     name: str = "plan"
     halting: HaltingConfig | None = None
     kv: KVFill = field(default_factory=DropFill)
     fusion: FusionConfig | None = None
+    precision: PrecisionConfig | None = None
 
     @classmethod
     def dense(cls) -> Plan:
@@ -80,9 +85,9 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        if data.pop("precision", None) is not None:
-            raise PlanError(f"{source}: the mechanism 'precision' is not available in this version")
-        halting, kv, fusion = (data.pop(mechanism, None) for mechanism in ("halting", "kv", "fusion"))
+        halting, kv, fusion, precision = (
+            data.pop(mechanism, None) for mechanism in ("halting", "kv", "fusion", "precision")
+        )
         name = data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
@@ -93,6 +98,7 @@ class Plan:
             halting=None if halting is None else codec.decode_halting(halting, source),
             kv=DropFill() if kv is None else codec.decode_fill(kv, source),
             fusion=None if fusion is None else codec.decode_fusion(fusion, source),
+            precision=None if precision is None else codec.decode_precision(precision, source),
         )
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
@@ -131,27 +137,48 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        return self.halting is None and self.fusion is None
+        return self.halting is None and self.fusion is None and self.precision is None
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether thresholds are still to be fitted to a model before the plan can run."""
+        return self.precision is not None and not self.precision.rule.is_fitted
 
     def renamed(self, name: str) -> Plan:
         """Return the same plan under another label."""
         return replace(self, name=name)
 
-    def check_depth(self, num_layers: int) -> None:
-        """Raise PlanError where the plan does not fit a model of `num_layers` layers."""
+    def check_model(self, num_layers: int, num_maps: int) -> None:
+        """Raise PlanError where the plan does not fit a model.
+
+        Args:
+            num_layers: its layers.
+            num_maps: nested linear maps of each; 0 where its weights are plain.
+        """
         try:
             if self.halting is not None:
                 self.halting.check_depth(num_layers)
             if self.fusion is not None:
                 self.fusion.after_layers(num_layers)
+            if self.precision is not None:
+                self._check_precision(self.precision, num_layers, num_maps)
         except PlanError as error:
             raise PlanError(f"plan {self.name!r}: {error}") from None
 
+    @staticmethod
+    def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:
+        if num_maps == 0:
+            raise PlanError("it chooses widths of nested weights, the model's are plain; `quicksilver quantize` it")
+        if not precision.rule.is_fitted:
+            raise PlanError("its thresholds are still to be fitted to the model: `quicksilver plan fit`")
+        precision.rule.check_maps(num_layers, num_maps)
+
     def _body(self) -> dict[str, Any]:
-        halting = None if self.halting is None else codec.encode_config(self.halting)
+        halting = None if self.halting is None else codec.encode_fields(self.halting)
         body = {"halting": halting, "kv": codec.encode(self.kv)}
-        if self.fusion is not None:  # plans without it keep the hash they had before there was fusion
-            body["fusion"] = codec.encode_config(self.fusion)
+        for mechanism in ("fusion", "precision"):  # plans without one keep the hash they had before there was one
+            if (config := getattr(self, mechanism)) is not None:
+                body[mechanism] = codec.encode_fields(config)
         return body
 
 
@@ -159,6 +186,12 @@ def _paper(name: str, kv: KVFill) -> Plan:
     """The published rule, literally: drift below 0.045 and entropy below 1.15 bits, nothing else protected."""
     rule = AllRule((DriftRule(0.045), EntropyRule(1.15)))
     return Plan(name, HaltingConfig(rule, min_layer=1, protect_first=0, protect_special=True), kv)
+
+
+def _uniform(width: int) -> Plan:
+    """The baseline of every width policy: `width` bits throughout, for every token."""
+    rule = UniformWidthRule(width)
+    return Plan(f"uniform-{width}bit", precision=PrecisionConfig(rule, protect_first=0, protect_special=False))
 
 
 PRESETS: dict[str, Plan] = {
@@ -172,4 +205,7 @@ PRESETS: dict[str, Plan] = {
         PropagateFill(),
     ),
     "fused-prompt": Plan("fused-prompt", fusion=FusionConfig(CosineFusionRule(0.75))),
+    "uniform-8bit": _uniform(8),
+    "uniform-4bit": _uniform(4),
+    "channel-5bit": Plan("channel-5bit", precision=PrecisionConfig(ChannelWidthRule(target=5.0))),
 }

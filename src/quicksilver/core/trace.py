@@ -6,13 +6,14 @@ FLOPs, tables, pictures and the oracle tests all read this; it computes no cost 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from quicksilver.core.ragged import RaggedLayout
+from quicksilver.core.rules.precision import MAX_WIDTH
 
 
 class DeferredSum:
@@ -38,6 +39,55 @@ class DeferredSum:
         return self._host
 
 
+class WidthCounts:
+    """How many bits of nested weights were read, as multiply-adds by width and as bytes; deferred like DeferredSum."""
+
+    _LIMIT = 512  # device tensors kept before they are read
+
+    def __init__(self) -> None:
+        self._macs = torch.zeros(MAX_WIDTH + 1, dtype=torch.int64)
+        self._bytes = 0
+        self._device: list[tuple[Tensor, int, Sequence[int]]] = []
+
+    def add(self, channels: Sequence[int] | Tensor, num_outputs: int, channel_bytes: Sequence[int]) -> None:
+        """Count one application of a map.
+
+        Args:
+            channels: [9] input channels, over all rows, read at 0, 1, ... 8 bits.
+            num_outputs: multiply-adds of a channel.
+            channel_bytes: [9] bytes of a channel read at each width.
+        """
+        if isinstance(channels, Tensor):
+            self._device.append((channels, num_outputs, channel_bytes))
+            if len(self._device) >= self._LIMIT:
+                self._read()
+        else:
+            self._count(channels, num_outputs, channel_bytes)
+
+    @property
+    def macs(self) -> list[int]:
+        """[9] multiply-adds at 0, 1, ... 8 bits; those at 0 were not done."""
+        self._read()
+        return self._macs.tolist()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read, each row for itself."""
+        self._read()
+        return self._bytes
+
+    def _read(self) -> None:
+        if self._device:
+            counts = torch.stack([channels for channels, *_ in self._device]).tolist()
+            for channels, (_, num_outputs, channel_bytes) in zip(counts, self._device, strict=True):
+                self._count(channels, num_outputs, channel_bytes)
+            self._device.clear()
+
+    def _count(self, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]) -> None:
+        self._macs += torch.tensor(channels) * num_outputs
+        self._bytes += sum(count * size for count, size in zip(channels, channel_bytes, strict=True))
+
+
 class LayerTrace:
     """Counts of one layer, summed over the run.
 
@@ -50,7 +100,8 @@ class LayerTrace:
         fusion_rows: rows that reached fusion after this layer.
         fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
-        signal_rows: rows for which each signal was computed after this layer.
+        signal_rows: rows for which each signal was computed after this layer; of "score", channels in it.
+        widths: bits read of its nested weights, a WidthCounts.
     """
 
     def __init__(self) -> None:
@@ -63,6 +114,7 @@ class LayerTrace:
         self.fused = 0
         self.group_sizes: Counter[int] = Counter()
         self.signal_rows: Counter[str] = Counter()
+        self.widths = WidthCounts()
 
 
 class Trace:
@@ -153,6 +205,11 @@ class Trace:
     def entries_read(self) -> int:
         """Cache entries that queries read, over all passes, layers and sequences."""
         return sum(layer.entries_read for layer in self.layers)
+
+    @property
+    def macs_by_width(self) -> list[int]:
+        """[9] multiply-adds of nested weights read at 0, 1, ... 8 bits, over all layers; those at 0 were not done."""
+        return [sum(counts) for counts in zip(*(layer.widths.macs for layer in self.layers), strict=True)]
 
     @property
     def mean_depth(self) -> float:

@@ -29,6 +29,7 @@ def evaluate(
     mode: Mode = "score",
     name: str = "",
     on_window: Callable[[], None] = lambda: None,
+    nested: QuickSilverForCausalLM | None = None,
 ) -> list[dict[str, Any]]:
     """Score plans against the dense model on the same windows, interleaved.
 
@@ -40,11 +41,16 @@ def evaluate(
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window.
+        nested: the model with nested weights, on which plans that choose widths are run; by default `model`.
 
     Returns:
         One JSON-ready object per plan, in order.
     """
-    decoders = [Decoder(model.adapter, plan, model.special_ids) for plan in (Plan.dense(), *plans)]
+    chosen = [model if plan.precision is None or nested is None else nested for plan in plans]
+    decoders = [
+        Decoder(each.adapter, plan, each.special_ids)
+        for each, plan in zip((model, *chosen), (Plan.dense(), *plans), strict=True)
+    ]
     return build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
 
 
@@ -71,17 +77,17 @@ def build_rows(
         "environment": environment.describe(spec.device),
         "tokens_scored": sum(counts),
     }
-    dense_side = _side(spec, dense, counts, text.scored_bytes)
+    dense_side = _side(dense, counts, text.scored_bytes)
     return [
         {
             **shared,
             "plan": record.decoder.plan.to_dict(),
             "dense": dense_side,
-            "accelerated": {**side, **_mechanisms(spec, dense, record)},
+            "accelerated": {**side, **_mechanisms(dense, record)},
             "delta": _delta(dense, record, dense_side, side, counts),
         }
         for record in accelerated
-        for side in [_side(spec, record, counts, text.scored_bytes)]
+        for side in [_side(record, counts, text.scored_bytes)]
     ]
 
 
@@ -94,11 +100,13 @@ def _describe_model(spec: ModelSpec, name: str) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "parameters": spec.parameters,
         "dtype": str(spec.dtype).removeprefix("torch."),
+        "weight_bits": spec.weight_bits,
     }
 
 
-def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
+def _side(record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[str, Any]:
     """Return one engine's figures; costs are per token fed (in decode, per step)."""
+    spec = record.decoder.spec
     nll = sum(record.nll) / sum(counts)
     cost, fed = executed_cost(spec, record.trace), record.trace.tokens
     rounds = len(record.seconds) / len(counts)
@@ -119,15 +127,25 @@ def _side(spec: ModelSpec, record: EngineRecord, counts: list[int], scored_bytes
     }
 
 
-def _mechanisms(spec: ModelSpec, dense: EngineRecord, record: EngineRecord) -> dict[str, Any]:
-    traces = (record.trace, record.prompt_trace)
+def _mechanisms(dense: EngineRecord, record: EngineRecord) -> dict[str, Any]:
+    spec, traces = record.decoder.spec, (record.trace, record.prompt_trace)
     fed = sum(trace.tokens for trace in traces)
     return {
         **_what_ran(record.trace),
         "fused_fraction": sum(trace.fused_fraction * trace.tokens for trace in traces) / fed,
-        "prompt": _prompt(spec, dense, record),
-        "width_histogram": {str(8 * spec.dtype.itemsize): 1.0, "8": 0.0, "4": 0.0, "2": 0.0, "0": 0.0},
+        "prompt": _prompt(dense, record),
+        **_widths(spec, record.trace),
     }
+
+
+def _widths(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
+    """Return how many bits of the layers' weights were read: the share of multiply-adds at each width, the mean."""
+    shares = {str(8 * spec.dtype.itemsize): 1.0} if not spec.is_nested else {}
+    macs, total = trace.macs_by_width, max(sum(trace.macs_by_width), 1)
+    for width in range(len(macs) - 1, -1, -1):
+        if macs[width] or width in (8, 4, 2, 0):
+            shares[str(width)] = macs[width] / total
+    return {"width_histogram": shares, "mean_bits": sum(int(width) * share for width, share in shares.items())}
 
 
 def _what_ran(trace: Trace) -> dict[str, Any]:
@@ -139,13 +157,14 @@ def _what_ran(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _prompt(spec: ModelSpec, dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
+def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
     """Return what feeding the prompts took, where there were any."""
     trace = record.prompt_trace
     if not trace.tokens:
         return None
     ratios = [slow / fast for slow, fast in zip(dense.prompt_seconds, record.prompt_seconds, strict=True)]
-    cost, baseline = executed_cost(spec, trace), executed_cost(spec, dense.prompt_trace)
+    cost = executed_cost(record.decoder.spec, trace)
+    baseline = executed_cost(dense.decoder.spec, dense.prompt_trace)
     return {
         "tokens": trace.tokens,
         "fused_fraction": trace.fused_fraction,

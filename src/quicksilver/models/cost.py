@@ -20,13 +20,13 @@ class Cost:
         body_macs: multiply-adds of the layers, of signals and of merging.
         head_macs: multiply-adds of the head for logits.
         weight_bytes: weight bytes that the tokens would read were each decoded alone.
-        weight_bits: bits of one weight.
+        bitops: multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice.
     """
 
     body_macs: int
     head_macs: int
     weight_bytes: int
-    weight_bits: int
+    bitops: int
 
     @property
     def flops(self) -> int:
@@ -38,11 +38,6 @@ class Cost:
         """FLOPs without the head's logits."""
         return 2 * self.body_macs
 
-    @property
-    def bitops(self) -> int:
-        """Multiply-adds x weight bits x activation bits."""
-        return (self.body_macs + self.head_macs) * self.weight_bits**2
-
 
 def signal_macs(spec: ModelSpec, signal: str) -> int:
     """Return the multiply-adds that one row (or pair of rows) of a signal takes."""
@@ -50,26 +45,41 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
         return spec.head_macs + 2 * spec.vocab_size  # softmax and the sum of p log p
     if signal == "key":
         return 2 * spec.num_kv_heads * spec.head_dim + 4 * spec.head_dim  # means over heads, then their cosine
-    return {"norm": 2, "cosine": 4, "mean": 1}[signal] * spec.hidden_size
+    if signal == "score":
+        return 1  # of one channel
+    return {"norm": 2, "cosine": 4, "mean": 1, "softmax": 2}[signal] * spec.hidden_size
 
 
 def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     """Return what the traced run computed."""
-    macs = weight_bytes = 0
+    activation_bits = 8 * spec.dtype.itemsize
+    macs = weight_bytes = bitops = 0
     for layer in trace.layers:
-        macs += layer.query_rows * spec.layer_macs + layer.fill_rows * spec.kv_macs
-        macs += layer.attended.value * spec.attention_macs_per_pair
-        macs += sum(rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items())
+        linear = layer.query_rows * spec.layer_macs + layer.fill_rows * spec.kv_macs
+        by_width = layer.widths.macs
+        linear -= by_width[0]
+        read = (
+            sum(width * count for width, count in enumerate(by_width)) if spec.is_nested else linear * spec.weight_bits
+        )
+        signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
+        of_head = signals.get("head", 0)
+        other = layer.attended.value * spec.attention_macs_per_pair + sum(signals.values()) - of_head
+        macs += linear + of_head + other
+        bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits
         weight_bytes += layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
-        weight_bytes += layer.signal_rows["head"] * spec.head_weight_bytes
+        weight_bytes += layer.signal_rows["head"] * spec.head_weight_bytes + layer.widths.bytes_read
     weight_bytes += trace.head_rows * spec.head_weight_bytes
-    return Cost(macs, trace.head_rows * spec.head_macs, weight_bytes, 8 * spec.dtype.itemsize)
+    head_macs = trace.head_rows * spec.head_macs
+    return Cost(macs, head_macs, weight_bytes, bitops + head_macs * spec.head_bits * activation_bits)
 
 
 def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:
     """Return what the dense model would have computed for the same tokens, by arithmetic."""
-    macs = trace.tokens * spec.num_layers * spec.layer_macs
-    macs += trace.dense_attended * spec.num_layers * spec.attention_macs_per_pair
-    weight_bytes = trace.tokens * spec.num_layers * spec.layer_weight_bytes
+    activation_bits = 8 * spec.dtype.itemsize
+    linear = trace.tokens * spec.num_layers * spec.layer_macs
+    attention = trace.dense_attended * spec.num_layers * spec.attention_macs_per_pair
+    head_macs = trace.head_rows * spec.head_macs
+    weight_bytes = trace.tokens * spec.num_layers * (spec.layer_weight_bytes + spec.nested_weight_bytes)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
-    return Cost(macs, trace.head_rows * spec.head_macs, weight_bytes, 8 * spec.dtype.itemsize)
+    read = linear * spec.weight_bits + attention * activation_bits + head_macs * spec.head_bits
+    return Cost(linear + attention, head_macs, weight_bytes, read * activation_bits)

@@ -10,7 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.models.spec import QKV, Adapter, LayerOps, Map, ModelSpec, weight_bytes
+from quicksilver.models.spec import (
+    QKV,
+    Adapter,
+    Apply,
+    LayerOps,
+    Map,
+    ModelSpec,
+    head_bits,
+    nested_bytes,
+    nested_maps,
+    weight_bytes,
+)
+from quicksilver.quant import NestedSplit
 
 _TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
@@ -38,7 +50,7 @@ def _spec(model: Any) -> ModelSpec:
     config, body = model.config, model.transformer
     d = config.n_embd
     inner = config.n_inner if config.n_inner is not None else 4 * d
-    attention = body.h[0].attn
+    c_attn, dtype = body.h[0].attn.c_attn, body.ln_f.weight.dtype
     return ModelSpec(
         family=config.model_type,
         num_layers=config.n_layer,
@@ -52,25 +64,29 @@ def _spec(model: Any) -> ModelSpec:
         kv_macs=2 * d * d,
         head_macs=d * config.vocab_size,
         layer_weight_bytes=weight_bytes(body.h[0]),
-        kv_weight_bytes=weight_bytes(attention.c_attn) * 2 // 3,
-        head_weight_bytes=weight_bytes(model.lm_head, body.ln_f),
+        kv_weight_bytes=weight_bytes(c_attn) * 2 // 3,
+        nested_weight_bytes=nested_bytes(body.h[0]),
+        head_weight_bytes=weight_bytes(model.lm_head, body.ln_f) + nested_bytes(model.lm_head),
+        head_bits=head_bits(model.lm_head, dtype),
         parameters=sum(p.numel() for p in model.parameters()),
-        dtype=body.wte.weight.dtype,
-        device=body.wte.weight.device,
+        dtype=dtype,
+        device=body.ln_f.weight.device,
     )
 
 
 def _layer_ops(block: Any, activation: str) -> LayerOps:
     attention = block.attn
-    heads, head_dim = attention.num_heads, attention.head_dim
+    heads, head_dim, nested = attention.num_heads, attention.head_dim, isinstance(attention.c_attn, NestedSplit)
+    project_qkv, project_kv = (_split_qkv, _split_kv) if nested else (_fused_qkv, _fused_kv)
     return LayerOps(
         attn_norm=block.ln_1,
-        project_qkv=partial(_project_qkv, attention.c_attn, heads, head_dim),
-        project_kv=partial(_project_kv, attention.c_attn, heads, head_dim),
-        attn_output=partial(_conv1d, attention.c_proj),
+        project_qkv=partial(project_qkv, attention.c_attn, heads, head_dim),
+        project_kv=partial(project_kv, attention.c_attn, heads, head_dim),
+        attn_output=lambda x, apply: apply(attention.c_proj, x),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp, _activation(block.mlp, activation)),
         scaling=attention.scaling,
+        nested=nested_maps(block),
     )
 
 
@@ -79,20 +95,24 @@ def _activation(mlp: Any, name: str) -> Map:
     return partial(F.gelu, approximate="tanh") if name in _TANH_GELUS else mlp.act
 
 
-def _conv1d(layer: Any, x: Tensor) -> Tensor:
-    """Apply transformers' Conv1D (weight [in, out]) to rows [N, in]."""
-    return torch.addmm(layer.bias, x, layer.weight)
+def _mlp(mlp: Any, activation: Map, x: Tensor, apply: Apply) -> Tensor:
+    return apply(mlp.c_proj, activation(apply(mlp.c_fc, x)))
 
 
-def _mlp(mlp: Any, activation: Map, x: Tensor) -> Tensor:
-    return _conv1d(mlp.c_proj, activation(_conv1d(mlp.c_fc, x)))
+def _fused_qkv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> QKV:
+    return QKV(*apply(c_attn, x).view(-1, 3, heads, head_dim).unbind(1))
 
 
-def _project_qkv(c_attn: Any, heads: int, head_dim: int, x: Tensor) -> QKV:
-    return QKV(*_conv1d(c_attn, x).view(-1, 3, heads, head_dim).unbind(1))
-
-
-def _project_kv(c_attn: Any, heads: int, head_dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _fused_kv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
     d = heads * head_dim
     fused = torch.addmm(c_attn.bias[d:], x, c_attn.weight[:, d:]).view(-1, 2, heads, head_dim)
     return fused[:, 0], fused[:, 1]
+
+
+def _split_qkv(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply: Apply) -> QKV:
+    return QKV(*(apply(part, x).view(-1, heads, head_dim) for part in c_attn.parts))
+
+
+def _split_kv(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
+    key, value = (apply(part, x).view(-1, heads, head_dim) for part in c_attn.parts[1:])
+    return key, value

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
 from quicksilver.models.rotary import Rotation
-from quicksilver.models.spec import QKV, Adapter, LayerOps, ModelSpec, weight_bytes
+from quicksilver.models.spec import (
+    QKV,
+    Adapter,
+    Apply,
+    LayerOps,
+    ModelSpec,
+    head_bits,
+    nested_bytes,
+    nested_maps,
+    weight_bytes,
+)
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -26,7 +36,7 @@ def adapt(model: Any) -> Adapter:
         spec=_spec(model),
         layers=tuple(_layer_ops(layer) for layer in body.layers),
         embed=lambda ids, positions: body.embed_tokens(ids),
-        rotation=partial(_rotation, _rotary_module(model), body.embed_tokens.weight),
+        rotation=partial(_rotation, _rotary_module(model), body.norm.weight),
         final_norm=body.norm,
         head=model.lm_head,
     )
@@ -59,7 +69,7 @@ def _spec(model: Any) -> ModelSpec:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     kv_macs = 2 * d * kv_heads * head_dim
-    attention = body.layers[0].self_attn
+    attention, dtype = body.layers[0].self_attn, body.norm.weight.dtype
     return ModelSpec(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -74,10 +84,12 @@ def _spec(model: Any) -> ModelSpec:
         head_macs=d * config.vocab_size,
         layer_weight_bytes=weight_bytes(body.layers[0]),
         kv_weight_bytes=weight_bytes(attention.k_proj, attention.v_proj),
-        head_weight_bytes=weight_bytes(model.lm_head, body.norm),
+        nested_weight_bytes=nested_bytes(body.layers[0]),
+        head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
+        head_bits=head_bits(model.lm_head, dtype),
         parameters=sum(p.numel() for p in model.parameters()),
-        dtype=body.embed_tokens.weight.dtype,
-        device=body.embed_tokens.weight.device,
+        dtype=dtype,
+        device=body.norm.weight.device,
     )
 
 
@@ -87,10 +99,11 @@ def _layer_ops(layer: nn.Module) -> LayerOps:
         attn_norm=layer.input_layernorm,
         project_qkv=partial(_project_qkv, attention),
         project_kv=partial(_project_kv, attention),
-        attn_output=attention.o_proj,
+        attn_output=lambda x, apply: apply(attention.o_proj, x),
         mlp_norm=layer.post_attention_layernorm,
-        mlp=layer.mlp,
+        mlp=partial(_mlp, layer.mlp),
         scaling=attention.scaling,
+        nested=nested_maps(layer),
     )
 
 
@@ -100,21 +113,25 @@ def _heads(x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _project_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    key = _heads(attention.k_proj(x), attention.head_dim, getattr(attention, "k_norm", None))
-    return key, _heads(attention.v_proj(x), attention.head_dim)
+def _project_kv(attention: Any, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
+    key = _heads(apply(attention.k_proj, x), attention.head_dim, getattr(attention, "k_norm", None))
+    return key, _heads(apply(attention.v_proj, x), attention.head_dim)
 
 
-def _project_qkv(attention: Any, x: Tensor) -> QKV:
-    query = _heads(attention.q_proj(x), attention.head_dim, getattr(attention, "q_norm", None))
-    return QKV(query, *_project_kv(attention, x))
+def _project_qkv(attention: Any, x: Tensor, apply: Apply) -> QKV:
+    query = _heads(apply(attention.q_proj, x), attention.head_dim, getattr(attention, "q_norm", None))
+    return QKV(query, *_project_kv(attention, x, apply))
+
+
+def _mlp(mlp: Any, x: Tensor, apply: Apply) -> Tensor:
+    return apply(mlp.down_proj, mlp.act_fn(apply(mlp.gate_proj, x)) * apply(mlp.up_proj, x))
 
 
 def _rotary_module(model: Any) -> Any:
     """Return the model's rotary module; one of our own where it remembers the longest sequence it has seen."""
     shared = model.model.rotary_emb
     if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return type(shared)(model.config).to(model.model.embed_tokens.weight.device)
+        return type(shared)(model.config).to(model.model.norm.weight.device)
     return shared
 
 

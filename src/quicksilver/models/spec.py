@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape
 from quicksilver.models.rotary import Rotation
+from quicksilver.quant import NestedLinear, NestedWeight
+from quicksilver.quant.planes import MAX_WIDTH
 
 Map = Callable[[Tensor], Tensor]
+Apply = Callable[[Any, Tensor], Tensor]
+"""Applies a linear map of a layer to rows [N, in]; the runtime's, which may choose the bits to read."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,11 @@ class ModelSpec:
         layer_macs: multiply-adds of one layer's weight matrices for one token.
         kv_macs: of these, the key and value projections'.
         head_macs: multiply-adds of the head for one token.
-        layer_weight_bytes: bytes of all weights of one layer.
+        layer_weight_bytes: bytes of one layer's weights, but for nested ones: what is read of those, a trace says.
         kv_weight_bytes: of these, the key and value projections'.
+        nested_weight_bytes: bytes of one layer's nested weights, at eight bits.
         head_weight_bytes: bytes of the head and the final norm.
+        head_bits: bits of one of the head's weights.
     """
 
     family: str
@@ -43,10 +49,22 @@ class ModelSpec:
     head_macs: int
     layer_weight_bytes: int
     kv_weight_bytes: int
+    nested_weight_bytes: int
     head_weight_bytes: int
+    head_bits: int
     parameters: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the layers' weights are nested codes."""
+        return self.nested_weight_bytes > 0
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of one of the layers' weights, all of them read."""
+        return MAX_WIDTH if self.is_nested else 8 * self.dtype.itemsize
 
     @property
     def attention_macs_per_pair(self) -> int:
@@ -76,6 +94,8 @@ class QKV(NamedTuple):
 class LayerOps:
     """One pre-norm decoder layer's leaf operations over flat rows [N, d].
 
+    Operations with weight matrices are given the function that applies them.
+
     Attributes:
         attn_norm: norm before attention.
         project_qkv: queries, keys and values of normed rows.
@@ -84,15 +104,17 @@ class LayerOps:
         mlp_norm: norm before the MLP.
         mlp: the MLP.
         scaling: factor of the attention scores.
+        nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
     """
 
     attn_norm: Map
-    project_qkv: Callable[[Tensor], QKV]
-    project_kv: Callable[[Tensor], tuple[Tensor, Tensor]]
-    attn_output: Map
+    project_qkv: Callable[[Tensor, Apply], QKV]
+    project_kv: Callable[[Tensor, Apply], tuple[Tensor, Tensor]]
+    attn_output: Callable[[Tensor, Apply], Tensor]
     mlp_norm: Map
-    mlp: Map
+    mlp: Callable[[Tensor, Apply], Tensor]
     scaling: float
+    nested: tuple[NestedLinear, ...]
 
 
 @dataclass(frozen=True)
@@ -117,5 +139,25 @@ class Adapter:
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Return the bytes of all parameters of the modules."""
+    """Return the bytes of all plain parameters of the modules."""
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def nested_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all nested weights of the modules, read at eight bits."""
+    return sum(
+        m.num_inputs * m.channel_bytes[MAX_WIDTH]
+        for module in modules
+        for m in module.modules()
+        if isinstance(m, NestedWeight)
+    )
+
+
+def nested_maps(layer: nn.Module) -> tuple[NestedLinear, ...]:
+    """Return a layer's nested maps in the order in which its modules are declared."""
+    return tuple(m for m in layer.modules() if isinstance(m, NestedLinear))
+
+
+def head_bits(head: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bits of one of the head's weights."""
+    return MAX_WIDTH if isinstance(head, NestedWeight) else 8 * dtype.itemsize

@@ -62,13 +62,15 @@ class Arrivals:
         return len(own) > 0 and joins[own.start]
 
 
-def gather(layer_idx: int, running: Running, weights: FusionWeights, context: PassContext) -> Arrivals:
+def gather(
+    layer_idx: int, running: Running, caps: Tensor | None, weights: FusionWeights, context: PassContext
+) -> Arrivals:
     """Return the rows that reach a fusion layer.
 
     A sequence's tail is among them where the pass brings rows that might join it, or where it must run on after
     all: a layer before this one has taken back the row that had absorbed it.
     """
-    rows = _pass_rows(running, weights, context)
+    rows = _pass_rows(running, caps, weights, context)
     lengths, source = list(running.state.layout.lengths), torch.arange(len(rows), device=rows.mass.device)
     found = {seq: context.cache.tails.last(layer_idx, seq) for seq, fuses in enumerate(context.fuses) if fuses}
     tails = {seq: tail for seq, tail in found.items() if tail is not None and (lengths[seq] or not tail.ran)}
@@ -82,7 +84,7 @@ def gather(layer_idx: int, running: Running, weights: FusionWeights, context: Pa
     return Arrivals(rows, source, tails, list(accumulate(counts, initial=0)))
 
 
-def _pass_rows(running: Running, weights: FusionWeights, context: PassContext) -> FusionRows:
+def _pass_rows(running: Running, caps: Tensor | None, weights: FusionWeights, context: PassContext) -> FusionRows:
     state, layout = running.state, running.state.layout
     one_each = torch.ones_like(layout.origin)
     mass = one_each if state.mass is None else state.mass
@@ -97,6 +99,7 @@ def _pass_rows(running: Running, weights: FusionWeights, context: PassContext) -
         seq_ids=layout.seq_ids,
         keys=running.keys,
         update=running.update,
+        caps=None if caps is None else caps.index_select(0, layout.origin),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.models.spec import LayerOps
+from quicksilver.models.spec import Apply, LayerOps
 from quicksilver.ops import ragged_attention
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.status import Running, TokenStatus
@@ -37,15 +37,16 @@ def run_layer(
         keeps_keys: return the keys, before rotation, too.
     """
     state = running.state
-    query, key, value = layer.project_qkv(layer.attn_norm(state.hidden))
-    key, value = _project_shifted(layer, layer_idx, state, (key, value), context)
+    apply = _linear(layer_idx, state.layout.origin, skipped.status, context)
+    query, key, value = layer.project_qkv(layer.attn_norm(state.hidden), apply)
+    key, value = _project_shifted(layer, layer_idx, state, (key, value), skipped.status, context)
     keys = key if keeps_keys else None
     if running.rotation is not None:
         query, key = running.rotation.apply(query), running.rotation.apply(key)
     _write(layer, layer_idx, state, (key, value), skipped, context)
     attended = _attend(query, state.layout, layer_idx, layer.scaling, skipped, context)
-    hidden = state.hidden + layer.attn_output(attended)
-    hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
+    hidden = state.hidden + layer.attn_output(attended, apply)
+    hidden = hidden + layer.mlp(layer.mlp_norm(hidden), apply)
     context.trace.layers[layer_idx].query_rows += hidden.shape[0]
     state = TokenState(hidden, state.layout, state.mass, state.shift)
     return Running(state, running.rotation, running.update, keys)
@@ -61,8 +62,18 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
     _write(layer, layer_idx, nobody, (none, none), skipped, context)
 
 
+def _linear(layer_idx: int, origins: Tensor, status: TokenStatus, context: PassContext) -> Apply:
+    """Return the function that applies a layer's maps to rows of the tokens `origins` ([M])."""
+    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, context.trace.layers[layer_idx])
+
+
 def _project_shifted(
-    layer: LayerOps, layer_idx: int, state: TokenState, projected: tuple[Tensor, Tensor], context: PassContext
+    layer: LayerOps,
+    layer_idx: int,
+    state: TokenState,
+    projected: tuple[Tensor, Tensor],
+    status: TokenStatus,
+    context: PassContext,
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values, those of super-tokens projected from their shifted states where they are shifted."""
     if state.mass is None or state.shift is None:
@@ -71,9 +82,10 @@ def _project_shifted(
     if rows.shape[0] == 0:
         return projected
     means = state.hidden.index_select(0, rows) + state.shift.index_select(0, rows)
+    apply = _linear(layer_idx, state.layout.origin.index_select(0, rows), status, context)
     key, value = (
         own.index_copy(0, rows, merged)
-        for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means)), strict=True)
+        for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means), apply), strict=True)
     )
     context.trace.layers[layer_idx].fill_rows += rows.shape[0]
     return key, value
@@ -102,7 +114,8 @@ def _write(
         if skipped.fill is Fill.PROJECT:
             frozen = status.frozen if status.frozen_kv is None else status.frozen_kv
             frozen = layer.attn_norm(frozen.index_select(0, status.halted))
-            frozen_key, frozen_value = layer.project_kv(frozen)
+            apply = _linear(layer_idx, status.halted, status, context)
+            frozen_key, frozen_value = layer.project_kv(frozen, apply)
             if context.rotation is not None:
                 frozen_key = context.rotation.select(status.halted).apply(frozen_key)
             keys.index_copy_(0, status.halted, frozen_key)

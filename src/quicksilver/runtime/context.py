@@ -11,6 +11,7 @@ from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import Trace
 from quicksilver.models.rotary import Rotation
 from quicksilver.ops import AttentionBackend
+from quicksilver.runtime.precision import PrecisionStep
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class PassContext:
         protected: [N] tokens that may never halt, None where nothing can halt.
         rotation: of all tokens of the pass, None where positions are embedded.
         fuses: for each sequence, whether its tokens may fuse in this pass.
+        precision: applies linear maps, at the widths it chooses.
+        exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
         cache: extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
@@ -33,6 +36,8 @@ class PassContext:
     protected: Tensor | None
     rotation: Rotation | None
     fuses: tuple[bool, ...]
+    precision: PrecisionStep
+    exempt: Tensor | None
     cache: RaggedKVCache
     trace: Trace
     backend: AttentionBackend

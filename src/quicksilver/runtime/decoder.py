@@ -24,6 +24,7 @@ from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
 from quicksilver.runtime.halting import HaltingStep
+from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.status import Running, TokenStatus
 
 
@@ -37,7 +38,7 @@ class Decoder:
         backend: attention implementation.
 
     Raises:
-        PlanError: the plan does not fit the model's depth.
+        PlanError: the plan does not fit the model.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Decoder:
         special_ids: Sequence[int] = (),
         backend: AttentionBackend = "sdpa",
     ) -> None:
-        plan.check_depth(adapter.spec.num_layers)
+        plan.check_model(adapter.spec.num_layers, len(adapter.layers[0].nested))
         self.adapter = adapter
         self.spec = adapter.spec
         self.plan = plan
@@ -55,11 +56,16 @@ class Decoder:
         self._owner = (plan.hash, id(adapter))
         self._halting = HaltingStep(adapter, plan.halting, special_ids)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
+        self._precision = PrecisionStep(adapter, plan.precision, special_ids, self._halting.head_entropy)
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
         """Indices of the layers after which tokens may fuse, ascending."""
         return self._fusion.layers
+
+    def head_entropy(self, hidden: Tensor) -> Tensor:
+        """Return the entropy in bits of the model's head on states [M, d], [M]."""
+        return self._halting.head_entropy(hidden)
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
@@ -125,11 +131,23 @@ class Decoder:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
                 if split is not None:
                     status, running = status.halt(running.state, split), running.select(split.keep)
+                status = self._cap(layer_idx, running, status, context)
             if layer_idx in self._fusion.layers and (fused := self._fusion.apply(layer_idx, running, status, context)):
                 if fused.rerun is not None:
                     self._run_again(layer_idx + 1, fused.rerun, context)
                 running, status = fused.running, fused.status
         return running, status
+
+    def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
+        """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
+        hidden, origins, layer_trace = (
+            running.state.hidden,
+            running.state.layout.origin,
+            context.trace.layers[layer_idx],
+        )
+        count = context.chunk.num_tokens
+        caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, layer_trace)
+        return status if caps is status.caps else replace(status, caps=caps)
 
     def _run_again(self, first: int, rerun: Rerun, outer: PassContext) -> None:
         """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
@@ -140,7 +158,9 @@ class Decoder:
             self._run_layers(
                 first,
                 Running(rerun.state, context.rotation, rerun.update),
-                TokenStatus.all_running(chunk, None if rerun.state.mass is None else rerun.state.mass.clone()),
+                TokenStatus.all_running(
+                    chunk, None if rerun.state.mass is None else rerun.state.mass.clone(), rerun.caps
+                ),
                 context,
             )
 
@@ -157,7 +177,10 @@ class Decoder:
         rotate = self.adapter.rotation
         rotation = None if rotate is None else rotate(chunk.positions)
         protected = self._halting.protected(token_ids, chunk.positions)
-        return PassContext(chunk, token_ids, protected, rotation, fuses, cache, trace, self.backend)
+        exempt = self._precision.exempt(token_ids, chunk.positions)
+        return PassContext(
+            chunk, token_ids, protected, rotation, fuses, self._precision, exempt, cache, trace, self.backend
+        )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:

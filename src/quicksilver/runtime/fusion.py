@@ -34,6 +34,7 @@ class Rerun(NamedTuple):
     state: TokenState
     token_ids: Tensor
     update: Tensor | None
+    caps: Tensor | None
 
 
 class Fused(NamedTuple):
@@ -83,7 +84,7 @@ class FusionStep:
         config = self._config
         if config is None or not any(context.fuses):
             return None
-        arrivals = gather(layer_idx, running, config.weights, context)
+        arrivals = gather(layer_idx, running, status.caps, config.weights, context)
         if len(arrivals.rows) == 0:
             return None
         joined = self._join(layer_idx, arrivals, config, context)
@@ -146,7 +147,7 @@ class FusionStep:
         lengths = tuple(int(seq in alone) for seq in range(len(context.fuses)))
         layout = RaggedLayout(lengths, rows.seq_ids, rows.positions, torch.arange(len(rows), device=rows.mass.device))
         context.trace.layers[layer_idx].fused -= len(alone)
-        return Rerun(group_state(rows, layout, config.weights), rows.token_ids, rows.update)
+        return Rerun(group_state(rows, layout, config.weights), rows.token_ids, rows.update, rows.caps)
 
 
 def _split(joined: _Joined) -> SplitRows:

@@ -65,7 +65,7 @@ class HaltingStep:
             previous_update,
             layout.positions,
             token_ids,
-            self._head_entropy,
+            self.head_entropy,
         )
         decision = halting.decide(config.rule, view)
         halt = decision.halt & ~protected
@@ -76,7 +76,7 @@ class HaltingStep:
         going_on = halt.shape[0] - rows.shape[0]
         return SplitRows(rows, halt.argsort(stable=True)[:going_on])  # False first; the device is not asked again
 
-    def _head_entropy(self, hidden: Tensor) -> Tensor:
+    def head_entropy(self, hidden: Tensor) -> Tensor:
         """Return the entropy in bits of the head on states [M, d], [M]."""
         entropies = []
         for rows in hidden.split(_ENTROPY_ROWS):

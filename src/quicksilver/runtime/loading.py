@@ -15,6 +15,7 @@ import torch
 from quicksilver.core.plan import PRESETS, Plan
 from quicksilver.errors import ModelError, PlanError, UnsupportedModelError
 from quicksilver.models import registry
+from quicksilver.quant.config import is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
@@ -76,6 +77,28 @@ def load(
         return accelerate(model.eval().to(target), resolved, sorted(ids))
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
+
+
+def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """Load a transformers model as it is, in its own dtype, to work on its weights.
+
+    Raises:
+        ModelError: the model cannot be found or read, its weights are corrupt, missing or not finite, or they are
+            nested already.
+        UnsupportedModelError: the family or an option of it is not supported.
+    """
+    source, target = resolve_model(path_or_id), resolve_device(device)
+    local = _local_only(source)
+    config = _read_config(source, local)
+    if is_nested(config):
+        raise ModelError(f"{source}: the model's weights are nested already")
+    model = _read_plain(source, config, "auto", local)
+    try:
+        registry.adapt(model)
+        check_finite(model)
+    except ModelError as error:
+        raise type(error)(f"{source}: {error}") from None
+    return model.eval().to(target)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
@@ -252,17 +275,44 @@ def _local_only(source: str) -> bool:
 
 
 def _read_model(source: str, dtype: torch.dtype | str) -> Any:
-    """Read configuration and safetensors weights; refuse anything unexpected."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Read configuration and safetensors weights, plain or nested; refuse anything unexpected."""
     local = _local_only(source)
+    config = _read_config(source, local)
+    if not is_nested(config):
+        return _read_plain(source, config, dtype, local)
+    from quicksilver.runtime.nested import load_nested
+
+    return load_nested(_folder(source, local), config, dtype)
+
+
+def _read_config(source: str, local: bool) -> Any:
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # configuration classes validate with exceptions of many kinds
         raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
     registry.check_family(config)
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_nested(config):
         raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
+    return config
+
+
+def _folder(source: str, local: bool) -> str:
+    """Return the folder of a model's files, downloaded first where it is a hub id."""
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], local_files_only=local)
+    except Exception as error:  # network, full disk, refused access
+        raise ModelError(f"{source}: cannot download the weights: {first_line(error)}") from None
+
+
+def _read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
     if os.path.isdir(source) and not list(Path(source).glob("*.safetensors")):
         raise ModelError(f"{source}: no .safetensors weights (other formats are not read)")
     try:

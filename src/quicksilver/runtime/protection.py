@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import FusionConfig, HaltingConfig
+from quicksilver.core.rules import FusionConfig, HaltingConfig, PrecisionConfig
 
 
 class Protection:
@@ -20,11 +20,19 @@ class Protection:
     """
 
     def __init__(
-        self, config: HaltingConfig | FusionConfig | None, special_ids: Sequence[int], device: torch.device
+        self,
+        config: HaltingConfig | FusionConfig | PrecisionConfig | None,
+        special_ids: Sequence[int],
+        device: torch.device,
     ) -> None:
         self._first = 0 if config is None else config.protect_first
         ids = sorted(set(special_ids)) if config is not None and config.protect_special else []
         self._special_ids = torch.tensor(ids, dtype=torch.int64, device=device)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any token could be protected."""
+        return self._first > 0 or self._special_ids.numel() > 0
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return which tokens are protected, [N] bool."""

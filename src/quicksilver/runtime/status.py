@@ -59,6 +59,7 @@ class TokenStatus:
         frozen: [N, d] states of those that stopped (rows of running tokens are unset), None if none did.
         frozen_kv: [N, d] what a halted token's keys and values are projected from, None where `frozen` is.
         masses: [N] tokens that each stands for, None where each stands for one.
+        caps: [N] uint8, the most bits of each weight that a token reads, None where nothing limits them.
     """
 
     chunk: RaggedLayout
@@ -67,11 +68,12 @@ class TokenStatus:
     frozen: Tensor | None = None
     frozen_kv: Tensor | None = None
     masses: Tensor | None = None
+    caps: Tensor | None = None
 
     @classmethod
-    def all_running(cls, chunk: RaggedLayout, masses: Tensor | None = None) -> TokenStatus:
+    def all_running(cls, chunk: RaggedLayout, masses: Tensor | None = None, caps: Tensor | None = None) -> TokenStatus:
         """Return the status at the beginning of a pass."""
-        return cls(chunk, chunk, masses=masses)
+        return cls(chunk, chunk, masses=masses, caps=caps)
 
     @property
     def present_masses(self) -> Tensor | None:

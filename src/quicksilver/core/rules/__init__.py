@@ -28,15 +28,27 @@ from quicksilver.core.rules.halting import (
     ThresholdRule,
 )
 from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules.precision import (
+    CappedWidthRule,
+    ChannelWidthRule,
+    EntropyWidthRule,
+    GradedWidthRule,
+    PrecisionConfig,
+    PrecisionRule,
+    UniformWidthRule,
+)
 
 __all__ = [
     "AllRule",
     "AnyRule",
+    "CappedWidthRule",
+    "ChannelWidthRule",
     "CombinedRule",
     "CosineFusionRule",
     "DriftRule",
     "DropFill",
     "EntropyRule",
+    "EntropyWidthRule",
     "FixedPointRule",
     "ForcedFusionRule",
     "ForcedRule",
@@ -44,11 +56,14 @@ __all__ = [
     "FusionRule",
     "FusionScope",
     "FusionWeights",
+    "GradedWidthRule",
     "HaltingConfig",
     "HaltingRule",
     "KVFill",
     "KeyFusionRule",
     "L2FusionRule",
+    "PrecisionConfig",
+    "PrecisionRule",
     "PropagateFill",
     "RandomFusionRule",
     "RandomRule",
@@ -57,6 +72,7 @@ __all__ = [
     "SimilarityRule",
     "Threshold",
     "ThresholdRule",
+    "UniformWidthRule",
     "ZeroFill",
     "threshold_at",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.core.rules import DriftRule, threshold_at
@@ -10,5 +11,10 @@ from quicksilver.core.rules import DriftRule, threshold_at
 
 def decide(rule: DriftRule, view: LayerView) -> HaltDecision:
     """Halt where `||after - before||_2` is below the threshold."""
-    drift = torch.linalg.vector_norm(view.after - view.before, dim=-1, dtype=torch.float32)  # [N]
+    drift = row_norms(view.after - view.before)  # [N]
     return HaltDecision(drift < threshold_at(rule.threshold, view.layer_idx), {"norm": view.num_rows})
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row of [N, d], in at least float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.core.rules import RelativeDriftRule, threshold_at
+from quicksilver.policies.halting.drift import row_norms
 
 
 def relative_drift(view: LayerView) -> Tensor:
     """Return `||after - before||_2 / ||after||_2` for each token, [N]."""
-    update = torch.linalg.vector_norm(view.after - view.before, dim=-1, dtype=torch.float32)
-    return update / torch.linalg.vector_norm(view.after, dim=-1, dtype=torch.float32)
+    return row_norms(view.after - view.before) / row_norms(view.after)
 
 
 def decide(rule: RelativeDriftRule, view: LayerView) -> HaltDecision:

@@ -1,0 +1,87 @@
+"""Second moments of the inputs of a model's linear maps on calibration text.
+
+What they are used for is `quant/rounding.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quicksilver.errors import InputError, ModelError
+from quicksilver.models.nesting import HEAD, input_groups, layout_of
+
+
+@torch.no_grad()
+def collect_hessians(
+    model: Any,
+    windows: Iterable[Sequence[int]],
+    head: bool = False,
+    on_window: Callable[[], None] | None = None,
+) -> dict[str, Tensor]:
+    """Run windows through a model and sum `X^T X` of the inputs of each of its linear maps.
+
+    Maps that read the same input share one tensor; all of them are kept at once, `4 * in ** 2` bytes each.
+
+    Args:
+        model: a causal language model of transformers with plain weights.
+        windows: token ids, each window run on its own.
+        head: the head's inputs too.
+        on_window: called after each window.
+
+    Returns:
+        By the map's full path, [in, in] float32 on the model's device.
+
+    Raises:
+        InputError: a token id outside of the vocabulary.
+        ModelError: a map's inputs are NaN or infinite.
+        UnsupportedModelError: the family is not supported.
+    """
+    sums: dict[str, Tensor] = {}
+    body = model.get_submodule(layout_of(model).body)
+    with _watched(model, sums):
+        for window in windows:
+            ids = torch.tensor(window, device=model.device)
+            outside = ids[(ids < 0) | (ids >= model.config.vocab_size)]
+            if len(outside):
+                raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {model.config.vocab_size}")
+            normed = body(input_ids=ids[None], use_cache=False).last_hidden_state
+            if head:
+                _add(sums, HEAD, normed)
+            if on_window is not None:
+                on_window()
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total).all()):
+            raise ModelError(f"the inputs of {name!r} are NaN or infinite on the calibration text")
+    return sums | {name: sums[group[0]] for group in input_groups(model) if group[0] in sums for name in group}
+
+
+@contextmanager
+def _watched(model: Any, sums: dict[str, Tensor]) -> Iterator[None]:
+    """Add up the inputs of the first map of each group under its name, as long as the context lasts."""
+    hooks = []
+    try:
+        for name, *_ in input_groups(model):
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(_adder(sums, name)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        _add(sums, name, inputs[0])
+
+    return add
+
+
+def _add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    rows = x.reshape(-1, x.shape[-1]).float()  # [N, in]
+    if name not in sums:
+        sums[name] = rows.new_zeros((rows.shape[1], rows.shape[1]))
+    sums[name].addmm_(rows.T, rows)

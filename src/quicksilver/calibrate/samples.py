@@ -1,0 +1,44 @@
+"""Text to calibrate on where the user has none: drawn from the model itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quicksilver.runtime.generation import QuickSilverForCausalLM
+
+_LENGTH = 256
+
+
+def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0) -> list[Tensor]:
+    """Return sequences that the model says, [T] token ids each, at temperature 1; the same for the same seed.
+
+    Args:
+        model: what to sample from, under its own plan.
+        num_tokens: how many tokens are wanted, at least.
+        seed: of the draws.
+    """
+    length = min(_LENGTH, model.adapter.spec.max_positions)
+    count = -(-num_tokens // length)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        starts = _starts(model, count).to(model.device)
+        sampled = model.generate(
+            starts,
+            attention_mask=torch.ones_like(starts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
+    return list(sampled.cpu())
+
+
+def _starts(model: QuickSilverForCausalLM, count: int) -> Tensor:
+    bos_id = model.generation_config.bos_token_id
+    if isinstance(bos_id, int):
+        return torch.full((count, 1), bos_id)
+    return torch.randint(model.adapter.spec.vocab_size, (count, 1))

@@ -1,0 +1,196 @@
+"""Thresholds of width policies from calibration text: one pass that keeps histograms, then arithmetic.
+
+Nothing here ranks tokens at run time: what comes out is absolute thresholds, fixed before any text is scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
+from quicksilver.core.decisions import ChannelView, TokenWidthView
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, PrecisionRule
+from quicksilver.core.rules.precision import Thresholds
+from quicksilver.errors import PlanError
+from quicksilver.models.spec import Adapter
+from quicksilver.policies.precision import channel, entropy
+from quicksilver.quant import NestedLinear
+from quicksilver.runtime.decoder import Decoder
+
+_BISECTIONS = 80
+
+
+def fit(adapter: Adapter, plan: Plan, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None) -> Plan:
+    """Return a plan whose width thresholds are fitted; any other plan as it is.
+
+    Shares are met for each linear map. A mean number of bits is met over all maps together, where every bit is spent
+    where it takes away most of the squared error of the maps' outputs: at the optimum a bit is worth the same
+    everywhere (the Lagrangian of rate and distortion; Shoham and Gersho 1988).
+
+    Args:
+        adapter: a model with nested weights.
+        plan: what to fit; its other mechanisms are off while scores are collected.
+        windows: token ids [T] of calibration text, each run on its own.
+        on_window: called after each window.
+
+    Raises:
+        PlanError: the model's weights are not nested.
+    """
+    if plan.precision is None or plan.precision.rule.is_fitted:
+        return plan
+    if not adapter.spec.is_nested:
+        raise PlanError(f"plan {plan.name!r}: widths are fitted to nested weights, the model's are plain")
+    rule = _fit_rule(plan.precision.rule, adapter, windows, on_window)
+    return replace(plan, precision=replace(plan.precision, rule=rule))
+
+
+def _fit_rule(
+    rule: PrecisionRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+) -> PrecisionRule:
+    if rule.is_fitted:
+        return rule
+    if isinstance(rule, CappedWidthRule):
+        token = _fit_rule(rule.token, adapter, windows, lambda: None)
+        return CappedWidthRule(token, _fit_rule(rule.channel, adapter, windows, on_window))  # type: ignore[arg-type]
+    if isinstance(rule, EntropyWidthRule):
+        return _fit_entropy(rule, adapter, windows, on_window)
+    assert isinstance(rule, ChannelWidthRule)
+    return _fit_channels(rule, adapter, windows, on_window)
+
+
+def _fit_entropy(
+    rule: EntropyWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+) -> EntropyWidthRule:
+    """Collect entropies at the rule's layer, by running the model up to there."""
+    depth = rule.after_layer(adapter.spec.num_layers) + 1
+    spec = replace(adapter.spec, num_layers=depth)
+    decoder = Decoder(replace(adapter, spec=spec, layers=adapter.layers[:depth]), Plan.dense())
+    counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+    for window in windows:
+        scores, _ = entropy.entropy_of(rule, TokenWidthView(_run(decoder, window), decoder.head_entropy))
+        counts += histogram(scores)
+        on_window()
+    assert isinstance(rule.target, tuple)
+    return rule.fitted(quantiles(counts, rule.target))
+
+
+@dataclass(frozen=True)
+class _MapScores:
+    """What is known of one linear map.
+
+    Attributes:
+        counts: histogram of its channels' scores.
+        num_inputs: channels.
+        num_outputs: multiply-adds of a channel.
+        worth: what a squared score is worth: leaving the channel out causes that squared error in the map's output;
+            it is taken relative to the output's mean square.
+        lost: for each width the rule may choose, the share of the squared weights that reading so few bits loses.
+    """
+
+    counts: Tensor
+    num_inputs: int
+    num_outputs: int
+    worth: float
+    lost: tuple[float, ...]
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds of a row."""
+        return self.num_inputs * self.num_outputs
+
+
+def _fit_channels(
+    rule: ChannelWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+) -> ChannelWidthRule:
+    modules = [module for layer in adapter.layers for module in layer.nested]
+    counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
+    power = [0.0] * len(modules)
+
+    def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
+        view = ChannelView(0, i, len(modules), args[0], lambda: module.channel_norms, None)
+        counts[i] += histogram(channel.score(rule, view))
+        product = output if module.bias is None else output - module.bias
+        power[i] += float(product.double().square().sum())
+
+    with _observing(modules, observe):
+        decoder = Decoder(adapter, Plan.dense())
+        for window in windows:
+            _run(decoder, window)
+            on_window()
+    if isinstance(rule.target, tuple):
+        return rule.fitted(tuple(quantiles(each, rule.target) for each in counts))
+    rows = sum(len(window) for window in windows)
+    maps = [
+        _map_scores(rule, module, each, total / rows)
+        for module, each, total in zip(modules, counts, power, strict=True)
+    ]
+    assert rule.target is not None
+    return rule.fitted(_balance(maps, rule.widths, rule.target))
+
+
+def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, power: float) -> _MapScores:
+    weight = module.codes.dequantize()
+    total = max(float(weight.double().square().sum()), 1e-30)
+    lost = tuple(
+        float((weight - module.codes.dequantize(width)).double().square().sum()) / total if width else 1.0
+        for width in rule.widths
+    )
+    of_score = 1.0 if rule.score == "weighted" else total / module.num_inputs
+    return _MapScores(counts, module.num_inputs, module.num_outputs, of_score / max(power, 1e-30), lost)
+
+
+def _balance(maps: Sequence[_MapScores], widths: tuple[int, ...], target: float) -> tuple[Thresholds, ...]:
+    """Return each map's thresholds at the price of a bit at which `target` bits are read on average."""
+    low, high, total = -200.0, 200.0, sum(each.cost for each in maps)  # log2 of the price
+    for _ in range(_BISECTIONS):
+        price = (low + high) / 2
+        spent = sum(each.cost * _mean_bits(each, widths, _thresholds(each, widths, price)) for each in maps)
+        if spent > target * total:
+            low = price
+        else:
+            high = price
+    return tuple(_thresholds(each, widths, high) for each in maps)
+
+
+def _thresholds(scores: _MapScores, widths: tuple[int, ...], log_price: float) -> Thresholds:
+    """Return the scores from which on each width's further bits are worth their price.
+
+    A channel of score s loses `s ** 2 * lost * worth` at a width and costs `width * num_outputs` bits.
+    """
+    limits = []
+    for (wide, narrow), (less, more) in zip(pairwise(widths), pairwise(scores.lost), strict=True):
+        bits, gain = (wide - narrow) * scores.num_outputs, max(more - less, 1e-30) * scores.worth
+        limits.append(2.0 ** ((log_price + math.log2(bits / gain)) / 2))
+    for i in range(len(limits) - 2, -1, -1):  # a width that is never the best choice is passed over
+        limits[i] = max(limits[i], limits[i + 1])
+    return tuple(limits)
+
+
+def _mean_bits(scores: _MapScores, widths: tuple[int, ...], thresholds: Thresholds) -> float:
+    above = [0.0, *(share_above(scores.counts, limit) for limit in thresholds), 1.0]
+    return sum(width * (upto - before) for width, (before, upto) in zip(widths, pairwise(above), strict=True))
+
+
+@contextmanager
+def _observing(modules: Sequence[NestedLinear], observe: Callable[..., None]) -> Iterator[None]:
+    hooks = [module.register_forward_hook(partial(observe, i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run(decoder: Decoder, token_ids: Tensor) -> Tensor:
+    ids = token_ids.to(decoder.spec.device)
+    return decoder.run(ids, [len(ids)], decoder.new_cache(1), decoder.new_trace())

@@ -1,0 +1,137 @@
+"""`quicksilver quantize`: nest a model's weights, so that every width from 0 to 8 bits can be read of one copy."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quicksilver.cli.common import progress, quiet_transformers
+from quicksilver.errors import InputError, ModelError
+
+_CONTEXT = 2048
+
+
+@click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(), help="A new folder; every command takes it as MODEL.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights that share a scale.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["nearest", "compensated"]),
+    help="Round weights one by one, or so that errors make up for one another on --calibration (default with it).",
+)
+@click.option("--calibration", type=click.Path(), help="A UTF-8 text like those the model will read.")
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=2),
+    default=32768,
+    show_default=True,
+    help="Use only the first N tokens of it.",
+)
+@click.option("--head", is_flag=True, help="Nest the head too.")
+@click.option("--embeddings", is_flag=True, help="Nest the token embedding too; with --head where the head shares it.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
+def command(
+    model: str,
+    output: str,
+    group_size: str,
+    method: Any,
+    calibration: str | None,
+    calibration_tokens: int,
+    head: bool,
+    embeddings: bool,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Nest the weights of MODEL in 8-bit codes, and write it to a new folder.
+
+    MODEL is an embedded model's name, a local folder, or an id on the hub. Weights are read at 8 bits unless a
+    plan says otherwise.
+
+    \b
+    Examples:
+      quicksilver quantize ref-llama -o ref-llama-nested
+      quicksilver quantize ./my-gpt2 -o my-gpt2-nested --calibration book.txt
+      quicksilver quantize ./my-qwen -o my-qwen-nested --group-size 64 --head --embeddings
+    """
+    import torch
+
+    from quicksilver.models.nesting import check, nest, nested_names
+    from quicksilver.quant.config import QuantizationConfig
+    from quicksilver.runtime.loading import load_plain
+    from quicksilver.runtime.nested import check_target, save_nested
+
+    method = method or ("nearest" if calibration is None else "compensated")
+    if method == "compensated" and calibration is None:
+        raise InputError("--method compensated needs --calibration, a text")
+    if method == "nearest" and calibration is not None:
+        raise InputError("--calibration is of no use to --method nearest")
+    check_target(output)
+    corpus = None if calibration is None else _calibration_text(calibration)
+    quiet_transformers()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = QuantizationConfig(int(group_size), method, head, embeddings)
+    loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
+    check(loaded, config)
+    hessians = None if corpus is None else _hessians(loaded, tokenizer, corpus, calibration_tokens, head)
+    with progress("maps", len(nested_names(loaded, config))) as advance:
+        nest(loaded, config, hessians, advance)
+    save_nested(loaded, output, tokenizer)
+    _print_summary(loaded, output, config)
+
+
+def _calibration_text(path: str) -> Any:
+    from quicksilver.measure.texts import read_text
+
+    return replace(read_text(path), separate=True)  # shorter than one window will do
+
+
+def _tokenizer(model: str, required: bool) -> Any:
+    """Return a model's tokenizer; None, with a note, where it has none and none is needed."""
+    from quicksilver.runtime.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(model)
+    except ModelError as error:
+        if required:
+            raise
+        print(f"quicksilver: note: no tokenizer is written: {error}", file=sys.stderr)
+        return None
+
+
+def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int, head: bool) -> Any:
+    from quicksilver.calibrate.hessians import collect_hessians
+    from quicksilver.measure.windows import Protocol, cut, default_bos
+    from quicksilver.models import registry
+
+    bos_id = default_bos(tokenizer)
+    context = min(registry.adapt(model).spec.max_positions, _CONTEXT)
+    stride = max(context - (bos_id is not None), 1)
+    windows = cut(corpus, tokenizer, Protocol(context, stride, bos_id, max_tokens)).windows
+    with progress("calibration windows", len(windows)) as advance:
+        return collect_hessians(model, (window.token_ids for window in windows), head, advance)
+
+
+def _print_summary(model: Any, output: str, config: Any) -> None:
+    from quicksilver.quant import NestedWeight
+
+    nested = [module for module in model.modules() if isinstance(module, NestedWeight)]
+    weights = sum(module.num_inputs * module.num_outputs for module in nested)
+    bits = 8 * sum(module.code_bytes for module in nested) / weights
+    size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+    print(f"nested     {len(nested)} matrices, {weights:,} weights; {config.method}, group size {config.group_size}")
+    print(f"codes      {bits:.2f} bits per nested weight, scales included")
+    print(f"file size  {size / 1e6:.1f} MB with the weights that stay as they were")
+    print(f"written to {output}")

@@ -1,0 +1,215 @@
+"""Which linear maps of each family are nested, and replacing them in a model.
+
+How codes are chosen is `quant/rounding.py`'s business; how a nested model is stored, `runtime/nested.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.errors import ModelError
+from quicksilver.models import registry
+from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
+from quicksilver.quant.codes import Grid, NestedCodes
+from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant.rounding import quantize
+
+HEAD = "lm_head"
+
+Encode = Callable[[str, Tensor], NestedCodes]
+"""Maps a map's name and its weight [in, out], or the embedding's and its table [vocab, d], to codes."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family keeps its linear maps.
+
+    Attributes:
+        body: path of the model without its head.
+        layers: path of the layers.
+        embedding: path of the token embedding.
+        inputs: maps of a layer, by path within it; those that read the same input stand together.
+        parts: maps that are several, their outputs end to end, and how many.
+        inputs_first: weights are [in, out], not [out, in].
+    """
+
+    body: str
+    layers: str
+    embedding: str
+    inputs: tuple[tuple[str, ...], ...]
+    parts: Mapping[str, int] = field(default_factory=dict)
+    inputs_first: bool = False
+
+    def num_parts(self, name: str) -> int:
+        """Return how many maps the map of a full path is."""
+        return next((count for path, count in self.parts.items() if name.endswith(f".{path}")), 1)
+
+
+_GPT2 = Layout(
+    body="transformer",
+    layers="transformer.h",
+    embedding="transformer.wte",
+    inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    parts={"attn.c_attn": 3},
+    inputs_first=True,
+)
+_LLAMA = Layout(
+    body="model",
+    layers="model.layers",
+    embedding="model.embed_tokens",
+    inputs=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+)
+LAYOUTS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+
+
+def layout_of(model: Any) -> Layout:
+    """Return where a model keeps its linear maps.
+
+    Raises:
+        UnsupportedModelError: the family is not supported.
+    """
+    registry.check_family(model.config)
+    return LAYOUTS[model.config.model_type]
+
+
+def input_groups(model: Any) -> list[tuple[str, ...]]:
+    """Return the layers' maps by full path, in order; those that read the same input stand together."""
+    layout = layout_of(model)
+    return [
+        tuple(f"{layout.layers}.{i}.{path}" for path in paths)
+        for i in range(len(model.get_submodule(layout.layers)))
+        for paths in layout.inputs
+    ]
+
+
+def nested_names(model: Any, config: QuantizationConfig | None = None) -> list[str]:
+    """Return the full paths of the maps that are nested: the layers', and the head where a configuration says so."""
+    names = [name for group in input_groups(model) for name in group]
+    return [*names, HEAD] if config is not None and config.head else names
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head is the token embedding's table."""
+    embedding = model.get_submodule(layout_of(model).embedding)
+    return getattr(model.get_submodule(HEAD), "weight", None) is getattr(embedding, "weight", model)
+
+
+def nest(
+    model: Any,
+    config: QuantizationConfig,
+    hessians: Mapping[str, Tensor] | None = None,
+    on_map: Callable[[], None] | None = None,
+) -> None:
+    """Replace a model's linear maps by nested ones, in place and one by one; on an error nothing is replaced.
+
+    Args:
+        model: a causal language model of transformers.
+        config: a head that shares the embedding's table gets one of its own where it is nested, and must be nested
+            where the embedding is.
+        hessians: [in, in] `X^T X` of each map's inputs by the map's name; `config.method` "compensated" needs them.
+        on_map: called after each map.
+
+    Raises:
+        ModelError: the model is nested already, a weight or Hessian is NaN or infinite, a Hessian is missing or of
+            another size, or the configuration does not fit the model.
+        UnsupportedModelError: the family is not supported.
+    """
+    hessians = hessians if config.method == "compensated" else {}
+    if hessians is None:
+        raise ModelError("method compensated needs calibration text")
+    check(model, config)
+    layout = layout_of(model)
+    names = nested_names(model, config)
+    for name in [*names, layout.embedding] if config.embeddings else names:
+        _check_weight(model, name)
+    if config.method == "compensated":
+        for name in names:
+            _check_hessian(name, hessians, len(_weight(model, name, layout)))
+
+    def encode(name: str, weight: Tensor) -> NestedCodes:
+        read_narrow = name != layout.embedding
+        return quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
+
+    _replace_all(model, config, encode, on_map)
+
+
+def outline(model: Any, config: QuantizationConfig) -> None:
+    """Replace a model's linear maps by nested ones without content, to load stored codes into (on "meta").
+
+    Raises:
+        ModelError: the configuration does not fit the model.
+        UnsupportedModelError: the family is not supported.
+    """
+
+    def encode(name: str, weight: Tensor) -> NestedCodes:
+        blank = torch.empty(weight.shape, device="meta")
+        grid = Grid.fit(blank, config.group_size)
+        return NestedCodes.pack(grid.nearest(blank), grid)
+
+    check(model, config)
+    _replace_all(model, config, encode, None)
+
+
+def check(model: Any, config: QuantizationConfig) -> None:
+    """Raise ModelError where a model cannot be nested as configured."""
+    if is_nested(model.config) or any(isinstance(module, NestedWeight) for module in model.modules()):
+        raise ModelError("the model's weights are nested already")
+    if config.embeddings and not config.head and is_tied(model):
+        raise ModelError("the head shares the embedding's table: to nest embeddings, nest the head too")
+
+
+def _check_weight(model: Any, name: str) -> None:
+    bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax())
+    if not bool(torch.isfinite(bounds).all()):
+        raise ModelError(f"weight '{name}.weight' holds NaN or infinite values")
+
+
+def _check_hessian(name: str, hessians: Mapping[str, Tensor], size: int) -> None:
+    if name not in hessians:
+        raise ModelError(f"the Hessian of {name!r} is missing")
+    if hessians[name].shape != (size, size):
+        raise ModelError(f"the Hessian of {name!r} has shape {list(hessians[name].shape)}, not {[size, size]}")
+    if not bool(torch.isfinite(hessians[name]).all()):
+        raise ModelError(f"the Hessian of {name!r} holds NaN or infinite values")
+
+
+def _weight(model: Any, name: str, layout: Layout) -> Tensor:
+    """Return a map's weight, [in, out]."""
+    weight = model.get_submodule(name).weight.detach()
+    return weight if layout.inputs_first and name != HEAD else weight.T
+
+
+def _replace_all(model: Any, config: QuantizationConfig, encode: Encode, on_map: Callable[[], None] | None) -> None:
+    layout = layout_of(model)
+    untied = config.head and is_tied(model)
+    for name in nested_names(model, config):
+        bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name, layout)
+        model.set_submodule(name, _nested(weight, bias, layout.num_parts(name), partial(encode, name)))
+        if on_map is not None:
+            on_map()
+    if config.embeddings:
+        table = model.get_submodule(layout.embedding).weight
+        model.set_submodule(layout.embedding, NestedEmbedding(encode(layout.embedding, table), table.dtype))
+    if untied:
+        model.config.tie_word_embeddings = False
+    model.config.quantization_config = config.to_dict()
+
+
+def _nested(weight: Tensor, bias: Tensor | None, parts: int, encode: Callable[[Tensor], NestedCodes]) -> nn.Module:
+    """Return the nested map of a weight [in, out]; of equal parts of its outputs where it has several."""
+    if parts == 1:
+        return NestedLinear(encode(weight), bias)
+    weights = weight.chunk(parts, dim=1)
+    biases = [None] * parts if bias is None else [part.clone() for part in bias.chunk(parts)]
+    return NestedSplit([NestedLinear(encode(w), b) for w, b in zip(weights, biases, strict=True)])

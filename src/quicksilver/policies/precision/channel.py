@@ -1,0 +1,23 @@
+"""Width by channel: what contributes little to a product is read coarsely, or not at all."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quicksilver.core.decisions import ChannelView, WidthChoice
+from quicksilver.core.rules import ChannelWidthRule
+from quicksilver.policies.precision.graded import widths_of
+
+
+def decide(rule: ChannelWidthRule, view: ChannelView) -> WidthChoice:
+    """Choose a width for each input channel of each token."""
+    thresholds = rule.thresholds_at(view.layer_idx, view.map_idx, view.num_maps)
+    scores = score(rule, view)
+    counted = {"score": scores.numel()} if rule.score == "weighted" else {}
+    return WidthChoice(widths_of(scores, thresholds, rule.widths), counted)
+
+
+def score(rule: ChannelWidthRule, view: ChannelView) -> Tensor:
+    """Return how much each channel of each token contributes, [N, in] float32 (or the inputs' wider type)."""
+    magnitude = view.inputs.abs()
+    return magnitude * view.norms() if rule.score == "weighted" else magnitude

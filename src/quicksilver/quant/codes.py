@@ -1,0 +1,144 @@
+"""Nested codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions.
+
+How codes are chosen is in `rounding.py`; how they are packed in `planes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quicksilver.errors import ModelError
+from quicksilver.quant import planes
+from quicksilver.quant.planes import MAX_WIDTH, Planes
+
+GROUP_SIZES = (32, 64, 128)
+STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs
+MAX_CODE = 2**MAX_WIDTH - 1
+
+
+def check_group_size(group_size: object) -> int:
+    """Return a group size, or raise ModelError where it is none of `GROUP_SIZES`."""
+    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+        raise ModelError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    return int(group_size)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the levels of each group lie: code c of group (i, g) means `scales[i, g] * (c - zeros[i, g])`.
+
+    A group is `group_size` adjacent outputs of one input channel; the last of a channel may be shorter. One channel
+    has its own scales, so that widths can be chosen channel by channel and scales folded into the activation.
+
+    Attributes:
+        exponents: [in, groups] uint8, `scales = largest * 2 ** (-exponents / 16)`.
+        zeros: [in, groups] uint8, the code of zero.
+        largest: the largest scale, a float32 scalar.
+        group_size: outputs of one group.
+    """
+
+    exponents: Tensor
+    zeros: Tensor
+    largest: Tensor
+    group_size: int
+
+    @classmethod
+    def fit(cls, weight: Tensor, group_size: int) -> Grid:
+        """Fit levels to the range of each group of a matrix [in, out], float32.
+
+        Raises:
+            ModelError: a group size that is none of `GROUP_SIZES`.
+        """
+        parts = weight.split(check_group_size(group_size), dim=1)
+        low = torch.stack([part.amin(1) for part in parts], dim=1).clamp(max=0.0)  # zero is always a level
+        high = torch.stack([part.amax(1) for part in parts], dim=1).clamp(min=0.0)
+        needed = (high - low) / MAX_CODE
+        largest = needed.max().clamp(min=torch.finfo(torch.float32).tiny)
+        octaves = torch.log2(largest / needed)  # infinite where a group is all zero
+        exponents = (octaves * STEPS_PER_OCTAVE).floor().clamp(0, 255)
+        scales = largest * torch.exp2(-exponents / STEPS_PER_OCTAVE)
+        zeros = (-low / scales).round().clamp(0, MAX_CODE)
+        return cls(exponents.to(torch.uint8), zeros.to(torch.uint8), largest, group_size)
+
+    @property
+    def scales(self) -> Tensor:
+        """[in, groups] float32, the distance between two levels of 8-bit codes."""
+        return self.largest * torch.exp2(-self.exponents.float() / STEPS_PER_OCTAVE)
+
+    def select(self, channels: Tensor) -> Grid:
+        """Return the grid of the given channels ([M])."""
+        exponents, zeros = (t.index_select(0, channels) for t in (self.exponents, self.zeros))
+        return Grid(exponents, zeros, self.largest, self.group_size)
+
+    def spread(self, values: Tensor, num_outputs: int) -> Tensor:
+        """Repeat each group's value over its outputs: [..., groups] to [..., out]."""
+        return values.repeat_interleave(self.group_size, dim=-1)[..., :num_outputs]
+
+    def levels_of(self, weight: Tensor) -> Tensor:
+        """Return weights [in, out] in units of codes, unrounded."""
+        scales, zeros = (self.spread(values, weight.shape[1]) for values in (self.scales, self.zeros.float()))
+        return weight / scales + zeros
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Return the code of the level nearest to each weight, [in, out] uint8."""
+        return self.levels_of(weight).round().clamp(0, MAX_CODE).to(torch.uint8)
+
+    def weights_of(self, levels: Tensor) -> Tensor:
+        """Return what levels [in, out], in units of codes, mean as weights, float32."""
+        scales, zeros = (self.spread(values, levels.shape[1]) for values in (self.scales, self.zeros.float()))
+        return scales * (levels - zeros)
+
+
+def centres(width: int) -> Tensor:
+    """Return the middle of the 8-bit codes that begin with each prefix of `width` bits, [2 ** width] float32.
+
+    Cutting a code off and reading it as it stands would shift every weight down by half a step of the narrower
+    grid; its cell's middle does not.
+    """
+    cell = 2 ** (MAX_WIDTH - width)
+    return torch.arange(2**width, dtype=torch.float32) * cell + (cell - 1) / 2
+
+
+@dataclass(frozen=True)
+class NestedCodes:
+    """A matrix [in, out] in nested codes.
+
+    Attributes:
+        planes: the codes' bits.
+        grid: where their levels lie.
+        num_outputs: out.
+        tables: for widths that have one, the level that each prefix stands for, [2 ** width] float32 in units of
+            8-bit codes; other widths read the middle of the cell.
+    """
+
+    planes: Planes
+    grid: Grid
+    num_outputs: int
+    tables: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def pack(cls, codes: Tensor, grid: Grid, tables: Mapping[int, Tensor] | None = None) -> NestedCodes:
+        """Pack codes [in, out], uint8."""
+        return cls(planes.split(codes), grid, codes.shape[1], tables or {})
+
+    def codes(self, width: int = MAX_WIDTH) -> Tensor:
+        """Return the leading `width` bits of every code, [in, out] uint8."""
+        return planes.join(self.planes, self.num_outputs, width)
+
+    def select(self, channels: Tensor, width: int = MAX_WIDTH) -> NestedCodes:
+        """Return the codes of the given channels ([M]) as far as `width` bits need them."""
+        needed = self.planes[: planes.num_planes(width)]
+        kept = tuple(plane.index_select(0, channels) for plane in needed)
+        return NestedCodes(kept, self.grid.select(channels), self.num_outputs, self.tables)
+
+    def dequantize(self, width: int = MAX_WIDTH) -> Tensor:
+        """Return the matrix as `width` bits tell it, [in, out] float32."""
+        codes = self.codes(width)
+        if width == MAX_WIDTH:
+            return self.grid.weights_of(codes.float())
+        table = self.tables[width] if width in self.tables else centres(width)
+        return self.grid.weights_of(table.to(codes.device)[codes.int()])

@@ -1,0 +1,176 @@
+"""Modules whose weights are nested codes: linear maps read at any width, and embeddings read at eight bits.
+
+Which widths are read is the caller's to say. This is the definition, not the fast path: weights are expanded to
+floats before they are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
+
+_NUM_PLANES = len(PLANE_BITS)
+_TABLE_WIDTHS = (4, 2)  # widths whose levels are kept, in this order
+
+
+class NestedWeight(nn.Module):
+    """A matrix [in, out] in nested codes, kept as integer buffers so that no change of dtype touches them.
+
+    Args:
+        codes: the matrix.
+
+    Attributes:
+        channel_bytes: bytes read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
+    """
+
+    def __init__(self, codes: NestedCodes) -> None:
+        super().__init__()
+        self.num_inputs, self.num_outputs = codes.planes[0].shape[0], codes.num_outputs
+        self.group_size = codes.grid.group_size
+        for i, plane in enumerate(codes.planes):
+            self.register_buffer(f"plane_{i}", plane)
+        self.register_buffer("exponents", codes.grid.exponents)
+        self.register_buffer("zeros", codes.grid.zeros)
+        self.register_buffer("constants", _pack_constants(codes))
+        scale_bytes = 2 * codes.grid.zeros.shape[1]
+        self.channel_bytes = tuple(
+            run_bytes(self.num_outputs, width) + (scale_bytes if width else 0) for width in range(MAX_WIDTH + 1)
+        )
+        self._norms: Tensor | None = None
+
+    @property
+    def codes(self) -> NestedCodes:
+        """The matrix."""
+        largest, tables = _unpack_constants(self.get_buffer("constants"))
+        grid = Grid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
+        planes = tuple(self.get_buffer(f"plane_{i}") for i in range(_NUM_PLANES))
+        return NestedCodes(planes, grid, self.num_outputs, tables)
+
+    @property
+    def channel_norms(self) -> Tensor:
+        """[in] float32, the Euclidean norm of each input channel's weights."""
+        if self._norms is None:
+            self._norms = self.codes.dequantize().norm(dim=1)
+        return self._norms
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes, scales and levels."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._norms = None  # it stays behind where the buffers move
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Return what `print` shows of the module."""
+        return f"in={self.num_inputs}, out={self.num_outputs}, group_size={self.group_size}"
+
+
+class NestedLinear(NestedWeight):
+    """`y = x W + b`, where W [in, out] is read at a width chosen for everything, or per row and input channel.
+
+    Args:
+        codes: W.
+        bias: [out] or None.
+    """
+
+    def __init__(self, codes: NestedCodes, bias: Tensor | None) -> None:
+        super().__init__(codes)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor, widths: int | Tensor = MAX_WIDTH) -> Tensor:
+        """Apply the map to rows.
+
+        Args:
+            x: [..., in].
+            widths: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
+                leaves a channel out.
+
+        Returns:
+            [..., out] in x's dtype.
+        """
+        rows = x.reshape(-1, self.num_inputs)
+        if isinstance(widths, int):
+            y = rows @ self._weight(width=widths).to(x.dtype) if widths else x.new_zeros((len(rows), self.num_outputs))
+        else:
+            y = self._by_row(rows, widths) if widths.dim() == 1 else self._by_channel(rows, widths)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.num_outputs)
+
+    def _weight(self, width: int, channels: Tensor | None = None) -> Tensor:
+        codes = self.codes if channels is None else self.codes.select(channels, width)
+        return codes.dequantize(width)
+
+    def _by_row(self, x: Tensor, widths: Tensor) -> Tensor:
+        """Return [N, out]: for each width one product, over the rows that read it."""
+        y = x.new_zeros((x.shape[0], self.num_outputs))
+        for width in range(1, MAX_WIDTH + 1):
+            rows = (widths == width).nonzero().squeeze(-1)
+            if len(rows):
+                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(width).to(x.dtype))
+        return y
+
+    def _by_channel(self, x: Tensor, widths: Tensor) -> Tensor:
+        """Return [N, out]: for each width one product, over the channels that any row reads at it."""
+        y = x.new_zeros((x.shape[0], self.num_outputs))
+        for width in range(1, MAX_WIDTH + 1):
+            chosen = widths == width
+            channels = chosen.any(0).nonzero().squeeze(-1)
+            if len(channels):
+                part = torch.where(chosen, x, 0.0).index_select(1, channels)
+                y += part @ self._weight(width, channels).to(x.dtype)
+        return y
+
+
+class NestedSplit(nn.Module):
+    """Several linear maps of one input, their outputs end to end: GPT-2's fused projection.
+
+    Args:
+        parts: the maps.
+    """
+
+    def __init__(self, parts: Sequence[NestedLinear]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply all parts at eight bits: [..., in] to [..., sum of outs]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+class NestedEmbedding(NestedWeight):
+    """A table of embeddings [vocab, d] in nested codes, read at eight bits.
+
+    Args:
+        codes: the table; its "input channels" are tokens.
+        dtype: of the embeddings given out.
+    """
+
+    def __init__(self, codes: NestedCodes, dtype: torch.dtype) -> None:
+        super().__init__(codes)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows `.to(dtype)`
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens: [...] to [..., d]."""
+        rows = self.codes.select(token_ids.reshape(-1)).dequantize()
+        return rows.to(self.get_buffer("_like").dtype).view(*token_ids.shape, self.num_outputs)
+
+
+def _pack_constants(codes: NestedCodes) -> Tensor:
+    """Return the largest scale and the levels of narrow prefixes as the bits of float32, [21] int32."""
+    device = codes.planes[0].device
+    tables = [codes.tables.get(width, centres(width)).to(device) for width in _TABLE_WIDTHS]
+    return torch.cat((codes.grid.largest[None], *tables)).view(torch.int32)
+
+
+def _unpack_constants(constants: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    values = constants.view(torch.float32)
+    tables = values[1:].split([2**width for width in _TABLE_WIDTHS])
+    return values[0], dict(zip(_TABLE_WIDTHS, tables, strict=True))

@@ -1,0 +1,75 @@
+"""Bit planes of 8-bit codes: the first two bits, the next two, and so on, each pair packed on its own.
+
+Reading b bits of a code touches the planes that hold them and no others. What codes mean is `codes.py`'s business.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PLANE_BITS = (2, 2, 2, 2)
+"""Bits of a code in each plane, leading bits first."""
+
+MAX_WIDTH = sum(PLANE_BITS)
+
+Planes = tuple[Tensor, ...]
+"""Codes [in, out] as one uint8 tensor [in, ceil(out * bits / 8)] for each plane.
+
+An input channel's bits are contiguous over the outputs; the first code of a byte is in its lowest bits.
+"""
+
+
+def num_planes(width: int) -> int:
+    """Return how many planes hold the leading `width` bits.
+
+    Raises:
+        ValueError: a width that is not from 0 to 8.
+    """
+    if not 0 <= width <= MAX_WIDTH:
+        raise ValueError(f"weights are read at 0 to {MAX_WIDTH} bits, not {width}")
+    return sum(start < width for start in accumulate(PLANE_BITS[:-1], initial=0))
+
+
+def run_bytes(num_outputs: int, width: int) -> int:
+    """Return the bytes of one input channel's codes read at `width` bits."""
+    return sum(-(-num_outputs * bits // 8) for bits in PLANE_BITS[: num_planes(width)])
+
+
+def split(codes: Tensor) -> Planes:
+    """Pack codes ([in, out] uint8) into planes."""
+    ends = accumulate(PLANE_BITS)
+    return tuple(
+        _pack((codes >> (MAX_WIDTH - end)) & (2**bits - 1), bits) for bits, end in zip(PLANE_BITS, ends, strict=True)
+    )
+
+
+def join(planes: Planes, num_outputs: int, width: int = MAX_WIDTH) -> Tensor:
+    """Return the leading `width` bits of every code as a number, [in, out] uint8; reads only the planes needed.
+
+    Raises:
+        ValueError: a width that is not from 1 to 8.
+    """
+    count = num_planes(width)
+    if count == 0:
+        raise ValueError("no bits are left of a code of width 0")
+    codes = _unpack(planes[0], PLANE_BITS[0], num_outputs)
+    for plane, bits in zip(planes[1:count], PLANE_BITS[1:count], strict=True):
+        codes = codes << bits | _unpack(plane, bits, num_outputs)
+    return codes >> (sum(PLANE_BITS[:count]) - width)
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """Pack [in, out] values below 2 ** bits into bytes, [in, ceil(out * bits / 8)]."""
+    per_byte = 8 // bits
+    padded = F.pad(values, (0, -values.shape[1] % per_byte)).view(values.shape[0], -1, per_byte)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
+    return (padded << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(1)[:, :count]

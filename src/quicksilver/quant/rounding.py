@@ -1,0 +1,120 @@
+"""Choosing codes for a matrix: the nearest levels, or levels that make up for one another's errors.
+
+Where levels lie is `codes.py`'s business; where a Hessian comes from is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quicksilver.errors import ModelError
+from quicksilver.quant.codes import Grid, NestedCodes, centres
+
+TABLE_WIDTHS = (4, 2)
+"""Widths whose levels are fitted by least squares."""
+
+REACH = 2.0
+"""How far, in steps of 8-bit codes, a weight may lie outside the cell that its 4-bit version chooses."""
+
+_DAMPING = 0.01  # of the mean diagonal of the Hessian
+_BLOCK = 128  # channels whose errors are passed on at once to those after them
+_CELL = 16  # 8-bit codes that share a 4-bit prefix
+
+
+def quantize(
+    weight: Tensor, group_size: int, hessian: Tensor | None = None, refit: bool = True, reach: float = REACH
+) -> NestedCodes:
+    """Return a matrix in nested codes.
+
+    Args:
+        weight: [in, out], any float type.
+        group_size: outputs of one group.
+        hessian: [in, in] `X^T X` of the matrix's inputs on calibration text; None rounds every weight on its own.
+        refit: fit the levels that the narrower prefixes stand for.
+        reach: how far the 4-bit version may take a weight from where its 8-bit version belongs.
+
+    Raises:
+        ModelError: a weight that is NaN or infinite, or an unknown group size.
+    """
+    weight = weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError("it holds NaN or infinite values")
+    grid = Grid.fit(weight, group_size)
+    codes = grid.nearest(weight) if hessian is None else _compensated(weight, grid, hessian, reach)
+    packed = NestedCodes.pack(codes, grid)
+    if not refit:
+        return packed
+    tables = {width: fit_table(weight, packed, width) for width in TABLE_WIDTHS}
+    return NestedCodes(packed.planes, grid, packed.num_outputs, tables)
+
+
+def fit_table(weight: Tensor, codes: NestedCodes, width: int) -> Tensor:
+    """Return the least-squares level of each prefix, [2 ** width] float32: its weights' mean, each by its scale."""
+    prefixes = codes.codes(width).flatten().long()
+    scales = codes.grid.spread(codes.grid.scales, codes.num_outputs).flatten().double().square()
+    levels = codes.grid.levels_of(weight).flatten().double()
+    total = torch.zeros(2**width, dtype=torch.float64, device=weight.device).index_add_(0, prefixes, scales)
+    summed = torch.zeros_like(total).index_add_(0, prefixes, scales * levels)
+    fitted = torch.where(total > 0, summed / total, centres(width).to(total))
+    return fitted.float()
+
+
+def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> Tensor:
+    """Return codes [in, out] whose errors make up for one another, in the 4-bit version and in the 8-bit one.
+
+    First the leading four bits: channel by channel, those still to come make up for the error so far (Frantar et
+    al. 2022, "GPTQ"). That moves weights, some into a neighbouring cell, but none further than `reach` out of it.
+    Then the last four bits, by the same walk from the weights as they were, within the cells that are fixed now.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    weight, hessian = weight[order], hessian[order][:, order]
+    grid_in_order, middles = grid.select(order), centres(4).to(weight.device)
+    inverse = _inverse_factor(hessian)
+    levels, lowest = grid_in_order.levels_of(weight) + 0.5, torch.empty_like(weight)
+
+    def prefix(channel: slice, wanted: Tensor) -> Tensor:
+        nearest = ((wanted + 0.5) / _CELL).floor()
+        own = levels[channel]
+        nearest = torch.clamp(nearest, ((own - reach) / _CELL).floor(), ((own + reach) / _CELL).floor()).clamp(0, 15)
+        lowest[channel] = nearest * _CELL
+        return middles[nearest.long()]
+
+    def within_cell(channel: slice, wanted: Tensor) -> Tensor:
+        return torch.clamp(wanted.round(), lowest[channel], lowest[channel] + _CELL - 1)
+
+    _walk(weight, grid_in_order, inverse, prefix)
+    codes = _walk(weight, grid_in_order, inverse, within_cell)
+    return torch.empty_like(codes).index_copy_(0, order, codes).to(torch.uint8)
+
+
+def _walk(weight: Tensor, grid: Grid, inverse: Tensor, choose: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """Choose levels channel by channel, letting the channels to come make up for the error; return them [in, out].
+
+    `choose` maps a channel, and the levels [1, out] that would be right for it now, to levels.
+    """
+    left, num_outputs = weight.clone(), weight.shape[1]
+    scales, zeros = (grid.spread(values, num_outputs) for values in (grid.scales, grid.zeros.float()))
+    chosen = torch.empty_like(weight)
+    for start in range(0, len(left), _BLOCK):
+        end = min(start + _BLOCK, len(left))
+        errors = torch.empty_like(left[start:end])
+        for channel in range(start, end):
+            row = slice(channel, channel + 1)
+            chosen[row] = choose(row, left[row] / scales[row] + zeros[row])
+            error = (left[row] - scales[row] * (chosen[row] - zeros[row])) / inverse[channel, channel]
+            left[channel + 1 : end] -= inverse[channel, channel + 1 : end, None] * error
+            errors[channel - start] = error[0]
+        left[end:] -= inverse[start:end, end:].T @ errors
+    return chosen
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the damped Hessian's inverse, [in, in] float32."""
+    hessian = hessian.double()
+    damping = _DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
+    damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,0 +1,166 @@
+"""Folders of nested models: written whole or not at all, and loaded without choosing codes anew.
+
+The files' integrity is `quant/storage.py`'s business; which maps are nested, `models/nesting.py`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.errors import InputError, ModelError
+from quicksilver.models import nesting
+from quicksilver.quant import NestedWeight
+from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, read_tensors, write_tensors
+from quicksilver.runtime.loading import first_line
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_target(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError where a folder cannot be written: it exists and is not empty, or has no parent."""
+    path = Path(folder)
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise InputError(f"{folder}: exists already; give a new folder")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{folder}: the folder it would be in does not exist")
+
+
+def save_nested(
+    model: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a nested model to a new folder; an interruption leaves no folder of that name.
+
+    Args:
+        model: a transformers model after `nest`.
+        folder: does not exist, or is empty.
+        tokenizer: saved too, or None.
+        max_shard_size: of one weight file, in bytes or with a unit.
+
+    Raises:
+        InputError: the folder cannot be written.
+        ModelError: the model is not nested.
+    """
+    if not is_nested(model.config):
+        raise ModelError("only a nested model can be saved here; see quicksilver quantize")
+    check_target(folder)
+    with _staged(Path(folder)) as stage:
+        write_tensors(_own_tensors(model), stage, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        model.generation_config.to_json_file(stage / "generation_config.json")
+        (stage / "config.json").write_text(_stored_config(model).to_json_string(), encoding="utf-8")  # now it loads
+
+
+def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
+    """Load what `save_nested` wrote.
+
+    Args:
+        source: the folder.
+        config: its transformers configuration.
+        dtype: of the weights that are not nested; "auto" is the one they were saved in.
+
+    Returns:
+        A transformers model on the CPU.
+
+    Raises:
+        ModelError: the configuration or the files are damaged, or do not fit each other.
+    """
+    folder = Path(source)
+    quantization = QuantizationConfig.from_dict(config.quantization_config, folder / "config.json")
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    try:
+        model = _blank(plain, dtype)
+        nesting.outline(model, quantization)
+        _read_generation_config(model, folder)
+    except Exception as error:  # a configuration may ask for anything
+        raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
+    own = _own_tensors(model)
+    tensors = read_tensors(folder, {name: _expected(tensor) for name, tensor in own.items()})
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to(own[name].dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    _check_levels(source, model)
+    return model
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside a new one, and rename it when all went well; else remove it."""
+    stage = None
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{folder.absolute().name}.", dir=folder.absolute().parent))
+        yield stage
+        stage.chmod(0o755)
+        for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
+            file.chmod(0o644)
+        stage.rename(folder)
+        stage = None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name; one that has two names goes by the first."""
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
+
+
+def _expected(tensor: Tensor) -> Expected:
+    return Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
+
+
+def _stored_config(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.tie_word_embeddings = nesting.is_tied(model)
+    return config
+
+
+def _blank(config: Any, dtype: torch.dtype | str) -> Any:
+    """Return a model whose weights are not set: memory that is never touched costs nothing."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _check_levels(source: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, NestedWeight):
+            constants = module.get_buffer("constants").view(torch.float32)
+            if not bool(torch.isfinite(constants).all()):
+                raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")

@@ -1,0 +1,125 @@
+"""Precision inside a layer: ask the policy how many bits of each map are read, read them, count them.
+
+The rules themselves are in `quicksilver.policies.precision`; reading is `quicksilver.quant`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.decisions import ChannelView, TokenWidthView
+from quicksilver.core.rules import PrecisionConfig
+from quicksilver.core.rules.precision import MAX_WIDTH
+from quicksilver.core.trace import LayerTrace
+from quicksilver.models.spec import Adapter, Apply
+from quicksilver.policies import precision
+from quicksilver.quant import NestedLinear
+from quicksilver.runtime.protection import Protection
+
+
+def apply_plain(module: Any, x: Tensor) -> Tensor:
+    """Apply a linear map as it is."""
+    return module(x)
+
+
+class PrecisionStep:
+    """A precision configuration bound to a model.
+
+    Args:
+        adapter: the model.
+        config: how many bits are read; None for all.
+        special_ids: token ids that are protected where the configuration says so.
+        head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        config: PrecisionConfig | None,
+        special_ids: Sequence[int],
+        head_entropy: Callable[[Tensor], Tensor],
+    ) -> None:
+        spec = adapter.spec
+        self._is_nested = spec.is_nested
+        self._rule = None if config is None else config.rule
+        self._protection = Protection(config, special_ids, spec.device)
+        self._head_entropy = head_entropy
+        self._token_rule = None if config is None else precision.token_rule(config.rule)
+        self._token_layer = None if self._token_rule is None else self._token_rule.after_layer(spec.num_layers)
+        self._num_maps = len(adapter.layers[0].nested)
+        self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
+
+    def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return which tokens of a pass read all bits, [N] bool; None where none does by protection."""
+        return self._protection.covers(token_ids, positions) if self._protection.is_on else None
+
+    def linear(
+        self, layer_idx: int, origins: Tensor, caps: Tensor | None, exempt: Tensor | None, trace: LayerTrace
+    ) -> Apply:
+        """Return the function that applies this layer's maps to rows.
+
+        Args:
+            layer_idx: the layer.
+            origins: [M] which of the pass's tokens the rows are.
+            caps: [N] uint8, the most bits that each token of the pass may read; None for no limit.
+            exempt: [N] tokens that read all bits.
+            trace: of the layer.
+        """
+        if not self._is_nested:
+            return apply_plain
+        if self._rule is None:
+            return partial(self._apply, trace, lambda module, x: MAX_WIDTH)
+        caps, exempt = (None if t is None else t.index_select(0, origins) for t in (caps, exempt))
+        return partial(self._apply, trace, partial(self._choose, layer_idx, caps, exempt, trace))
+
+    def decide_tokens(
+        self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: LayerTrace
+    ) -> Tensor | None:
+        """Return the pass's caps after a layer, [count] uint8: of tokens `origins`, as their states [M, d] decide."""
+        if self._token_rule is None or layer_idx != self._token_layer or len(hidden) == 0:
+            return caps
+        choice = precision.decide_tokens(self._token_rule, TokenWidthView(hidden, self._head_entropy))
+        trace.signal_rows.update(choice.signal_rows)
+        if caps is None:
+            caps = torch.full((count,), MAX_WIDTH, dtype=torch.uint8, device=hidden.device)
+        return caps.index_copy(0, origins, choice.widths)  # type: ignore[arg-type]
+
+    def _choose(
+        self,
+        layer_idx: int,
+        caps: Tensor | None,
+        exempt: Tensor | None,
+        trace: LayerTrace,
+        module: NestedLinear,
+        x: Tensor,
+    ) -> int | Tensor:
+        view = ChannelView(layer_idx, self._map_idx[id(module)], self._num_maps, x, lambda: module.channel_norms, caps)
+        choice = precision.decide(self._rule, view)  # type: ignore[arg-type]
+        trace.signal_rows.update(choice.signal_rows)
+        widths = choice.widths
+        if exempt is None or (isinstance(widths, int) and widths == MAX_WIDTH):
+            return widths
+        if isinstance(widths, int):
+            widths = torch.full((x.shape[0],), widths, dtype=torch.uint8, device=x.device)
+        return widths.masked_fill(exempt if widths.dim() == 1 else exempt[:, None], MAX_WIDTH)
+
+    @staticmethod
+    def _apply(
+        trace: LayerTrace, choose: Callable[[NestedLinear, Tensor], int | Tensor], module: NestedLinear, x: Tensor
+    ) -> Tensor:
+        widths = choose(module, x)
+        trace.widths.add(_channels_by_width(widths, x), module.num_outputs, module.channel_bytes)
+        return module(x, widths)
+
+
+def _channels_by_width(widths: int | Tensor, x: Tensor) -> list[int] | Tensor:
+    """Return how many input channels of x ([M, in]), over all rows, are read at 0, 1, ... 8 bits."""
+    if isinstance(widths, int):
+        return [x.numel() if width == widths else 0 for width in range(MAX_WIDTH + 1)]
+    counts = torch.bincount(widths.flatten().int(), minlength=MAX_WIDTH + 1)
+    return counts * x.shape[1] if widths.dim() == 1 else counts

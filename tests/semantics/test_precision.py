@@ -1,0 +1,221 @@
+"""Widths chosen in the layer loop equal their definition, however tokens are fed and whatever else is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.models.cost import dense_cost, executed_cost
+from tests import oracle, tiny, tolerances
+from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
+
+CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
+TOKEN = EntropyWidthRule((7.1, 6.6), layer=2)
+RULES = {
+    "uniform 4": UniformWidthRule(4),
+    "uniform 5": UniformWidthRule(5),
+    "channel": CHANNEL,
+    "channel by activation": ChannelWidthRule((1.0, 0.3, 0.1), widths=(8, 4, 2, 0), score="activation"),
+    "channel, map by map": ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(24)), widths=(8, 3, 0)),
+    "entropy": TOKEN,
+    "entropy of the state": EntropyWidthRule((3.0, 2.0), over="hidden", layer=2),
+    "capped": CappedWidthRule(TOKEN, CHANNEL),
+}
+GPT2_AND_LLAMA = ("gpt2", "llama")
+ATOL = tolerances.LOGITS[torch.float64]
+
+
+def rule_for(name: str, family: str) -> rules.PrecisionRule:
+    """Return a rule; sets of thresholds are as many as the family's 4 layers have maps."""
+    rule = RULES[name]
+    if name == "channel, map by map" and family != "gpt2":
+        return ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), widths=(8, 3, 0))
+    return rule
+
+
+def head_entropy(model, hidden: Tensor) -> Tensor:
+    norm = model.transformer.ln_f if model.config.model_type == "gpt2" else model.model.norm
+    probs = torch.softmax(model.lm_head(norm(hidden)).float(), dim=-1)
+    return -(probs * probs.log2()).sum(-1)
+
+
+class Definition:
+    """What each rule means, row by row; caps are decided as layers go by."""
+
+    def __init__(self, model, rule: rules.PrecisionRule, exempt: Callable[[int], bool] = lambda t: False) -> None:
+        self.model, self.rule, self.exempt = model, rule, exempt
+        self.caps: list[int] | None = None
+
+    def after_layer(self, layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
+        """Stand in for a halting rule that halts nobody."""
+        rule = self.rule.token if isinstance(self.rule, CappedWidthRule) else self.rule
+        if isinstance(rule, EntropyWidthRule) and layer_idx == rule.layer - 1:
+            if rule.over == "head":
+                entropy = head_entropy(self.model, after)
+            else:
+                probs = torch.softmax(after.float(), dim=-1)
+                entropy = -(probs * probs.log2()).sum(-1)
+            self.caps = [self.grade(rule, float(value), rule.thresholds) for value in entropy]
+        return torch.zeros(len(after), dtype=torch.bool)
+
+    @staticmethod
+    def grade(rule: rules.GradedWidthRule, score: float, thresholds) -> int:
+        return next((w for w, limit in zip(rule.widths, thresholds, strict=False) if score >= limit), rule.widths[-1])
+
+    def width(self, rule: rules.PrecisionRule, t: int, score: float, thresholds) -> int:
+        if self.exempt(t):
+            return 8
+        if isinstance(rule, UniformWidthRule):
+            return rule.width
+        cap = 8 if self.caps is None else self.caps[t]
+        if isinstance(rule, EntropyWidthRule):
+            return cap
+        if isinstance(rule, CappedWidthRule):
+            return min(cap, self.width(rule.channel, t, score, thresholds))
+        return self.grade(rule, score, thresholds)
+
+    def read(self, layer_idx: int, module, x: Tensor) -> Tensor:
+        channel = self.rule.channel if isinstance(self.rule, CappedWidthRule) else self.rule
+        thresholds = None
+        if isinstance(channel, ChannelWidthRule):
+            thresholds = channel.thresholds
+            if isinstance(thresholds[0], tuple):
+                of_layer = len(thresholds) // 4
+                maps = self.layer_maps(layer_idx)
+                thresholds = thresholds[layer_idx * of_layer + next(i for i, m in enumerate(maps) if m is module)]
+        by_activation = isinstance(channel, ChannelWidthRule) and channel.score == "activation"
+        scores = (x.abs() * (1.0 if by_activation else module.codes.dequantize().norm(dim=1))).tolist()
+        chosen = torch.tensor([[self.width(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
+        y = torch.zeros(len(x), module.num_outputs, dtype=x.dtype)
+        for width in range(1, 9):
+            y += torch.where(chosen == width, x, 0.0) @ module.codes.dequantize(width).to(x.dtype)
+        return y if module.bias is None else y + module.bias
+
+    def layer_maps(self, layer_idx: int) -> list:
+        if self.model.config.model_type == "gpt2":
+            block = self.model.transformer.h[layer_idx]
+            return [*block.attn.c_attn.parts, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+        block = self.model.model.layers[layer_idx]
+        attn, mlp = block.self_attn, block.mlp
+        return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_widths_equal_their_definition(name: str, family: str) -> None:
+    model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
+    run = run_whole(decoder(model, precision_plan(rule)), ids)
+    meaning = Definition(model, rule)
+    expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=meaning.read)
+    torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
+    used = sum(count > 0 for count in run.trace.macs_by_width)
+    assert used == 1 if name.startswith("uniform") else used > 1
+
+
+def test_protected_tokens_read_everything() -> None:
+    model, ids = tiny.nested("llama", torch.float64), tiny.token_ids(8)
+    ids[5] = 7
+    config = rules.PrecisionConfig(CHANNEL, protect_first=2, protect_special=True)
+    run = run_whole(decoder(model, Plan("test", precision=config), special_ids=[7]), ids)
+    meaning = Definition(model, CHANNEL, exempt=lambda t: t in (0, 1, 5))
+    expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=meaning.read)
+    torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
+
+
+def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
+    for family in tiny.FAMILIES:
+        model, ids = tiny.nested(family), tiny.token_ids(20)
+        dense, uniform = (
+            run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), precision_plan(UniformWidthRule(8)))
+        )
+        assert torch.equal(dense.logits, uniform.logits)
+        with torch.no_grad():
+            reference = model(ids[None]).logits[0]
+        torch.testing.assert_close(dense.logits, reference, atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+HALTING = rules.HaltingConfig(rules.ForcedRule((4, 3, 1, 2)), min_layer=1, protect_first=0, protect_special=False)
+FUSING = rules.FusionConfig(
+    rules.ForcedFusionRule((False, True, True, False, True)),
+    layers=(1, 2, 3),
+    max_group=3,
+    weights="kv",
+    scope="all",
+    protect_first=0,
+    protect_special=False,
+)
+
+
+def same(one: Run, other: Run) -> None:
+    torch.testing.assert_close(one.logits, other.logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("fill", [rules.DropFill(), rules.PropagateFill()], ids=lambda fill: type(fill).__name__)
+def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str, fill: rules.KVFill) -> None:
+    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=fill)
+    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(14)
+    whole = run_whole(engine, ids)
+    for fed in (run_steps(engine, ids), run_chunks(engine, ids, [4, 1, 9])):
+        same(whole, fed)
+        assert fed.trace.macs_by_width == whole.trace.macs_by_width
+        assert executed_cost(engine.spec, fed.trace) == executed_cost(engine.spec, whole.trace)
+    sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 12)]
+    alone = torch.cat([run_whole(engine, each).logits for each in sequences])
+    torch.testing.assert_close(run_batch(engine, sequences).logits, alone, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family: str) -> None:
+    """Rows that run again after all, in a later pass, read what they would have read."""
+    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.PropagateFill(), fusion=FUSING)
+    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(17)
+    whole, steps = run_whole(engine, ids), run_steps(engine, ids)
+    torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
+    for layer_idx in range(4):
+        one, other = whole.cache.entries(layer_idx, 0), steps.cache.entries(layer_idx, 0)
+        assert torch.equal(one.positions, other.positions)
+        torch.testing.assert_close(one.keys, other.keys, atol=ATOL, rtol=0)
+        torch.testing.assert_close(one.values, other.values, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
+    """Token by token nothing is multiplied that is not counted, so PyTorch's counter agrees to the last FLOP."""
+    ids = tiny.token_ids(3)
+    for rule in (CHANNEL, UniformWidthRule(4)):
+        engine = decoder(tiny.nested(family), precision_plan(rule), backend="eager")
+        run = run_steps(engine, ids)
+        cost, dense = executed_cost(engine.spec, run.trace), dense_cost(engine.spec, run.trace)
+        with FlopCounterMode(display=False) as counter:
+            run_steps(engine, ids)
+        scores = sum(layer.signal_rows["score"] for layer in run.trace.layers)
+        assert cost.flops - 2 * scores == counter.get_total_flops()
+        assert cost.flops - 2 * scores == dense.flops - 2 * run.trace.macs_by_width[0]
+
+
+def test_bitops_and_bytes_follow_what_is_read() -> None:
+    model, ids = tiny.nested("llama"), tiny.token_ids(6)
+    costs, spec = {}, decoder(model, Plan.dense()).spec
+    for width in (8, 6, 5, 4, 2):
+        engine = decoder(model, precision_plan(UniformWidthRule(width)))
+        costs[width] = executed_cost(spec, run_whole(engine, ids).trace)
+    linear = 6 * spec.num_layers * spec.layer_macs
+    assert costs[8].bitops - costs[4].bitops == linear * 4 * 32
+    assert costs[8].bitops - costs[5].bitops == linear * 3 * 32
+    assert {cost.flops for cost in costs.values()} == {costs[8].flops}
+    assert costs[8] == dense_cost(spec, run_whole(decoder(model, Plan.dense()), ids).trace)
+    planes = {
+        width: 6 * spec.num_layers * spec.layer_macs * bits // 8 for width, bits in ((6, 2), (5, 2), (4, 4), (2, 6))
+    }
+    for width, saved in planes.items():
+        assert costs[8].weight_bytes - costs[width].weight_bytes == saved

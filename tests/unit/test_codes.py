@@ -1,0 +1,89 @@
+"""Nested codes: exact packing, narrower versions that are prefixes, levels that cover the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quicksilver.errors import ModelError
+from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.quant.planes import join, run_bytes, split
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 99))
+def test_packing_is_exact_and_widths_are_prefixes(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+    planes = split(codes)
+    assert torch.equal(join(planes, columns), codes)
+    for width in range(1, 8):
+        assert torch.equal(join(planes, columns, width), codes >> (8 - width))
+    assert [plane.shape for plane in planes] == [(rows, -(-columns // 4))] * 4
+
+
+def test_reading_a_width_touches_only_its_planes() -> None:
+    planes = split(torch.arange(256, dtype=torch.uint8).view(4, 64))
+    gone = torch.empty(0)
+    assert torch.equal(join((planes[0], gone, gone, gone), 64, 2), join(planes, 64, 2))
+    assert torch.equal(join((*planes[:2], gone, gone), 64, 4), join(planes, 64, 4))
+    for width, bytes_read in ((0, 0), (1, 16), (2, 16), (3, 32), (4, 32), (5, 48), (6, 48), (7, 64), (8, 64)):
+        assert run_bytes(64, width) == bytes_read
+    with pytest.raises(ValueError, match="not 9"):
+        join(planes, 64, 9)
+    with pytest.raises(ValueError, match="width 0"):
+        join(planes, 64, 0)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 150),
+    st.sampled_from([32, 64, 128]),
+    st.floats(1e-6, 1e4),
+    st.integers(0, 99),
+)
+def test_every_weight_is_within_half_a_step(rows: int, columns: int, group: int, size: float, seed: int) -> None:
+    weight = matrix(rows, columns, seed) * size
+    grid = Grid.fit(weight, group)
+    assert grid.scales.shape == (rows, -(-columns // group))
+    codes = NestedCodes.pack(grid.nearest(weight), grid)
+    step = grid.spread(grid.scales, columns)
+    for width, steps in ((8, 1.0), (4, 8.5), (2, 32.5)):  # half a cell, and the rounding of codes and of zero
+        assert ((codes.dequantize(width) - weight).abs() <= step * steps * 1.001).all(), width
+
+
+def test_scales_are_little_above_what_a_group_needs() -> None:
+    weight = matrix(50, 640) * torch.logspace(-2, 0, 50)[:, None]
+    grid = Grid.fit(weight, 64)
+    needed = torch.stack([(part.amax(1) - part.amin(1)) / 255 for part in weight.split(64, 1)], 1)
+    ratio = grid.scales / needed
+    assert (ratio > 0.9999).all()
+    assert (ratio < 1.0443).all()
+
+
+def test_zero_is_a_level_even_where_all_weights_are_on_one_side() -> None:
+    weight = torch.stack((torch.linspace(1.0, 2.0, 64), torch.linspace(-2.0, -1.0, 64), torch.zeros(64)))
+    grid = Grid.fit(weight, 32)
+    codes = NestedCodes.pack(grid.nearest(weight), grid)
+    assert ((codes.dequantize() - weight).abs() < 0.0043).all()
+    assert torch.equal(grid.nearest(torch.zeros(3, 64)), grid.spread(grid.zeros, 64))
+
+
+def test_a_prefix_stands_for_the_middle_of_its_cell() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    for width in (4, 2):
+        error = centres(width)[(codes >> (8 - width)).int()] - codes
+        assert abs(error.mean()) < 1e-6
+        assert error.abs().max() == 2 ** (8 - width) / 2 - 0.5
+    assert torch.equal(centres(8), codes.float())
+
+
+def test_other_group_sizes_are_refused() -> None:
+    with pytest.raises(ModelError, match="group_size must be one of 32, 64, 128, got 48"):
+        Grid.fit(matrix(2, 96), 48)

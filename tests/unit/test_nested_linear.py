@@ -1,0 +1,141 @@
+"""Nested linear maps at every width equal sums written out in float64; what is not read cannot matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
+from quicksilver.quant.rounding import fit_table, quantize
+from tests import tolerances
+
+SHAPES = ((1, 1, 1), (3, 7, 5), (2, 33, 31), (5, 64, 129), (4, 50, 96), (1, 129, 200))  # rows, in, out
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def written_out(module: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
+    """Return [N, out] float64, one product after the other."""
+    weights = {width: module.codes.dequantize(width).double() for width in range(1, 9)}
+    y = torch.zeros(x.shape[0], module.num_outputs, dtype=torch.float64)
+    if module.bias is not None:
+        y += module.bias.double()
+    for row in range(x.shape[0]):
+        for channel in range(x.shape[1]):
+            if (width := int(widths[row, channel])) > 0:
+                y[row] += x[row, channel].double() * weights[width][channel]
+    return y
+
+
+def nested(num_inputs: int, num_outputs: int, group_size: int = 32, bias: bool = True) -> NestedLinear:
+    codes = quantize(draw(num_inputs, num_outputs, seed=1), group_size)
+    return NestedLinear(codes, draw(num_outputs, seed=2) if bias else None)
+
+
+@pytest.mark.parametrize(("rows", "num_inputs", "num_outputs"), SHAPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_way_of_giving_widths_equals_the_oracle(
+    rows: int, num_inputs: int, num_outputs: int, group_size: int, bias: bool
+) -> None:
+    module, x = nested(num_inputs, num_outputs, group_size, bias), draw(rows, num_inputs, seed=3)
+    by_channel = torch.randint(0, 9, (rows, num_inputs), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+    by_token = by_channel[:, 0]
+    close = {"atol": tolerances.LOGITS[torch.float32], "rtol": 0}
+    torch.testing.assert_close(module(x, by_channel).double(), written_out(module, x, by_channel), **close)
+    expected = written_out(module, x, by_token[:, None].expand_as(by_channel))
+    torch.testing.assert_close(module(x, by_token).double(), expected, **close)
+    for width in range(9):
+        expected = written_out(module, x, torch.full_like(by_channel, width))
+        torch.testing.assert_close(module(x, width).double(), expected, **close)
+    assert torch.equal(module(x), module(x, 8))
+
+
+def test_what_is_skipped_cannot_matter() -> None:
+    module, x = nested(20, 40), draw(3, 20)
+    widths = torch.randint(0, 9, (3, 20), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
+    expected = module(x, widths)
+    poisoned = torch.where(widths == 0, float("nan"), x)
+    assert torch.equal(module(poisoned, widths), expected)
+
+
+def test_planes_that_are_not_read_cannot_matter() -> None:
+    module, x = nested(20, 40), draw(3, 20)
+    widths = torch.tensor([2, 0], dtype=torch.uint8).repeat(3, 10)
+    expected = module(x, widths)
+    for buffer in module.buffers():
+        if buffer.dtype == torch.uint8:
+            buffer[1::2] = 171  # the channels that are skipped
+    for plane in module.codes.planes[1:]:
+        plane.fill_(171)
+    assert torch.equal(module(x, widths), expected)
+
+
+def test_tokens_that_share_no_width_share_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product for each width, over that width's rows alone."""
+    module, x, products = nested(20, 40), draw(6, 20), []
+    matmul = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append((*a.shape, b.shape[1])) or matmul(a, b))
+    module(x, torch.tensor([8, 4, 4, 2, 0, 8], dtype=torch.uint8))
+    assert sorted(products) == [(1, 20, 40), (2, 20, 40), (2, 20, 40)]
+
+
+def test_leading_dimensions_and_dtypes_are_kept() -> None:
+    module, x = nested(20, 40), draw(2, 3, 20)
+    assert module(x).shape == (2, 3, 40)
+    for dtype in (torch.float64, torch.bfloat16):
+        converted = nested(20, 40).to(dtype)
+        assert converted(x.to(dtype)).dtype == dtype
+        torch.testing.assert_close(converted.codes.dequantize(), module.codes.dequantize(), atol=0, rtol=0)
+
+
+def test_eight_bits_are_close_to_the_matrix_itself() -> None:
+    weight, x = draw(64, 96), draw(10, 64, seed=1)
+    y = NestedLinear(quantize(weight, 32), None)(x)
+    assert (y - x @ weight).norm() / (x @ weight).norm() < 0.006
+
+
+def test_parts_and_embeddings() -> None:
+    parts, x = [nested(20, 40), nested(20, 24, bias=False)], draw(3, 20)
+    assert torch.equal(NestedSplit(parts)(x), torch.cat([part(x) for part in parts], dim=-1))
+    table = draw(11, 20)
+    embedding = NestedEmbedding(quantize(table, 32), torch.float32)
+    ids = torch.tensor([[3, 3], [0, 10]])
+    assert torch.equal(embedding(ids), embedding.codes.dequantize()[ids])
+    assert embedding.to(torch.bfloat16)(ids).dtype == torch.bfloat16
+    assert (embedding(ids) - table[ids]).abs().max() < 0.02
+
+
+def test_compensation_helps_four_bits_and_spares_eight() -> None:
+    """On inputs that are correlated, as a model's are, the outputs' error falls; at 8 bits it stays small."""
+    mix, weight = draw(96, 96, seed=6) + 2.0, draw(96, 64, seed=7)
+    x = draw(500, 96, seed=8) @ mix
+    plain, compensated = quantize(weight, 32), quantize(weight, 32, hessian=x.T @ x)
+
+    def error(codes, width: int) -> float:
+        return float((x @ (codes.dequantize(width) - weight)).norm() / (x @ weight).norm())
+
+    assert error(compensated, 4) < 0.7 * error(plain, 4)
+    assert error(compensated, 8) < 0.2 * error(compensated, 4)
+    within = (compensated.codes().float() - plain.codes().float()).abs().max()
+    assert 1 < within <= 5  # steps of 8 bits: out of its cell, and what the second walk makes up for
+
+
+def test_levels_of_narrow_prefixes_are_least_squares() -> None:
+    weight = draw(40, 96)
+    codes = quantize(weight, 32, refit=False)
+    for width in (4, 2):
+        table = fit_table(weight, codes, width)
+        fitted = quantize(weight, 32)
+        assert torch.equal(fitted.tables[width], table)
+        best = float((fitted.dequantize(width) - weight).square().sum())
+        assert best <= float((codes.dequantize(width) - weight).square().sum())
+        for prefix in range(2**width):
+            for step in (-0.5, 0.5):
+                moved = table.clone()
+                moved[prefix] += step
+                worse = type(fitted)(fitted.planes, fitted.grid, fitted.num_outputs, {width: moved})
+                assert float((worse.dequantize(width) - weight).square().sum()) >= best

@@ -1,0 +1,156 @@
+"""Width rules: thresholds to widths, what is refused, and thresholds fitted to what they were asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quicksilver.calibrate.histograms import histogram, quantiles, share_above
+from quicksilver.calibrate.samples import sample_windows
+from quicksilver.calibrate.widths import fit
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.errors import PlanError
+from quicksilver.models.registry import adapt
+from quicksilver.policies.precision.graded import widths_of
+from quicksilver.runtime.loading import accelerate
+from tests import tiny
+from tests.engines import decoder, precision_plan, run_whole
+from tests.strategies import precise_plans
+
+WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(6)]
+
+
+def test_a_score_gets_the_first_width_whose_threshold_it_reaches() -> None:
+    scores = torch.tensor([9.0, 4.0, 3.999, 1.0, 0.999, 0.5, 0.0])
+    assert widths_of(scores, (4.0, 1.0, 0.5), (8, 4, 2, 0)).tolist() == [8, 8, 4, 4, 2, 2, 0]
+    assert widths_of(scores, (1.0, 1.0, 1.0), (8, 4, 2, 0)).tolist() == [8, 8, 8, 8, 0, 0, 0]
+
+
+@given(precise_plans)
+def test_plans_that_choose_widths_survive_json(plan: Plan) -> None:
+    again = Plan.from_dict(plan.to_dict())
+    assert again == plan
+    assert again.hash == plan.hash
+
+
+CHANNEL = {"type": "channel", "thresholds": [3.0, 2.0, 1.0, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"type": "uniform", "width": 9}, "width must be a whole number from 1 to 8, got 9"),
+        ({"type": "uniform", "width": 4.0}, "width must be"),
+        ({"type": "uniform"}, "width"),
+        ({"type": "best"}, "precision.rule.type must be one of uniform, entropy, channel, capped"),
+        ({"type": "channel"}, "give thresholds, or a target"),
+        ({**CHANNEL, "thresholds": [3, 2, 1]}, "thresholds must be 4 numbers"),
+        ({**CHANNEL, "thresholds": [1, 2, 3, 4]}, "thresholds must descend"),
+        ({**CHANNEL, "thresholds": [3, 2, 1, float("nan")]}, "thresholds must be 4 numbers"),
+        ({**CHANNEL, "thresholds": "many"}, "thresholds must be 4 numbers"),
+        ({**CHANNEL, "thresholds": []}, "thresholds must be 4 numbers"),
+        ({**CHANNEL, "thresholds": [[3, 2, 1, 0], [3, 2, 1]]}, "thresholds must be 4 numbers"),
+        ({**CHANNEL, "widths": [8, 8, 4, 2, 0]}, "widths must descend"),
+        ({**CHANNEL, "widths": [8]}, "two or more whole numbers from 0 to 8"),
+        ({**CHANNEL, "score": "loudness"}, "score must be weighted or activation"),
+        ({"type": "channel", "target": 9.0}, "mean of 9.0 bits cannot be had"),
+        ({"type": "channel", "target": [0.5, 0.5]}, "one share for each of"),
+        ({"type": "channel", "target": [0.5, 0.4, 0.3, 0.1, 0.1]}, "must add up to 1"),
+        ({"type": "entropy", "thresholds": [2, 1], "widths": [8, 4, 0]}, "whole numbers from 1 to 8"),
+        ({"type": "entropy", "thresholds": [2, 1], "layer": 0}, "layer must be at least 1"),
+        ({"type": "entropy", "thresholds": [2, 1], "over": "body"}, "over must be head or hidden"),
+        ({"type": "entropy", "target": 5.0}, "one share for each of"),
+        ({"type": "capped", "token": CHANNEL, "channel": CHANNEL}, "token must be an entropy rule"),
+        ({"type": "capped", "channel": CHANNEL}, "token"),
+    ],
+)
+def test_malformed_rules_are_refused_by_name(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_dict({"version": 1, "precision": {"rule": rule}}, "mine.json")
+    assert str(caught.value).startswith("mine.json: precision")
+
+
+def test_a_plan_must_fit_the_model() -> None:
+    nested, plain = tiny.nested("llama"), tiny.model("llama")
+    for plan, model, message in (
+        (precision_plan(UniformWidthRule(4)), plain, "the model's are plain"),
+        (precision_plan(ChannelWidthRule(target=5.0)), nested, "still to be fitted"),
+        (precision_plan(ChannelWidthRule(((4.0,) * 4,) * 24)), nested, "24 sets of thresholds, the model has 4 x 7"),
+        (precision_plan(EntropyWidthRule((2.0, 1.0), layer=4)), nested, "saves nothing, the model has 4"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            decoder(model, plan)
+    with pytest.raises(PlanError, match="fitted to nested weights"):
+        fit(adapt(plain), Plan.preset("channel-5bit"), WINDOWS)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 99), st.lists(st.floats(0.01, 1.0), min_size=2, max_size=5))
+def test_quantiles_of_a_histogram_are_those_of_the_scores(seed: int, parts: list[float]) -> None:
+    scores = torch.randn(20_000, generator=torch.Generator().manual_seed(seed)).exp()
+    shares = [part / sum(parts) for part in parts]
+    counts, above = histogram(scores), 0.0
+    for limit, share in zip(quantiles(counts, shares), shares, strict=False):
+        above += share
+        assert abs(float((scores >= limit).float().mean()) - above) < 0.01
+        assert abs(share_above(counts, limit) - above) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("target", [7.0, 5.0, 3.5, (0.3, 0.3, 0.2, 0.1, 0.1)])
+@pytest.mark.parametrize("score", ["weighted", "activation"])
+def test_channel_thresholds_give_what_was_asked_for(family: str, target: Any, score: Any) -> None:
+    model = tiny.nested(family)
+    plan = fit(adapt(model), precision_plan(ChannelWidthRule(target=target, score=score)), WINDOWS)
+    assert not plan.is_recipe
+    macs = [0] * 9
+    for window in WINDOWS:
+        trace = run_whole(decoder(model, plan), window).trace
+        macs = [a + b for a, b in zip(macs, trace.macs_by_width, strict=True)]
+    shares = [count / sum(macs) for count in macs]
+    if isinstance(target, float):
+        assert abs(sum(width * share for width, share in enumerate(shares)) - target) < 0.15
+    else:
+        assert [shares[width] for width in (8, 6, 4, 2, 0)] == pytest.approx(target, abs=0.03)
+
+
+def test_entropy_thresholds_give_the_shares_asked_for() -> None:
+    model, target = tiny.nested("llama"), (0.3, 0.5, 0.2)
+    token = EntropyWidthRule(target=target)
+    plan = fit(adapt(model), precision_plan(CappedWidthRule(token, ChannelWidthRule(target=6.0))), WINDOWS)
+    assert not plan.is_recipe
+    alone = fit(adapt(model), precision_plan(token), WINDOWS)
+    assert alone.precision.rule == plan.precision.rule.token
+    macs = [0] * 9
+    for window in WINDOWS:
+        trace = run_whole(decoder(model, alone), window).trace
+        deeper = (layer.widths.macs for layer in trace.layers[2:])
+        macs = [sum(counts) for counts in zip(macs, *deeper, strict=True)]
+    assert [macs[width] / sum(macs) for width in (8, 4, 2)] == pytest.approx(target, abs=0.03)
+
+
+def test_fitting_leaves_everything_else_alone() -> None:
+    model = tiny.nested("llama")
+    fitted = precision_plan(UniformWidthRule(4))
+    assert fit(adapt(model), fitted, WINDOWS) is fitted
+    assert fit(adapt(model), Plan.dense(), WINDOWS) == Plan.dense()
+    recipe = Plan.preset("channel-5bit")
+    plan = fit(adapt(model), recipe, WINDOWS)
+    assert plan.name == recipe.name
+    assert plan.precision.rule.target == recipe.precision.rule.target
+    assert plan == fit(adapt(model), recipe, WINDOWS)
+    hooks = [module for module in model.modules() if module._forward_hooks]
+    assert not hooks
+
+
+def test_text_sampled_from_the_model_is_the_same_for_the_same_seed() -> None:
+    model = accelerate(tiny.model("llama"))
+    one, same, other = (sample_windows(model, 100, seed) for seed in (1, 1, 2))
+    assert sum(map(len, one)) >= 100
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
