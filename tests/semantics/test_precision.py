@@ -136,6 +136,7 @@ def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
             run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), precision_plan(UniformWidthRule(8)))
         )
         assert torch.equal(dense.logits, uniform.logits)
+        assert decoder(model, Plan.dense()).spec.parameters == decoder(tiny.model(family), Plan.dense()).spec.parameters
         with torch.no_grad():
             reference = model(ids[None]).logits[0]
         torch.testing.assert_close(dense.logits, reference, atol=tolerances.LOGITS[torch.float32], rtol=0)

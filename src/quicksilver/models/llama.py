@@ -18,6 +18,7 @@ from quicksilver.models.spec import (
     head_bits,
     nested_bytes,
     nested_maps,
+    num_parameters,
     weight_bytes,
 )
 
@@ -87,7 +88,7 @@ def _spec(model: Any) -> ModelSpec:
         nested_weight_bytes=nested_bytes(body.layers[0]),
         head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
         head_bits=head_bits(model.lm_head, dtype),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=num_parameters(model),
         dtype=dtype,
         device=body.norm.weight.device,
     )

@@ -143,6 +143,12 @@ def weight_bytes(*modules: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Return the parameters of a model, nested weights included."""
+    nested = (m for m in model.modules() if isinstance(m, NestedWeight))
+    return sum(p.numel() for p in model.parameters()) + sum(m.num_inputs * m.num_outputs for m in nested)
+
+
 def nested_bytes(*modules: nn.Module) -> int:
     """Return the bytes of all nested weights of the modules, read at eight bits."""
     return sum(
