@@ -7,7 +7,6 @@ Timing is not its subject.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import click
 
 from benchmarks.fusion_plans import SWEPT, WEIGHTS, Setting, Wanted, find_plans, wanted
-from benchmarks.sweep import against_random, heading, interval, read_corpus, text_options, write_results
+from benchmarks.sweep import against_random, heading, interval, read_corpus, show_dot, text_options, write_results
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.errors import InputError, QuickSilverError
@@ -86,7 +85,7 @@ def measure(model: Any, name: str, mode: FusionMode, found: list[tuple[Wanted, P
     plans = (Plan.dense(), *(plan for _, plan in found))
     decoders = [Decoder(model.adapter, plan, model.special_ids) for plan in plans]
     text = material.measured
-    records = run_windows(decoders, text.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
+    records = run_windows(decoders, text.windows, "score", show_dot)
     rows = build_rows(records, text, material.protocol, "score", name)
     got = [_fused(record, mode) for record in records[1:]]
     controls = against_random(records, got, [window.num_scored for window in text.windows])

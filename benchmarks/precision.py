@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.sweep import heading, interval, read_corpus, text_options, write_results
+from benchmarks.sweep import heading, interval, read_corpus, show_dot, text_options, write_results
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.calibrate.widths import fit
 from quicksilver.core.plan import Plan
@@ -161,7 +161,7 @@ def main(
     plans = plans_for(nested, windows[: max(len(windows) // 2, 1)])
     decoders = [Decoder(loaded.adapter, Plan.dense())]
     decoders += [Decoder(nested.adapter, plan, nested.special_ids) for plan in plans]
-    records = run_windows(decoders, measured.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
+    records = run_windows(decoders, measured.windows, "score", show_dot)
     rows = build_rows(records, measured, protocol, "score", Path(model).name)
     nesting = f"weights nested in groups of {group_size}, head too (8 bits), error-compensated; calibration {held.name}"
     rows = [{**row, "nesting": nesting} for row in rows]

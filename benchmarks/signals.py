@@ -23,6 +23,7 @@ from benchmarks.sweep import (
     heading,
     interval,
     read_corpus,
+    show_dot,
     text_options,
     write_results,
 )
@@ -174,7 +175,7 @@ def main(
         raise click.UsageError(str(error)) from None
     found = [(None, Plan.preset("paper")), *find_plans(loaded, shares, fitted.windows)]
     decoders = [Decoder(loaded.adapter, plan, loaded.special_ids) for plan in (Plan.dense(), *(p for _, p in found))]
-    records = run_windows(decoders, measured.windows, "score", lambda: print(".", end="", file=sys.stderr, flush=True))
+    records = run_windows(decoders, measured.windows, "score", show_dot)
     rows = build_rows(records, measured, protocol, "score", Path(model).name)
     counts = [window.num_scored for window in measured.windows]
     controls = against_random(records, [saved(r.decoder, r.trace) for r in records[1:]], counts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,6 +146,11 @@ def interval(delta: dict[str, Any]) -> str:
     """Return a difference of losses with its interval, as a table's cell."""
     bounds = delta["nll_ci95"]
     return f"{delta['nll']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
+
+
+def show_dot() -> None:
+    """Show on stderr that a window is done."""
+    print(".", end="", file=sys.stderr, flush=True)
 
 
 def write_results(output: str, rows: Sequence[dict[str, Any]], markdown: str) -> None:

@@ -5,13 +5,13 @@ What they are used for is `quant/rounding.py`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quicksilver.calibrate.hooks import observing
 from quicksilver.errors import InputError, ModelError
 from quicksilver.models.nesting import HEAD, input_groups, layout_of
 
@@ -42,8 +42,12 @@ def collect_hessians(
         UnsupportedModelError: the family is not supported.
     """
     sums: dict[str, Tensor] = {}
-    body = model.get_submodule(layout_of(model).body)
-    with _watched(model, sums):
+    body, names = model.get_submodule(layout_of(model).body), [name for name, *_ in input_groups(model)]
+
+    def observe(i: int, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        _add(sums, names[i], args[0])
+
+    with observing([model.get_submodule(name) for name in names], observe):
         for window in windows:
             ids = torch.tensor(window, device=model.device)
             outside = ids[(ids < 0) | (ids >= model.config.vocab_size)]
@@ -58,26 +62,6 @@ def collect_hessians(
         if not bool(torch.isfinite(total).all()):
             raise ModelError(f"the inputs of {name!r} are NaN or infinite on the calibration text")
     return sums | {name: sums[group[0]] for group in input_groups(model) if group[0] in sums for name in group}
-
-
-@contextmanager
-def _watched(model: Any, sums: dict[str, Tensor]) -> Iterator[None]:
-    """Add up the inputs of the first map of each group under its name, as long as the context lasts."""
-    hooks = []
-    try:
-        for name, *_ in input_groups(model):
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(_adder(sums, name)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _adder(sums: dict[str, Tensor], name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-    def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        _add(sums, name, inputs[0])
-
-    return add
 
 
 def _add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:

@@ -6,10 +6,8 @@ Nothing here ranks tokens at run time: what comes out is absolute thresholds, fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
+from quicksilver.calibrate.hooks import observing
 from quicksilver.core.decisions import ChannelView, TokenWidthView
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, PrecisionRule
@@ -122,7 +121,7 @@ def _fit_channels(
         product = output if module.bias is None else output - module.bias
         power[i] += float(product.double().square().sum())
 
-    with _observing(modules, observe):
+    with observing(modules, observe):
         decoder = Decoder(adapter, Plan.dense())
         for window in windows:
             _run(decoder, window)
@@ -179,16 +178,6 @@ def _thresholds(scores: _MapScores, widths: tuple[int, ...], log_price: float) -
 def _mean_bits(scores: _MapScores, widths: tuple[int, ...], thresholds: Thresholds) -> float:
     above = [0.0, *(share_above(scores.counts, limit) for limit in thresholds), 1.0]
     return sum(width * (upto - before) for width, (before, upto) in zip(widths, pairwise(above), strict=True))
-
-
-@contextmanager
-def _observing(modules: Sequence[NestedLinear], observe: Callable[..., None]) -> Iterator[None]:
-    hooks = [module.register_forward_hook(partial(observe, i)) for i, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _run(decoder: Decoder, token_ids: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: i
     return load(model, plan, dtype, device), load_tokenizer(model)
 
 
+def calibration_windows(corpus: Any, tokenizer: Any, max_positions: int, context: int, max_tokens: int) -> Any:
+    """Return windows of calibration text that do not overlap, of `context` tokens or the model's limit."""
+    from quicksilver.measure.windows import Protocol, cut, default_bos
+
+    bos_id, context = default_bos(tokenizer), min(max_positions, context)
+    return cut(corpus, tokenizer, Protocol(context, max(context - (bos_id is not None), 1), bos_id, max_tokens)).windows
+
+
 def display_name(model: str) -> str:
     """Return a model's name for tables: the folder's own name, or the id as given."""
     return Path(model).resolve().name if Path(model).is_dir() else model

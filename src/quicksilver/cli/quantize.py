@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import progress, quiet_transformers
+from quicksilver.cli.common import calibration_windows, progress, quiet_transformers
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -113,13 +113,9 @@ def _tokenizer(model: str, required: bool) -> Any:
 
 def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int, head: bool) -> Any:
     from quicksilver.calibrate.hessians import collect_hessians
-    from quicksilver.measure.windows import Protocol, cut, default_bos
     from quicksilver.models import registry
 
-    bos_id = default_bos(tokenizer)
-    context = min(registry.adapt(model).spec.max_positions, _CONTEXT)
-    stride = max(context - (bos_id is not None), 1)
-    windows = cut(corpus, tokenizer, Protocol(context, stride, bos_id, max_tokens)).windows
+    windows = calibration_windows(corpus, tokenizer, registry.adapt(model).spec.max_positions, _CONTEXT, max_tokens)
     with progress("calibration windows", len(windows)) as advance:
         return collect_hessians(model, (window.token_ids for window in windows), head, advance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quicksilver.cli.common import progress
+from quicksilver.cli.common import calibration_windows, progress
 
 CALIBRATION_HELP = "UTF-8 text that width thresholds are fitted to (default: text sampled from the model)."
 _CALIBRATION_TOKENS = 4096
@@ -66,10 +66,7 @@ def _windows(model: Any, tokenizer: Any, calibration: str | None) -> tuple[list[
 
         return sample_windows(model, _CALIBRATION_TOKENS), "sampled from the model (seed 0)"
     from quicksilver.measure.texts import read_text
-    from quicksilver.measure.windows import Protocol, cut, default_bos
 
-    context = min(model.adapter.spec.max_positions, _WINDOW)
-    bos_id = default_bos(tokenizer)
-    protocol = Protocol(context, context - (bos_id is not None), bos_id, _CALIBRATION_TOKENS)
-    windows = cut(read_text(calibration), tokenizer, protocol).windows
+    limit = model.adapter.spec.max_positions
+    windows = calibration_windows(read_text(calibration), tokenizer, limit, _WINDOW, _CALIBRATION_TOKENS)
     return [torch.tensor(window.token_ids) for window in windows], f"of {calibration}"

@@ -18,6 +18,8 @@ from quicksilver.quant.planes import MAX_WIDTH, Planes
 GROUP_SIZES = (32, 64, 128)
 STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs
 MAX_CODE = 2**MAX_WIDTH - 1
+TABLE_WIDTHS = (4, 2)
+"""Widths whose levels are fitted by least squares and kept with the codes, in this order."""
 
 
 def check_group_size(group_size: object) -> int:

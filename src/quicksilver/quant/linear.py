@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
-_TABLE_WIDTHS = (4, 2)  # widths whose levels are kept, in this order
 
 
 class NestedWeight(nn.Module):
@@ -98,15 +97,16 @@ class NestedLinear(NestedWeight):
         """
         rows = x.reshape(-1, self.num_inputs)
         if isinstance(widths, int):
-            y = rows @ self._weight(width=widths).to(x.dtype) if widths else x.new_zeros((len(rows), self.num_outputs))
+            y = rows @ self._weight(widths, x.dtype) if widths else x.new_zeros((len(rows), self.num_outputs))
         else:
             y = self._by_row(rows, widths) if widths.dim() == 1 else self._by_channel(rows, widths)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.num_outputs)
 
-    def _weight(self, width: int, channels: Tensor | None = None) -> Tensor:
+    def _weight(self, width: int, dtype: torch.dtype, channels: Tensor | None = None) -> Tensor:
+        """Return the weights of all channels, or of the given ones, [M, out]."""
         codes = self.codes if channels is None else self.codes.select(channels, width)
-        return codes.dequantize(width)
+        return codes.dequantize(width).to(dtype)
 
     def _by_row(self, x: Tensor, widths: Tensor) -> Tensor:
         """Return [N, out]: for each width one product, over the rows that read it."""
@@ -114,7 +114,7 @@ class NestedLinear(NestedWeight):
         for width in range(1, MAX_WIDTH + 1):
             rows = (widths == width).nonzero().squeeze(-1)
             if len(rows):
-                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(width).to(x.dtype))
+                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(width, x.dtype))
         return y
 
     def _by_channel(self, x: Tensor, widths: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class NestedLinear(NestedWeight):
             channels = chosen.any(0).nonzero().squeeze(-1)
             if len(channels):
                 part = torch.where(chosen, x, 0.0).index_select(1, channels)
-                y += part @ self._weight(width, channels).to(x.dtype)
+                y += part @ self._weight(width, x.dtype, channels)
         return y
 
 
@@ -166,11 +166,11 @@ class NestedEmbedding(NestedWeight):
 def _pack_constants(codes: NestedCodes) -> Tensor:
     """Return the largest scale and the levels of narrow prefixes as the bits of float32, [21] int32."""
     device = codes.planes[0].device
-    tables = [codes.tables.get(width, centres(width)).to(device) for width in _TABLE_WIDTHS]
+    tables = [codes.tables.get(width, centres(width)).to(device) for width in TABLE_WIDTHS]
     return torch.cat((codes.grid.largest[None], *tables)).view(torch.int32)
 
 
 def _unpack_constants(constants: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     values = constants.view(torch.float32)
-    tables = values[1:].split([2**width for width in _TABLE_WIDTHS])
-    return values[0], dict(zip(_TABLE_WIDTHS, tables, strict=True))
+    tables = values[1:].split([2**width for width in TABLE_WIDTHS])
+    return values[0], dict(zip(TABLE_WIDTHS, tables, strict=True))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PLANE_BITS = (2, 2, 2, 2)
-"""Bits of a code in each plane, leading bits first."""
+from quicksilver.core.rules.precision import MAX_WIDTH
 
-MAX_WIDTH = sum(PLANE_BITS)
+PLANE_BITS = (2, 2, 2, 2)
+"""Bits of a code in each plane, leading bits first; MAX_WIDTH together."""
 
 Planes = tuple[Tensor, ...]
 """Codes [in, out] as one uint8 tensor [in, ceil(out * bits / 8)] for each plane.

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.errors import ModelError
-from quicksilver.quant.codes import Grid, NestedCodes, centres
-
-TABLE_WIDTHS = (4, 2)
-"""Widths whose levels are fitted by least squares."""
+from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 
 REACH = 2.0
 """How far, in steps of 8-bit codes, a weight may lie outside the cell that its 4-bit version chooses."""
