@@ -16,6 +16,7 @@ RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
     "relative": rules.RelativeDriftRule,
     "fixed_point": rules.FixedPointRule,
     "entropy": rules.EntropyRule,
+    "fitted": rules.FittedRule,
     "forced": rules.ForcedRule,
     "random": rules.RandomRule,
     "all": rules.AllRule,
@@ -49,6 +50,8 @@ def encode(value: object) -> Any:
     """Return a rule or a fill as a dictionary with its type's name first; other values unchanged."""
     if isinstance(value, tuple):
         return [encode(item) for item in value]
+    if isinstance(value, rules.Shortcut):
+        return encode_fields(value)
     if type(value) not in _NAMES:
         return value
     return {"type": _NAMES[type(value)], **encode_fields(value)}
@@ -79,6 +82,25 @@ def decode_precision(data: object, source: str) -> rules.PrecisionConfig:
     values = _with_rule(data, f"{source}: precision")
     values["rule"] = _decode_width_rule(values["rule"], f"{source}: precision.rule")
     return _construct(rules.PrecisionConfig, values, f"{source}: precision")
+
+
+def decode_maps(data: object, source: str) -> rules.MapConfig:
+    """Build a configuration of fitted maps; `source` names the plan in errors."""
+    return _construct(rules.MapConfig, _object(data, f"{source}: maps"), f"{source}: maps")
+
+
+def decode_shortcuts(data: object, source: str) -> rules.ShortcutConfig:
+    """Build a configuration of shortcuts; `source` names the plan in errors."""
+    where = f"{source}: shortcuts"
+    values = _object(data, where)
+    members = values.get("shortcuts")
+    if not isinstance(members, list):
+        raise PlanError(f"{where}.shortcuts must be a list, got {repr(members)[:40]}")
+    values["shortcuts"] = tuple(
+        _construct(rules.Shortcut, _object(member, f"{where}[{i}]"), f"{where}[{i}]")
+        for i, member in enumerate(members)
+    )
+    return _construct(rules.ShortcutConfig, values, where)
 
 
 def _decode_width_rule(data: object, where: str) -> rules.PrecisionRule:

@@ -24,12 +24,15 @@ from quicksilver.core.rules import (
     FusionConfig,
     HaltingConfig,
     KVFill,
+    MapConfig,
     PrecisionConfig,
     PropagateFill,
     RelativeDriftRule,
+    ShortcutConfig,
     UniformWidthRule,
     ZeroFill,
 )
+from quicksilver.core.tensors import AffineMap, PlanTensors
 from quicksilver.errors import PlanError
 
 PLAN_VERSION = 1
@@ -45,6 +48,9 @@ class Plan:
         kv: what fills the deeper keys and values of a halted token.
         fusion: which adjacent tokens become one, or None for none.
         precision: how many bits of nested weights are read, or None for all.
+        maps: where fitted maps to the last layer's state are used, or None for nowhere.
+        shortcuts: which sublayers fitted maps stand in for, or None for none.
+        tensors: what was fitted, or None for nothing.
     """
 
     name: str = "plan"
@@ -52,6 +58,9 @@ class Plan:
     kv: KVFill = field(default_factory=DropFill)
     fusion: FusionConfig | None = None
     precision: PrecisionConfig | None = None
+    maps: MapConfig | None = None
+    shortcuts: ShortcutConfig | None = None
+    tensors: PlanTensors | None = None
 
     @classmethod
     def dense(cls) -> Plan:
@@ -72,11 +81,16 @@ class Plan:
             raise PlanError(f"no preset plan is called {name!r}; presets: {known}") from None
 
     @classmethod
-    def from_dict(cls, data: object, source: str = "plan") -> Plan:
-        """Build a plan from decoded JSON; `source` names it in errors.
+    def from_dict(cls, data: object, source: str = "plan", tensors: PlanTensors | None = None) -> Plan:
+        """Build a plan from decoded JSON.
+
+        Args:
+            data: the JSON object.
+            source: names it in errors.
+            tensors: what was fitted, where the plan refers to that.
 
         Raises:
-            PlanError: unknown version, key, type or value.
+            PlanError: unknown version, key, type or value; other tensors than the plan's.
         """
         if not isinstance(data, dict):
             raise PlanError(f"{source}: a plan is a JSON object, got {type(data).__name__}")
@@ -85,9 +99,10 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        halting, kv, fusion, precision = (
-            data.pop(mechanism, None) for mechanism in ("halting", "kv", "fusion", "precision")
+        halting, kv, fusion, precision, maps, shortcuts, declared = (
+            data.pop(key, None) for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "tensors")
         )
+        _check_tensors(declared, tensors, source)
         name = data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
@@ -99,6 +114,9 @@ class Plan:
             kv=DropFill() if kv is None else codec.decode_fill(kv, source),
             fusion=None if fusion is None else codec.decode_fusion(fusion, source),
             precision=None if precision is None else codec.decode_precision(precision, source),
+            maps=None if maps is None else codec.decode_maps(maps, source),
+            shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
+            tensors=tensors,
         )
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
@@ -106,7 +124,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan from a JSON file.
+        """Read a plan from a JSON file, and its tensors from the file beside it that it names.
 
         Raises:
             PlanError: the file is missing, unreadable, or not a valid plan.
@@ -117,7 +135,7 @@ class Plan:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{path}: not a JSON plan: {error}") from None
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(data, str(path), _load_tensors(data, Path(path)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, with its version and hash."""
@@ -125,8 +143,13 @@ class Plan:
         return {"version": PLAN_VERSION, "name": self.name, **body, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; an interrupted write leaves nothing half-written."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the plan as JSON, its tensors beside it first; no interruption leaves a file half-written."""
+        path, data = Path(path), self.to_dict()
+        if self.tensors is not None:
+            beside = path.with_suffix(".safetensors")
+            data["tensors"] = {"file": beside.name, **data["tensors"]}
+            self.tensors.save(beside)
+        write_atomically(path, json.dumps(data, indent=2) + "\n")
 
     @cached_property
     def hash(self) -> str:
@@ -137,7 +160,7 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        return self.halting is None and self.fusion is None and self.precision is None
+        return all(each is None for each in (self.halting, self.fusion, self.precision, self.shortcuts))
 
     @property
     def is_recipe(self) -> bool:
@@ -148,12 +171,13 @@ class Plan:
         """Return the same plan under another label."""
         return replace(self, name=name)
 
-    def check_model(self, num_layers: int, num_maps: int) -> None:
+    def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> None:
         """Raise PlanError where the plan does not fit a model.
 
         Args:
             num_layers: its layers.
             num_maps: nested linear maps of each; 0 where its weights are plain.
+            hidden_size: of its states.
         """
         try:
             if self.halting is not None:
@@ -162,8 +186,23 @@ class Plan:
                 self.fusion.after_layers(num_layers)
             if self.precision is not None:
                 self._check_precision(self.precision, num_layers, num_maps)
+            if self.shortcuts is not None:
+                self.shortcuts.check_depth(num_layers)
+            self.fitted_maps(num_layers, hidden_size)
         except PlanError as error:
             raise PlanError(f"plan {self.name!r}: {error}") from None
+
+    def fitted_maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
+        """Return the fitted maps that the plan uses, by name: `output.LAYER`, and each shortcut's.
+
+        Raises:
+            PlanError: tensors are missing or of another model's shape.
+        """
+        tensors = self.tensors or {}
+        names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []
+        if self.maps is not None and self.halting is not None:
+            names += [f"output.{i}" for i in range(self.halting.first_halt(num_layers), num_layers - 1)]
+        return {name: AffineMap.named(tensors, name, hidden_size) for name in names}
 
     @staticmethod
     def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:
@@ -176,10 +215,32 @@ class Plan:
     def _body(self) -> dict[str, Any]:
         halting = None if self.halting is None else codec.encode_fields(self.halting)
         body = {"halting": halting, "kv": codec.encode(self.kv)}
-        for mechanism in ("fusion", "precision"):  # plans without one keep the hash they had before there was one
-            if (config := getattr(self, mechanism)) is not None:
-                body[mechanism] = codec.encode_fields(config)
+        for part in ("fusion", "precision", "maps", "shortcuts"):  # plans without one keep the hash they always had
+            if (config := getattr(self, part)) is not None:
+                body[part] = codec.encode_fields(config)
+        if self.tensors is not None:
+            body["tensors"] = {"digest": self.tensors.digest}
         return body
+
+
+def _load_tensors(data: object, path: Path) -> PlanTensors | None:
+    """Return the tensors that a plan's file refers to, None where it refers to none."""
+    declared = data.get("tensors") if isinstance(data, dict) else None
+    if declared is None:
+        return None
+    file = declared.get("file") if isinstance(declared, dict) else None
+    if not isinstance(file, str) or not file or Path(file).name != file:
+        raise PlanError(f"{path}: tensors.file must be the name of a file beside the plan, got {file!r}")
+    return PlanTensors.load(path.parent / file)
+
+
+def _check_tensors(declared: object, tensors: PlanTensors | None, source: str) -> None:
+    digest = declared.get("digest") if isinstance(declared, dict) else None
+    if declared is not None and not isinstance(digest, str):
+        raise PlanError(f"{source}: tensors.digest is missing")
+    found = None if tensors is None else tensors.digest
+    if digest != found:
+        raise PlanError(f"{source}: the plan's tensors have digest {found}, it was made with {digest}")
 
 
 def _paper(name: str, kv: KVFill) -> Plan:

@@ -102,6 +102,9 @@ class LayerTrace:
         group_sizes: fused groups by the tokens that they stand for.
         signal_rows: rows for which each signal was computed after this layer; of "score", channels in it.
         widths: bits read of its nested weights, a WidthCounts.
+        shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
+        fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
+        fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
     """
 
     def __init__(self) -> None:
@@ -115,6 +118,14 @@ class LayerTrace:
         self.group_sizes: Counter[int] = Counter()
         self.signal_rows: Counter[str] = Counter()
         self.widths = WidthCounts()
+        self.shortcut_rows: Counter[str] = Counter()
+        self.fitted_macs = 0
+        self.fitted_bytes = 0
+
+    def record_fitted(self, rows: int, macs: int, nbytes: int) -> None:
+        """Count a fitted map or gate of so many multiply-adds and bytes, applied to `rows` rows."""
+        self.fitted_macs += rows * macs
+        self.fitted_bytes += rows * nbytes
 
 
 class Trace:

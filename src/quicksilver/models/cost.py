@@ -64,10 +64,12 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
         of_head = signals.get("head", 0)
         other = layer.attended.value * spec.attention_macs_per_pair + sum(signals.values()) - of_head
+        other += layer.fitted_macs
         macs += linear + of_head + other
         bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits
         weight_bytes += layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
         weight_bytes += layer.signal_rows["head"] * spec.head_weight_bytes + layer.widths.bytes_read
+        weight_bytes += layer.fitted_bytes
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     head_macs = trace.head_rows * spec.head_macs
     return Cost(macs, head_macs, weight_bytes, bitops + head_macs * spec.head_bits * activation_bits)

@@ -48,7 +48,7 @@ class Decoder:
         special_ids: Sequence[int] = (),
         backend: AttentionBackend = "sdpa",
     ) -> None:
-        plan.check_model(adapter.spec.num_layers, len(adapter.layers[0].nested))
+        plan.check_model(adapter.spec.num_layers, len(adapter.layers[0].nested), adapter.spec.hidden_size)
         self.adapter = adapter
         self.spec = adapter.spec
         self.plan = plan

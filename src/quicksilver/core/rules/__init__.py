@@ -19,6 +19,7 @@ from quicksilver.core.rules.halting import (
     CombinedRule,
     DriftRule,
     EntropyRule,
+    FittedRule,
     FixedPointRule,
     ForcedRule,
     HaltingConfig,
@@ -28,6 +29,7 @@ from quicksilver.core.rules.halting import (
     ThresholdRule,
 )
 from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules.maps import MapConfig, Shortcut, ShortcutConfig
 from quicksilver.core.rules.precision import (
     CappedWidthRule,
     ChannelWidthRule,
@@ -49,6 +51,7 @@ __all__ = [
     "DropFill",
     "EntropyRule",
     "EntropyWidthRule",
+    "FittedRule",
     "FixedPointRule",
     "ForcedFusionRule",
     "ForcedRule",
@@ -62,6 +65,7 @@ __all__ = [
     "KVFill",
     "KeyFusionRule",
     "L2FusionRule",
+    "MapConfig",
     "PrecisionConfig",
     "PrecisionRule",
     "PropagateFill",
@@ -69,6 +73,8 @@ __all__ = [
     "RandomRule",
     "RelativeDriftRule",
     "ShareFill",
+    "Shortcut",
+    "ShortcutConfig",
     "SimilarityRule",
     "Threshold",
     "ThresholdRule",

@@ -77,6 +77,16 @@ class EntropyRule(ThresholdRule):
 
 
 @dataclass(frozen=True)
+class FittedRule(ThresholdRule):
+    """What a fitted gate predicts that halting would cost, in nats: KL(full prediction || the halted token's).
+
+    The gates are the plan's tensors `gate.LAYER.weight`, [d + 4]: of the state over its root mean square, of the
+    logarithm of the relative update's norm, of the cosine of successive updates, of the logarithm of the state's
+    norm, and a constant; their product is the logarithm of the nats. A layer without a gate halts nobody.
+    """
+
+
+@dataclass(frozen=True)
 class ForcedRule(HaltingRule):
     """The token at position p runs `depths[p % len(depths)]` layers: a fixed pattern, for tests and timing."""
 
