@@ -84,7 +84,7 @@ def _fit_entropy(
 
 
 @dataclass(frozen=True)
-class _MapScores:
+class MapScores:
     """What is known of one linear map.
 
     Attributes:
@@ -111,6 +111,24 @@ class _MapScores:
 def _fit_channels(
     rule: ChannelWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
 ) -> ChannelWidthRule:
+    maps = collect_scores(rule, adapter, windows, on_window)
+    if isinstance(rule.target, tuple):
+        return rule.fitted(tuple(quantiles(each.counts, rule.target) for each in maps))
+    assert rule.target is not None
+    return rule.fitted(_balance(maps, rule.widths, rule.target))
+
+
+def collect_scores(
+    rule: ChannelWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+) -> list[MapScores]:
+    """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
+
+    Args:
+        rule: says what a score is, and which widths there are.
+        adapter: a model with nested weights.
+        windows: token ids [T] of calibration text, each run on its own.
+        on_window: called after each window.
+    """
     modules = [module for layer in adapter.layers for module in layer.nested]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)
@@ -126,18 +144,14 @@ def _fit_channels(
         for window in windows:
             _run(decoder, window)
             on_window()
-    if isinstance(rule.target, tuple):
-        return rule.fitted(tuple(quantiles(each, rule.target) for each in counts))
     rows = sum(len(window) for window in windows)
-    maps = [
+    return [
         _map_scores(rule, module, each, total / rows)
         for module, each, total in zip(modules, counts, power, strict=True)
     ]
-    assert rule.target is not None
-    return rule.fitted(_balance(maps, rule.widths, rule.target))
 
 
-def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, power: float) -> _MapScores:
+def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, power: float) -> MapScores:
     weight = module.codes.dequantize()
     total = max(float(weight.double().square().sum()), 1e-30)
     lost = tuple(
@@ -145,38 +159,48 @@ def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, po
         for width in rule.widths
     )
     of_score = 1.0 if rule.score == "weighted" else total / module.num_inputs
-    return _MapScores(counts, module.num_inputs, module.num_outputs, of_score / max(power, 1e-30), lost)
+    return MapScores(counts, module.num_inputs, module.num_outputs, of_score / max(power, 1e-30), lost)
 
 
-def _balance(maps: Sequence[_MapScores], widths: tuple[int, ...], target: float) -> tuple[Thresholds, ...]:
+def _balance(maps: Sequence[MapScores], widths: tuple[int, ...], target: float) -> tuple[Thresholds, ...]:
     """Return each map's thresholds at the price of a bit at which `target` bits are read on average."""
     low, high, total = -200.0, 200.0, sum(each.cost for each in maps)  # log2 of the price
     for _ in range(_BISECTIONS):
         price = (low + high) / 2
-        spent = sum(each.cost * _mean_bits(each, widths, _thresholds(each, widths, price)) for each in maps)
+        spent = sum(each.cost * _mean_bits(each, widths, thresholds(each, widths, 2.0**price)) for each in maps)
         if spent > target * total:
             low = price
         else:
             high = price
-    return tuple(_thresholds(each, widths, high) for each in maps)
+    return tuple(thresholds(each, widths, 2.0**high) for each in maps)
 
 
-def _thresholds(scores: _MapScores, widths: tuple[int, ...], log_price: float) -> Thresholds:
-    """Return the scores from which on each width's further bits are worth their price.
+def thresholds(
+    scores: MapScores, widths: tuple[int, ...], bit_price: float, mac_price: float = 0.0, weight: float = 1.0
+) -> Thresholds:
+    """Return the scores from which on each width is worth what it costs more than the next.
 
-    A channel of score s loses `s ** 2 * lost * worth` at a width and costs `width * num_outputs` bits.
+    A channel of score s loses `s ** 2 * lost * worth * weight` at a width, and costs `num_outputs` multiply-adds
+    unless it is left out, and `width * num_outputs` bits.
+
+    Args:
+        scores: of the map.
+        widths: descending.
+        bit_price: of a bit read for one multiply-add, in what `weight` is given in.
+        mac_price: of a multiply-add.
+        weight: what the map's relative squared error is worth.
     """
     limits = []
     for (wide, narrow), (less, more) in zip(pairwise(widths), pairwise(scores.lost), strict=True):
-        bits, gain = (wide - narrow) * scores.num_outputs, max(more - less, 1e-30) * scores.worth
-        limits.append(2.0 ** ((log_price + math.log2(bits / gain)) / 2))
+        saved = scores.num_outputs * ((wide - narrow) * bit_price + (mac_price if narrow == 0 else 0.0))
+        limits.append(math.sqrt(saved / (max(more - less, 1e-30) * scores.worth * max(weight, 1e-30))))
     for i in range(len(limits) - 2, -1, -1):  # a width that is never the best choice is passed over
         limits[i] = max(limits[i], limits[i + 1])
     return tuple(limits)
 
 
-def _mean_bits(scores: _MapScores, widths: tuple[int, ...], thresholds: Thresholds) -> float:
-    above = [0.0, *(share_above(scores.counts, limit) for limit in thresholds), 1.0]
+def _mean_bits(scores: MapScores, widths: tuple[int, ...], limits: Thresholds) -> float:
+    above = [0.0, *(share_above(scores.counts, limit) for limit in limits), 1.0]
     return sum(width * (upto - before) for width, (before, upto) in zip(widths, pairwise(above), strict=True))
 
 

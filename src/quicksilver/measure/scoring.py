@@ -116,10 +116,27 @@ def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
 
 def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
     """Run all engines over one window and add what they predicted to their records."""
-    token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
+    compare(records, [feed(record, window, mode) for record in records], window)
+
+
+def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
+    """Run an engine over one window, but for its head; add what it cost to its record."""
+    token_ids = torch.tensor(window.token_ids, device=record.decoder.spec.device)
     prompt = window.prompt if mode == "score" else window.first_scored
     prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
-    fed = [_feed(record, token_ids[:-1], prompt, len(token_ids) if mode == "score" else 1) for record in records]
+    return _feed(record, token_ids[:-1], prompt, len(token_ids) if mode == "score" else 1)
+
+
+def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None:
+    """Apply the engines' heads to what one window gave; add what they predicted to their records.
+
+    Args:
+        records: the baseline's and the plans'.
+        fed: what `feed` gave for each of them.
+        window: the same for all.
+    """
+    token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
+    prompt = len(token_ids) - 1 - fed[0].states.shape[0]
     for record in records:
         record.nll.append(0.0)
     if prompt:  # the prompt's last token predicts the first one scored
@@ -137,7 +154,7 @@ def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None
         record.prompt_seconds.append(each.prompt_clock.seconds)
 
 
-class _Fed(NamedTuple):
+class Fed(NamedTuple):
     """What one engine gave for a window, and the clocks that ran meanwhile.
 
     Attributes:
@@ -153,7 +170,7 @@ class _Fed(NamedTuple):
     clock: _Clock
 
 
-def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> _Fed:
+def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> Fed:
     """Feed the first `prompt` tokens at once, as a prompt, then the rest `size` at a time."""
     decoder = record.decoder
     clocks = _Clock(decoder.spec.device), _Clock(decoder.spec.device)
@@ -168,7 +185,7 @@ def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> _F
         states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size)]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
-    return _Fed(prompt_state, torch.cat(states), *clocks)
+    return Fed(prompt_state, torch.cat(states), *clocks)
 
 
 def _logits(records: list[EngineRecord], clocks: list[_Clock], states: list[Tensor], of_prompt: bool) -> list[Tensor]:
