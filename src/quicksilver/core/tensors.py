@@ -82,6 +82,19 @@ class PlanTensors(Mapping[str, Tensor]):
         return hash(self.digest)
 
 
+def named_gate(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+    """Return the gate of so many weights that the tensor `name` holds.
+
+    Raises:
+        PlanError: it is missing, or of another shape.
+    """
+    if name not in tensors:
+        raise PlanError(f"the plan's tensor {name} is missing")
+    if tuple(tensors[name].shape) != (size,):
+        raise PlanError(f"the plan's tensor {name} has shape {tuple(tensors[name].shape)}, the model needs ({size},)")
+    return tensors[name]
+
+
 class AffineMap:
     """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`.
 
