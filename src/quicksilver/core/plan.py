@@ -246,7 +246,7 @@ def _load_tensors(data: object, path: Path) -> PlanTensors | None:
     if declared is None:
         return None
     file = declared.get("file") if isinstance(declared, dict) else None
-    if not isinstance(file, str) or not file or Path(file).name != file:
+    if not isinstance(file, str) or file in ("", "..") or "\0" in file or Path(file).name != file:
         raise PlanError(f"{path}: tensors.file must be the name of a file beside the plan, got {file!r}")
     return PlanTensors.load(path.parent / file)
 

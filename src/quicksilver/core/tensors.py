@@ -125,7 +125,8 @@ class AffineMap:
                 raise PlanError(f"the plan's tensor {key} is missing")
         found, bias = tuple(tensors[key] for key in weights), tensors[f"{name}.bias"]
         shapes = [tuple(t.shape) for t in found]
-        wanted = [(size, size)] if len(found) == 1 else [(size, shapes[-1][0]), (shapes[0][-1], size)]
+        rank = found[0].shape[-1] if found[0].dim() else 0
+        wanted = [(size, size)] if len(found) == 1 else [(size, rank), (rank, size)]
         if shapes != wanted or tuple(bias.shape) != (size,):
             raise PlanError(f"the plan's map {name} has shapes {shapes}, the model needs {wanted[0][0]} to {size}")
         return cls(found, bias)
