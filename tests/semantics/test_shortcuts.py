@@ -28,7 +28,7 @@ SETS: dict[str, tuple[Shortcut, ...]] = {
     "an mlp": (Shortcut(1, "mlp"),),
     "an attention": (Shortcut(2, "attention"),),
     "a whole layer": (Shortcut(1, "attention"), Shortcut(1, "mlp")),
-    "a gated mlp": (Shortcut(2, "mlp", 3.0),),
+    "a gated mlp": (Shortcut(1, "mlp", 1.5),),
     "a gated attention": (Shortcut(1, "attention", 1.0),),
     "everything, gated": ALL,
     "gated and not": (Shortcut(0, "attention", 0.8), Shortcut(0, "mlp"), Shortcut(3, "attention"), ALL[-2]),
