@@ -19,10 +19,13 @@ from quicksilver.core.rules import (
     KVFill,
     PrecisionConfig,
     PrecisionRule,
+    Shortcut,
+    ShortcutConfig,
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
 from quicksilver.runtime.decoder import Decoder
+from tests import tiny
 
 
 class Run(NamedTuple):
@@ -50,6 +53,12 @@ def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill
 def precision_plan(rule: PrecisionRule, **others: Any) -> Plan:
     """Return a plan that chooses widths by `rule` with nothing protected."""
     return Plan("test", precision=PrecisionConfig(rule, protect_first=0, protect_special=False), **others)
+
+
+def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any = None, **others: Any) -> Plan:
+    """Return a plan that lets tokens past sublayers, with nothing protected unless asked for."""
+    config = ShortcutConfig(shortcuts, **{"protect_first": 0, "protect_special": False, **(protection or {})})
+    return Plan("test", shortcuts=config, tensors=tiny.shortcut_tensors(rank=rank), **others)
 
 
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:

@@ -1,4 +1,4 @@
-"""The definition of halting, of each KV fill and of fusion: every token through every layer, then masks decide.
+"""The definition of halting, KV fills, fusion and shortcuts: every token through every layer, then masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
@@ -29,6 +29,11 @@ Read = Callable[[int, Any, Tensor], Tensor]
 """(layer, a linear map's module, its inputs [T, in]) to its outputs [T, out]."""
 
 
+Bypass = Callable[[int, str, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, "attention" or "mlp", its normed input, the state before the norm, each [T, d]) to who goes past it,
+[T] bool, and what is added to those instead, [T, d]."""
+
+
 def whole(layer_idx: int, module: Any, x: Tensor) -> Tensor:
     """Apply a linear map as it is."""
     return module(x)
@@ -52,6 +57,7 @@ class OracleRun(NamedTuple):
         attended: (query, key) pairs scored in each layer.
         masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
         sizes: sizes of the groups formed after each layer, ascending.
+        past: in each layer, running tokens that went past each sublayer.
     """
 
     logits: Tensor
@@ -59,6 +65,7 @@ class OracleRun(NamedTuple):
     attended: list[int]
     masses: Tensor
     sizes: list[list[int]]
+    past: list[dict[str, int]]
 
 
 def never(*_: object) -> Tensor:
@@ -66,9 +73,20 @@ def never(*_: object) -> Tensor:
     return torch.tensor(False)
 
 
+def through(layer_idx: int, part: str, normed: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Let nobody past a sublayer."""
+    return torch.zeros(len(normed), dtype=torch.bool), torch.zeros_like(normed)
+
+
 @torch.no_grad()
 def run(
-    model: Any, ids: Tensor, fill: KVFill, halts: Halts = never, fusion: Fusion | None = None, read: Read = whole
+    model: Any,
+    ids: Tensor,
+    fill: KVFill,
+    halts: Halts = never,
+    fusion: Fusion | None = None,
+    read: Read = whole,
+    bypass: Bypass = through,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives."""
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
@@ -78,7 +96,7 @@ def run(
     shift = torch.zeros_like(hidden)
     depths = torch.zeros(len(ids), dtype=torch.long)
     newest_key = newest_value = previous_update = None
-    attended, all_masses, sizes = [], [], []
+    attended, all_masses, sizes, past = [], [], [], []
     num_layers = len(parts.layers)
     for layer_idx, layer in enumerate(parts.layers):
         query = layer.qkv(hidden)[0]  # [H, T, D]
@@ -95,10 +113,16 @@ def run(
             assert isinstance(fill, DropFill | PropagateFill | ShareFill)
         listed = running if isinstance(fill, DropFill) else masses > 0
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & listed[None, :]
-        attended.append(int(mask[running].sum()))
         all_masses.append(masses)
-        after = layer.finish(hidden, _attention(query, key, value, mask, layer.scaling, masses))
+        past_attention, mapped = bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
+        attended.append(int(mask[running & ~past_attention].sum()))
+        added = layer.attn_output(_attention(query, key, value, mask, layer.scaling, masses))
+        after = hidden + torch.where(past_attention[:, None], mapped, added)
+        normed = layer.mlp_norm(after)
+        past_mlp, mapped = bypass(layer_idx, "mlp", normed, after)
+        after = after + torch.where(past_mlp[:, None], mapped, layer.mlp(normed))
         after = torch.where(running[:, None], after, hidden)
+        past.append({"attention": int((running & past_attention).sum()), "mlp": int((running & past_mlp).sum())})
         depths += running
         if newest_key is None:
             newest_key, newest_value = own_key, own_value
@@ -115,7 +139,7 @@ def run(
         sizes.append(sorted(formed))
         hidden = after
     logits = model.lm_head(parts.final_norm(hidden))
-    return OracleRun(logits, depths, attended, torch.stack(all_masses), sizes)
+    return OracleRun(logits, depths, attended, torch.stack(all_masses), sizes, past)
 
 
 def _fuse(
@@ -159,7 +183,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling:
 class _Layer(NamedTuple):
     qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     raw_keys: Callable[[Tensor], Tensor]
-    finish: Callable[[Tensor, Tensor], Tensor]
+    attn_norm: Callable[[Tensor], Tensor]
+    attn_output: Callable[[Tensor], Tensor]
+    mlp_norm: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
     scaling: float
 
 
@@ -186,11 +213,14 @@ def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
             )
             return query, key, value
 
-        def finish(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + apply(block.attn.c_proj, attended)
-            return x + apply(block.mlp.c_proj, block.mlp.act(apply(block.mlp.c_fc, block.ln_2(x))))
+        def mlp(normed: Tensor) -> Tensor:
+            return apply(block.mlp.c_proj, block.mlp.act(apply(block.mlp.c_fc, normed)))
 
-        return _Layer(qkv, lambda x: qkv(x)[1].transpose(0, 1), finish, block.attn.scaling)
+        def raw_keys(x: Tensor) -> Tensor:
+            return qkv(x)[1].transpose(0, 1)
+
+        output = partial(apply, block.attn.c_proj)
+        return _Layer(qkv, raw_keys, block.ln_1, output, block.ln_2, mlp, block.attn.scaling)
 
     embedded = body.wte(ids) + body.wpe(torch.arange(len(ids)))
     return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.h)], body.ln_f)
@@ -220,11 +250,11 @@ def _llama_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
         def raw_keys(x: Tensor) -> Tensor:
             return unrotated(block.input_layernorm(x)).transpose(0, 1)
 
-        def finish(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + apply(attention.o_proj, attended)
-            normed, mlp = block.post_attention_layernorm(x), block.mlp
-            return x + apply(mlp.down_proj, mlp.act_fn(apply(mlp.gate_proj, normed)) * apply(mlp.up_proj, normed))
+        def mlp(normed: Tensor) -> Tensor:
+            gated = block.mlp.act_fn(apply(block.mlp.gate_proj, normed)) * apply(block.mlp.up_proj, normed)
+            return apply(block.mlp.down_proj, gated)
 
-        return _Layer(qkv, raw_keys, finish, attention.scaling)
+        norms, output = (block.input_layernorm, block.post_attention_layernorm), partial(apply, attention.o_proj)
+        return _Layer(qkv, raw_keys, norms[0], output, norms[1], mlp, attention.scaling)
 
     return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.layers)], body.norm)

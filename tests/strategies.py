@@ -1,14 +1,17 @@
-"""Hypothesis strategies for plans that do halt and fuse tokens of the tiny models, of every rule and fill."""
+"""Hypothesis strategies for plans that do halt, fuse and detour tokens of the tiny models, of every rule and fill."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 from hypothesis import strategies as st
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
+from quicksilver.core.rules.maps import Part
 from quicksilver.core.rules.precision import ChannelScore, EntropyOf
+from tests import tiny
 
 NUM_LAYERS = 4
 
@@ -65,8 +68,31 @@ fusion_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
-plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)
-fusing_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
+_shortcuts = st.builds(
+    rules.Shortcut,
+    st.integers(0, NUM_LAYERS - 1),
+    st.sampled_from(get_args(Part)),
+    st.none() | st.floats(0.3, 3.0),
+)
+shortcut_configs = st.builds(
+    rules.ShortcutConfig,
+    st.lists(_shortcuts, min_size=1, max_size=5, unique_by=lambda shortcut: shortcut.name).map(tuple),
+    protect_first=st.integers(0, 3),
+    protect_special=st.booleans(),
+)
+
+
+def _maybe_with_shortcuts(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
+    tensors = st.builds(tiny.shortcut_tensors, st.integers(0, 3), st.sampled_from((None, 3)))
+    return drawn | st.builds(
+        lambda plan, config, fitted: replace(plan, shortcuts=config, tensors=fitted), drawn, shortcut_configs, tensors
+    )
+
+
+plans = _maybe_with_shortcuts(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills))
+fusing_plans = _maybe_with_shortcuts(
+    st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
+)
 
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
@@ -106,4 +132,6 @@ precision_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
-precise_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)
+precise_plans = _maybe_with_shortcuts(
+    st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,6 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from quicksilver.core.rules.maps import Part
+from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.nesting import nest
 from quicksilver.quant.config import QuantizationConfig
 
@@ -128,6 +130,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
     )
+
+
+@cache
+def shortcut_tensors(seed: int = 0, rank: int | None = None) -> PlanTensors:
+    """Return random maps and gates past every sublayer of the tiny models, of a rank where one is given.
+
+    A gate's prediction is about 1, give or take a factor of e, so that a threshold near 1 lets some tokens past.
+    """
+    generator, d, tensors = torch.Generator().manual_seed(seed), _LLAMA["hidden_size"], {}
+    for layer_idx in range(_LLAMA["num_hidden_layers"]):
+        for part in get_args(Part):
+            name = f"shortcut.{layer_idx}.{part}"
+            shapes = {"weight": (d, d)} if rank is None else {"down": (d, rank), "up": (rank, d)}
+            for key, shape in shapes.items():
+                tensors[f"{name}.{key}"] = torch.randn(shape, generator=generator) * shape[0] ** -0.5
+            tensors[f"{name}.bias"] = torch.randn(d, generator=generator) * 0.1
+            of_input = torch.randn(d, generator=generator) * d**-0.5
+            tensors[f"{name}.gate"] = torch.cat((of_input, torch.tensor([0.5, -1.5])))
+    return PlanTensors(tensors)
 
 
 def token_ids(count: int, seed: int = 0) -> torch.Tensor:

@@ -13,15 +13,19 @@ from quicksilver.core.rules import (
     EntropyRule,
     ForcedFusionRule,
     ForcedRule,
+    HaltingConfig,
     KVFill,
     PropagateFill,
     ShareFill,
+    Shortcut,
     ZeroFill,
 )
 from quicksilver.models.cost import dense_cost, executed_cost, signal_macs
 from tests import tiny
-from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole
+from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan
 
+PAST = (Shortcut(0, "mlp"), Shortcut(1, "attention"), Shortcut(2, "attention"), Shortcut(2, "mlp"))
+HALTING = HaltingConfig(ForcedRule((2, 1, 4, 3, 4)), min_layer=1, protect_first=0, protect_special=False)
 PLANS = {
     "dense": Plan.dense(),
     **{
@@ -29,6 +33,8 @@ PLANS = {
         for fill in (DropFill(), ZeroFill(), PropagateFill(), ShareFill())
     },
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
+    "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
+    "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=PropagateFill()),
     "nested fusion and halting": fusion_plan(
         ForcedFusionRule((False, True, True, False, True)), ForcedRule((4, 4, 2)), PropagateFill(), layers=(1, 2, 3)
     ),
@@ -103,6 +109,43 @@ def test_similarity_and_merged_means_count() -> None:
     macs += sum(layer.attended.value for layer in trace.layers) * spec.attention_macs_per_pair
     macs += (13 * 4 + 5) * spec.hidden_size + 10 * spec.head_macs
     assert executed_cost(spec, trace).flops == 2 * macs
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gates_count_for_every_token_that_they_are_asked_about(family: str) -> None:
+    """PyTorch's counter sees the product with the input; the norm, its weight and the constant are counted by hand."""
+    gated = tuple(Shortcut(layer, part, 1.0) for layer, part in ((1, "mlp"), (2, "attention")))
+    plan = shortcut_plan(*gated, halting=HALTING, kv=PropagateFill(), protection={"protect_first": 5})
+    engine, ids = decoder(tiny.model(family), plan, backend="eager"), tiny.token_ids(20)
+    run = run_steps(engine, ids)
+    past = run.trace.layers[1].shortcut_rows["mlp"], run.trace.layers[2].shortcut_rows["attention"]
+    asked = 15 * 4 // 5, 15 * 3 // 5  # tokens from the sixth on that run more than one layer, more than two
+    assert 0 < sum(past) < sum(asked)
+    unseen = sum(asked) * (engine.spec.hidden_size + 2)
+    seen = counted_by_torch(lambda: run_steps(engine, ids))
+    assert executed_cost(engine.spec, run.trace).flops == seen + 2 * unseen
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_shortcut_saves_its_sublayers_bytes_and_reads_its_maps(rank: int | None) -> None:
+    """Worked out from the modules' own parameters: 6 tokens, one of them protected."""
+    parts, ids = (Shortcut(0, "mlp"), Shortcut(1, "attention", 1e9)), tiny.token_ids(6)
+    for family in ("gpt2", "qwen2"):
+        model = tiny.model(family)
+        engine = decoder(model, shortcut_plan(*parts, rank=rank, protection={"protect_first": 1}))
+        cost, dense = (
+            executed_cost(each.spec, run_whole(each, ids).trace) for each in (engine, decoder(model, Plan.dense()))
+        )
+        layer = model.transformer.h[0] if family == "gpt2" else model.model.layers[0]
+        if family == "gpt2":
+            c_attn = layer.attn.c_attn
+            queries = [*layer.attn.c_proj.parameters(), c_attn.weight[:, :32], c_attn.bias[:32]]
+        else:
+            queries = [p for m in (layer.self_attn.q_proj, layer.self_attn.o_proj) for p in m.parameters()]
+        skipped = sum(p.numel() for p in (*layer.mlp.parameters(), *queries))
+        fitted = 2 * ((32 * 32 if rank is None else 2 * 32 * rank) + 32) + 34
+        assert dense.weight_bytes - cost.weight_bytes == 5 * 4 * (skipped - fitted)
+        assert cost.bitops == cost.flops // 2 * 32 * 32
 
 
 def test_bytes_and_bit_operations_are_those_of_the_weights_read() -> None:

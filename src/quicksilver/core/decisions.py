@@ -152,6 +152,34 @@ class WidthChoice:
     signal_rows: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ShortcutView:
+    """What enters one sublayer, as the policy that lets tokens past it sees it.
+
+    Attributes:
+        normed: [N, d] the sublayer's normed input.
+        state: [N, d] the states that it was normed from.
+        protected: [N] tokens that must run the sublayer, None where none must.
+    """
+
+    normed: Tensor
+    state: Tensor
+    protected: Tensor | None
+
+
+@dataclass(frozen=True)
+class ShortcutDecision:
+    """Which tokens take a shortcut past a sublayer, and for how many the gate was asked.
+
+    Attributes:
+        take: [N] bool.
+        gate_rows: rows that the gate was applied to.
+    """
+
+    take: Tensor
+    gate_rows: int
+
+
 class Fill(Enum):
     """How a halted token's entry in a layer it skips comes about."""
 

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
 from quicksilver.core.rules import (
@@ -28,11 +30,12 @@ from quicksilver.core.rules import (
     PrecisionConfig,
     PropagateFill,
     RelativeDriftRule,
+    Shortcut,
     ShortcutConfig,
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.core.tensors import AffineMap, PlanTensors
+from quicksilver.core.tensors import AffineMap, PlanTensors, named_gate
 from quicksilver.errors import PlanError
 
 PLAN_VERSION = 1
@@ -189,6 +192,7 @@ class Plan:
             if self.shortcuts is not None:
                 self.shortcuts.check_depth(num_layers)
             self.fitted_maps(num_layers, hidden_size)
+            self.shortcut_gates(hidden_size)
         except PlanError as error:
             raise PlanError(f"plan {self.name!r}: {error}") from None
 
@@ -203,6 +207,19 @@ class Plan:
         if self.maps is not None and self.halting is not None:
             names += [f"output.{i}" for i in range(self.halting.first_halt(num_layers), num_layers - 1)]
         return {name: AffineMap.named(tensors, name, hidden_size) for name in names}
+
+    def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
+        """Return the fitted gates of the shortcuts that ask one, each [hidden_size + 2].
+
+        Raises:
+            PlanError: tensors are missing or of another model's shape.
+        """
+        shortcuts = () if self.shortcuts is None else self.shortcuts.shortcuts
+        return {
+            shortcut: named_gate(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
+            for shortcut in shortcuts
+            if shortcut.threshold is not None
+        }
 
     @staticmethod
     def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:
@@ -229,7 +246,7 @@ def _load_tensors(data: object, path: Path) -> PlanTensors | None:
     if declared is None:
         return None
     file = declared.get("file") if isinstance(declared, dict) else None
-    if not isinstance(file, str) or not file or Path(file).name != file:
+    if not isinstance(file, str) or file in ("", "..") or "\0" in file or Path(file).name != file:
         raise PlanError(f"{path}: tensors.file must be the name of a file beside the plan, got {file!r}")
     return PlanTensors.load(path.parent / file)
 

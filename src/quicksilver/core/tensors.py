@@ -82,6 +82,19 @@ class PlanTensors(Mapping[str, Tensor]):
         return hash(self.digest)
 
 
+def named_gate(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+    """Return the gate of so many weights that the tensor `name` holds.
+
+    Raises:
+        PlanError: it is missing, or of another shape.
+    """
+    if name not in tensors:
+        raise PlanError(f"the plan's tensor {name} is missing")
+    if tuple(tensors[name].shape) != (size,):
+        raise PlanError(f"the plan's tensor {name} has shape {tuple(tensors[name].shape)}, the model needs ({size},)")
+    return tensors[name]
+
+
 class AffineMap:
     """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`.
 
@@ -112,7 +125,8 @@ class AffineMap:
                 raise PlanError(f"the plan's tensor {key} is missing")
         found, bias = tuple(tensors[key] for key in weights), tensors[f"{name}.bias"]
         shapes = [tuple(t.shape) for t in found]
-        wanted = [(size, size)] if len(found) == 1 else [(size, shapes[-1][0]), (shapes[0][-1], size)]
+        rank = found[0].shape[-1] if found[0].dim() else 0
+        wanted = [(size, size)] if len(found) == 1 else [(size, rank), (rank, size)]
         if shapes != wanted or tuple(bias.shape) != (size,):
             raise PlanError(f"the plan's map {name} has shapes {shapes}, the model needs {wanted[0][0]} to {size}")
         return cls(found, bias)

@@ -92,9 +92,9 @@ class LayerTrace:
     """Counts of one layer, summed over the run.
 
     Attributes:
-        query_rows: tokens that ran the whole layer.
+        query_rows: tokens that ran the layer, by shortcuts or in full.
         fill_rows: rows for which key and value alone were projected: halted tokens, and merged means.
-        attended: (query, key) pairs scored, a DeferredSum.
+        attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
         entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
         fusion_rows: rows that reached fusion after this layer.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from quicksilver.core.plan import Plan
+from quicksilver.core.rules.maps import Part
 from quicksilver.core.trace import Trace
 from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
@@ -154,7 +155,13 @@ def _what_ran(trace: Trace) -> dict[str, Any]:
         "halted_by_layer": [layer.halted for layer in trace.layers],
         "fused_by_layer": [layer.fused for layer in trace.layers],
         "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
+        "shortcuts_by_layer": {part: _shortcut_shares(trace, part) for part in get_args(Part)},
     }
+
+
+def _shortcut_shares(trace: Trace, part: Part) -> list[float]:
+    """Return, for each layer, the share of the tokens that ran it which took the shortcut past a sublayer."""
+    return [layer.shortcut_rows[part] / max(layer.query_rows, 1) for layer in trace.layers]
 
 
 def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:

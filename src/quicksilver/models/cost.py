@@ -1,6 +1,6 @@
 """What a run cost: FLOPs, bit operations and bytes, by arithmetic over its trace.
 
-2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals and merging count; norms,
+2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations and residual additions count on neither side.
 """
 
@@ -17,7 +17,7 @@ class Cost:
     """Work of a run or of its dense counterpart, in total over its tokens.
 
     Attributes:
-        body_macs: multiply-adds of the layers, of signals and of merging.
+        body_macs: multiply-adds of the layers, of signals, of fitted maps and of merging.
         head_macs: multiply-adds of the head for logits.
         weight_bytes: weight bytes that the tokens would read were each decoded alone.
         bitops: multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice.
@@ -55,7 +55,9 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     activation_bits = 8 * spec.dtype.itemsize
     macs = weight_bytes = bitops = 0
     for layer in trace.layers:
+        past_mlp, past_attention = layer.shortcut_rows["mlp"], layer.shortcut_rows["attention"]
         linear = layer.query_rows * spec.layer_macs + layer.fill_rows * spec.kv_macs
+        linear -= past_mlp * spec.mlp_macs + past_attention * spec.query_macs
         by_width = layer.widths.macs
         linear -= by_width[0]
         read = (
@@ -68,6 +70,7 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         macs += linear + of_head + other
         bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits
         weight_bytes += layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
+        weight_bytes -= past_mlp * spec.mlp_weight_bytes + past_attention * spec.query_weight_bytes
         weight_bytes += layer.signal_rows["head"] * spec.head_weight_bytes + layer.widths.bytes_read
         weight_bytes += layer.fitted_bytes
     weight_bytes += trace.head_rows * spec.head_weight_bytes

@@ -63,9 +63,13 @@ def _spec(model: Any) -> ModelSpec:
         max_positions=config.n_positions,
         layer_macs=4 * d * d + 2 * d * inner,
         kv_macs=2 * d * d,
+        query_macs=2 * d * d,
+        mlp_macs=2 * d * inner,
         head_macs=d * config.vocab_size,
         layer_weight_bytes=weight_bytes(body.h[0]),
         kv_weight_bytes=weight_bytes(c_attn) * 2 // 3,
+        query_weight_bytes=weight_bytes(c_attn) // 3 + weight_bytes(body.h[0].attn.c_proj),
+        mlp_weight_bytes=weight_bytes(body.h[0].mlp),
         nested_weight_bytes=nested_bytes(body.h[0]),
         head_weight_bytes=weight_bytes(model.lm_head, body.ln_f) + nested_bytes(model.lm_head),
         head_bits=head_bits(model.lm_head, dtype),
@@ -78,11 +82,14 @@ def _spec(model: Any) -> ModelSpec:
 def _layer_ops(block: Any, activation: str) -> LayerOps:
     attention = block.attn
     heads, head_dim, nested = attention.num_heads, attention.head_dim, isinstance(attention.c_attn, NestedSplit)
-    project_qkv, project_kv = (_split_qkv, _split_kv) if nested else (_fused_qkv, _fused_kv)
+    project_qkv, project_kv, project_query = (
+        (_split_qkv, _split_kv, _split_query) if nested else (_fused_qkv, _fused_kv, _fused_query)
+    )
     return LayerOps(
         attn_norm=block.ln_1,
         project_qkv=partial(project_qkv, attention.c_attn, heads, head_dim),
         project_kv=partial(project_kv, attention.c_attn, heads, head_dim),
+        project_query=partial(project_query, attention.c_attn, heads, head_dim),
         attn_output=lambda x, apply: apply(attention.c_proj, x),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp, _activation(block.mlp, activation)),
@@ -110,6 +117,11 @@ def _fused_kv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -
     return fused[:, 0], fused[:, 1]
 
 
+def _fused_query(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> Tensor:
+    d = heads * head_dim
+    return torch.addmm(c_attn.bias[:d], x, c_attn.weight[:, :d]).view(-1, heads, head_dim)
+
+
 def _split_qkv(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply: Apply) -> QKV:
     return QKV(*(apply(part, x).view(-1, heads, head_dim) for part in c_attn.parts))
 
@@ -117,3 +129,7 @@ def _split_qkv(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply:
 def _split_kv(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
     key, value = (apply(part, x).view(-1, heads, head_dim) for part in c_attn.parts[1:])
     return key, value
+
+
+def _split_query(c_attn: NestedSplit, heads: int, head_dim: int, x: Tensor, apply: Apply) -> Tensor:
+    return apply(c_attn.parts[0], x).view(-1, heads, head_dim)

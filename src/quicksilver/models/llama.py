@@ -69,7 +69,8 @@ def _spec(model: Any) -> ModelSpec:
     config, body = model.config, model.model
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    kv_macs = 2 * d * kv_heads * head_dim
+    query_macs, kv_macs = 2 * d * heads * head_dim, 2 * d * kv_heads * head_dim
+    mlp_macs = 3 * d * config.intermediate_size
     attention, dtype = body.layers[0].self_attn, body.norm.weight.dtype
     return ModelSpec(
         family=config.model_type,
@@ -80,11 +81,15 @@ def _spec(model: Any) -> ModelSpec:
         head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_positions=_max_positions(config),
-        layer_macs=2 * d * heads * head_dim + kv_macs + 3 * d * config.intermediate_size,
+        layer_macs=query_macs + kv_macs + mlp_macs,
         kv_macs=kv_macs,
+        query_macs=query_macs,
+        mlp_macs=mlp_macs,
         head_macs=d * config.vocab_size,
         layer_weight_bytes=weight_bytes(body.layers[0]),
         kv_weight_bytes=weight_bytes(attention.k_proj, attention.v_proj),
+        query_weight_bytes=weight_bytes(attention.q_proj, attention.o_proj),
+        mlp_weight_bytes=weight_bytes(body.layers[0].mlp),
         nested_weight_bytes=nested_bytes(body.layers[0]),
         head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
         head_bits=head_bits(model.lm_head, dtype),
@@ -100,6 +105,7 @@ def _layer_ops(layer: nn.Module) -> LayerOps:
         attn_norm=layer.input_layernorm,
         project_qkv=partial(_project_qkv, attention),
         project_kv=partial(_project_kv, attention),
+        project_query=partial(_project_query, attention),
         attn_output=lambda x, apply: apply(attention.o_proj, x),
         mlp_norm=layer.post_attention_layernorm,
         mlp=partial(_mlp, layer.mlp),
@@ -119,9 +125,12 @@ def _project_kv(attention: Any, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor
     return key, _heads(apply(attention.v_proj, x), attention.head_dim)
 
 
+def _project_query(attention: Any, x: Tensor, apply: Apply) -> Tensor:
+    return _heads(apply(attention.q_proj, x), attention.head_dim, getattr(attention, "q_norm", None))
+
+
 def _project_qkv(attention: Any, x: Tensor, apply: Apply) -> QKV:
-    query = _heads(apply(attention.q_proj, x), attention.head_dim, getattr(attention, "q_norm", None))
-    return QKV(query, *_project_kv(attention, x, apply))
+    return QKV(_project_query(attention, x, apply), *_project_kv(attention, x, apply))
 
 
 def _mlp(mlp: Any, x: Tensor, apply: Apply) -> Tensor:

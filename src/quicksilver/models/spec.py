@@ -28,9 +28,13 @@ class ModelSpec:
         max_positions: longest context the runtime accepts.
         layer_macs: multiply-adds of one layer's weight matrices for one token.
         kv_macs: of these, the key and value projections'.
+        query_macs: of these, the query and output projections'.
+        mlp_macs: of these, the MLP's.
         head_macs: multiply-adds of the head for one token.
         layer_weight_bytes: bytes of one layer's weights, but for nested ones: what is read of those, a trace says.
         kv_weight_bytes: of these, the key and value projections'.
+        query_weight_bytes: of these, the query and output projections'.
+        mlp_weight_bytes: of these, the MLP's.
         nested_weight_bytes: bytes of one layer's nested weights, at eight bits.
         head_weight_bytes: bytes of the head and the final norm.
         head_bits: bits of one of the head's weights.
@@ -46,9 +50,13 @@ class ModelSpec:
     max_positions: int
     layer_macs: int
     kv_macs: int
+    query_macs: int
+    mlp_macs: int
     head_macs: int
     layer_weight_bytes: int
     kv_weight_bytes: int
+    query_weight_bytes: int
+    mlp_weight_bytes: int
     nested_weight_bytes: int
     head_weight_bytes: int
     head_bits: int
@@ -100,6 +108,7 @@ class LayerOps:
         attn_norm: norm before attention.
         project_qkv: queries, keys and values of normed rows.
         project_kv: keys and values alone.
+        project_query: queries alone.
         attn_output: output projection of attended values [N, H * D].
         mlp_norm: norm before the MLP.
         mlp: the MLP.
@@ -110,6 +119,7 @@ class LayerOps:
     attn_norm: Map
     project_qkv: Callable[[Tensor, Apply], QKV]
     project_kv: Callable[[Tensor, Apply], tuple[Tensor, Tensor]]
+    project_query: Callable[[Tensor, Apply], Tensor]
     attn_output: Callable[[Tensor, Apply], Tensor]
     mlp_norm: Map
     mlp: Callable[[Tensor, Apply], Tensor]

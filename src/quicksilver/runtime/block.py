@@ -9,9 +9,11 @@ from torch import Tensor
 
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
+from quicksilver.core.rules.maps import Part
 from quicksilver.models.spec import Apply, LayerOps
 from quicksilver.ops import ragged_attention
 from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.shortcuts import Detour
 from quicksilver.runtime.status import Running, TokenStatus
 
 
@@ -37,19 +39,61 @@ def run_layer(
         keeps_keys: return the keys, before rotation, too.
     """
     state = running.state
-    apply = _linear(layer_idx, state.layout.origin, skipped.status, context)
-    query, key, value = layer.project_qkv(layer.attn_norm(state.hidden), apply)
-    key, value = _project_shifted(layer, layer_idx, state, (key, value), skipped.status, context)
-    keys = key if keeps_keys else None
-    if running.rotation is not None:
-        query, key = running.rotation.apply(query), running.rotation.apply(key)
-    _write(layer, layer_idx, state, (key, value), skipped, context)
-    attended = _attend(query, state.layout, layer_idx, layer.scaling, skipped, context)
-    hidden = state.hidden + layer.attn_output(attended, apply)
-    hidden = hidden + layer.mlp(layer.mlp_norm(hidden), apply)
+    added, keys = _attention(layer, layer_idx, running, skipped, context)
+    hidden = state.hidden + added
+    hidden = hidden + _mlp(layer, layer_idx, hidden, state.layout.origin, skipped.status, context)
     context.trace.layers[layer_idx].query_rows += hidden.shape[0]
     state = TokenState(hidden, state.layout, state.mass, state.shift)
-    return Running(state, running.rotation, running.update, keys)
+    return Running(state, running.rotation, running.update, keys if keeps_keys else None)
+
+
+def _attention(
+    layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext
+) -> tuple[Tensor, Tensor]:
+    """Write the layer's entries; return what attention adds to the running rows, and their keys before rotation."""
+    state, status = running.state, skipped.status
+    normed = layer.attn_norm(state.hidden)
+    apply = _linear(layer_idx, state.layout.origin, status, context)
+    detour = _detour(layer_idx, "attention", normed, state.hidden, state.layout.origin, context)
+    if detour is None:
+        asking, query_apply = running, apply
+        query, *projected = layer.project_qkv(normed, apply)
+    else:
+        asking = running.select(detour.through)
+        query_apply = _linear(layer_idx, asking.state.layout.origin, status, context)
+        projected = layer.project_kv(normed, apply)
+        query = layer.project_query(normed.index_select(0, detour.through), query_apply) if len(asking) else None
+    keys, value = _project_shifted(layer, layer_idx, state, tuple(projected), status, context)
+    key = keys if running.rotation is None else running.rotation.apply(keys)
+    _write(layer, layer_idx, state, (key, value), skipped, context)
+    if query is None:
+        return detour.mapped, keys
+    query = query if asking.rotation is None else asking.rotation.apply(query)
+    attended = _attend(query, asking.state.layout, state.layout, layer_idx, layer.scaling, skipped, context)
+    added = layer.attn_output(attended, query_apply)
+    return added if detour is None else detour.join(added), keys
+
+
+def _mlp(
+    layer: LayerOps, layer_idx: int, hidden: Tensor, origins: Tensor, status: TokenStatus, context: PassContext
+) -> Tensor:
+    """Return what the MLP adds to rows [M, d] of the tokens `origins`."""
+    normed = layer.mlp_norm(hidden)
+    detour = _detour(layer_idx, "mlp", normed, hidden, origins, context)
+    if detour is None:
+        return layer.mlp(normed, _linear(layer_idx, origins, status, context))
+    if len(detour.through) == 0:
+        return detour.mapped
+    apply = _linear(layer_idx, origins.index_select(0, detour.through), status, context)
+    return detour.join(layer.mlp(normed.index_select(0, detour.through), apply))
+
+
+def _detour(
+    layer_idx: int, part: Part, normed: Tensor, state: Tensor, origins: Tensor, context: PassContext
+) -> Detour | None:
+    """Return which rows go past a sublayer by its shortcut, None where all run it."""
+    trace = context.trace.layers[layer_idx]
+    return context.shortcuts.decide(layer_idx, part, normed, state, origins, context.unshortened, trace)
 
 
 def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassContext) -> None:
@@ -127,10 +171,17 @@ def _write(
 
 
 def _attend(
-    query: Tensor, layout: RaggedLayout, layer_idx: int, scaling: float, skipped: Skipped, context: PassContext
+    query: Tensor,
+    layout: RaggedLayout,
+    running: RaggedLayout,
+    layer_idx: int,
+    scaling: float,
+    skipped: Skipped,
+    context: PassContext,
 ) -> Tensor:
-    """Attend within each sequence; return [N, num_heads * head_dim]."""
+    """Attend within each sequence, for those running tokens that `layout` lists; return [N, num_heads * head_dim]."""
     outputs, bounds = [], layout.bounds
+    written = running if skipped.fill is Fill.NONE else skipped.status.present
     for seq, length in enumerate(layout.lengths):
         if length == 0:
             continue
@@ -143,7 +194,7 @@ def _attend(
             layout.positions[rows],
             entries.positions,
             scaling,
-            newest=skipped.fill is Fill.NONE or length == skipped.status.present.lengths[seq],
+            newest=length == written.lengths[seq],
             backend=context.backend,
             masses=entries.masses,
         )

@@ -12,6 +12,7 @@ from quicksilver.core.trace import Trace
 from quicksilver.models.rotary import Rotation
 from quicksilver.ops import AttentionBackend
 from quicksilver.runtime.precision import PrecisionStep
+from quicksilver.runtime.shortcuts import ShortcutStep
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class PassContext:
         fuses: for each sequence, whether its tokens may fuse in this pass.
         precision: applies linear maps, at the widths it chooses.
         exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
+        shortcuts: lets tokens past sublayers.
+        unshortened: [N] tokens that run every sublayer in full, None where none must.
         cache: extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
@@ -38,6 +41,8 @@ class PassContext:
     fuses: tuple[bool, ...]
     precision: PrecisionStep
     exempt: Tensor | None
+    shortcuts: ShortcutStep
+    unshortened: Tensor | None
     cache: RaggedKVCache
     trace: Trace
     backend: AttentionBackend

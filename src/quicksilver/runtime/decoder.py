@@ -25,6 +25,7 @@ from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
 from quicksilver.runtime.halting import HaltingStep
 from quicksilver.runtime.precision import PrecisionStep
+from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.status import Running, TokenStatus
 
 
@@ -57,6 +58,7 @@ class Decoder:
         self._halting = HaltingStep(adapter, plan.halting, special_ids)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan.precision, special_ids, self._halting.head_entropy)
+        self._shortcuts = ShortcutStep(adapter, plan, special_ids)
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -178,8 +180,20 @@ class Decoder:
         rotation = None if rotate is None else rotate(chunk.positions)
         protected = self._halting.protected(token_ids, chunk.positions)
         exempt = self._precision.exempt(token_ids, chunk.positions)
+        unshortened = self._shortcuts.exempt(token_ids, chunk.positions)
         return PassContext(
-            chunk, token_ids, protected, rotation, fuses, self._precision, exempt, cache, trace, self.backend
+            chunk=chunk,
+            token_ids=token_ids,
+            protected=protected,
+            rotation=rotation,
+            fuses=fuses,
+            precision=self._precision,
+            exempt=exempt,
+            shortcuts=self._shortcuts,
+            unshortened=unshortened,
+            cache=cache,
+            trace=trace,
+            backend=self.backend,
         )
 
     @torch.no_grad()

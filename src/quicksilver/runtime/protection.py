@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import FusionConfig, HaltingConfig, PrecisionConfig
+from quicksilver.core.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
 
 
 class Protection:
@@ -21,7 +21,7 @@ class Protection:
 
     def __init__(
         self,
-        config: HaltingConfig | FusionConfig | PrecisionConfig | None,
+        config: HaltingConfig | FusionConfig | PrecisionConfig | ShortcutConfig | None,
         special_ids: Sequence[int],
         device: torch.device,
     ) -> None:

@@ -1,0 +1,118 @@
+"""Shortcuts inside a layer: ask the policy who goes past a sublayer, apply the fitted map to them, count both.
+
+The rule itself is in `quicksilver.policies.shortcuts`; the sublayers run in `block.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.decisions import ShortcutView
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules.maps import Part
+from quicksilver.core.tensors import AffineMap
+from quicksilver.core.trace import LayerTrace
+from quicksilver.models.spec import Adapter
+from quicksilver.policies import shortcuts
+from quicksilver.runtime.protection import Protection
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A shortcut with its tensors on the model's device: the map in the model's dtype, the gate in float32 or wider."""
+
+    fitted: AffineMap
+    gate: Tensor | None
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Detour:
+    """The rows of a sublayer's input that a fitted map stands in for, at least one, and those that run it.
+
+    Attributes:
+        past: [T] rows that go past the sublayer, ascending.
+        through: [M] rows that run it, ascending.
+        mapped: [T, d] what the map adds to the rows that go past.
+    """
+
+    past: Tensor
+    through: Tensor
+    mapped: Tensor
+
+    def join(self, ran: Tensor) -> Tensor:
+        """Return what is added to all rows, [N, d], given what the sublayer adds to those that run it, [M, d]."""
+        joined = ran.new_empty((len(self.past) + len(self.through), ran.shape[1]))
+        return joined.index_copy_(0, self.past, self.mapped).index_copy_(0, self.through, ran)
+
+
+class ShortcutStep:
+    """A configuration of shortcuts bound to a model.
+
+    Args:
+        adapter: the model.
+        plan: says who may go past which sublayers, and holds the fitted maps and gates.
+        special_ids: token ids that are protected where the configuration says so.
+    """
+
+    def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int]) -> None:
+        spec, config = adapter.spec, plan.shortcuts
+        self._protection = Protection(config, special_ids, spec.device)
+        self._bound: dict[tuple[int, Part], _Bound] = {}
+        if config is None:
+            return
+        maps, gates = plan.fitted_maps(spec.num_layers, spec.hidden_size), plan.shortcut_gates(spec.hidden_size)
+        wide = torch.promote_types(spec.dtype, torch.float32)
+        for shortcut in config.shortcuts:
+            fitted, gate = maps[shortcut.name].to(spec.device, spec.dtype), gates.get(shortcut)
+            gate = None if gate is None else gate.to(spec.device, wide)
+            self._bound[shortcut.layer, shortcut.part] = _Bound(fitted, gate, shortcut.threshold)
+
+    def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return which tokens of a pass run every sublayer, [N] bool; None where none must."""
+        if not self._bound or not self._protection.is_on:
+            return None
+        covered = self._protection.covers(token_ids, positions)
+        return covered if bool(covered.any()) else None  # the device is asked once, not in every layer
+
+    def decide(
+        self,
+        layer_idx: int,
+        part: Part,
+        normed: Tensor,
+        state: Tensor,
+        origins: Tensor,
+        exempt: Tensor | None,
+        trace: LayerTrace,
+    ) -> Detour | None:
+        """Return who goes past a sublayer and what is added to them instead, or None where nobody does.
+
+        Args:
+            layer_idx: the layer.
+            part: which of its sublayers.
+            normed: [M, d] the sublayer's normed input.
+            state: [M, d] what it was normed from.
+            origins: [M] which of the pass's tokens the rows are.
+            exempt: [N] tokens of the pass that run every sublayer, None where none must.
+            trace: of the layer.
+        """
+        bound = self._bound.get((layer_idx, part))
+        if bound is None:
+            return None
+        protected = None if exempt is None else exempt.index_select(0, origins)
+        decision = shortcuts.decide(bound.gate, bound.threshold, ShortcutView(normed, state, protected))
+        if bound.gate is not None:
+            macs = bound.gate.numel() + state.shape[1]  # the product, and the state's norm
+            trace.record_fitted(decision.gate_rows, macs, bound.gate.numel() * bound.gate.element_size())
+        past = decision.take.nonzero().squeeze(-1)
+        if past.shape[0] == 0:
+            return None
+        through = decision.take.argsort(stable=True)[: normed.shape[0] - past.shape[0]]  # False first
+        mapped = bound.fitted(normed if through.shape[0] == 0 else normed.index_select(0, past))
+        trace.shortcut_rows[part] += past.shape[0]
+        trace.record_fitted(past.shape[0], bound.fitted.macs, bound.fitted.nbytes)
+        return Detour(past, through, mapped)
