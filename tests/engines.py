@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
+    AttentionConfig,
     DropFill,
     FusionConfig,
     FusionRule,
@@ -19,6 +21,7 @@ from quicksilver.core.rules import (
     KVFill,
     PrecisionConfig,
     PrecisionRule,
+    Threshold,
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
@@ -50,6 +53,11 @@ def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill
 def precision_plan(rule: PrecisionRule, **others: Any) -> Plan:
     """Return a plan that chooses widths by `rule` with nothing protected."""
     return Plan("test", precision=PrecisionConfig(rule, protect_first=0, protect_special=False), **others)
+
+
+def skipping_plan(threshold: Threshold, plan: Plan | None = None) -> Plan:
+    """Return a plan, dense unless one is given, that skips values too."""
+    return replace(plan or Plan("test"), attention=AttentionConfig(threshold))
 
 
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:

@@ -179,7 +179,17 @@ class Decoder:
         protected = self._halting.protected(token_ids, chunk.positions)
         exempt = self._precision.exempt(token_ids, chunk.positions)
         return PassContext(
-            chunk, token_ids, protected, rotation, fuses, self._precision, exempt, cache, trace, self.backend
+            chunk,
+            token_ids,
+            protected,
+            rotation,
+            fuses,
+            self._precision,
+            exempt,
+            cache,
+            trace,
+            self.backend,
+            self.plan.attention,
         )
 
     @torch.no_grad()
