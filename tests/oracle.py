@@ -1,4 +1,4 @@
-"""The definition of halting, each KV fill, fusion and skipped values: every token through every layer, then masks decide.
+"""The definition of halting, KV fills, fusion and skipped values: every token through every layer, then masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.

@@ -120,9 +120,10 @@ def _skipping(
 ) -> _Result:
     scores = _scores(query, key, mask, causal, scaling)
     weights = _softmax(scores)  # [Hkv, G, M, n]
-    num_seen = (scores > float("-inf")).sum(-1, keepdim=True, dtype=weights.dtype)
+    seen = scores > float("-inf")
+    num_seen = seen.sum(-1, keepdim=True, dtype=weights.dtype)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
-    kept = weights >= torch.minimum(skip_below / num_seen, weights.amax(-1, keepdim=True))
+    kept = seen & (weights >= torch.minimum(skip_below / num_seen, weights.amax(-1, keepdim=True)))
     weights = weights * kept
     weights = weights / weights.sum(-1, keepdim=True)
     return torch.matmul(weights.to(value.dtype), value), kept.sum()

@@ -138,7 +138,7 @@ def _attend(
             continue
         rows = slice(bounds[seq], bounds[seq + 1])
         entries = context.cache.entries(layer_idx, seq)
-        output, pairs, skipped = ragged_attention(
+        attended = ragged_attention(
             query[rows],
             entries.keys,
             entries.values,
@@ -150,9 +150,9 @@ def _attend(
             masses=entries.masses,
             skip_below=skip_below,
         )
-        layer_trace.attended.add(pairs)
-        layer_trace.values_skipped.add(skipped)
+        layer_trace.attended.add(attended.pairs)
+        layer_trace.values_skipped.add(attended.skipped)
         layer_trace.entries_read += entries.keys.shape[0]
-        outputs.append(output)
-    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended.flatten(1)
+        outputs.append(attended.output)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.flatten(1)
