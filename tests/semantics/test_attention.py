@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver.core import rules
@@ -88,11 +89,26 @@ def test_at_threshold_0_it_is_dense_bit_for_bit(family: str, threshold: rules.Th
         assert run.trace.values_read(4) == 1.0
 
 
-def test_a_threshold_that_skips_nothing_changes_nothing_but_by_rounding() -> None:
+def test_at_threshold_0_attention_is_pytorchs_fused_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(50, 4, 16, generator=generator) for _ in range(3))
+    expected = F.scaled_dot_product_attention(
+        *(t.transpose(0, 1)[:, None] for t in (query, key, value)), is_causal=True
+    )
+    got = ragged_attention(query, key, value, torch.arange(50), torch.arange(50), 0.25, newest=True, skip_below=0.0)
+    assert torch.equal(got.output, expected[:, 0].transpose(0, 1))
+    assert (got.pairs, got.skipped) == (50 * 51 // 2, 0)
+
+
+@pytest.mark.parametrize("threshold", [1e-30, 5e-324])
+def test_a_threshold_that_skips_nothing_changes_nothing_but_by_rounding(threshold: float) -> None:
     for family in tiny.FAMILIES:
-        engines = [decoder(tiny.model(family, torch.float64), plan) for plan in (Plan.dense(), skipping_plan(1e-30))]
-        dense, run = (run_whole(engine, tiny.token_ids(20)).logits for engine in engines)
-        torch.testing.assert_close(run, dense, atol=ATOL, rtol=0)
+        engines = [
+            decoder(tiny.model(family, torch.float64), plan) for plan in (Plan.dense(), skipping_plan(threshold))
+        ]
+        dense, run = (run_whole(engine, tiny.token_ids(20)) for engine in engines)
+        torch.testing.assert_close(run.logits, dense.logits, atol=ATOL, rtol=0)
+        assert run.trace.values_read(4) == 1.0
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
