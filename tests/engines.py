@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
+    AttentionConfig,
     DropFill,
     FusionConfig,
     FusionRule,
@@ -21,6 +23,7 @@ from quicksilver.core.rules import (
     PrecisionRule,
     Shortcut,
     ShortcutConfig,
+    Threshold,
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
@@ -59,6 +62,11 @@ def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any
     """Return a plan that lets tokens past sublayers, with nothing protected unless asked for."""
     config = ShortcutConfig(shortcuts, **{"protect_first": 0, "protect_special": False, **(protection or {})})
     return Plan("test", shortcuts=config, tensors=tiny.shortcut_tensors(rank=rank), **others)
+
+
+def skipping_plan(threshold: Threshold, plan: Plan | None = None) -> Plan:
+    """Return a plan, dense unless one is given, that skips values too."""
+    return replace(plan or Plan("test"), attention=AttentionConfig(threshold))
 
 
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:

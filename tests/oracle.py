@@ -1,4 +1,4 @@
-"""The definition of halting, KV fills, fusion and shortcuts: every token through every layer, then masks decide.
+"""The definition of halting, KV fills, fusion, shortcuts and skipped values: all is computed, then masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
@@ -6,7 +6,7 @@ through transformers' own leaf modules, attention is written out, groups are for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class OracleRun(NamedTuple):
         logits: [T, vocab].
         depths: [T] layers run by each token.
         attended: (query, key) pairs scored in each layer.
+        skipped: (query, key, head) values left out in each layer.
         masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
         sizes: sizes of the groups formed after each layer, ascending.
         past: in each layer, running tokens that went past each sublayer.
@@ -63,6 +64,7 @@ class OracleRun(NamedTuple):
     logits: Tensor
     depths: Tensor
     attended: list[int]
+    skipped: list[int]
     masses: Tensor
     sizes: list[list[int]]
     past: list[dict[str, int]]
@@ -87,8 +89,12 @@ def run(
     fusion: Fusion | None = None,
     read: Read = whole,
     bypass: Bypass = through,
+    skip_below: Sequence[float] | None = None,
 ) -> OracleRun:
-    """Run one sequence [T] and return what the mechanisms' definitions say it gives."""
+    """Run one sequence [T] and return what the mechanisms' definitions say it gives.
+
+    `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight.
+    """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
     running = torch.ones(len(ids), dtype=torch.bool)
@@ -96,7 +102,7 @@ def run(
     shift = torch.zeros_like(hidden)
     depths = torch.zeros(len(ids), dtype=torch.long)
     newest_key = newest_value = previous_update = None
-    attended, all_masses, sizes, past = [], [], [], []
+    attended, skipped, all_masses, sizes, past = [], [], [], [], []
     num_layers = len(parts.layers)
     for layer_idx, layer in enumerate(parts.layers):
         query = layer.qkv(hidden)[0]  # [H, T, D]
@@ -115,8 +121,13 @@ def run(
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & listed[None, :]
         all_masses.append(masses)
         past_attention, mapped = bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
-        attended.append(int(mask[running & ~past_attention].sum()))
-        added = layer.attn_output(_attention(query, key, value, mask, layer.scaling, masses))
+        asking = running & ~past_attention
+        attended.append(int(mask[asking].sum()))
+        weights = _weights(query, key, mask, layer.scaling, masses)
+        if skip_below is not None:
+            weights, left_out = _skip(weights, mask, skip_below[layer_idx])
+            skipped.append(int(left_out[:, asking].sum()))
+        added = layer.attn_output(_weigh(weights, value))
         after = hidden + torch.where(past_attention[:, None], mapped, added)
         normed = layer.mlp_norm(after)
         past_mlp, mapped = bypass(layer_idx, "mlp", normed, after)
@@ -139,7 +150,7 @@ def run(
         sizes.append(sorted(formed))
         hidden = after
     logits = model.lm_head(parts.final_norm(hidden))
-    return OracleRun(logits, depths, attended, torch.stack(all_masses), sizes, past)
+    return OracleRun(logits, depths, attended, skipped, torch.stack(all_masses), sizes, past)
 
 
 def _fuse(
@@ -170,13 +181,29 @@ def _fuse(
     return new_hidden, new_shift, new_masses, sizes
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, masses: Tensor) -> Tensor:
-    """Return attended values [T, H * D] of queries [H, T, D] over keys [Hkv, T, D], `masses` [T], mask [T, T]."""
-    repeats = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, masses: Tensor) -> Tensor:
+    """Return the weights [H, T, T] of queries [H, T, D] over keys [Hkv, T, D], `masses` [T], mask [T, T]."""
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
     scores = (query @ key.transpose(1, 2)) * scaling + masses.clamp(min=1).float().log()
     scores = scores.masked_fill(~mask, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
+
+
+def _skip(weights: Tensor, mask: Tensor, skip_below: float) -> tuple[Tensor, Tensor]:
+    """Return the weights [H, T, T] that are left, summing to 1 again, and which of those that `mask` shows are not."""
+    left, left_out = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+    for t, seen in enumerate(mask):
+        for head in range(len(weights)):
+            small = seen & (weights[head, t] * seen.sum() < skip_below)
+            read = seen & ~small
+            left[head, t, read] = weights[head, t, read] / weights[head, t, read].sum()
+            left_out[head, t] = small
+    return left, left_out
+
+
+def _weigh(weights: Tensor, value: Tensor) -> Tensor:
+    """Return the values [Hkv, T, D] under the weights [H, T, T], [T, H * D]."""
+    value = value.repeat_interleave(len(weights) // len(value), 0)
     return (weights @ value).transpose(0, 1).flatten(1)
 
 

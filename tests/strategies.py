@@ -94,6 +94,12 @@ fusing_plans = _maybe_with_shortcuts(
     st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
 )
 
+attention_configs = st.builds(rules.AttentionConfig, _thresholds(0.0, 1.0))
+skipping_plans = st.builds(
+    Plan, st.just("random"), st.none() | halting_configs, fills, st.none() | fusion_configs, attention=attention_configs
+)
+"""Run these in float64: in float32 a weight near its threshold may fall on either side of it, in float64 hardly."""
+
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
     """Widths, and as many descending thresholds as they need, for scores of a few units."""

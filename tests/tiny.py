@@ -106,9 +106,9 @@ def from_config(config: Any, seed: int = 0) -> Any:
 
 
 @cache
-def model(name: str) -> Any:
+def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return the tiny model of a family or variant; shared, so tests must not change it."""
-    return from_config((CONFIGS.get(name) or VARIANTS[name])())
+    return from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
 
 
 @cache

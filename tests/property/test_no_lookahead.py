@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from quicksilver.core.plan import Plan
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
-from tests.strategies import fusing_plans, plans, precise_plans
+from tests.strategies import fusing_plans, plans, precise_plans, skipping_plans
 
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:
@@ -84,6 +86,20 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
     plan: Plan, family: str, length: int, data: st.DataObject
 ) -> None:
     engine = decoder(tiny.nested(family, torch.float64), plan, special_ids=[7])
+    ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
+    whole = run_whole(engine, ids)
+    assert_same_until(whole, run_whole(engine, changed), keep)
+    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
+    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_later_tokens_change_nothing_where_values_are_skipped(
+    plan: Plan, family: str, length: int, data: st.DataObject
+) -> None:
+    engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])
     ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
     changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
     whole = run_whole(engine, ids)

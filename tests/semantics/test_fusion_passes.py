@@ -18,7 +18,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.errors import InputError
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
-from tests.strategies import fusing_plans
+from tests.strategies import fusing_plans, skipping_plans
 
 ATOL = tolerances.LOGITS[torch.float32]
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
@@ -143,6 +143,17 @@ def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.Da
     chunks = [end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
     whole = run_chunks(engine, ids, [length], prompt=True)
     assert_same_run(whole, run_chunks(engine, ids, chunks, prompt=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_any_plan_that_skips_values_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
+    engine, ids = decoder(tiny.model(family, torch.float64), plan, special_ids=[7]), tiny.token_ids(length, seed=length)
+    cut = data.draw(st.integers(1, length - 1))
+    whole, parts = (run_chunks(engine, ids, chunks, prompt=True) for chunks in ([length], [cut, length - cut]))
+    assert_same_cache(whole, parts)
+    same = torch.cat(whole.trace.depths) == torch.cat(parts.trace.depths)
+    torch.testing.assert_close(whole.logits[same], parts.logits[same], atol=ATOL, rtol=0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
 from quicksilver.measure.statistics import paired_delta
 from quicksilver.measure.windows import Protocol, WindowedText, slide
 from tests import tiny, tolerances
-from tests.engines import decoder, fusion_plan, halting_plan
+from tests.engines import decoder, fusion_plan, halting_plan, skipping_plan
 
 PROTOCOL = Protocol(20, 10, bos_id=0)
 IDS = tiny.token_ids(75).tolist()
@@ -96,6 +96,18 @@ def test_forced_halting_costs_what_arithmetic_says() -> None:
         assert 0.0 < result["delta"]["flops_reduction"] < 0.5
         assert result["delta"]["kv_bytes_reduction"] == pytest.approx(0.5)
         assert result["accelerated"]["mean_depth"] == 2.0
+
+
+def test_skipped_values_are_reported_and_save_attention_alone() -> None:
+    model, plans = tiny.model("llama", torch.float64), [Plan.dense(), skipping_plan(0.5)]
+    spec = decoder(model, Plan.dense()).spec
+    for mode in ("score", "decode"):
+        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        assert dense["accelerated"]["values_read"] == 1.0
+        assert 0.1 < (share := skipping["accelerated"]["values_read"]) < 0.9
+        flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]
+        attention = flops[0] - 2 * spec.num_layers * spec.layer_macs
+        assert flops[0] - flops[1] == pytest.approx((1 - share) * attention / 2)  # the other half are the scores
 
 
 def test_few_windows_are_timed_often_enough() -> None:

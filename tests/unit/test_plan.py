@@ -14,12 +14,12 @@ from quicksilver.core import codec, rules
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import PRESETS, Plan
 from quicksilver.errors import PlanError
-from tests.strategies import fusing_plans, plans
+from tests.strategies import fusing_plans, plans, skipping_plans
 
 BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}
 
 
-@given(st.one_of(plans, fusing_plans))
+@given(st.one_of(plans, fusing_plans, skipping_plans))
 def test_round_trip_through_json(plan: Plan) -> None:
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())), tensors=plan.tensors)
     assert again == plan
@@ -37,8 +37,10 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.ZeroFill()),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.L2FusionRule(1.0))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.CosineFusionRule(1.0))),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig((0.1, 0.1))),
     ]
-    assert len({plan.hash, *(other.hash for other in others)}) == 8
+    assert len({plan.hash, *(other.hash for other in others)}) == 10
 
 
 def test_a_plan_without_fusion_keeps_the_hash_it_had_before_there_was_fusion() -> None:
@@ -87,6 +89,14 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {**FUSION, "protect": 1}}, "fusion: unknown key 'protect'"),
         ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
         ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
+        ({"attention": 0.5}, "attention must be an object"),
+        ({"attention": {}}, "attention: .*threshold"),
+        ({"attention": {"threshold": "low"}}, "threshold must be a number"),
+        ({"attention": {"threshold": True}}, "threshold must be a number"),
+        ({"attention": {"threshold": float("nan")}}, "threshold must be a number"),
+        ({"attention": {"threshold": 1.01}}, "must lie in .0, 1., got 1.01"),
+        ({"attention": {"threshold": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
+        ({"attention": {"threshold": 0.5, "heads": 2}}, "attention: unknown key 'heads'"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
         ({"halting": []}, "halting must be an object"),
@@ -115,6 +125,20 @@ def test_malformed_plans_are_refused_by_name(change: dict[str, Any], message: st
     with pytest.raises(PlanError, match=message) as caught:
         Plan.from_dict({**BASE, **change}, "mine.json")
     assert str(caught.value).startswith("mine.json")
+
+
+def test_skipping_values_is_a_mechanism_with_one_threshold_or_one_for_each_layer() -> None:
+    data = {"version": 1, "attention": {"threshold": [0, 0.5, 1]}}
+    plan = Plan.from_dict(data)
+    assert plan.attention == rules.AttentionConfig((0.0, 0.5, 1.0))
+    assert [plan.attention.threshold_in(i) for i in range(3)] == [0.0, 0.5, 1.0]
+    assert plan.to_dict()["attention"] == {"threshold": [0.0, 0.5, 1.0]}
+    assert not plan.is_dense
+    assert "attention" not in Plan.dense().to_dict()
+    plan.check_model(3, 0, 32)
+    with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
+        plan.check_model(4, 0, 32)
+    Plan(attention=rules.AttentionConfig(0.5)).check_model(4, 0, 32)
 
 
 def test_rules_nested_without_end_are_refused() -> None:

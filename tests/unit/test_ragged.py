@@ -51,6 +51,14 @@ def test_deferred_sum_mixes_host_and_device_numbers() -> None:
     assert total.value == 15
 
 
+def test_deferred_sum_keeps_a_bounded_number_of_device_numbers() -> None:
+    total = DeferredSum()
+    for _ in range(2000):
+        total.add(torch.tensor(1))
+    assert len(total._device) < 1000
+    assert total.value == 2000
+
+
 def test_dense_pairs_are_causal() -> None:
     trace = Trace(num_layers=2)
     trace.begin_pass([0, 10], RaggedLayout.build([0, 10], [3, 2], "cpu"))

@@ -89,6 +89,11 @@ def decode_maps(data: object, source: str) -> rules.MapConfig:
     return _construct(rules.MapConfig, _object(data, f"{source}: maps"), f"{source}: maps")
 
 
+def decode_attention(data: object, source: str) -> rules.AttentionConfig:
+    """Build a configuration of attention; `source` names the plan in errors."""
+    return _construct(rules.AttentionConfig, _object(data, f"{source}: attention"), f"{source}: attention")
+
+
 def decode_shortcuts(data: object, source: str) -> rules.ShortcutConfig:
     """Build a configuration of shortcuts; `source` names the plan in errors."""
     where = f"{source}: shortcuts"

@@ -18,6 +18,7 @@ from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
 from quicksilver.core.rules import (
     AllRule,
+    AttentionConfig,
     ChannelWidthRule,
     CosineFusionRule,
     DriftRule,
@@ -53,6 +54,7 @@ class Plan:
         precision: how many bits of nested weights are read, or None for all.
         maps: where fitted maps to the last layer's state are used, or None for nowhere.
         shortcuts: which sublayers fitted maps stand in for, or None for none.
+        attention: which values attention does not read, or None where it reads all.
         tensors: what was fitted, or None for nothing.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     precision: PrecisionConfig | None = None
     maps: MapConfig | None = None
     shortcuts: ShortcutConfig | None = None
+    attention: AttentionConfig | None = None
     tensors: PlanTensors | None = None
 
     @classmethod
@@ -102,8 +105,9 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        halting, kv, fusion, precision, maps, shortcuts, declared = (
-            data.pop(key, None) for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "tensors")
+        halting, kv, fusion, precision, maps, shortcuts, attention, declared = (
+            data.pop(key, None)
+            for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "attention", "tensors")
         )
         _check_tensors(declared, tensors, source)
         name = data.pop("name", "plan")
@@ -119,6 +123,7 @@ class Plan:
             precision=None if precision is None else codec.decode_precision(precision, source),
             maps=None if maps is None else codec.decode_maps(maps, source),
             shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
+            attention=None if attention is None else codec.decode_attention(attention, source),
             tensors=tensors,
         )
         if declared_hash is not None and declared_hash != plan.hash:
@@ -163,7 +168,8 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        return all(each is None for each in (self.halting, self.fusion, self.precision, self.shortcuts))
+        mechanisms = (self.halting, self.fusion, self.precision, self.shortcuts, self.attention)
+        return all(each is None for each in mechanisms)
 
     @property
     def is_recipe(self) -> bool:
@@ -191,6 +197,8 @@ class Plan:
                 self._check_precision(self.precision, num_layers, num_maps)
             if self.shortcuts is not None:
                 self.shortcuts.check_depth(num_layers)
+            if self.attention is not None:
+                self.attention.check_depth(num_layers)
             self.fitted_maps(num_layers, hidden_size)
             self.shortcut_gates(hidden_size)
         except PlanError as error:
@@ -232,7 +240,8 @@ class Plan:
     def _body(self) -> dict[str, Any]:
         halting = None if self.halting is None else codec.encode_fields(self.halting)
         body = {"halting": halting, "kv": codec.encode(self.kv)}
-        for part in ("fusion", "precision", "maps", "shortcuts"):  # plans without one keep the hash they always had
+        # plans without one keep the hash they always had
+        for part in ("fusion", "precision", "maps", "shortcuts", "attention"):
             if (config := getattr(self, part)) is not None:
                 body[part] = codec.encode_fields(config)
         if self.tensors is not None:

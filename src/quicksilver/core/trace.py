@@ -17,7 +17,9 @@ from quicksilver.core.rules.precision import MAX_WIDTH
 
 
 class DeferredSum:
-    """A running total of host integers and device scalars; the device is asked only when it is read."""
+    """A running total of host integers and device scalars; the device is asked when it is read, and now and then."""
+
+    _LIMIT = 512  # device scalars kept before they are read
 
     def __init__(self) -> None:
         self._host = 0
@@ -27,16 +29,21 @@ class DeferredSum:
         """Add a host integer, or a scalar tensor without waiting for it."""
         if isinstance(value, Tensor):
             self._device.append(value)
+            if len(self._device) >= self._LIMIT:
+                self._read()
         else:
             self._host += value
 
     @property
     def value(self) -> int:
         """The total so far, as a host integer."""
+        self._read()
+        return self._host
+
+    def _read(self) -> None:
         if self._device:
             self._host += int(torch.stack(self._device).sum())
             self._device.clear()
-        return self._host
 
 
 class WidthCounts:
@@ -95,6 +102,7 @@ class LayerTrace:
         query_rows: tokens that ran the layer, by shortcuts or in full.
         fill_rows: rows for which key and value alone were projected: halted tokens, and merged means.
         attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
+        values_skipped: values that these pairs' heads did not read, a DeferredSum.
         entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
         fusion_rows: rows that reached fusion after this layer.
@@ -111,6 +119,7 @@ class LayerTrace:
         self.query_rows = 0
         self.fill_rows = 0
         self.attended = DeferredSum()
+        self.values_skipped = DeferredSum()
         self.entries_read = 0
         self.halted = 0
         self.fusion_rows = 0
@@ -216,6 +225,11 @@ class Trace:
     def entries_read(self) -> int:
         """Cache entries that queries read, over all passes, layers and sequences."""
         return sum(layer.entries_read for layer in self.layers)
+
+    def values_read(self, num_heads: int) -> float:
+        """Share of the values of scored (query, key) pairs that their `num_heads` heads read, over all layers."""
+        values = num_heads * sum(layer.attended.value for layer in self.layers)
+        return 1.0 - sum(layer.values_skipped.value for layer in self.layers) / max(values, 1)
 
     @property
     def macs_by_width(self) -> list[int]:

@@ -132,7 +132,7 @@ def _mechanisms(dense: EngineRecord, record: EngineRecord) -> dict[str, Any]:
     spec, traces = record.decoder.spec, (record.trace, record.prompt_trace)
     fed = sum(trace.tokens for trace in traces)
     return {
-        **_what_ran(record.trace),
+        **_what_ran(spec, record.trace),
         "fused_fraction": sum(trace.fused_fraction * trace.tokens for trace in traces) / fed,
         "prompt": _prompt(dense, record),
         **_widths(spec, record.trace),
@@ -149,13 +149,14 @@ def _widths(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
     return {"width_histogram": shares, "mean_bits": sum(int(width) * share for width, share in shares.items())}
 
 
-def _what_ran(trace: Trace) -> dict[str, Any]:
+def _what_ran(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
     return {
         "mean_depth": trace.mean_depth,
         "halted_by_layer": [layer.halted for layer in trace.layers],
         "fused_by_layer": [layer.fused for layer in trace.layers],
         "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
         "shortcuts_by_layer": {part: _shortcut_shares(trace, part) for part in get_args(Part)},
+        "values_read": trace.values_read(spec.num_heads),
     }
 
 
@@ -175,7 +176,7 @@ def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
     return {
         "tokens": trace.tokens,
         "fused_fraction": trace.fused_fraction,
-        **_what_ran(trace),
+        **_what_ran(record.decoder.spec, trace),
         "flops_per_token": cost.flops / trace.tokens,
         "flops_reduction": 1.0 - cost.flops / baseline.flops,
         "speedup": statistics.median(ratios),

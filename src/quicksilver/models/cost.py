@@ -1,7 +1,7 @@
 """What a run cost: FLOPs, bit operations and bytes, by arithmetic over its trace.
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
-activations and residual additions count on neither side.
+activations, residual additions and what the softmax does to weights (leaving some out included) count on neither side.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         )
         signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
         of_head = signals.get("head", 0)
-        other = layer.attended.value * spec.attention_macs_per_pair + sum(signals.values()) - of_head
+        attention = layer.attended.value * spec.attention_macs_per_pair - layer.values_skipped.value * spec.head_dim
+        other = attention + sum(signals.values()) - of_head
         other += layer.fitted_macs
         macs += linear + of_head + other
         bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits

@@ -6,13 +6,30 @@ One sequence at a time; who the queries and the entries are is the caller's busi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 AttentionBackend = Literal["sdpa", "eager"]
+_Result = tuple[Tensor, Tensor | None]
+"""Weighted values, and how many of the (query, key, head) values were kept, None where all were."""
+
+
+class Attended(NamedTuple):
+    """What attention gives, and what it did: counts are ints where known without asking the device, else scalars.
+
+    Attributes:
+        output: [M, num_heads, head_dim] the weighted values.
+        pairs: (query, key) pairs scored causally.
+        skipped: of their (query, key, head) values, those that were not read.
+    """
+
+    output: Tensor
+    pairs: int | Tensor
+    skipped: int | Tensor
 
 
 def ragged_attention(
@@ -25,7 +42,8 @@ def ragged_attention(
     newest: bool,
     backend: AttentionBackend = "sdpa",
     masses: Tensor | None = None,
-) -> tuple[Tensor, int | Tensor]:
+    skip_below: float = 0.0,
+) -> Attended:
     """Attend from each query to the keys at its own and earlier positions.
 
     Args:
@@ -39,17 +57,19 @@ def ragged_attention(
         backend: "sdpa" (PyTorch's fused attention) or "eager" (plain products; what FLOP counters see).
         masses: [n] tokens that each key stands for: `log(mass)` is added to its scores (Bolya et al. 2022, "Token
             Merging", proportional attention); None where each stands for one.
+        skip_below: a head does not read the values that it weighs below `skip_below / n`, n the keys that the query
+            sees; the others are scaled to weigh 1. At 0 nothing is skipped; above, the products are plain whatever
+            the backend, and values are masked out rather than left unread: this is the definition, not a saving.
 
     Returns:
-        The attended values [M, num_heads, head_dim], and the number of (query, key) pairs scored causally:
-        an int where it is known without asking the device, else a scalar tensor.
+        The attended values and the counts.
 
     Raises:
         ValueError: no such backend.
     """
-    attend = _BACKENDS.get(backend)
-    if attend is None:
+    if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
+    attend = partial(_skipping, skip_below=skip_below) if skip_below > 0.0 else _BACKENDS[backend]
     num_queries, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
@@ -57,8 +77,8 @@ def ragged_attention(
     key, value = (t.transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
     bias = None if masses is None else masses.float().log().to(queries.dtype)[None, :]  # [1, n]
     if newest and num_queries == 1:
-        out = attend(queries.view(num_kv_heads, 1, group, head_dim), key, value, bias, False, scaling)
-        return out.reshape(1, num_heads, head_dim), num_keys
+        out, kept = attend(queries.view(num_kv_heads, 1, group, head_dim), key, value, bias, False, scaling)
+        return Attended(out.reshape(1, num_heads, head_dim), num_keys, _skipped(num_keys * num_heads, kept))
     query = queries.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, M, D]
     if group > 1:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
@@ -71,21 +91,57 @@ def ragged_attention(
             pairs = mask.sum()
         if bias is not None:
             mask = bias.expand(num_queries, -1).masked_fill(~mask, float("-inf"))
-    out = attend(query, key, value, mask, square, scaling)
-    return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim), pairs
+    out, kept = attend(query, key, value, mask, square, scaling)
+    out = out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+    return Attended(out, pairs, _skipped(pairs * num_heads, kept))
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling)
+def _skipped(values: int | Tensor, kept: Tensor | None) -> int | Tensor:
+    return 0 if kept is None else values - kept
 
 
-def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling), None
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
+    weights = _softmax(_scores(query, key, mask, causal, scaling))
+    return torch.matmul(weights.to(value.dtype), value), None
+
+
+def _skipping(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    skip_below: float,
+) -> _Result:
+    scores = _scores(query, key, mask, causal, scaling)
+    weights = _softmax(scores)  # [Hkv, G, M, n]
+    seen = scores > float("-inf")
+    num_seen = seen.sum(-1, keepdim=True, dtype=weights.dtype)
+    # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
+    kept = seen & (weights >= torch.minimum(skip_below / num_seen, weights.amax(-1, keepdim=True)))
+    weights = weights * kept
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(value.dtype), value), kept.sum()
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    """Return the scores, minus infinity where a query does not see a key."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype), value)
+    return scores
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "eager": _eager}
+def _softmax(scores: Tensor) -> Tensor:
+    """Return the weights, in float32 at least."""
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+_BACKENDS: dict[str, Callable[..., _Result]] = {"sdpa": _sdpa, "eager": _eager}

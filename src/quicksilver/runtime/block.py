@@ -182,12 +182,14 @@ def _attend(
     """Attend within each sequence, for those running tokens that `layout` lists; return [N, num_heads * head_dim]."""
     outputs, bounds = [], layout.bounds
     written = running if skipped.fill is Fill.NONE else skipped.status.present
+    skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
+    layer_trace = context.trace.layers[layer_idx]
     for seq, length in enumerate(layout.lengths):
         if length == 0:
             continue
         rows = slice(bounds[seq], bounds[seq + 1])
         entries = context.cache.entries(layer_idx, seq)
-        output, pairs = ragged_attention(
+        attended = ragged_attention(
             query[rows],
             entries.keys,
             entries.values,
@@ -197,9 +199,11 @@ def _attend(
             newest=length == written.lengths[seq],
             backend=context.backend,
             masses=entries.masses,
+            skip_below=skip_below,
         )
-        context.trace.layers[layer_idx].attended.add(pairs)
-        context.trace.layers[layer_idx].entries_read += entries.keys.shape[0]
-        outputs.append(output)
-    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended.flatten(1)
+        layer_trace.attended.add(attended.pairs)
+        layer_trace.values_skipped.add(attended.skipped)
+        layer_trace.entries_read += entries.keys.shape[0]
+        outputs.append(attended.output)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.flatten(1)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.ragged import RaggedLayout
+from quicksilver.core.rules import AttentionConfig
 from quicksilver.core.trace import Trace
 from quicksilver.models.rotary import Rotation
 from quicksilver.ops import AttentionBackend
@@ -32,6 +33,7 @@ class PassContext:
         cache: extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
+        attention: which values attention does not read, None where it reads all.
     """
 
     chunk: RaggedLayout
@@ -46,3 +48,4 @@ class PassContext:
     cache: RaggedKVCache
     trace: Trace
     backend: AttentionBackend
+    attention: AttentionConfig | None

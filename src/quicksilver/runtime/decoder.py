@@ -194,6 +194,7 @@ class Decoder:
             cache=cache,
             trace=trace,
             backend=self.backend,
+            attention=self.plan.attention,
         )
 
     @torch.no_grad()

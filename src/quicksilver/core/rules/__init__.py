@@ -1,5 +1,6 @@
 """Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
 
+from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
 from quicksilver.core.rules.fusion import (
     CosineFusionRule,
@@ -43,6 +44,7 @@ from quicksilver.core.rules.precision import (
 __all__ = [
     "AllRule",
     "AnyRule",
+    "AttentionConfig",
     "CappedWidthRule",
     "ChannelWidthRule",
     "CombinedRule",

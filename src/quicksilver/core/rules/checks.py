@@ -14,7 +14,7 @@ LARGE = 2**31
 
 
 def threshold_at(threshold: Threshold, layer_idx: int) -> float:
-    """Return the threshold that applies after layer `layer_idx`."""
+    """Return the threshold that applies in or after layer `layer_idx`."""
     return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
 
 
@@ -30,6 +30,12 @@ def check_threshold(owner: str, value: Any) -> Threshold:
         if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
             raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {repr(item)[:40]}")
     return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
+
+
+def check_count(threshold: Threshold, num_layers: int) -> None:
+    """Raise PlanError where a list of thresholds has not one for each of the model's layers."""
+    if isinstance(threshold, tuple) and len(threshold) != num_layers:
+        raise PlanError(f"{len(threshold)} thresholds, the model has {num_layers} layers")
 
 
 def check_protection(owner: str, protect_first: object, protect_special: object) -> None:

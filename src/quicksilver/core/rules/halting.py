@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quicksilver.core.rules.checks import LARGE, Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.core.rules.checks import (
+    LARGE,
+    Threshold,
+    check_count,
+    check_draw,
+    check_protection,
+    check_threshold,
+    is_whole,
+)
 from quicksilver.errors import PlanError
 
 
@@ -28,8 +36,7 @@ class ThresholdRule(HaltingRule):
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where a list of thresholds is not as long as the model is deep."""
-        if isinstance(self.threshold, tuple) and len(self.threshold) != num_layers:
-            raise PlanError(f"{len(self.threshold)} thresholds, the model has {num_layers} layers")
+        check_count(self.threshold, num_layers)
 
 
 @dataclass(frozen=True)
