@@ -118,15 +118,23 @@ def _skipping(
     scaling: float,
     skip_below: float,
 ) -> _Result:
-    scores = _scores(query, key, mask, causal, scaling)
-    weights = _softmax(scores)  # [Hkv, G, M, n]
-    seen = scores > float("-inf")
-    num_seen = seen.sum(-1, keepdim=True, dtype=weights.dtype)
+    weights = _softmax(_scores(query, key, mask, causal, scaling))  # [Hkv, G, M, n]
+    limits = skip_below / _num_seen(weights, mask, causal)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
-    kept = seen & (weights >= torch.minimum(skip_below / num_seen, weights.amax(-1, keepdim=True)))
-    weights = weights * kept
-    weights = weights / weights.sum(-1, keepdim=True)
-    return torch.matmul(weights.to(value.dtype), value), kept.sum()
+    weights.masked_fill_(weights < torch.minimum(limits, weights.amax(-1, keepdim=True)), 0.0)
+    output = torch.matmul(weights.to(value.dtype), value) / weights.sum(-1, keepdim=True).to(value.dtype)
+    return output, weights.count_nonzero()
+
+
+def _num_seen(weights: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Return how many keys each query sees, [M, 1] or [1, 1] in the weights' dtype."""
+    num_queries, num_keys = weights.shape[-2:]
+    if causal:
+        return torch.arange(1, num_queries + 1, dtype=weights.dtype, device=weights.device)[:, None]
+    if mask is None:
+        return torch.full((1, 1), num_keys, dtype=weights.dtype, device=weights.device)
+    seen = mask if mask.dtype == torch.bool else mask > float("-inf")
+    return seen.sum(-1, keepdim=True, dtype=weights.dtype)
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
