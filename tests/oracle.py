@@ -6,7 +6,7 @@ through transformers' own leaf modules, attention is written out, groups are for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,9 +68,18 @@ def never(*_: object) -> Tensor:
 
 @torch.no_grad()
 def run(
-    model: Any, ids: Tensor, fill: KVFill, halts: Halts = never, fusion: Fusion | None = None, read: Read = whole
+    model: Any,
+    ids: Tensor,
+    fill: KVFill,
+    halts: Halts = never,
+    fusion: Fusion | None = None,
+    read: Read = whole,
+    maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> OracleRun:
-    """Run one sequence [T] and return what the mechanisms' definitions say it gives."""
+    """Run one sequence [T] and return what the mechanisms' definitions say it gives.
+
+    `maps` gives, by layer, what is added to the state of a token that stopped there before it predicts.
+    """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
     running = torch.ones(len(ids), dtype=torch.bool)
@@ -114,6 +123,9 @@ def run(
             running = running & (masses > 0)
         sizes.append(sorted(formed))
         hidden = after
+    for layer_idx, added in (maps or {}).items():
+        stopped = depths == layer_idx + 1
+        hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
     logits = model.lm_head(parts.final_norm(hidden))
     return OracleRun(logits, depths, attended, torch.stack(all_masses), sizes)
 

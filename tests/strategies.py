@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 from hypothesis import strategies as st
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules.precision import ChannelScore, EntropyOf
-
-NUM_LAYERS = 4
+from quicksilver.core.tensors import PlanTensors
+from tests import tiny
+from tests.tiny import NUM_LAYERS
 
 
 def _thresholds(low: float, high: float) -> st.SearchStrategy[rules.Threshold]:
@@ -27,6 +29,7 @@ simple_rules: st.SearchStrategy[rules.HaltingRule] = st.one_of(
         _thresholds(6.0, 8.0),
         layers=st.none() | st.lists(st.integers(0, NUM_LAYERS - 1), max_size=3).map(tuple),
     ),
+    st.builds(rules.FittedRule, _thresholds(0.2, 5.0)),
     st.builds(rules.RandomRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
     st.builds(rules.ForcedRule, st.lists(st.integers(1, NUM_LAYERS + 1), min_size=1, max_size=7).map(tuple)),
 )
@@ -65,8 +68,27 @@ fusion_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
-plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)
-fusing_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
+map_configs = st.builds(rules.MapConfig, st.booleans(), st.booleans())
+_fitted = st.builds(
+    tiny.fitted,
+    st.integers(0, 3),
+    st.sampled_from([None, 1, 8]),
+    gates=st.sampled_from([(0, 1, 2), (1, 2), (2,)]),
+)
+
+
+def _with_fitted(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
+    """Give plans output maps, or not, and to those that refer to fitted tensors the tensors."""
+
+    def complete(plan: Plan, maps: rules.MapConfig | None, tensors: PlanTensors) -> Plan:
+        refers = maps is not None or (plan.halting is not None and plan.halting.rule.reads_gates)
+        return replace(plan, maps=maps, tensors=tensors) if refers else plan
+
+    return st.builds(complete, drawn, st.none() | map_configs, _fitted)
+
+
+plans = _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills))
+fusing_plans = _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs))
 
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
@@ -106,4 +128,6 @@ precision_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
-precise_plans = st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)
+precise_plans = _with_fitted(
+    st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)
+)
