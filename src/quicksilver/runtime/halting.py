@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.decisions import LayerView
-from quicksilver.core.ragged import TokenState
 from quicksilver.core.plan import Plan
+from quicksilver.core.ragged import TokenState
 from quicksilver.models.spec import Adapter
 from quicksilver.policies import halting
 from quicksilver.runtime.context import PassContext

@@ -1,6 +1,6 @@
 """Output maps: what a token that stops early predicts from, and what its entropy is taken of.
 
-How maps are fitted is not known here; a stopped token's keys and values are projected from its own state, not from this.
+How maps are fitted is not known here. A stopped token's keys and values are projected from its own state.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class OutputMaps:
 
     def __init__(self, plan: Plan, spec: ModelSpec) -> None:
         fitted = plan.fitted_maps(spec.num_layers, spec.hidden_size)
-        found = {i: fitted.get(f"output.{i}") for i in range(spec.num_layers - 1)}
-        maps = {i: found_map.to(spec.device, spec.dtype) for i, found_map in found.items() if found_map is not None}
+        names = {i: f"output.{i}" for i in range(spec.num_layers - 1)}
+        maps = {i: fitted[name].to(spec.device, spec.dtype) for i, name in names.items() if name in fitted}
         self._of_output = maps if plan.maps is not None and plan.maps.output else {}
         self._of_entropy = maps if plan.maps is not None and plan.maps.entropy else {}
 

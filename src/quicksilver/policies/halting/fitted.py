@@ -31,7 +31,7 @@ def gate_features(before: Tensor, after: Tensor, previous_update: Tensor | None)
     cosine = torch.zeros_like(size)
     if previous_update is not None:
         cosine = torch.cosine_similarity(update, previous_update.float(), dim=-1)[:, None]
-    normed = after / (size / math.sqrt(after.shape[-1]))
+    normed = after / size * math.sqrt(after.shape[-1])
     return torch.cat((normed, drift.log() - start.log(), cosine, size.log()), dim=-1)
 
 
