@@ -6,7 +6,7 @@ through transformers' own leaf modules, attention is written out, groups are for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,10 +90,12 @@ def run(
     read: Read = whole,
     bypass: Bypass = through,
     skip_below: Sequence[float] | None = None,
+    maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
-    `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight.
+    `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
+    `maps` gives, by layer, what is added to the state of a token that stopped there before it predicts.
     """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
@@ -149,6 +151,9 @@ def run(
             running = running & (masses > 0)
         sizes.append(sorted(formed))
         hidden = after
+    for layer_idx, added in (maps or {}).items():
+        stopped = depths == layer_idx + 1
+        hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
     logits = model.lm_head(parts.final_norm(hidden))
     return OracleRun(logits, depths, attended, skipped, torch.stack(all_masses), sizes, past)
 

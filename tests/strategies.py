@@ -11,9 +11,9 @@ from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules.maps import Part
 from quicksilver.core.rules.precision import ChannelScore, EntropyOf
+from quicksilver.core.tensors import PlanTensors
 from tests import tiny
-
-NUM_LAYERS = 4
+from tests.tiny import NUM_LAYERS
 
 
 def _thresholds(low: float, high: float) -> st.SearchStrategy[rules.Threshold]:
@@ -30,6 +30,7 @@ simple_rules: st.SearchStrategy[rules.HaltingRule] = st.one_of(
         _thresholds(6.0, 8.0),
         layers=st.none() | st.lists(st.integers(0, NUM_LAYERS - 1), max_size=3).map(tuple),
     ),
+    st.builds(rules.FittedRule, _thresholds(0.2, 5.0)),
     st.builds(rules.RandomRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
     st.builds(rules.ForcedRule, st.lists(st.integers(1, NUM_LAYERS + 1), min_size=1, max_size=7).map(tuple)),
 )
@@ -85,18 +86,49 @@ shortcut_configs = st.builds(
 def _maybe_with_shortcuts(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
     tensors = st.builds(tiny.shortcut_tensors, st.integers(0, 3), st.sampled_from((None, 3)))
     return drawn | st.builds(
-        lambda plan, config, fitted: replace(plan, shortcuts=config, tensors=fitted), drawn, shortcut_configs, tensors
+        lambda plan, config, fitted: replace(
+            plan, shortcuts=config, tensors=PlanTensors({**(plan.tensors or {}), **fitted})
+        ),
+        drawn,
+        shortcut_configs,
+        tensors,
     )
 
 
-plans = _maybe_with_shortcuts(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills))
+map_configs = st.builds(rules.MapConfig, st.booleans(), st.booleans())
+_fitted = st.builds(
+    tiny.fitted,
+    st.integers(0, 3),
+    st.sampled_from([None, 1, 8]),
+    gates=st.sampled_from([(0, 1, 2), (1, 2), (2,)]),
+)
+
+
+def _with_fitted(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
+    """Give plans output maps, or not, and to those that refer to fitted tensors the tensors."""
+
+    def complete(plan: Plan, maps: rules.MapConfig | None, tensors: PlanTensors) -> Plan:
+        refers = maps is not None or (plan.halting is not None and plan.halting.rule.reads_gates)
+        return replace(plan, maps=maps, tensors=tensors) if refers else plan
+
+    return st.builds(complete, drawn, st.none() | map_configs, _fitted)
+
+
+plans = _maybe_with_shortcuts(_with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)))
 fusing_plans = _maybe_with_shortcuts(
-    st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs)
+    _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs))
 )
 
 attention_configs = st.builds(rules.AttentionConfig, _thresholds(0.0, 1.0))
-skipping_plans = st.builds(
-    Plan, st.just("random"), st.none() | halting_configs, fills, st.none() | fusion_configs, attention=attention_configs
+skipping_plans = _with_fitted(
+    st.builds(
+        Plan,
+        st.just("random"),
+        st.none() | halting_configs,
+        fills,
+        st.none() | fusion_configs,
+        attention=attention_configs,
+    )
 )
 """Run these in float64: in float32 a weight near its threshold may fall on either side of it, in float64 hardly."""
 
@@ -139,5 +171,5 @@ precision_configs = st.builds(
     protect_special=st.booleans(),
 )
 precise_plans = _maybe_with_shortcuts(
-    st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs)
+    _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none(), precision_configs))
 )

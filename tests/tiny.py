@@ -23,6 +23,8 @@ from quicksilver.models.nesting import nest
 from quicksilver.quant.config import QuantizationConfig
 
 MAX_POSITIONS = 64
+NUM_LAYERS = 4
+HIDDEN_SIZE = 32
 VOCAB = 300
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _LLAMA = {
@@ -117,6 +119,30 @@ def nested(name: str, dtype: torch.dtype = torch.float32) -> Any:
     made = from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
     nest(made, QuantizationConfig())
     return made
+
+
+@cache
+def fitted(
+    seed: int = 0, rank: int | None = None, outputs: tuple[int, ...] = (0, 1, 2), gates: tuple[int, ...] = (0, 1, 2)
+) -> PlanTensors:
+    """Return random output maps, of full rank or of a lower one, and random gates for the given layers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {}
+    for layer_idx in range(NUM_LAYERS):
+        weight, bias, gate = draw(HIDDEN_SIZE, HIDDEN_SIZE), draw(HIDDEN_SIZE), draw(HIDDEN_SIZE + 4)
+        if layer_idx in outputs:
+            name = f"output.{layer_idx}"
+            factors = {"weight": 0.1 * weight}
+            if rank is not None:
+                factors = {"down": 0.2 * weight[:, :rank], "up": 0.2 * weight[-rank:]}
+            tensors |= {f"{name}.{key}": value for key, value in factors.items()} | {f"{name}.bias": 0.3 * bias}
+        if layer_idx in gates:
+            tensors[f"gate.{layer_idx}.weight"] = 0.2 * gate
+    return PlanTensors(tensors)
 
 
 @cache

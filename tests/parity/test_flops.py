@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
+    AnyRule,
     CosineFusionRule,
     DropFill,
     EntropyRule,
+    FittedRule,
     ForcedFusionRule,
     ForcedRule,
     HaltingConfig,
     KVFill,
+    MapConfig,
     PropagateFill,
     ShareFill,
     Shortcut,
@@ -26,6 +31,9 @@ from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_who
 
 PAST = (Shortcut(0, "mlp"), Shortcut(1, "attention"), Shortcut(2, "attention"), Shortcut(2, "mlp"))
 HALTING = HaltingConfig(ForcedRule((2, 1, 4, 3, 4)), min_layer=1, protect_first=0, protect_special=False)
+NESTED = fusion_plan(
+    ForcedFusionRule((False, True, True, False, True)), ForcedRule((4, 4, 2)), PropagateFill(), layers=(1, 2, 3)
+)
 PLANS = {
     "dense": Plan.dense(),
     **{
@@ -35,9 +43,9 @@ PLANS = {
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
     "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
     "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=PropagateFill()),
-    "nested fusion and halting": fusion_plan(
-        ForcedFusionRule((False, True, True, False, True)), ForcedRule((4, 4, 2)), PropagateFill(), layers=(1, 2, 3)
-    ),
+    "nested fusion and halting": NESTED,
+    "maps": replace(halting_plan(ForcedRule((1, 3, 5, 2))), maps=MapConfig(), tensors=tiny.fitted()),
+    "maps of low rank, fusion": replace(NESTED, maps=MapConfig(), tensors=tiny.fitted(rank=3)),
 }
 
 
@@ -83,6 +91,32 @@ def test_entropy_signal_counts_the_head() -> None:
     torch_flops = counted_by_torch(lambda: run_steps(engine, ids))
     softmax_macs = signal_macs(engine.spec, "head") - engine.spec.head_macs
     assert executed_cost(engine.spec, run.trace).flops == torch_flops + 2 * 2 * 10 * softmax_macs
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_maps_count_once_for_each_token_that_stops_and_for_each_entropy(entropy: bool) -> None:
+    """Ten tokens, five of which halt after layer 1; entropy, where it is asked for, of all ten, halts nobody."""
+    rule = AnyRule((EntropyRule(0.0, layers=(1,)), ForcedRule((2, 4))))
+    plan = replace(halting_plan(rule), maps=MapConfig(entropy=entropy), tensors=tiny.fitted(rank=3))
+    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    run, maps = run_steps(engine, ids), 5 + 10 * entropy
+    assert [layer.fitted_macs for layer in run.trace.layers] == [0, maps * 2 * 32 * 3, 0, 0]
+    assert [layer.fitted_bytes for layer in run.trace.layers] == [0, maps * 4 * (2 * 32 * 3 + 32), 0, 0]
+    assert executed_cost(engine.spec, run.trace) == executed_cost(engine.spec, run_whole(engine, ids).trace)
+    softmax_macs = signal_macs(engine.spec, "head") - engine.spec.head_macs
+    counted = counted_by_torch(lambda: run_steps(engine, ids))
+    assert executed_cost(engine.spec, run.trace).flops == counted + 2 * 10 * softmax_macs
+
+
+def test_gates_and_their_features_count() -> None:
+    """Ten tokens, none of which halts: three norms (of 2d), a cosine (4d), where an update came before, and d + 4."""
+    plan = replace(halting_plan(FittedRule(0.0)), tensors=tiny.fitted(gates=(0, 2)))
+    engine, ids = decoder(tiny.model("gpt2"), plan), tiny.token_ids(10)
+    trace = run_whole(engine, ids).trace
+    assert [dict(layer.signal_rows) for layer in trace.layers] == [{"norm": 30}, {}, {"norm": 30, "cosine": 10}, {}]
+    cost, dense = executed_cost(engine.spec, trace), dense_cost(engine.spec, trace)
+    assert cost.flops - dense.flops == 2 * 10 * (2 * 3 * 2 * 32 + 4 * 32 + 2 * 36)
+    assert cost.weight_bytes - dense.weight_bytes == 10 * 2 * 36 * 4
 
 
 @pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill(), ShareFill()], ids=lambda f: type(f).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from quicksilver.core import rules
 from quicksilver.core.decisions import Fill, LayerView, ShortcutView
 from quicksilver.policies import halting, kv, shortcuts
+from quicksilver.policies.halting.fitted import gate_features
 
 BEFORE = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [6.0, 8.0]])
 UPDATE = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.3, 0.4], [0.6, 0.8]])  # norms 1, 2, 0.5, 1
@@ -50,6 +52,75 @@ def test_rule(rule: rules.HaltingRule, expected: list[int]) -> None:
 
 def test_a_fixed_point_needs_two_updates() -> None:
     assert not halting.decide(rules.FixedPointRule(9.0, -1.0), view(previous=None)).halt.any()
+
+
+def test_gate_features_are_what_they_say() -> None:
+    features = gate_features(BEFORE, BEFORE + UPDATE, PREVIOUS)
+    expected = [
+        [math.sqrt(2), 0.0, math.log(1 / 3), 1.0, math.log(4)],
+        [0.0, math.sqrt(2), math.log(2 / 4), -1.0, math.log(2)],
+        [
+            1.3 * math.sqrt(2) / math.hypot(1.3, 1.4),
+            1.4 * math.sqrt(2) / math.hypot(1.3, 1.4),
+            math.log(0.5 / math.sqrt(2)),
+            0.0,
+            math.log(math.hypot(1.3, 1.4)),
+        ],
+        [0.6 * math.sqrt(2), 0.8 * math.sqrt(2), math.log(1 / 10), 0.6, math.log(11)],
+    ]
+    torch.testing.assert_close(features, torch.tensor(expected))
+    first = gate_features(BEFORE, BEFORE + UPDATE, None)
+    assert not first[:, 3].any()
+    assert torch.equal(first[:, [0, 1, 2, 4]], features[:, [0, 1, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gate_features_are_finite_float32(dtype: torch.dtype) -> None:
+    still = torch.zeros(2, 2, dtype=dtype)
+    moved = torch.tensor([[3e4, 0.0], [1e-3, 1e-3]], dtype=dtype)
+    for before, after in ((still, still), (still, moved), (moved, moved), (moved, still)):
+        features = gate_features(before, after, after - before)
+        assert features.dtype == torch.float32
+        assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("gate", "threshold", "expected"),
+    [
+        ((0, 0, 1, 0, 0, 0), 0.36, [1, 0, 1, 1]),  # relative update norms 1/3, 1/2, 0.354, 0.1
+        ((0, 0, 1, 0, 0, 0), 0.34, [1, 0, 0, 1]),
+        ((0, 0, 1, 0, 0, math.log(10.0)), 3.4, [1, 0, 0, 1]),  # ten times as many nats
+        ((0, 0, 0, 0, 1, 0), 3.0, [0, 1, 1, 0]),  # norms 4, 2, 1.9, 11
+        ((0, 0, 0, 1, 0, 0), 0.9, [0, 1, 0, 0]),  # cosines 1, -1, 0, 0.6
+        ((0, 0, 0, -1, 0, 0), (9.0, 0.5, 9.0), [1, 0, 0, 0]),  # the second layer's threshold
+        ((0, 1, 0, 0, 0, 0), 1.5, [1, 0, 0, 0]),
+        ((0, 0, 0, 0, 0, -50.0), 0.0, [0, 0, 0, 0]),
+        ((0, 0, 0, 0, 0, 500.0), 1e300, [1, 1, 1, 1]),
+    ],
+)
+def test_fitted_rule(gate: tuple[float, ...], threshold: rules.Threshold, expected: list[int]) -> None:
+    seen = replace(view(), gate=torch.tensor(gate, dtype=torch.float32))
+    decision = halting.decide(rules.FittedRule(threshold), seen)
+    assert decision.halt.tolist() == [bool(x) for x in expected]
+    assert decision.signal_rows == {"norm": 12, "cosine": 4}
+    assert decision.gate_rows == 4
+
+
+def test_a_fitted_rule_without_a_gate_halts_nobody_for_nothing() -> None:
+    decision = halting.decide(rules.FittedRule(1e9), view())
+    assert not decision.halt.any()
+    assert (decision.signal_rows, decision.gate_rows) == ({}, 0)
+
+
+def test_gates_of_combined_rules_are_accounted_for() -> None:
+    of_norm = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    both = rules.AllRule((rules.DriftRule(1.5), rules.FittedRule(3.0)))
+    decision = halting.decide(both, replace(view(), gate=of_norm))
+    assert decision.halt.tolist() == [False, False, True, False]
+    assert decision.gate_rows == 3
+    assert halting.needs_previous_update(both)
+    assert both.reads_gates
+    assert not rules.AllRule((rules.DriftRule(1.0),)).reads_gates
 
 
 def test_what_a_rule_is_never_asked() -> None:

@@ -21,6 +21,7 @@ class LayerView:
         positions: [N] logical positions.
         token_ids: [N] the tokens themselves.
         head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+        gate: [d + 4] float32, the fitted gate of the layer, None where it has none.
     """
 
     layer_idx: int
@@ -30,6 +31,7 @@ class LayerView:
     positions: Tensor
     token_ids: Tensor
     head_entropy: Callable[[Tensor], Tensor]
+    gate: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,10 +58,12 @@ class HaltDecision:
     Attributes:
         halt: [N] bool.
         signal_rows: rows for which each signal ("norm", "cosine", "head") was computed.
+        gate_rows: rows that were multiplied by the layer's fitted gate.
     """
 
     halt: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
+    gate_rows: int = 0
 
 
 @dataclass(frozen=True)

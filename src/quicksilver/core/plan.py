@@ -201,19 +201,25 @@ class Plan:
                 self.attention.check_depth(num_layers)
             self.fitted_maps(num_layers, hidden_size)
             self.shortcut_gates(hidden_size)
+            self.fitted_gates(num_layers, hidden_size)
         except PlanError as error:
             raise PlanError(f"plan {self.name!r}: {error}") from None
 
     def fitted_maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
         """Return the fitted maps that the plan uses, by name: `output.LAYER`, and each shortcut's.
 
+        Every layer after which a token may halt has an output map; a layer after which tokens only fuse may have one.
+
         Raises:
             PlanError: tensors are missing or of another model's shape.
         """
         tensors = self.tensors or {}
         names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []
-        if self.maps is not None and self.halting is not None:
-            names += [f"output.{i}" for i in range(self.halting.first_halt(num_layers), num_layers - 1)]
+        if self.maps is not None and (self.maps.output or self.maps.entropy):
+            names += [f"output.{i}" for i in self._halt_layers(num_layers)]
+        if self.maps is not None and self.maps.output and self.fusion is not None:
+            fusing = [f"output.{i}" for i in self.fusion.after_layers(num_layers)]
+            names += [name for name in fusing if any(key.startswith(f"{name}.") for key in tensors)]
         return {name: AffineMap.named(tensors, name, hidden_size) for name in names}
 
     def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
@@ -228,6 +234,32 @@ class Plan:
             for shortcut in shortcuts
             if shortcut.threshold is not None
         }
+
+    def fitted_gates(self, num_layers: int, hidden_size: int) -> dict[int, Tensor]:
+        """Return the fitted gates that the halting rule reads, [hidden_size + 4] each, by layer.
+
+        Raises:
+            PlanError: no layer after which tokens may halt has one, or one is of another model's shape.
+        """
+        layers = self._halt_layers(num_layers)
+        if self.halting is None or not self.halting.rule.reads_gates or not layers:
+            return {}
+        tensors, names = self.tensors or {}, {i: f"gate.{i}.weight" for i in layers}
+        gates = {i: tensors[name] for i, name in names.items() if name in tensors}
+        if not gates:
+            raise PlanError(
+                f"its rule reads fitted gates, and none of {names[layers[0]]} to {names[layers[-1]]} is in the plan"
+            )
+        for i, gate in gates.items():
+            if tuple(gate.shape) != (hidden_size + 4,):
+                raise PlanError(
+                    f"tensor {names[i]} has shape {tuple(gate.shape)}, the model needs ({hidden_size + 4},)"
+                )
+        return gates
+
+    def _halt_layers(self, num_layers: int) -> range:
+        """Return the layers after which tokens may halt."""
+        return range(0) if self.halting is None else range(self.halting.first_halt(num_layers), num_layers - 1)
 
     @staticmethod
     def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:

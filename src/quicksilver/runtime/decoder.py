@@ -24,6 +24,7 @@ from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
 from quicksilver.runtime.halting import HaltingStep
+from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.status import Running, TokenStatus
@@ -55,7 +56,8 @@ class Decoder:
         self.plan = plan
         self.backend: AttentionBackend = backend
         self._owner = (plan.hash, id(adapter))
-        self._halting = HaltingStep(adapter, plan.halting, special_ids)
+        self._maps = OutputMaps(plan, adapter.spec)
+        self._halting = HaltingStep(adapter, plan, special_ids, self._maps)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan.precision, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
@@ -98,7 +100,8 @@ class Decoder:
                 for each. A plan may fuse such tokens only.
 
         Returns:
-            [N, d] the state of each token after the last layer it ran, before the final norm.
+            [N, d] the state of each token after the last layer it ran, before the final norm; where the plan maps
+            the states of tokens that stop early, the mapped one.
 
         Raises:
             InputError: a token id out of range, a sequence longer than the model allows, or flags of another number.
@@ -115,7 +118,8 @@ class Decoder:
         )
         cache.advance(chunk, context.fuses)
         trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
-        return running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
+        hidden = running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
+        return self._maps.map_stopped(hidden, status.stops, trace)
 
     def _run_layers(
         self, first: int, running: Running, status: TokenStatus, context: PassContext
@@ -132,7 +136,7 @@ class Decoder:
                 if self._halting.keeps_updates:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
                 if split is not None:
-                    status, running = status.halt(running.state, split), running.select(split.keep)
+                    status, running = status.halt(layer_idx, running.state, split), running.select(split.keep)
                 status = self._cap(layer_idx, running, status, context)
             if layer_idx in self._fusion.layers and (fused := self._fusion.apply(layer_idx, running, status, context)):
                 if fused.rerun is not None:

@@ -98,7 +98,7 @@ class FusionStep:
             return None if rerun is None else Fused(running, status, rerun)
         going_on = joined.merged.select((arrivals.source.index_select(0, joined.groups.last) >= 0).nonzero()[:, 0])
         state = group_state(going_on, running.state.layout.select(keep), config.weights)
-        status = status.absorb(running.state, SplitRows(stop, keep), going_on.mass)
+        status = status.absorb(layer_idx, running.state, SplitRows(stop, keep), going_on.mass)
         return Fused(running.select(keep, state), status, rerun)
 
     def _join(self, layer_idx: int, arrivals: Arrivals, config: FusionConfig, context: PassContext) -> _Joined:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.decisions import LayerView
+from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import HaltingConfig
 from quicksilver.models.spec import Adapter
 from quicksilver.policies import halting
 from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.status import SplitRows
 
@@ -24,18 +25,23 @@ _ENTROPY_ROWS = 256  # rows of logits held at a time
 
 
 class HaltingStep:
-    """A halting configuration bound to a model.
+    """A plan's halting configuration bound to a model.
 
     Args:
         adapter: the model, whose head some rules consult.
-        config: which tokens halt; None for none.
+        plan: says which tokens halt, and holds the gates that say so.
         special_ids: token ids that are protected where the configuration says so.
+        maps: give what a state's entropy is taken of.
     """
 
-    def __init__(self, adapter: Adapter, config: HaltingConfig | None, special_ids: Sequence[int]) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int], maps: OutputMaps) -> None:
+        config, spec = plan.halting, adapter.spec
         self._adapter = adapter
         self._config = config
-        self._protection = None if config is None else Protection(config, special_ids, adapter.spec.device)
+        self._maps = maps
+        gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
+        self._gates = {layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()}
+        self._protection = None if config is None else Protection(config, special_ids, spec.device)
         self.keeps_updates = config is not None and halting.needs_previous_update(config.rule)
 
     def protected(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
@@ -56,7 +62,7 @@ class HaltingStep:
             return None
         if layer_idx < config.first_halt(num_layers) or not halting.may_halt(config.rule, layer_idx):
             return None
-        layout = after.layout
+        layout, trace, gate = after.layout, context.trace.layers[layer_idx], self._gates.get(layer_idx)
         token_ids, protected = (t.index_select(0, layout.origin) for t in (context.token_ids, context.protected))
         view = LayerView(
             layer_idx,
@@ -65,9 +71,12 @@ class HaltingStep:
             previous_update,
             layout.positions,
             token_ids,
-            self.head_entropy,
+            lambda hidden: self.head_entropy(self._maps.before_head(layer_idx, hidden, trace)),
+            gate,
         )
         decision = halting.decide(config.rule, view)
+        if gate is not None:
+            trace.record_fitted(decision.gate_rows, gate.numel(), gate.nbytes)
         halt = decision.halt & ~protected
         rows = halt.nonzero().squeeze(-1)
         context.trace.record_halt(layer_idx, layout.origin.index_select(0, rows), decision.signal_rows)

@@ -22,6 +22,13 @@ class SplitRows(NamedTuple):
     keep: Tensor
 
 
+class Stop(NamedTuple):
+    """Tokens that stopped after one layer: [M] their origins."""
+
+    layer_idx: int
+    origins: Tensor
+
+
 @dataclass(frozen=True)
 class Running:
     """The tokens that run the next layer, and what goes with them.
@@ -60,6 +67,7 @@ class TokenStatus:
         frozen_kv: [N, d] what a halted token's keys and values are projected from, None where `frozen` is.
         masses: [N] tokens that each stands for, None where each stands for one.
         caps: [N] uint8, the most bits of each weight that a token reads, None where nothing limits them.
+        stops: who stopped where, each token once.
     """
 
     chunk: RaggedLayout
@@ -69,6 +77,7 @@ class TokenStatus:
     frozen_kv: Tensor | None = None
     masses: Tensor | None = None
     caps: Tensor | None = None
+    stops: tuple[Stop, ...] = ()
 
     @classmethod
     def all_running(cls, chunk: RaggedLayout, masses: Tensor | None = None, caps: Tensor | None = None) -> TokenStatus:
@@ -80,25 +89,25 @@ class TokenStatus:
         """Tokens that each present token stands for, None where each stands for one."""
         return None if self.masses is None else self.masses.index_select(0, self.present.origin)
 
-    def halt(self, state: TokenState, split: SplitRows) -> TokenStatus:
-        """Halt rows of `state`. Grids are written in place: the value called is used up."""
-        status, rows = self._freeze(state, split.stop)
+    def halt(self, layer_idx: int, state: TokenState, split: SplitRows) -> TokenStatus:
+        """Halt rows of `state`, after a layer. Grids are written in place: the value called is used up."""
+        status, rows = self._freeze(layer_idx, state, split.stop)
         if split.keep.shape[0] == 0:
             return replace(status, halted=self.present.origin)
         if self.halted is not None:
             rows = torch.cat((self.halted, rows)).sort().values
         return replace(status, halted=rows)
 
-    def absorb(self, state: TokenState, split: SplitRows, masses: Tensor) -> TokenStatus:
+    def absorb(self, layer_idx: int, state: TokenState, split: SplitRows, masses: Tensor) -> TokenStatus:
         """Let rows of `state` stop for good; those that go on stand for `masses` tokens. Used up as in `halt`."""
-        status, rows = self._freeze(state, split.stop)
+        status, rows = self._freeze(layer_idx, state, split.stop)
         grid = torch.ones_like(self.chunk.origin) if self.masses is None else self.masses
         grid.index_copy_(0, state.layout.origin.index_select(0, split.keep), masses)
         present = torch.ones_like(self.chunk.origin, dtype=torch.bool).index_fill_(0, rows, False)
         remaining = present.index_select(0, self.present.origin).nonzero().squeeze(-1)
         return replace(status, present=self.present.select(remaining), masses=grid)
 
-    def _freeze(self, state: TokenState, rows: Tensor) -> tuple[TokenStatus, Tensor]:
+    def _freeze(self, layer_idx: int, state: TokenState, rows: Tensor) -> tuple[TokenStatus, Tensor]:
         """Keep the states of rows of `state`; return the new status and the rows' origins."""
         frozen, frozen_kv = self.frozen, self.frozen_kv
         if frozen is None:
@@ -110,4 +119,5 @@ class TokenStatus:
             hidden = hidden + state.shift.index_select(0, rows)
         if frozen_kv is not None:
             frozen_kv.index_copy_(0, origins, hidden)
-        return replace(self, frozen=frozen, frozen_kv=frozen_kv), origins
+        stops = (*self.stops, Stop(layer_idx, origins))
+        return replace(self, frozen=frozen, frozen_kv=frozen_kv, stops=stops), origins

@@ -21,6 +21,11 @@ from quicksilver.errors import PlanError
 class HaltingRule:
     """Base of the rules that say which tokens have settled."""
 
+    @property
+    def reads_gates(self) -> bool:
+        """Whether the rule reads the plan's fitted gates."""
+        return False
+
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where the rule does not fit a model of `num_layers` layers."""
 
@@ -92,6 +97,11 @@ class FittedRule(ThresholdRule):
     norm, and a constant; their product is the logarithm of the nats. A layer without a gate halts nobody.
     """
 
+    @property
+    def reads_gates(self) -> bool:
+        """Whether the rule reads the plan's fitted gates."""
+        return True
+
 
 @dataclass(frozen=True)
 class ForcedRule(HaltingRule):
@@ -127,6 +137,11 @@ class CombinedRule(HaltingRule):
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules:
             raise PlanError(f"{type(self).__name__}: at least one rule is needed")
+
+    @property
+    def reads_gates(self) -> bool:
+        """Whether a member reads the plan's fitted gates."""
+        return any(rule.reads_gates for rule in self.rules)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where a member does not fit the depth."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import HaltDecision, LayerView
-from quicksilver.policies.halting import combined, drift, entropy, fixed_point, forced, random, relative
+from quicksilver.policies.halting import combined, drift, entropy, fitted, fixed_point, forced, random, relative
 
 Handler = Callable[[Any, LayerView], HaltDecision]
 
@@ -16,6 +16,7 @@ _HANDLERS: dict[type[rules.HaltingRule], Handler] = {
     rules.RelativeDriftRule: relative.decide,
     rules.FixedPointRule: fixed_point.decide,
     rules.EntropyRule: entropy.decide,
+    rules.FittedRule: fitted.decide,
     rules.ForcedRule: forced.decide,
     rules.RandomRule: random.decide,
 }
@@ -34,7 +35,7 @@ def needs_previous_update(rule: rules.HaltingRule) -> bool:
     """Whether the rule compares successive updates, which the runtime then has to keep."""
     if isinstance(rule, rules.CombinedRule):
         return any(needs_previous_update(member) for member in rule.rules)
-    return isinstance(rule, rules.FixedPointRule)
+    return isinstance(rule, rules.FixedPointRule | rules.FittedRule)
 
 
 def may_halt(rule: rules.HaltingRule, layer_idx: int) -> bool:

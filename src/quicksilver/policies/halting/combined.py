@@ -26,7 +26,7 @@ def decide_any(rule: AnyRule, view: LayerView, decide: Decide) -> HaltDecision:
 def _narrow(rule: CombinedRule, view: LayerView, decide: Decide, keep_asking_where: bool) -> HaltDecision:
     """Ask each member about the rows on which all earlier members said `keep_asking_where`."""
     first = decide(rule.rules[0], view)
-    answer, costs = first.halt, Counter(first.signal_rows)
+    answer, costs, gate_rows = first.halt, Counter(first.signal_rows), first.gate_rows
     for member in rule.rules[1:]:
         open_rows = (answer == keep_asking_where).nonzero().squeeze(-1)
         if open_rows.shape[0] == 0:
@@ -34,4 +34,5 @@ def _narrow(rule: CombinedRule, view: LayerView, decide: Decide, keep_asking_whe
         decision = decide(member, view.select(open_rows))
         answer = torch.index_copy(answer, 0, open_rows, decision.halt)
         costs.update(decision.signal_rows)
-    return HaltDecision(answer, costs)
+        gate_rows += decision.gate_rows
+    return HaltDecision(answer, costs, gate_rows)
