@@ -20,7 +20,7 @@ WINDOWS = [tiny.token_ids(30).tolist(), tiny.token_ids(17, seed=1).tolist()]
 
 
 def hooks(model: Any) -> int:
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -101,11 +101,25 @@ def test_hessians_must_fit() -> None:
         path: hessians | {path: torch.eye(3)},
         "calibration": None,
         "NaN": hessians | {path: hessians[path] * float("nan")},
+        rf"the Hessian of '{path}' is not positive definite": hessians | {path: -hessians[path]},
     }
     for match, given in cases.items():
         model = copy.deepcopy(plain)
         with pytest.raises(ModelError, match=match):
             nest(model, QuantizationConfig(method="compensated", head=match == "lm_head"), given)
+        assert not any(isinstance(module, NestedLinear) for module in model.modules())
+
+
+def test_weights_beyond_the_range_of_float32_are_refused_before_any_is_replaced() -> None:
+    for dtype, values, message in (
+        (torch.float32, [3e38, -3e38], "spans more than the range of float32"),
+        (torch.float64, [1e39, 0.0], "holds NaN or infinite values"),
+    ):
+        model = copy.deepcopy(tiny.model("llama")).to(dtype)
+        with torch.no_grad():
+            model.model.layers[3].mlp.down_proj.weight[1, :2] = torch.tensor(values, dtype=dtype)
+        with pytest.raises(ModelError, match=rf"'model\.layers\.3\.mlp\.down_proj\.weight' {message}"):
+            nest(model, QuantizationConfig())
         assert not any(isinstance(module, NestedLinear) for module in model.modules())
 
 
