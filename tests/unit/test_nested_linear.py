@@ -99,6 +99,17 @@ def test_eight_bits_are_close_to_the_matrix_itself() -> None:
     assert (y - x @ weight).norm() / (x @ weight).norm() < 0.006
 
 
+def test_norms_are_those_of_the_codes_loaded_last() -> None:
+    module, other = nested(20, 40), NestedLinear(quantize(draw(20, 40, seed=9) * 3.0, 32), draw(40))
+    before = module.channel_norms
+    for assign in (False, True):
+        module.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(module.channel_norms, other.channel_norms)
+        assert not torch.equal(module.channel_norms, before)
+        module = nested(20, 40)
+        assert torch.equal(module.channel_norms, before)
+
+
 def test_parts_and_embeddings() -> None:
     parts, x = [nested(20, 40), nested(20, 24, bias=False)], draw(3, 20)
     assert torch.equal(NestedSplit(parts)(x), torch.cat([part(x) for part in parts], dim=-1))
