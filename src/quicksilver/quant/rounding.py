@@ -73,10 +73,7 @@ def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
         ModelError: the Hessian is not positive definite, damped though it is.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    try:
-        return order, _inverse_factor(hessian[order][:, order])
-    except torch.linalg.LinAlgError:
-        raise ModelError("its Hessian is not positive definite") from None
+    return order, _inverse_factor(hessian[order][:, order])
 
 
 def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> Tensor:
@@ -131,5 +128,11 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     hessian = hessian.double()
     damping = _DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
     damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return _cholesky(torch.cholesky_inverse(_cholesky(damped)), upper=True).float()
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
+    factor, failed_at = torch.linalg.cholesky_ex(matrix, upper=upper)
+    if int(failed_at):
+        raise ModelError("its Hessian is not positive definite")
+    return factor
