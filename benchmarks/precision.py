@@ -76,7 +76,7 @@ def plans_for(nested: Any, windows: Sequence[Tensor]) -> list[Plan]:
     for name, rule in wanted():
         protect = 0 if isinstance(rule, UniformWidthRule) else 4
         plan = Plan(name, precision=PrecisionConfig(rule, protect_first=protect, protect_special=protect > 0))
-        plans.append(fit(nested.adapter, plan, windows))
+        plans.append(fit(nested.adapter, plan, windows, special_ids=nested.special_ids))
         print("f", end="", file=sys.stderr, flush=True)
     return plans
 
