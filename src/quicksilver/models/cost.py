@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.spec import ModelSpec
 
-
 _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
 
 
