@@ -33,6 +33,7 @@ from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, cut, default_bos
 from quicksilver.models.nesting import nest
+from quicksilver.quant.codes import GROUP_SIZES
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.loading import accelerate, load, load_tokenizer
@@ -43,6 +44,8 @@ FINE, FINE_SKIPPING = (8, 6, 4, 2), (8, 6, 4, 2, 0)
 COARSE_SKIPPING = (8, 4, 2, 0)
 ENTROPY_SHARES = ((0.25, 0.5, 0.25), (0.5, 0.5, 0.0), (0.9, 0.1, 0.0))  # of 8, 4 and 2 bits
 CAP_SHARES = (0.6, 0.3, 0.1)
+COLUMNS = (8, 6, 4, 2, 0)
+PROTECT_FIRST = 4  # and special tokens, under every policy but uniform ones
 
 
 def wanted() -> Iterator[tuple[str, PrecisionRule]]:
@@ -57,7 +60,7 @@ def wanted() -> Iterator[tuple[str, PrecisionRule]]:
         yield f"channel, skipping {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean)
         yield f"channel {mean}", ChannelWidthRule(widths=FINE, target=mean)
         yield f"channel, 8/4/2/0 {mean}", ChannelWidthRule(widths=COARSE_SKIPPING, target=mean)
-        yield f"channel, |x| alone {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean, score="activation")
+        yield f"channel, abs(x) alone {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean, score="activation")
     for mean in MEANS[:2]:
         token = EntropyWidthRule(target=CAP_SHARES)
         yield f"capped {mean}", CappedWidthRule(token, ChannelWidthRule(widths=FINE_SKIPPING, target=mean))
@@ -74,11 +77,21 @@ def plans_for(nested: Any, windows: Sequence[Tensor]) -> list[Plan]:
     """Return the plans, fitted on the windows."""
     plans = []
     for name, rule in wanted():
-        protect = 0 if isinstance(rule, UniformWidthRule) else 4
+        protect = 0 if isinstance(rule, UniformWidthRule) else PROTECT_FIRST
         plan = Plan(name, precision=PrecisionConfig(rule, protect_first=protect, protect_special=protect > 0))
-        plans.append(fit(nested.adapter, plan, windows))
+        plans.append(fit(nested.adapter, plan, windows, special_ids=nested.special_ids))
         print("f", end="", file=sys.stderr, flush=True)
     return plans
+
+
+def settings(config: QuantizationConfig, name: str, windows: Sequence[Tensor], fitted: Sequence[Tensor]) -> str:
+    """Return in words what plans were made with: windows to choose codes by, and those that widths are fitted to."""
+    return (
+        f"weights nested in groups of {config.group_size}, {'head too (8 bits), ' if config.head else ''}"
+        f"error-compensated; calibration {name}, {sum(map(len, windows))} tokens for codes, the first"
+        f" {sum(map(len, fitted))} of them for thresholds;"
+        f" the first {PROTECT_FIRST} tokens and special ones read 8 bits, but for uniform widths"
+    )
 
 
 def against(baseline: dict[str, Any], row: dict[str, Any], key: str) -> float:
@@ -97,9 +110,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [
         *heading(first, f"; {first['nesting']}"),
-        "| policy | bits read | 8 | 6 | 4 | 2 | 0 | Δnll [95 % CI] | Δppl | KL | top-1 | FLOPs saved | body"
-        " | bitops saved | weight bytes saved | bitops saved against float |",
-        "|---" * 16 + "|",
+        f"| policy | bits read | {' | '.join(map(str, COLUMNS))} | other | Δnll [95 % CI] | Δppl | KL | top-1"
+        " | FLOPs saved | body | bitops saved | weight bytes saved | bitops saved against float |",
+        "|---" * 17 + "|",
         *(_table_row(first, row) for row in rows),
         "",
     ]
@@ -112,7 +125,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table_row(first: dict[str, Any], row: dict[str, Any]) -> str:
     side, delta = row["accelerated"], row["delta"]
-    shares = " | ".join(f"{side['width_histogram'].get(str(width), 0.0):.1%}" for width in (8, 6, 4, 2, 0))
+    shares = " | ".join(f"{side['width_histogram'].get(str(width), 0.0):.1%}" for width in COLUMNS)
+    others = {width: share for width, share in side["width_histogram"].items() if int(width) not in COLUMNS}
+    shares += f" | {', '.join(f'{width}: {share:.1%}' for width, share in others.items()) or 'none'}"
     saved = " | ".join(f"{against(first, row, key):+.1%}" for key in ("flops", "flops_body", "bitops", "weight_bytes"))
     return (
         f"| {row['plan']['name']} | {side['mean_bits']:.2f} | {shares} | {interval(delta)} | {delta['ppl']:+.3f}"
@@ -123,7 +138,7 @@ def _table_row(first: dict[str, Any], row: dict[str, Any]) -> str:
 @click.command()
 @click.argument("model")
 @text_options
-@click.option("--group-size", default=32, show_default=True)
+@click.option("--group-size", type=click.Choice(GROUP_SIZES), default=GROUP_SIZES[0], show_default=True)
 @click.option("--context", default=512, show_default=True)
 @click.option("--max-tokens", default=10_000, show_default=True)
 @click.option("--calibration-tokens", default=8192, show_default=True, help="For codes; thresholds take half of them.")
@@ -158,13 +173,13 @@ def main(
     windows = [torch.tensor(window.token_ids) for window in calibration.windows]
     config = QuantizationConfig(group_size=group_size, method="compensated", head=True)
     nested = nested_copy(loaded, windows, config)
-    plans = plans_for(nested, windows[: max(len(windows) // 2, 1)])
+    fitted = windows[: max(len(windows) // 2, 1)]
+    plans = plans_for(nested, fitted)
     decoders = [Decoder(loaded.adapter, Plan.dense())]
     decoders += [Decoder(nested.adapter, plan, nested.special_ids) for plan in plans]
     records = run_windows(decoders, measured.windows, "score", show_dot)
     rows = build_rows(records, measured, protocol, "score", Path(model).name)
-    nesting = f"weights nested in groups of {group_size}, head too (8 bits), error-compensated; calibration {held.name}"
-    rows = [{**row, "nesting": nesting} for row in rows]
+    rows = [{**row, "nesting": settings(config, held.name, windows, fitted)} for row in rows]
     write_results(output, rows, markdown(rows))
 
 

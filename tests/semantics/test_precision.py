@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.core.trace import Trace
 from quicksilver.models.cost import dense_cost, executed_cost
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
@@ -119,12 +121,14 @@ def test_widths_equal_their_definition(name: str, family: str) -> None:
     assert used == 1 if name.startswith("uniform") else used > 1
 
 
-def test_protected_tokens_read_everything() -> None:
-    model, ids = tiny.nested("llama", torch.float64), tiny.token_ids(8)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_protected_tokens_read_everything(name: str, family: str) -> None:
+    model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(8), rule_for(name, family)
     ids[5] = 7
-    config = rules.PrecisionConfig(CHANNEL, protect_first=2, protect_special=True)
+    config = rules.PrecisionConfig(rule, protect_first=2, protect_special=True)
     run = run_whole(decoder(model, Plan("test", precision=config), special_ids=[7]), ids)
-    meaning = Definition(model, CHANNEL, exempt=lambda t: t in (0, 1, 5))
+    meaning = Definition(model, rule, exempt=lambda t: t in (0, 1, 5))
     expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=meaning.read)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
 
@@ -174,19 +178,43 @@ def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str,
     torch.testing.assert_close(run_batch(engine, sequences).logits, alone, atol=ATOL, rtol=0)
 
 
+def same_cache(one: Run, other: Run) -> None:
+    for layer_idx in range(4):
+        first, second = one.cache.entries(layer_idx, 0), other.cache.entries(layer_idx, 0)
+        assert torch.equal(first.positions, second.positions)
+        torch.testing.assert_close(first.keys, second.keys, atol=ATOL, rtol=0)
+        torch.testing.assert_close(first.values, second.values, atol=ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
 def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family: str) -> None:
-    """Rows that run again after all, in a later pass, read what they would have read."""
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.PropagateFill(), fusion=FUSING)
     engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(17)
     whole, steps = run_whole(engine, ids), run_steps(engine, ids)
     torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
-    for layer_idx in range(4):
-        one, other = whole.cache.entries(layer_idx, 0), steps.cache.entries(layer_idx, 0)
-        assert torch.equal(one.positions, other.positions)
-        torch.testing.assert_close(one.keys, other.keys, atol=ATOL, rtol=0)
-        torch.testing.assert_close(one.values, other.values, atol=ATOL, rtol=0)
+    same_cache(whole, steps)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_rows_that_run_again_in_a_later_pass_read_what_they_would_have_read(
+    monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    reruns, rerun = [], Trace.rerun
+    monkeypatch.setattr(
+        Trace, "rerun", lambda trace, count, device: reruns.append(count) or rerun(trace, count, device)
+    )
+    fusion = replace(FUSING, rule=rules.RandomFusionRule(0.6, seed=2), layers=(2, 3))
+    config = rules.PrecisionConfig(rule_for(name, family), protect_first=2, protect_special=False)
+    plan = Plan("test", precision=config, fusion=fusion)
+    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(30)
+    whole = run_whole(engine, ids)
+    assert not reruns
+    steps = run_steps(engine, ids)
+    assert sum(reruns) > 0
+    torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
+    same_cache(whole, steps)
 
 
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
@@ -220,3 +248,38 @@ def test_bitops_and_bytes_follow_what_is_read() -> None:
     }
     for width, saved in planes.items():
         assert costs[8].weight_bytes - costs[width].weight_bytes == saved
+
+
+PAIRS = 4 * 21 * 2 * 4 * 8 * 32 * 32  # 4 layers, 6 * 7 / 2 pairs, score and value, 4 heads of 8, float32 both sides
+HEAD = 6 * 300 * 32 * 32 * 32  # a vocabulary of 300 and states of 32, in float32
+MACS = 6 * 4 * 7680  # q and o 32 x 32, k and v 32 x 16, gate and up 32 x 48, down 48 x 32
+PLAIN = 6 * (4 * 2 * 32 * 4 + 32 * 4 + 300 * 32 * 4)  # norms of layers, the final norm and the head
+SCORES = 6 * 4 * 240  # input channels: six maps of 32 and one of 48
+BITS_8 = 6 * 4 * (2 * 32 * (32 + 2) + 2 * 32 * (16 + 2) + 2 * 32 * (48 + 4) + 48 * (32 + 2))
+BITS_4 = 6 * 4 * (2 * 32 * (16 + 2) + 2 * 32 * (8 + 2) + 2 * 32 * (24 + 4) + 48 * (16 + 2))
+
+
+@pytest.mark.parametrize(
+    ("rule", "weight_bytes", "bitops"),
+    [
+        (None, 436_224, 111_673_344),
+        (UniformWidthRule(8), PLAIN + BITS_8, PAIRS + HEAD + MACS * 8 * 32),
+        (UniformWidthRule(4), PLAIN + BITS_4, PAIRS + HEAD + MACS * 4 * 32),
+        (
+            ChannelWidthRule((0.0,), widths=(4, 2)),
+            PLAIN + BITS_4 + 4 * SCORES,
+            PAIRS + HEAD + MACS * 4 * 32 + SCORES * 32 * 32,
+        ),
+        (ChannelWidthRule((0.0,), widths=(4, 2), score="activation"), PLAIN + BITS_4, PAIRS + HEAD + MACS * 4 * 32),
+        (ChannelWidthRule((1e9,), widths=(4, 0)), PLAIN + 4 * SCORES, PAIRS + HEAD + SCORES * 32 * 32),
+    ],
+    ids=["dense", "uniform 8", "uniform 4", "all at 4 by score", "all at 4 by activation", "nothing by score"],
+)
+def test_bitops_and_bytes_are_those_counted_by_hand(
+    rule: rules.PrecisionRule | None, weight_bytes: int, bitops: int
+) -> None:
+    """Six tokens of the tiny Llama; a channel's run is its codes, and two bytes for each group of 32 outputs."""
+    plan = Plan.dense() if rule is None else precision_plan(rule)
+    engine = decoder(tiny.nested("llama"), plan)
+    cost = executed_cost(engine.spec, run_whole(engine, tiny.token_ids(6)).trace)
+    assert (cost.weight_bytes, cost.bitops) == (weight_bytes, bitops)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quicksilver.errors import ModelError
-from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.quant.codes import Grid, NestedCodes, centres, check_group_size
 from quicksilver.quant.planes import join, run_bytes, split
 
 
@@ -87,3 +87,29 @@ def test_a_prefix_stands_for_the_middle_of_its_cell() -> None:
 def test_other_group_sizes_are_refused() -> None:
     with pytest.raises(ModelError, match="group_size must be one of 32, 64, 128, got 48"):
         Grid.fit(matrix(2, 96), 48)
+
+
+@pytest.mark.parametrize("group_size", [32.0, True, "32", None])
+def test_a_group_size_is_a_whole_number(group_size: object) -> None:
+    with pytest.raises(ModelError, match="group_size must be one of 32, 64, 128"):
+        check_group_size(group_size)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 300])
+def test_channels_decoded_alone_are_the_same_to_the_last_bit(columns: int) -> None:
+    weight = matrix(67, columns) * torch.logspace(-4, 0, 67)[:, None]
+    grid = Grid.fit(weight, 32)
+    codes = NestedCodes.pack(grid.nearest(weight), grid)
+    for width in (8, 4):
+        whole = codes.dequantize(width)
+        for count in range(1, 67):
+            channels = torch.arange(67)[-count:]
+            assert torch.equal(codes.select(channels, width).dequantize(width), whole[channels])
+
+
+def test_weights_whose_levels_would_be_infinite_are_refused() -> None:
+    weight = torch.tensor([[3e38, -3e38, 0.0]])
+    with pytest.raises(ModelError, match="range of float32"):
+        Grid.fit(weight, 32)
+    grid = Grid.fit(weight / 2, 32)
+    assert torch.isfinite(NestedCodes.pack(grid.nearest(weight / 2), grid).dequantize()).all()

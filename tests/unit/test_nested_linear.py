@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quicksilver.errors import ModelError
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
-from quicksilver.quant.rounding import fit_table, quantize
+from quicksilver.quant.rounding import fit_table, quantize, walk_order
 from tests import tolerances
 
 SHAPES = ((1, 1, 1), (3, 7, 5), (2, 33, 31), (5, 64, 129), (4, 50, 96), (1, 129, 200))  # rows, in, out
@@ -98,6 +99,17 @@ def test_eight_bits_are_close_to_the_matrix_itself() -> None:
     assert (y - x @ weight).norm() / (x @ weight).norm() < 0.006
 
 
+def test_norms_are_those_of_the_codes_loaded_last() -> None:
+    module, other = nested(20, 40), NestedLinear(quantize(draw(20, 40, seed=9) * 3.0, 32), draw(40))
+    before = module.channel_norms
+    for assign in (False, True):
+        module.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(module.channel_norms, other.channel_norms)
+        assert not torch.equal(module.channel_norms, before)
+        module = nested(20, 40)
+        assert torch.equal(module.channel_norms, before)
+
+
 def test_parts_and_embeddings() -> None:
     parts, x = [nested(20, 40), nested(20, 24, bias=False)], draw(3, 20)
     assert torch.equal(NestedSplit(parts)(x), torch.cat([part(x) for part in parts], dim=-1))
@@ -122,6 +134,26 @@ def test_compensation_helps_four_bits_and_spares_eight() -> None:
     assert error(compensated, 8) < 0.2 * error(compensated, 4)
     within = (compensated.codes().float() - plain.codes().float()).abs().max()
     assert 1 < within <= 5  # steps of 8 bits: out of its cell, and what the second walk makes up for
+
+
+def test_channels_with_the_largest_inputs_are_rounded_first() -> None:
+    """So their order in the matrix is of no account, and the channel of the largest inputs keeps its nearest level."""
+    x, weight = draw(500, 48, seed=8) @ (draw(48, 48, seed=6) + 2.0), draw(48, 64, seed=7)
+    x[:, 17] *= 5.0
+    hessian, shuffled = x.T @ x, torch.randperm(48, generator=torch.Generator().manual_seed(9))
+    order, _ = walk_order(hessian)
+    assert order.tolist() == sorted(range(48), key=lambda channel: -float(hessian[channel, channel]))
+    assert order[0] == 17
+    codes = quantize(weight, 32, hessian).codes()
+    assert torch.equal(codes[17] >> 4, quantize(weight, 32).codes()[17] >> 4)
+    assert not torch.equal(codes >> 4, quantize(weight, 32).codes() >> 4)
+    again = quantize(weight[shuffled], 32, hessian[shuffled][:, shuffled]).codes()
+    assert torch.equal(again, codes[shuffled])
+
+
+def test_a_hessian_that_cannot_be_factored_is_refused() -> None:
+    with pytest.raises(ModelError, match="not positive definite"):
+        quantize(draw(8, 32), 32, hessian=-torch.eye(8))
 
 
 def test_levels_of_narrow_prefixes_are_least_squares() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,8 +14,16 @@ from quicksilver.calibrate.histograms import histogram, quantiles, share_above
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.widths import fit
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
-from quicksilver.errors import PlanError
+from quicksilver.core.rules import (
+    CappedWidthRule,
+    ChannelWidthRule,
+    DriftRule,
+    EntropyWidthRule,
+    HaltingConfig,
+    PrecisionConfig,
+    UniformWidthRule,
+)
+from quicksilver.errors import InputError, PlanError
 from quicksilver.models.registry import adapt
 from quicksilver.policies.precision.graded import widths_of
 from quicksilver.runtime.loading import accelerate
@@ -29,6 +38,14 @@ def test_a_score_gets_the_first_width_whose_threshold_it_reaches() -> None:
     scores = torch.tensor([9.0, 4.0, 3.999, 1.0, 0.999, 0.5, 0.0])
     assert widths_of(scores, (4.0, 1.0, 0.5), (8, 4, 2, 0)).tolist() == [8, 8, 4, 4, 2, 2, 0]
     assert widths_of(scores, (1.0, 1.0, 1.0), (8, 4, 2, 0)).tolist() == [8, 8, 8, 8, 0, 0, 0]
+
+
+def test_thresholds_are_not_rounded_to_the_scores_type() -> None:
+    """In bfloat16 1.002 would be 1.0, which a score of 1.0 reaches."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        scores = torch.tensor([1.0078125, 1.0], dtype=dtype)
+        assert widths_of(scores, (1.0002,), (8, 4)).tolist() == [8, 4]
+    assert widths_of(torch.tensor([1.0], dtype=torch.float64), (1.0 + 1e-12,), (8, 4)).tolist() == [4]
 
 
 @given(precise_plans)
@@ -87,6 +104,75 @@ def test_a_plan_must_fit_the_model() -> None:
             decoder(model, plan)
     with pytest.raises(PlanError, match="fitted to nested weights"):
         fit(adapt(plain), Plan.preset("channel-5bit"), WINDOWS)
+
+
+EARLY = EntropyWidthRule(target=(0.5, 0.3, 0.2), layer=2)
+LATE = EntropyWidthRule(target=(0.5, 0.3, 0.2), layer=4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (precision_plan(LATE), "saves nothing, the model has 4"),
+        (precision_plan(CappedWidthRule(LATE, ChannelWidthRule(target=5.0))), "saves nothing, the model has 4"),
+        (precision_plan(EntropyWidthRule(target=(0.5, 0.3, 0.2), layer=9)), "saves nothing, the model has 4"),
+        (
+            precision_plan(CappedWidthRule(EARLY, ChannelWidthRule(((4.0,) * 4,) * 24))),
+            "24 sets of thresholds, the model has 4 x 7",
+        ),
+        (
+            precision_plan(
+                ChannelWidthRule(target=5.0), halting=HaltingConfig(DriftRule(0.1), min_layer=9, protect_first=0)
+            ),
+            "min_layer",
+        ),
+    ],
+)
+def test_nothing_is_fitted_that_could_not_run(plan: Plan, message: str) -> None:
+    with pytest.raises(PlanError, match=f"plan 'test': .*{message}"):
+        fit(adapt(tiny.nested("llama")), plan, WINDOWS, lambda: pytest.fail("a window was run"))
+
+
+@pytest.mark.parametrize("rule", [ChannelWidthRule(target=5.0), EntropyWidthRule(target=(0.5, 0.3, 0.2))])
+def test_there_must_be_something_to_fit_to(rule: Any) -> None:
+    adapter, plan = adapt(tiny.nested("llama")), Plan("mine", precision=PrecisionConfig(rule, protect_first=4))
+    with pytest.raises(InputError, match="plan 'mine': nothing to fit widths to: no calibration text"):
+        fit(adapter, plan, [])
+    with pytest.raises(InputError, match="holds no tokens but protected ones"):
+        fit(adapter, plan, [tiny.token_ids(4), tiny.token_ids(1)])
+    assert not fit(adapter, plan, [tiny.token_ids(4), tiny.token_ids(5)]).is_recipe
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ChannelWidthRule(target=5.0),
+        ChannelWidthRule(target=(0.3, 0.3, 0.2, 0.1, 0.1), score="activation"),
+        EntropyWidthRule(target=(0.5, 0.3, 0.2)),
+    ],
+    ids=["mean", "shares", "entropy"],
+)
+def test_protected_tokens_do_not_count(rule: Any) -> None:
+    """Half of the tokens read everything; the others get what was asked for, however unlike them those are."""
+    special = 7
+    windows = [window.clone() for window in WINDOWS]
+    for window in windows:
+        window[::2] = special
+    model = copy.deepcopy(tiny.nested("llama"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[special] = 100.0 * torch.eye(32)[3]  # one channel is all they have
+    recipe = Plan("mine", precision=PrecisionConfig(rule, protect_first=0, protect_special=True))
+    plan = fit(adapt(model), recipe, windows, special_ids=[special])
+    traces = [run_whole(decoder(model, plan, special_ids=[special]), window).trace for window in windows]
+    first = 2 if isinstance(rule, EntropyWidthRule) else 0
+    counts = [layer.widths.macs for trace in traces for layer in trace.layers[first:]]
+    macs = [sum(of_width) for of_width in zip(*counts, strict=True)]
+    shares = [2 * count / sum(macs) for count in macs]
+    shares[8] -= 1.0
+    if isinstance(rule.target, float):
+        assert abs(sum(width * share for width, share in enumerate(shares)) - rule.target) < 0.1
+    else:
+        assert [shares[width] for width in rule.widths] == pytest.approx(rule.target, abs=0.03)
 
 
 @settings(max_examples=30)

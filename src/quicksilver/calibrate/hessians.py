@@ -25,7 +25,8 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """Run windows through a model and sum `X^T X` of the inputs of each of its linear maps.
 
-    Maps that read the same input share one tensor; all of them are kept at once, `4 * in ** 2` bytes each.
+    Maps that read the same input share one tensor; those of all layers are kept at once, `4 * in ** 2` bytes each:
+    0.7 GB for a layer of a Llama with 7 billion parameters, 22 GB for the whole.
 
     Args:
         model: a causal language model of transformers with plain weights.

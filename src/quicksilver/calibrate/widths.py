@@ -18,65 +18,134 @@ from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, sha
 from quicksilver.calibrate.hooks import observing
 from quicksilver.core.decisions import ChannelView, TokenWidthView
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, PrecisionRule
+from quicksilver.core.rules import (
+    CappedWidthRule,
+    ChannelWidthRule,
+    EntropyWidthRule,
+    PrecisionConfig,
+    PrecisionRule,
+)
 from quicksilver.core.rules.precision import Thresholds
-from quicksilver.errors import PlanError
+from quicksilver.errors import InputError, PlanError
 from quicksilver.models.spec import Adapter
 from quicksilver.policies.precision import channel, entropy
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.protection import Protection
 
 _BISECTIONS = 80
 
 
-def fit(adapter: Adapter, plan: Plan, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None) -> Plan:
+def fit(
+    adapter: Adapter,
+    plan: Plan,
+    windows: Sequence[Tensor],
+    on_window: Callable[[], None] = lambda: None,
+    special_ids: Sequence[int] = (),
+) -> Plan:
     """Return a plan whose width thresholds are fitted; any other plan as it is.
 
     Shares are met for each linear map. A mean number of bits is met over all maps together, where every bit is spent
     where it takes away most of the squared error of the maps' outputs: at the optimum a bit is worth the same
-    everywhere (the Lagrangian of rate and distortion; Shoham and Gersho 1988).
+    everywhere (the Lagrangian of rate and distortion; Shoham and Gersho 1988). Tokens that the plan protects do not
+    count: they read all bits whatever the thresholds are.
 
     Args:
         adapter: a model with nested weights.
         plan: what to fit; its other mechanisms are off while scores are collected.
         windows: token ids [T] of calibration text, each run on its own.
         on_window: called after each window.
+        special_ids: token ids that a plan with `protect_special` protects, as given to the decoder.
 
     Raises:
-        PlanError: the model's weights are not nested.
+        PlanError: the model's weights are not nested, or the plan would not fit the model once fitted.
+        InputError: no window holds a token that is not protected.
     """
     if plan.precision is None or plan.precision.rule.is_fitted:
         return plan
-    if not adapter.spec.is_nested:
-        raise PlanError(f"plan {plan.name!r}: widths are fitted to nested weights, the model's are plain")
-    rule = _fit_rule(plan.precision.rule, adapter, windows, on_window)
+    _check(adapter, plan, plan.precision)
+    text = unprotected(adapter, plan.precision, windows, special_ids)
+    if not any(len(window.rows) for window in text):
+        raise InputError(
+            f"plan {plan.name!r}: nothing to fit widths to: the calibration text holds no tokens but protected ones"
+            if text
+            else f"plan {plan.name!r}: nothing to fit widths to: no calibration text was given"
+        )
+    rule = _fit_rule(plan.precision.rule, adapter, text, on_window)
     return replace(plan, precision=replace(plan.precision, rule=rule))
 
 
+def _check(adapter: Adapter, plan: Plan, precision: PrecisionConfig) -> None:
+    """Raise PlanError where the plan could not be run with any thresholds."""
+    spec, num_maps = adapter.spec, len(adapter.layers[0].nested)
+    if not spec.is_nested:
+        raise PlanError(f"plan {plan.name!r}: widths are fitted to nested weights, the model's are plain")
+    try:
+        precision.rule.check_maps(spec.num_layers, num_maps)
+    except PlanError as error:
+        raise PlanError(f"plan {plan.name!r}: {error}") from None
+    replace(plan, precision=None).check_model(spec.num_layers, num_maps, spec.hidden_size)
+
+
+def unprotected(
+    adapter: Adapter, precision: PrecisionConfig, windows: Sequence[Tensor], special_ids: Sequence[int]
+) -> list[Text]:
+    """Return calibration text with the rows that a configuration does not protect.
+
+    Args:
+        adapter: the model.
+        precision: says what is protected.
+        windows: token ids [T], each run on its own.
+        special_ids: token ids that count as special.
+    """
+    protection = Protection(precision, special_ids, adapter.spec.device)
+    return [Text.of(window.to(adapter.spec.device), protection) for window in windows]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of calibration text, run at once.
+
+    Attributes:
+        token_ids: [T].
+        rows: [K] which of them are not protected.
+    """
+
+    token_ids: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, token_ids: Tensor, protection: Protection) -> Text:
+        """Find the rows that a plan does not protect."""
+        positions = torch.arange(len(token_ids), device=token_ids.device)
+        return cls(token_ids, (~protection.covers(token_ids, positions)).nonzero().squeeze(-1))
+
+
 def _fit_rule(
-    rule: PrecisionRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+    rule: PrecisionRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
 ) -> PrecisionRule:
     if rule.is_fitted:
         return rule
     if isinstance(rule, CappedWidthRule):
-        token = _fit_rule(rule.token, adapter, windows, lambda: None)
-        return CappedWidthRule(token, _fit_rule(rule.channel, adapter, windows, on_window))  # type: ignore[arg-type]
+        token = _fit_rule(rule.token, adapter, text, lambda: None)
+        return CappedWidthRule(token, _fit_rule(rule.channel, adapter, text, on_window))  # type: ignore[arg-type]
     if isinstance(rule, EntropyWidthRule):
-        return _fit_entropy(rule, adapter, windows, on_window)
+        return _fit_entropy(rule, adapter, text, on_window)
     assert isinstance(rule, ChannelWidthRule)
-    return _fit_channels(rule, adapter, windows, on_window)
+    return _fit_channels(rule, adapter, text, on_window)
 
 
 def _fit_entropy(
-    rule: EntropyWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+    rule: EntropyWidthRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
 ) -> EntropyWidthRule:
     """Collect entropies at the rule's layer, by running the model up to there."""
     depth = rule.after_layer(adapter.spec.num_layers) + 1
     spec = replace(adapter.spec, num_layers=depth)
     decoder = Decoder(replace(adapter, spec=spec, layers=adapter.layers[:depth]), Plan.dense())
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
-    for window in windows:
-        scores, _ = entropy.entropy_of(rule, TokenWidthView(_run(decoder, window), decoder.head_entropy))
+    for window in text:
+        hidden = _run(decoder, window.token_ids)[window.rows]
+        scores, _ = entropy.entropy_of(rule, TokenWidthView(hidden, decoder.head_entropy))
         counts += histogram(scores)
         on_window()
     assert isinstance(rule.target, tuple)
@@ -109,9 +178,9 @@ class MapScores:
 
 
 def _fit_channels(
-    rule: ChannelWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None]
+    rule: ChannelWidthRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
 ) -> ChannelWidthRule:
-    maps = collect_scores(rule, adapter, windows, on_window)
+    maps = collect_scores(rule, adapter, text, on_window)
     if isinstance(rule.target, tuple):
         return rule.fitted(tuple(quantiles(each.counts, rule.target) for each in maps))
     assert rule.target is not None
@@ -119,34 +188,35 @@ def _fit_channels(
 
 
 def collect_scores(
-    rule: ChannelWidthRule, adapter: Adapter, windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+    rule: ChannelWidthRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None
 ) -> list[MapScores]:
     """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
 
     Args:
         rule: says what a score is, and which widths there are.
         adapter: a model with nested weights.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window.
+        text: calibration text, each piece run on its own.
+        on_window: called after each piece.
     """
     modules = [module for layer in adapter.layers for module in layer.nested]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)
 
     def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
-        view = ChannelView(0, i, len(modules), args[0], lambda: module.channel_norms, None)
+        view = ChannelView(0, i, len(modules), args[0][rows], lambda: module.channel_norms, None)
         counts[i] += histogram(channel.score(rule, view))
-        product = output if module.bias is None else output - module.bias
+        product = output[rows] if module.bias is None else output[rows] - module.bias
         power[i] += float(product.double().square().sum())
 
     with observing(modules, observe):
         decoder = Decoder(adapter, Plan.dense())
-        for window in windows:
-            _run(decoder, window)
+        for window in text:
+            rows = window.rows  # where `observe` looks: all tokens run every layer, in their order
+            _run(decoder, window.token_ids)
             on_window()
-    rows = sum(len(window) for window in windows)
+    num_rows = sum(len(window.rows) for window in text)
     return [
-        _map_scores(rule, module, each, total / rows)
+        _map_scores(rule, module, each, total / num_rows)
         for module, each, total in zip(modules, counts, power, strict=True)
     ]
 
@@ -194,7 +264,10 @@ def thresholds(
     for (wide, narrow), (less, more) in zip(pairwise(widths), pairwise(scores.lost), strict=True):
         saved = scores.num_outputs * ((wide - narrow) * bit_price + (mac_price if narrow == 0 else 0.0))
         limits.append(math.sqrt(saved / (max(more - less, 1e-30) * scores.worth * max(weight, 1e-30))))
-    for i in range(len(limits) - 2, -1, -1):  # a width that is never the best choice is passed over
+    # Where a wide width's further bits are worth more each than those of the width below it (a dent in what the widths
+    # lose), the one between is passed over. Its neighbours then meet at the higher of its limits; on the convex hull
+    # they would meet between the two. Fewer bits are read so, and the price makes up for that.
+    for i in range(len(limits) - 2, -1, -1):
         limits[i] = max(limits[i], limits[i + 1])
     return tuple(limits)
 
@@ -205,5 +278,4 @@ def _mean_bits(scores: MapScores, widths: tuple[int, ...], limits: Thresholds) -
 
 
 def _run(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    ids = token_ids.to(decoder.spec.device)
-    return decoder.run(ids, [len(ids)], decoder.new_cache(1), decoder.new_trace())
+    return decoder.run(token_ids, [len(token_ids)], decoder.new_cache(1), decoder.new_trace())

@@ -12,9 +12,7 @@ _CALIBRATION_TOKENS = 4096
 _WINDOW = 512
 
 
-def ready(
-    model: Any, plans: Sequence[Any], tokenizer: Any, calibration: str | None, nested: Any = None
-) -> tuple[Any, list[Any]]:
+def ready(model: Any, plans: Sequence[Any], tokenizer: Any, calibration: str | None) -> tuple[Any, list[Any]]:
     """Return a model with nested weights, or None where no plan needs one, and the plans with thresholds.
 
     Args:
@@ -22,11 +20,10 @@ def ready(
         plans: any plans.
         tokenizer: of the model.
         calibration: path of a text, or None to sample from the model.
-        nested: the model with nested weights where there is one already.
     """
     if all(plan.precision is None for plan in plans):
         return None, list(plans)
-    nested = nested or _nested(model)
+    nested = _nested(model)
     if not any(plan.is_recipe for plan in plans):
         return nested, list(plans)
     from quicksilver.calibrate.widths import fit
@@ -34,7 +31,7 @@ def ready(
     windows, source = _windows(model, tokenizer, calibration)
     recipes = [plan for plan in plans if plan.is_recipe]
     with progress("fitting widths", len(windows) * len(recipes)) as advance:
-        fitted = [fit(nested.adapter, plan, windows, advance) for plan in plans]
+        fitted = [fit(nested.adapter, plan, windows, advance, nested.special_ids) for plan in plans]
     names = ", ".join(plan.name for plan in recipes)
     print(f"thresholds of {names}: fitted to {sum(map(len, windows))} tokens {source}")
     return nested, fitted

@@ -47,9 +47,13 @@ class DeferredSum:
 
 
 class WidthCounts:
-    """How many bits of nested weights were read, as multiply-adds by width and as bytes; deferred like DeferredSum."""
+    """How many bits of nested weights were read, as multiply-adds by width and as bytes.
 
-    _LIMIT = 512  # device tensors kept before they are read
+    Counts on a device are asked for when a total is read, and else only once in every `_LIMIT` applications, so that
+    what is kept of a long run stays small.
+    """
+
+    _LIMIT = 512
 
     def __init__(self) -> None:
         self._macs = torch.zeros(MAX_WIDTH + 1, dtype=torch.int64)
@@ -108,7 +112,8 @@ class LayerTrace:
         fusion_rows: rows that reached fusion after this layer.
         fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
-        signal_rows: rows for which each signal was computed after this layer; of "score", channels in it.
+        signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
+            of which one norm is read too.
         widths: bits read of its nested weights, a WidthCounts.
         shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
         fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.

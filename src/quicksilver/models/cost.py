@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quicksilver.core.trace import Trace
+from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.spec import ModelSpec
+
+_NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Cost:
     Attributes:
         body_macs: multiply-adds of the layers, of signals, of fitted maps and of merging.
         head_macs: multiply-adds of the head for logits.
-        weight_bytes: weight bytes that the tokens would read were each decoded alone.
+        weight_bytes: weight bytes that the tokens would read were each decoded alone, the norms of weights that a
+            width rule's score reads among them.
         bitops: multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice.
     """
 
@@ -70,13 +73,19 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         other += layer.fitted_macs
         macs += linear + of_head + other
         bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits
-        weight_bytes += layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
-        weight_bytes -= past_mlp * spec.mlp_weight_bytes + past_attention * spec.query_weight_bytes
-        weight_bytes += layer.signal_rows["head"] * spec.head_weight_bytes + layer.widths.bytes_read
-        weight_bytes += layer.fitted_bytes
+        weight_bytes += _weight_bytes(spec, layer)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     head_macs = trace.head_rows * spec.head_macs
     return Cost(macs, head_macs, weight_bytes, bitops + head_macs * spec.head_bits * activation_bits)
+
+
+def _weight_bytes(spec: ModelSpec, layer: LayerTrace) -> int:
+    """Return the weight bytes read in a layer and after it."""
+    plain = layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
+    past = layer.shortcut_rows
+    plain -= past["mlp"] * spec.mlp_weight_bytes + past["attention"] * spec.query_weight_bytes
+    signals = layer.signal_rows["head"] * spec.head_weight_bytes + layer.signal_rows["score"] * _NORM_BYTES
+    return plain + layer.widths.bytes_read + layer.fitted_bytes + signals
 
 
 def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:

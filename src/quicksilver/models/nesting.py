@@ -18,7 +18,7 @@ from quicksilver.models import registry
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 from quicksilver.quant.codes import Grid, NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested
-from quicksilver.quant.rounding import quantize
+from quicksilver.quant.rounding import quantize, walk_order
 
 HEAD = "lm_head"
 
@@ -121,8 +121,9 @@ def nest(
         on_map: called after each map.
 
     Raises:
-        ModelError: the model is nested already, a weight or Hessian is NaN or infinite, a Hessian is missing or of
-            another size, or the configuration does not fit the model.
+        ModelError: the model is nested already, a weight or Hessian is NaN or infinite, a weight's range is beyond
+            that of float32, a Hessian is missing, of another size or not positive definite, or the configuration
+            does not fit the model.
         UnsupportedModelError: the family is not supported.
     """
     hessians = hessians if config.method == "compensated" else {}
@@ -136,6 +137,8 @@ def nest(
     if config.method == "compensated":
         for name in names:
             _check_hessian(name, hessians, len(_weight(model, name, layout)))
+        for name in {id(hessians[name]): name for name in reversed(names)}.values():  # maps of one input share one
+            _check_definite(name, hessians[name])
 
     def encode(name: str, weight: Tensor) -> NestedCodes:
         read_narrow = name != layout.embedding
@@ -170,9 +173,11 @@ def check(model: Any, config: QuantizationConfig) -> None:
 
 
 def _check_weight(model: Any, name: str) -> None:
-    bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax())
+    bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax()).float()
     if not bool(torch.isfinite(bounds).all()):
         raise ModelError(f"weight '{name}.weight' holds NaN or infinite values")
+    if not bool(torch.isfinite(bounds[1] - bounds[0])):
+        raise ModelError(f"weight '{name}.weight' spans more than the range of float32")
 
 
 def _check_hessian(name: str, hessians: Mapping[str, Tensor], size: int) -> None:
@@ -182,6 +187,14 @@ def _check_hessian(name: str, hessians: Mapping[str, Tensor], size: int) -> None
         raise ModelError(f"the Hessian of {name!r} has shape {list(hessians[name].shape)}, not {[size, size]}")
     if not bool(torch.isfinite(hessians[name]).all()):
         raise ModelError(f"the Hessian of {name!r} holds NaN or infinite values")
+
+
+def _check_definite(name: str, hessian: Tensor) -> None:
+    """Raise ModelError where a Hessian cannot be factored; found before any weight is replaced."""
+    try:
+        walk_order(hessian)
+    except ModelError:
+        raise ModelError(f"the Hessian of {name!r} is not positive definite") from None
 
 
 def _weight(model: Any, name: str, layout: Layout) -> Tensor:

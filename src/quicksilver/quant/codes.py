@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from quicksilver.core.rules.checks import is_whole
 from quicksilver.errors import ModelError
 from quicksilver.quant import planes
 from quicksilver.quant.planes import MAX_WIDTH, Planes
@@ -24,9 +26,9 @@ TABLE_WIDTHS = (4, 2)
 
 def check_group_size(group_size: object) -> int:
     """Return a group size, or raise ModelError where it is none of `GROUP_SIZES`."""
-    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+    if not is_whole(group_size) or group_size not in GROUP_SIZES:
         raise ModelError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
-    return int(group_size)  # type: ignore[call-overload]
+    return group_size
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,24 @@ class Grid:
         """Fit levels to the range of each group of a matrix [in, out], float32.
 
         Raises:
-            ModelError: a group size that is none of `GROUP_SIZES`.
+            ModelError: a group size that is none of `GROUP_SIZES`, or levels beyond the range of float32.
         """
         parts = weight.split(check_group_size(group_size), dim=1)
         low = torch.stack([part.amin(1) for part in parts], dim=1).clamp(max=0.0)  # zero is always a level
         high = torch.stack([part.amax(1) for part in parts], dim=1).clamp(min=0.0)
         needed = (high - low) / MAX_CODE
         largest = needed.max().clamp(min=torch.finfo(torch.float32).tiny)
+        if not largest.is_meta and not bool(torch.isfinite(largest * MAX_CODE)):
+            raise ModelError("a group of its values spans more than the range of float32")
         octaves = torch.log2(largest / needed)  # infinite where a group is all zero
-        exponents = (octaves * STEPS_PER_OCTAVE).floor().clamp(0, 255)
-        scales = largest * torch.exp2(-exponents / STEPS_PER_OCTAVE)
-        zeros = (-low / scales).round().clamp(0, MAX_CODE)
-        return cls(exponents.to(torch.uint8), zeros.to(torch.uint8), largest, group_size)
+        exponents = (octaves * STEPS_PER_OCTAVE).floor().clamp(0, 255).to(torch.uint8)
+        zeros = (-low / _scales(exponents, largest)).round().clamp(0, MAX_CODE)
+        return cls(exponents, zeros.to(torch.uint8), largest, group_size)
 
     @property
     def scales(self) -> Tensor:
         """[in, groups] float32, the distance between two levels of 8-bit codes."""
-        return self.largest * torch.exp2(-self.exponents.float() / STEPS_PER_OCTAVE)
+        return _scales(self.exponents, self.largest)
 
     def select(self, channels: Tensor) -> Grid:
         """Return the grid of the given channels ([M])."""
@@ -93,6 +96,17 @@ class Grid:
         """Return what levels [in, out], in units of codes, mean as weights, float32."""
         scales, zeros = (self.spread(values, levels.shape[1]) for values in (self.scales, self.zeros.float()))
         return scales * (levels - zeros)
+
+
+def _scales(exponents: Tensor, largest: Tensor) -> Tensor:
+    """Return `largest * 2 ** (-exponents / 16)`, by a table: what `exp2` gives depends on its place in the tensor."""
+    return largest * _factors(exponents.device)[exponents.int()]
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    factors = [2.0 ** (-exponent / STEPS_PER_OCTAVE) for exponent in range(256)]
+    return torch.tensor(factors, dtype=torch.float32, device=device)
 
 
 def centres(width: int) -> Tensor:

@@ -16,6 +16,8 @@ from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
+BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
+"""Buffers of a `NestedWeight` that hold something of each input channel, [in, ...] uint8."""
 
 
 class NestedWeight(nn.Module):
@@ -62,6 +64,19 @@ class NestedWeight(nn.Module):
     def code_bytes(self) -> int:
         """Bytes of codes, scales and levels."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    def pack_channels(self) -> Tensor:
+        """Return what is kept of each input channel, [in, bytes] uint8: its planes, exponents and zeros, end to end."""
+        return torch.cat([self.get_buffer(name) for name in BY_CHANNEL], dim=1)
+
+    def unpack_channels(self, packed: Tensor) -> dict[str, Tensor]:
+        """Return the buffers that `pack_channels` joined, by name."""
+        sizes = [self.get_buffer(name).shape[1] for name in BY_CHANNEL]
+        return {name: part.contiguous() for name, part in zip(BY_CHANNEL, packed.split(sizes, dim=1), strict=True)}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._norms = None  # of other codes
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._norms = None  # it stays behind where the buffers move

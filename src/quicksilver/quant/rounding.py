@@ -34,7 +34,8 @@ def quantize(
         reach: how far the 4-bit version may take a weight from where its 8-bit version belongs.
 
     Raises:
-        ModelError: a weight that is NaN or infinite, or an unknown group size.
+        ModelError: a weight that is NaN, infinite or beyond the range of float32, a Hessian that is not positive
+            definite, or an unknown group size.
     """
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
@@ -59,6 +60,22 @@ def fit_table(weight: Tensor, codes: NestedCodes, width: int) -> Tensor:
     return fitted.float()
 
 
+def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return in what order channels are rounded, those with the largest inputs first, and how errors are passed on.
+
+    Args:
+        hessian: [in, in] `X^T X` of the inputs.
+
+    Returns:
+        The channels [in], and the upper Cholesky factor [in, in] of the damped Hessian's inverse in that order.
+
+    Raises:
+        ModelError: the Hessian is not positive definite, damped though it is.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    return order, _inverse_factor(hessian[order][:, order])
+
+
 def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> Tensor:
     """Return codes [in, out] whose errors make up for one another, in the 4-bit version and in the 8-bit one.
 
@@ -66,10 +83,8 @@ def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> T
     al. 2022, "GPTQ"). That moves weights, some into a neighbouring cell, but none further than `reach` out of it.
     Then the last four bits, by the same walk from the weights as they were, within the cells that are fixed now.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    weight, hessian = weight[order], hessian[order][:, order]
-    grid_in_order, middles = grid.select(order), centres(4).to(weight.device)
-    inverse = _inverse_factor(hessian)
+    order, inverse = walk_order(hessian)
+    weight, grid_in_order, middles = weight[order], grid.select(order), centres(4).to(weight.device)
     levels, lowest = grid_in_order.levels_of(weight) + 0.5, torch.empty_like(weight)
 
     def prefix(channel: slice, wanted: Tensor) -> Tensor:
@@ -113,5 +128,11 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     hessian = hessian.double()
     damping = _DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
     damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return _cholesky(torch.cholesky_inverse(_cholesky(damped)), upper=True).float()
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
+    factor, failed_at = torch.linalg.cholesky_ex(matrix, upper=upper)
+    if int(failed_at):
+        raise ModelError("its Hessian is not positive definite")
+    return factor

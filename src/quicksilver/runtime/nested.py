@@ -21,9 +21,11 @@ from quicksilver.errors import InputError, ModelError
 from quicksilver.models import nesting
 from quicksilver.quant import NestedWeight
 from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, read_tensors, write_tensors
 from quicksilver.runtime.loading import first_line
 
+_CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +60,7 @@ def save_nested(
         raise ModelError("only a nested model can be saved here; see quicksilver quantize")
     check_target(folder)
     with _staged(Path(folder)) as stage:
-        write_tensors(_own_tensors(model), stage, max_shard_size)
+        write_tensors(_stored_tensors(model), stage, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         model.generation_config.to_json_file(stage / "generation_config.json")
@@ -91,11 +93,14 @@ def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
         _read_generation_config(model, folder)
     except Exception as error:  # a configuration may ask for anything
         raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
-    own = _own_tensors(model)
+    own = _stored_tensors(model)
     tensors = read_tensors(folder, {name: _expected(tensor) for name, tensor in own.items()})
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(own[name].dtype)
+    for name, module in _nested_weights(model):
+        parts = module.unpack_channels(tensors.pop(f"{name}.{_CODES}"))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     _check_levels(source, model)
@@ -121,11 +126,19 @@ def _staged(folder: Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name; one that has two names goes by the first."""
+def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters, persistent buffers and codes by name; a parameter that has two names goes by the first."""
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-    return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    for name, module in _nested_weights(model):
+        tensors[f"{name}.{_CODES}"] = module.pack_channels()
+        for part in BY_CHANNEL:
+            del tensors[f"{name}.{part}"]
+    return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **tensors}
+
+
+def _nested_weights(model: nn.Module) -> list[tuple[str, NestedWeight]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, NestedWeight)]
 
 
 def _expected(tensor: Tensor) -> Expected:
@@ -159,8 +172,7 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 
 
 def _check_levels(source: str, model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, NestedWeight):
-            constants = module.get_buffer("constants").view(torch.float32)
-            if not bool(torch.isfinite(constants).all()):
-                raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")
+    for name, module in _nested_weights(model):
+        constants = module.get_buffer("constants").view(torch.float32)
+        if not bool(torch.isfinite(constants).all()):
+            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")

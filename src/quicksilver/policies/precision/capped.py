@@ -12,6 +12,6 @@ from quicksilver.policies.precision import channel
 def decide(rule: CappedWidthRule, view: ChannelView) -> WidthChoice:
     """Choose a width for each channel and cut it to the token's."""
     choice = channel.decide(rule.channel, view)
-    if view.caps is None or isinstance(choice.widths, int):
+    if view.caps is None:
         return choice
-    return WidthChoice(torch.minimum(choice.widths, view.caps[:, None]), choice.signal_rows)
+    return WidthChoice(torch.minimum(choice.widths, view.caps[:, None]), choice.signal_rows)  # type: ignore[arg-type]
