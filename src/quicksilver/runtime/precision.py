@@ -113,8 +113,11 @@ class PrecisionStep:
         trace: LayerTrace, choose: Callable[[NestedLinear, Tensor], int | Tensor], module: NestedLinear, x: Tensor
     ) -> Tensor:
         widths = choose(module, x)
-        trace.widths.add(_channels_by_width(widths, x), module.num_outputs, module.channel_bytes)
-        return module(x, widths)
+        counts = _channels_by_width(widths, x)
+        trace.widths.add(counts, module.num_outputs, module.channel_bytes)
+        if isinstance(counts, list):
+            return module(x, widths)
+        return module(x, widths, [width for width, count in enumerate(counts.tolist()) if width and count])
 
 
 def _channels_by_width(widths: int | Tensor, x: Tensor) -> list[int] | Tensor:

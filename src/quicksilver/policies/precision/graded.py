@@ -10,7 +10,8 @@ from quicksilver.core.rules.precision import Thresholds
 
 def widths_of(scores: Tensor, thresholds: Thresholds, widths: tuple[int, ...]) -> Tensor:
     """Return the width of each score, uint8: the first whose threshold it reaches, else the last."""
-    table = torch.tensor(widths[::-1], dtype=torch.uint8, device=scores.device)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a narrower type would move the thresholds
-    limits = torch.tensor(thresholds[::-1], dtype=scores.dtype, device=scores.device)
-    return table[torch.bucketize(scores, limits, right=True)]
+    chosen = torch.full(scores.shape, widths[-1], dtype=torch.uint8, device=scores.device)
+    for limit, wide, narrow in zip(thresholds, widths[:-1], widths[1:], strict=True):
+        chosen += (scores >= limit).to(torch.uint8) * (wide - narrow)
+    return chosen
