@@ -23,7 +23,7 @@ def ready(model: Any, plans: Sequence[Any], tokenizer: Any, calibration: str | N
     """
     if all(plan.precision is None for plan in plans):
         return None, list(plans)
-    nested = _nested(model)
+    nested = nested_copy(model)
     if not any(plan.is_recipe for plan in plans):
         return nested, list(plans)
     from quicksilver.calibrate.widths import fit
@@ -37,7 +37,8 @@ def ready(model: Any, plans: Sequence[Any], tokenizer: Any, calibration: str | N
     return nested, fitted
 
 
-def _nested(model: Any) -> Any:
+def nested_copy(model: Any) -> Any:
+    """Return a copy of a model with weights nested in memory, or the model itself where they are nested already."""
     if model.adapter.spec.is_nested:
         return model
     import copy

@@ -1,0 +1,171 @@
+"""From what was fitted and measured to plans: one price for a unit of work, and how each mechanism departs from it.
+
+A saving is taken where what it is predicted to cost, in nats, is below its price: at the optimum a unit of work is
+worth the same everywhere (the Lagrangian of rate and distortion; Shoham and Gersho 1988). Predictions are first-order
+and the mechanisms disturb one another, so the search gives each mechanism a factor of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.sensitivity import threshold_at_price
+from quicksilver.calibrate.shortcuts import Unit
+from quicksilver.calibrate.widths import MapScores, thresholds
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import (
+    AttentionConfig,
+    ChannelWidthRule,
+    CosineFusionRule,
+    DropFill,
+    FittedRule,
+    ForcedRule,
+    FusionConfig,
+    HaltingConfig,
+    MapConfig,
+    PrecisionConfig,
+    PropagateFill,
+    ShareFill,
+    Shortcut,
+    ShortcutConfig,
+)
+from quicksilver.core.tensors import PlanTensors
+from quicksilver.models.spec import ModelSpec
+
+Mechanism = Literal["halting", "shortcuts", "values", "fusion", "channels"]
+
+FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """A candidate before it is a plan.
+
+    Attributes:
+        price: nats that the whole of a dense token's work is worth.
+        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead.
+        fill: what a halted token leaves in deeper layers.
+    """
+
+    price: float
+    factors: Mapping[Mechanism, float]
+    fill: str = "propagate"
+
+    def without(self, mechanism: Mechanism) -> Knobs:
+        """Return the knobs with a mechanism off."""
+        return replace(self, factors={name: each for name, each in self.factors.items() if name != mechanism})
+
+
+@dataclass
+class Fits:
+    """All that is known of a model before the search.
+
+    Attributes:
+        spec: of the model that runs the plans.
+        units: what units of work are of a dense token's.
+        tensors: fitted maps and gates, under a plan's names.
+        halt_layers: layers after which tokens may halt, contiguous up to the last but one; empty for none.
+        shortcuts: for each sublayer the nats that one unit of its map's relative error costs, and the mean nats where
+            every token takes it.
+        map_scores: of the nested maps; empty for plain weights.
+        map_weights: for each of them the nats that one unit of its relative error costs.
+        value_prices: see `sensitivity.value_prices`.
+    """
+
+    spec: ModelSpec
+    units: UnitCosts
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    halt_layers: tuple[int, ...] = ()
+    shortcuts: dict[Unit, tuple[float, float]] = field(default_factory=dict)
+    map_scores: list[MapScores] = field(default_factory=list)
+    map_weights: list[float] = field(default_factory=list)
+    value_prices: list[tuple[float, float]] = field(default_factory=list)
+
+
+def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
+    """Return the plan of some knobs.
+
+    Args:
+        knobs: the candidate.
+        fits: of the model.
+        name: of the plan.
+        widths: that channels may be read at.
+    """
+    parts: dict[str, Any] = {}
+    for mechanism, factor in knobs.factors.items():
+        price = knobs.price * factor
+        if mechanism == "halting":
+            parts |= _halting(price, fits) | {"kv": FILLS[knobs.fill]}
+        elif mechanism == "shortcuts":
+            parts["shortcuts"] = shortcuts_at(price, fits)
+        elif mechanism == "values":
+            threshold = threshold_at_price(fits.value_prices, price * fits.units.pair)
+            parts["attention"] = AttentionConfig(threshold) if threshold > 0 else None
+        elif mechanism == "fusion":
+            parts["fusion"] = FusionConfig(CosineFusionRule(factor))
+        else:
+            parts["precision"] = _channels(price, fits, widths)
+    plan = Plan(name, **parts)
+    tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith(prefixes(plan, fits))}
+    return replace(plan, tensors=PlanTensors(tensors)) if tensors else plan
+
+
+def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:
+    """Return what the names of the tensors begin with that a plan uses."""
+    shortcuts = () if plan.shortcuts is None else plan.shortcuts.shortcuts
+    names = [f"{shortcut.name}." for shortcut in shortcuts]
+    if plan.halting is not None:
+        names += [f"{kind}.{i}." for i in fits.halt_layers for kind in ("output", "gate")]
+    return tuple(names)
+
+
+def static_exit(layer_idx: int, fits: Fits) -> Plan:
+    """Return the plan under which every token halts after one layer, and predicts through its map."""
+    depth = layer_idx + 1
+    config = HaltingConfig(ForcedRule((depth,)), min_layer=depth, protect_first=0, protect_special=False)
+    tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith("output.")}
+    return Plan(f"exit-{depth}", config, PropagateFill(), maps=MapConfig(), tensors=PlanTensors(tensors))
+
+
+def shortcuts_at(price: float, fits: Fits) -> ShortcutConfig | None:
+    """Return the shortcuts whose gates let tokens past at a price, None where nobody would be let."""
+    taken = []
+    for (layer_idx, part), (weight, nats) in sorted(fits.shortcuts.items()):
+        limit = price * _unit_work((layer_idx, part), fits)
+        if nats < _HOPE * limit:
+            taken.append(Shortcut(layer_idx, part, limit / max(weight, 1e-30)))
+    return ShortcutConfig(tuple(taken)) if taken else None
+
+
+_HOPE = 8.0  # where all tokens together lose more than this many times what they may, the gate would let too few past
+
+
+def _unit_work(unit: Unit, fits: Fits) -> float:
+    """Return what a sublayer does for a token beyond its map, as a share of the dense model's work."""
+    spec, layer_idx, part = fits.spec, *unit
+    name = f"shortcut.{layer_idx}.{part}"
+    of_map = sum(t.numel() for key, t in fits.tensors.items() if key.startswith(name) and t.dim() == 2)
+    if part == "mlp":
+        return spec.mlp_macs * fits.units.weight() - of_map * fits.units.pair
+    pairs = spec.max_positions / 4 * spec.attention_macs_per_pair  # of a window's later half, about
+    return spec.query_macs * fits.units.weight() + (pairs - of_map) * fits.units.pair
+
+
+def _halting(price: float, fits: Fits) -> dict[str, Any]:
+    layers = fits.spec.num_layers
+    limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
+    config = HaltingConfig(FittedRule(limits), min_layer=fits.halt_layers[0] + 1)
+    return {"halting": config, "maps": MapConfig()}
+
+
+def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:
+    limits = tuple(
+        thresholds(scores, widths, price * fits.units.bit, price * fits.units.mac, weight)
+        for scores, weight in zip(fits.map_scores, fits.map_weights, strict=True)
+    )
+    return PrecisionConfig(ChannelWidthRule(limits, widths))

@@ -1,0 +1,71 @@
+"""What was fitted, in one safetensors file, so that an interrupted calibration need not fit again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from quicksilver.calibrate.candidates import Fits
+from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.widths import MapScores
+from quicksilver.core.files import write_atomically
+from quicksilver.models.spec import ModelSpec
+
+_TENSOR, _COUNTS = "fitted.", "counts."
+
+
+def write(path: Path, key: str, fits: Fits) -> None:
+    """Write what was fitted; an interrupted write leaves nothing half-written.
+
+    Args:
+        path: of the file.
+        key: of everything that the fits depend on.
+        fits: to be kept.
+    """
+    facts = {
+        "units": asdict(fits.units),
+        "halt_layers": fits.halt_layers,
+        "shortcuts": [[*unit, *known] for unit, known in fits.shortcuts.items()],
+        "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
+        "map_weights": fits.map_weights,
+        "value_prices": fits.value_prices,
+    }
+    tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
+    tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(fits.map_scores)}
+    tensors["none"] = torch.zeros(0)  # there may be nothing else
+    write_atomically(path, save(tensors, metadata={"key": key, "facts": json.dumps(facts)}))
+
+
+def read(path: Path, key: str, spec: ModelSpec) -> Fits | None:
+    """Return what was fitted under a key, None where the file is missing, damaged or of another key."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _decode(json.loads(metadata["facts"]), tensors, spec)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec) -> Fits:
+    return Fits(
+        spec,
+        UnitCosts(**facts["units"]),
+        {name.removeprefix(_TENSOR): t.to(spec.device) for name, t in tensors.items() if name.startswith(_TENSOR)},
+        tuple(facts["halt_layers"]),
+        {(layer, part): (weight, nats) for layer, part, weight, nats in facts["shortcuts"]},
+        [
+            MapScores(tensors[f"{_COUNTS}{i}"], inputs, outputs, worth, tuple(lost))
+            for i, (inputs, outputs, worth, lost) in enumerate(facts["maps"])
+        ],
+        list(facts["map_weights"]),
+        [(threshold, price) for threshold, price in facts["value_prices"]],
+    )

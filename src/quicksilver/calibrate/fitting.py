@@ -1,0 +1,100 @@
+"""Everything that the search needs to know of a model, in a fixed number of passes over the part to fit on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from quicksilver.calibrate import outputs, sensitivity, shortcuts
+from quicksilver.calibrate.candidates import Fits, Mechanism, shortcuts_at
+from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.widths import collect_scores, unprotected
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import ChannelWidthRule, PrecisionConfig, ShortcutConfig
+from quicksilver.core.rules.maps import Shortcut
+from quicksilver.core.tensors import PlanTensors
+from quicksilver.models.spec import Adapter
+
+_PROBED = 4  # windows, of the fitted part, that sensitivities are measured on
+_FIRST_EXIT = 0.5  # of the depth: no token halts before
+_REFIT_PRICE = 0.2  # at which shortcuts are chosen for the second fit
+
+
+def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -> int:
+    """Return how many steps `fit` reports, but for shortcuts' second fit, which depends on the first."""
+    spec, total = adapter.spec, 0
+    if "halting" in mechanisms:
+        total += 2 * num_windows
+    if "shortcuts" in mechanisms:
+        total += 2 * num_windows + 2 * spec.num_layers
+    if "values" in mechanisms:
+        total += len(sensitivity.VALUE_THRESHOLDS)
+    if "channels" in mechanisms:
+        total += num_windows + sum(len(layer.nested) for layer in adapter.layers)
+    return total
+
+
+def fit(
+    adapter: Adapter,
+    mechanisms: Sequence[Mechanism],
+    units: UnitCosts,
+    windows: Sequence[Tensor],
+    widths: tuple[int, ...],
+    special_ids: Sequence[int] = (),
+    on_step: Callable[[], None] = lambda: None,
+) -> Fits:
+    """Fit maps and gates, and measure what each unit of work is worth.
+
+    Args:
+        adapter: the model that runs the plans.
+        mechanisms: that may be used.
+        units: of the objective.
+        windows: token ids [T] of calibration text, each run on its own.
+        widths: that channels may be read at.
+        special_ids: token ids that plans protect.
+        on_step: called after each of `steps`.
+    """
+    spec = adapter.spec
+    fits = Fits(spec, units)
+    probe = sensitivity.Probe(adapter, windows[:: max(len(windows) // _PROBED, 1)][:_PROBED])
+    if "halting" in mechanisms and spec.num_layers > 1:
+        first = min(max(int(spec.num_layers * _FIRST_EXIT), 1), spec.num_layers - 1) - 1
+        fits.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
+        fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
+        fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
+    if "values" in mechanisms:
+        fits.value_prices = sensitivity.value_prices(probe, on_step)
+    if "channels" in mechanisms:
+        rule = ChannelWidthRule(target=8.0, widths=widths)
+        text = unprotected(adapter, PrecisionConfig(rule), windows, special_ids)
+        fits.map_scores = collect_scores(rule, adapter, text, on_step)
+        fits.map_weights = sensitivity.map_weights(probe, fits.map_scores, on_step)
+    if "shortcuts" in mechanisms:
+        _fit_shortcuts(fits, adapter, probe, windows, on_step)
+    return fits
+
+
+def _fit_shortcuts(
+    fits: Fits,
+    adapter: Adapter,
+    probe: sensitivity.Probe,
+    windows: Sequence[Tensor],
+    on_step: Callable[[], None],
+) -> None:
+    """Fit all shortcuts apart and learn what their errors cost; then those worth taking again, one after another."""
+    chosen = shortcuts.units(adapter)
+    tensors, errors = shortcuts.fit_units(adapter, chosen, windows, Plan.dense(), on_step)
+    for unit in chosen:
+        shortcut = Shortcut(*unit)
+        own = PlanTensors({key: t for key, t in tensors.items() if key.startswith(f"{shortcut.name}.")})
+        nats = probe.nats(Plan("one", shortcuts=ShortcutConfig((shortcut,)), tensors=own))
+        fits.shortcuts[unit] = (nats / max(errors[unit], 1e-30), nats)
+        on_step()
+    fits.tensors |= tensors
+    config = shortcuts_at(_REFIT_PRICE, fits)
+    if config is not None:
+        fits.tensors |= shortcuts.fit_in_order(
+            adapter, config.shortcuts, windows, replace(Plan.dense(), shortcuts=config)
+        )

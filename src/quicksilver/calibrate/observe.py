@@ -1,0 +1,105 @@
+"""What passes between a model's layers on calibration text: its decoder is run with watched leaf operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules.maps import Part
+from quicksilver.models.spec import Adapter, Apply, LayerOps
+from quicksilver.runtime.decoder import Decoder
+
+PROTECTED = 4
+"""First tokens of a sequence, attention sinks: no mechanism touches them, so nothing is fitted to them."""
+
+
+class SublayerRows(NamedTuple):
+    """What a sublayer made of its tokens: state entering it, its normed input and its output, each [T, d]."""
+
+    state: Tensor
+    normed: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def run(adapter: Adapter, token_ids: Tensor, plan: Plan | None = None) -> Tensor:
+    """Run one window of tokens [T]; return its final states [T, d]."""
+    decoder = Decoder(adapter, plan or Plan.dense())
+    ids = token_ids.to(adapter.spec.device)
+    return decoder.run(ids, [len(ids)], decoder.new_cache(1), decoder.new_trace())
+
+
+def layer_states(adapter: Adapter, token_ids: Tensor) -> list[Tensor]:
+    """Return the states of a window's tokens before the first layer and after each, [T, d] each."""
+    states: list[Tensor] = []
+
+    def watched(layer: LayerOps) -> LayerOps:
+        def attn_norm(x: Tensor) -> Tensor:
+            states.append(x)
+            return layer.attn_norm(x)
+
+        return replace(layer, attn_norm=attn_norm)
+
+    last = run(replace(adapter, layers=tuple(map(watched, adapter.layers))), token_ids)
+    return [*states, last]
+
+
+def watch_sublayers(
+    adapter: Adapter,
+    units: Sequence[tuple[int, Part]],
+    token_ids: Tensor,
+    plan: Plan,
+    see: Callable[[tuple[int, Part], SublayerRows], None],
+) -> None:
+    """Run a window under a plan, and show what each of the given sublayers did; deeper layers are not run.
+
+    Args:
+        adapter: the model.
+        units: layers and parts; the plan has no shortcut for them, and halts nobody.
+        token_ids: [T].
+        plan: what else is in force.
+        see: called with the layer and part, and its rows.
+    """
+    depth = max(layer for layer, _ in units) + 1
+    layers = list(adapter.layers[:depth])
+    for unit in units:
+        layer_idx, part = unit
+        watch = _watch_mlp if part == "mlp" else _watch_attention
+        layers[layer_idx] = watch(layers[layer_idx], lambda rows, unit=unit: see(unit, rows))
+    run(replace(adapter, spec=replace(adapter.spec, num_layers=depth), layers=tuple(layers)), token_ids, plan)
+
+
+def _watch_mlp(layer: LayerOps, see: Callable[[SublayerRows], None]) -> LayerOps:
+    entered: list[Tensor] = []
+
+    def mlp_norm(x: Tensor) -> Tensor:
+        entered[:] = [x]
+        return layer.mlp_norm(x)
+
+    def mlp(x: Tensor, apply: Apply) -> Tensor:
+        output = layer.mlp(x, apply)
+        see(SublayerRows(entered[0], x, output))
+        return output
+
+    return replace(layer, mlp_norm=mlp_norm, mlp=mlp)
+
+
+def _watch_attention(layer: LayerOps, see: Callable[[SublayerRows], None]) -> LayerOps:
+    entered: list[Tensor] = []
+
+    def attn_norm(x: Tensor) -> Tensor:
+        normed = layer.attn_norm(x)
+        entered[:] = [x, normed]
+        return normed
+
+    def attn_output(x: Tensor, apply: Apply) -> Tensor:
+        output = layer.attn_output(x, apply)
+        see(SublayerRows(entered[0], entered[1], output))
+        return output
+
+    return replace(layer, attn_norm=attn_norm, attn_output=attn_output)

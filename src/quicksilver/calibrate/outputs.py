@@ -1,0 +1,100 @@
+"""Maps from a layer's state to the last layer's, and gates that predict what halting there would cost.
+
+Both are ridge regressions: statistics of the frozen model on calibration text, fitted in closed form in a fixed number
+of passes. There is no gradient and no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quicksilver.calibrate.observe import PROTECTED, layer_states
+from quicksilver.calibrate.ridge import RidgeSums, named_tensors
+from quicksilver.core.tensors import AffineMap
+from quicksilver.models.spec import Adapter
+from quicksilver.policies.halting.fitted import gate_features
+
+_LEAST_NATS = 1e-6  # divergences below are as good as none; keeps their logarithm finite
+_HEAD_ROWS = 256  # rows of logits held at a time
+
+
+def fit_maps(
+    adapter: Adapter, layers: Sequence[int], windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """Fit maps from the states after some layers to what is missing to the last layer's.
+
+    Args:
+        adapter: the model.
+        layers: indices of the layers.
+        windows: token ids [T] of calibration text, each run on its own.
+        on_window: called after each window.
+
+    Returns:
+        Tensors `output.LAYER.*` of a plan.
+    """
+    d, device = adapter.spec.hidden_size, adapter.spec.device
+    sums = {i: RidgeSums(d, d, device) for i in layers}
+    for window in windows:
+        states = layer_states(adapter, window)
+        for i in layers:
+            state = states[i + 1][PROTECTED:]
+            sums[i].add(state, states[-1][PROTECTED:] - state)
+        on_window()
+    tensors = {}
+    for i in layers:
+        fitted = sums[i].solve(f"layer {i}")
+        tensors |= named_tensors(f"output.{i}", sums[i].factors(fitted), fitted.bias)
+    return tensors
+
+
+def fit_gates(
+    adapter: Adapter,
+    tensors: dict[str, Tensor],
+    layers: Sequence[int],
+    windows: Sequence[Tensor],
+    on_window: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Fit gates from features of a state to the logarithm of KL(full prediction || mapped state's prediction), in nats.
+
+    Args:
+        adapter: the model.
+        tensors: with the layers' maps.
+        layers: indices of the layers.
+        windows: token ids [T] of calibration text, each run on its own.
+        on_window: called after each window.
+
+    Returns:
+        Tensors `gate.LAYER.weight` of a plan.
+    """
+    d, spec = adapter.spec.hidden_size, adapter.spec
+    maps = {
+        i: AffineMap.named({k: t.float() for k, t in tensors.items()}, f"output.{i}", d).to(spec.device, spec.dtype)
+        for i in layers
+    }
+    sums = {i: RidgeSums(d + 3, 1, spec.device) for i in layers}
+    for window in windows:
+        states = layer_states(adapter, window)
+        for i in layers:
+            before, after = states[i][PROTECTED:], states[i + 1][PROTECTED:]
+            previous = before - states[i - 1][PROTECTED:] if i else None
+            nats = divergence(adapter, states[-1][PROTECTED:], after + maps[i](after))
+            sums[i].add(gate_features(before, after, previous), nats.clamp(min=_LEAST_NATS).log()[:, None])
+        on_window()
+    gates = {}
+    for i in layers:
+        fitted = sums[i].solve(f"layer {i}")
+        gates[f"gate.{i}.weight"] = torch.cat((fitted.weight[:, 0], fitted.bias))
+    return gates
+
+
+@torch.no_grad()
+def divergence(adapter: Adapter, full: Tensor, other: Tensor) -> Tensor:
+    """Return KL(head of the full states || head of the others) of each row, [N] in nats."""
+    nats = []
+    for p, q in zip(full.split(_HEAD_ROWS), other.split(_HEAD_ROWS), strict=True):
+        log_p, log_q = (torch.log_softmax(adapter.head(adapter.final_norm(x)).float(), dim=-1) for x in (p, q))
+        nats.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(nats)

@@ -1,0 +1,228 @@
+"""Calibration from end to end: fit, search, choose, verify; what is found is kept in a folder as it is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from typing import Protocol as Shape
+
+from quicksilver.calibrate import choosing, fits_file, fitting
+from quicksilver.calibrate.candidates import Fits, Mechanism, build, static_exit
+from quicksilver.calibrate.objectives import Objective, unit_costs
+from quicksilver.calibrate.paper import PaperSearch
+from quicksilver.calibrate.scoring import Budget, Scorer
+from quicksilver.calibrate.search import Scored, Search
+from quicksilver.calibrate.splits import Split
+from quicksilver.calibrate.trials import Trials
+from quicksilver.core.plan import Plan
+from quicksilver.measure.windows import Protocol
+from quicksilver.quant.linear import keeping_expanded
+from quicksilver.runtime.generation import QuickSilverForCausalLM
+
+WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
+_PAPER_TRIALS = 10
+_EXITS_TO = 4.0  # times the budget: deeper exits that lose more are not looked for
+
+
+class Progress(Shape):
+    """Shows how far a phase is."""
+
+    def __call__(self, label: str, total: int) -> Any:
+        """Return a context manager that yields the function to call after each step."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Attributes:
+        budget: what may be lost.
+        objective: what is to be saved.
+        mechanisms: that may be used.
+        fills: whether what a halted token leaves in deeper layers is to be chosen too.
+        trials: of the search.
+        time_limit: seconds after which the search stops, None for none; fitting and verifying are not counted.
+        seed: of the search.
+    """
+
+    budget: Budget
+    objective: Objective
+    mechanisms: tuple[Mechanism, ...]
+    fills: bool
+    trials: int
+    time_limit: float | None
+    seed: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits that channels may be read at."""
+        return WIDTHS.get(self.objective, (8, 0))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came of it.
+
+    Attributes:
+        plan: the chosen plan; dense where none held the budget.
+        candidates: all that were scored on the searched part, baselines included.
+        verified: what came of the held-out part.
+        leave_one_out: for each mechanism of the chosen plan, figures of the plan without it, on the searched part.
+    """
+
+    plan: Plan
+    candidates: list[Scored]
+    verified: choosing.Verified
+    leave_one_out: dict[str, dict[str, Any]]
+
+
+class Calibrator:
+    """One calibration of one model.
+
+    Args:
+        model: as it is, the baseline.
+        runner: that runs candidates: the same, or its copy with nested weights.
+        parts: of the text.
+        protocol: that cut it.
+        settings: what is asked for.
+        folder: where what was found is kept, and found again.
+        fingerprint: of the model's weights and of the text.
+        name: of the model.
+        progress: shows how far each phase is.
+    """
+
+    def __init__(
+        self,
+        model: QuickSilverForCausalLM,
+        runner: QuickSilverForCausalLM,
+        parts: Split,
+        protocol: Protocol,
+        settings: Settings,
+        folder: Path,
+        fingerprint: str,
+        name: str,
+        progress: Progress,
+    ) -> None:
+        self._runner, self._parts, self._settings, self._progress = runner, parts, settings, progress
+        self._folder, self._fingerprint, self._name = folder, fingerprint, name
+        interleaved = settings.objective == "seconds"
+        self._scorers = [
+            Scorer(model, runner, text, protocol, name, interleaved) for text in (parts.search, parts.held_out)
+        ]
+
+    def run(self) -> Calibration:
+        """Fit, search, choose and verify."""
+        with keeping_expanded(self._runner.model):
+            return self._run()
+
+    def _run(self) -> Calibration:
+        fits = self._fit()
+        candidates = [*self._baselines(fits), *self._search(fits)]
+        settings, score = self._settings, self._scorers[1].score
+        eligible = choosing.eligible(candidates, settings.objective, settings.budget)
+        with self._progress("verifying on held-out text", 1) as advance:
+            verified = choosing.verify(
+                eligible, settings.budget, lambda each: self._kept("held-out", self._plan(each, fits), score)
+            )
+            advance()
+        if verified.chosen is None:
+            return Calibration(Plan.dense(), candidates, verified, {})
+        return Calibration(
+            self._plan(verified.chosen, fits), candidates, verified, self._leave_one_out(verified.chosen, fits)
+        )
+
+    def _fit(self) -> Fits:
+        path, adapter, settings = self._folder / "fits.safetensors", self._runner.adapter, self._settings
+        key = self._key(settings.mechanisms, settings.objective, settings.widths, len(self._parts.fit))
+        fits = fits_file.read(path, key, adapter.spec)
+        if fits is not None:
+            return fits
+        units = unit_costs(settings.objective, adapter.spec, *self._scorers[0].dense_cost(adapter))
+        special_ids = self._runner.special_ids
+        total = fitting.steps(adapter, settings.mechanisms, len(self._parts.fit))
+        with self._progress("fitting", total) as advance:
+            fits = fitting.fit(
+                adapter, settings.mechanisms, units, self._parts.fit, settings.widths, special_ids, advance
+            )
+        fits_file.write(path, key, fits)
+        return fits
+
+    def _search(self, fits: Fits) -> Iterator[Scored]:
+        settings = self._settings
+        search = Search(settings.mechanisms, settings.budget, settings.fills)
+        key = self._key("together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed)
+        trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
+
+        def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
+            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths)
+            return self._scorers[0].score(plan, settings.budget)
+
+        with self._progress("searching", settings.trials) as advance:
+            trials.run(search.propose, score, settings.trials, self._deadline(), advance)
+        yield from search.scored(trials.finished)
+
+    def _baselines(self, fits: Fits) -> Iterator[Scored]:
+        """Score the published rules with tuned thresholds, and every token's exit at one layer."""
+        settings, score = self._settings, self._scorers[0].score
+        paper = PaperSearch(self._runner.adapter, self._parts.fit[0])
+        key = self._key("paper", asdict(settings.budget), settings.objective, settings.seed)
+        trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
+        with self._progress("tuning the published rules", _PAPER_TRIALS) as advance:
+            trials.run(
+                paper.propose,
+                lambda parameters: score(paper.plan(parameters), settings.budget),
+                _PAPER_TRIALS,
+                self._deadline(),
+                advance,
+            )
+        yield Scored("paper, as published", self._kept("search", Plan.preset("paper"), score))
+        for trial in trials.finished:
+            if trial.user_attrs:
+                yield Scored("paper", trial.user_attrs["row"])
+        with self._progress("static exits", len(fits.halt_layers)) as advance:
+            for layer_idx in reversed(fits.halt_layers):
+                row = self._kept("search", static_exit(layer_idx, fits), score)
+                yield Scored("exit", row)
+                advance()
+                if settings.budget.upper(row) > _EXITS_TO * settings.budget.limit:
+                    break
+
+    def _leave_one_out(self, chosen: Scored, fits: Fits) -> dict[str, dict[str, Any]]:
+        if chosen.knobs is None or len(chosen.knobs.factors) < 2:
+            return {}
+        without = {name: chosen.knobs.without(name) for name in chosen.knobs.factors}
+        with self._progress("leaving each mechanism out", len(without)) as advance:
+            rows = {}
+            for name, knobs in without.items():
+                plan = build(knobs, fits, f"without {name}", self._settings.widths)
+                rows[name] = self._kept("search", plan, self._scorers[0].score)
+                advance()
+        return rows
+
+    def _plan(self, candidate: Scored, fits: Fits) -> Plan:
+        if candidate.knobs is not None:
+            return build(candidate.knobs, fits, "calibrated", self._settings.widths)
+        depth = candidate.row["plan"]["halting"]["min_layer"] if candidate.group == "exit" else None
+        return static_exit(depth - 1, fits) if depth else Plan.from_dict(candidate.row["plan"])
+
+    def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> dict[str, Any]:
+        """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
+        path = self._folder / f"{self._key(part)}.{plan.hash}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        row = score(plan)
+        assert row is not None  # it was not scored for a budget
+        path.write_text(json.dumps(row), encoding="utf-8")
+        return row
+
+    def _key(self, *facts: Any) -> str:
+        return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]
+
+    def _deadline(self) -> float | None:
+        limit = self._settings.time_limit
+        return None if limit is None else time.monotonic() + limit

@@ -1,0 +1,136 @@
+"""Scoring candidates against the dense model, which is run once, on the search's windows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quicksilver.calibrate.objectives import Objective
+from quicksilver.core.plan import Plan
+from quicksilver.measure.report import build_rows
+from quicksilver.measure.scoring import EngineRecord, Fed, compare, feed, new_record
+from quicksilver.measure.statistics import PairedDelta, paired_delta
+from quicksilver.measure.windows import Protocol, WindowedText
+from quicksilver.models.cost import Cost, dense_cost
+from quicksilver.models.spec import Adapter
+from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.generation import QuickSilverForCausalLM
+
+_REDUCTION = {
+    "flops": "flops_reduction",
+    "bitops": "bitops_reduction_8bit",
+    "weight_bytes": "weight_bytes_reduction_8bit",
+    "kv_bytes": "kv_used_bytes_reduction",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a plan may lose, in perplexity or in nats per token.
+
+    Attributes:
+        limit: the most.
+        unit: "ppl" or "nll".
+    """
+
+    limit: float
+    unit: str
+
+    def upper(self, row: dict[str, Any]) -> float:
+        """Return the upper end of the interval of what a row of figures lost; infinite without an interval."""
+        interval = row["delta"][f"{self.unit}_ci95"]
+        return float("inf") if interval is None else interval[1]
+
+    def holds(self, row: dict[str, Any]) -> bool:
+        """Whether a row's loss is inside the budget with its whole interval."""
+        return self.upper(row) <= self.limit
+
+    def is_hopeless(self, delta: PairedDelta) -> bool:
+        """Whether what some windows lost lies far outside: the lower end beyond twice the limit."""
+        interval = delta.ppl_ci95 if self.unit == "ppl" else delta.nll_ci95
+        return interval is not None and interval[0] > 2 * self.limit
+
+
+class Scorer:
+    """Candidates' figures on one text.
+
+    Args:
+        model: the model as it is, the baseline.
+        runner: the model that runs candidates: the same, or its copy with nested weights.
+        text: windows, of which several are needed for intervals.
+        protocol: that cut them.
+        name: of the model.
+        interleaved: run the dense model again beside every candidate, so that seconds can be compared.
+    """
+
+    def __init__(
+        self,
+        model: QuickSilverForCausalLM,
+        runner: QuickSilverForCausalLM,
+        text: WindowedText,
+        protocol: Protocol,
+        name: str,
+        interleaved: bool = False,
+    ) -> None:
+        self._text, self._protocol, self._name = text, protocol, name
+        self._runner, self._interleaved = runner, interleaved
+        self._dense = new_record(Decoder(model.adapter, Plan.dense(), model.special_ids))
+        self._fed = [feed(self._dense, window, "score") for window in text.windows]
+        for window, fed in zip(text.windows, self._fed, strict=True):
+            compare([self._dense], [_unclocked(fed)], window)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(window.num_scored for window in self._text.windows)
+
+    def score(
+        self, plan: Plan, budget: Budget | None = None, on_window: Callable[[], None] = lambda: None
+    ) -> dict[str, Any] | None:
+        """Return a plan's figures as `eval --json` has them, or None where it was given up as hopeless for a budget."""
+        record = new_record(Decoder(self._runner.adapter, plan, self._runner.special_ids))
+        baseline = _blank(self._dense)
+        counts: list[int] = []
+        for window, known in zip(self._text.windows, self._fed, strict=True):
+            fed = feed(new_record(self._dense.decoder), window, "score") if self._interleaved else _unclocked(known)
+            compare([baseline, record], [fed, feed(record, window, "score")], window)
+            counts.append(window.num_scored)
+            on_window()
+            at_checkpoint = budget is not None and len(counts) in _checkpoints(len(self._fed))
+            if at_checkpoint and budget.is_hopeless(paired_delta(baseline.nll, record.nll, counts)):
+                return None
+        row = build_rows([baseline, record], self._text, self._protocol, "score", self._name)[0]
+        cost, tokens = self.dense_cost(self._runner.adapter)
+        for name, total in (("bitops", cost.bitops), ("weight_bytes", cost.weight_bytes)):
+            row["delta"][f"{name}_reduction_8bit"] = 1.0 - row["accelerated"][f"{name}_per_token"] * tokens / total
+        return row
+
+    def dense_cost(self, adapter: Adapter) -> tuple[Cost, int]:
+        """Return what the dense model with an adapter's weights spends on all windows, and how many tokens it feeds."""
+        return dense_cost(adapter.spec, self._dense.trace), self._dense.trace.tokens
+
+
+def _blank(dense: EngineRecord) -> EngineRecord:
+    """Return a record with the costs of a run whose predictions are still to be made."""
+    traces = copy.deepcopy((dense.trace, dense.prompt_trace))
+    for trace in traces:
+        trace.head_rows = 0
+    return EngineRecord(dense.decoder, *traces, kv_bytes=dense.kv_bytes, kv_used_bytes=dense.kv_used_bytes)
+
+
+def _unclocked(fed: Fed) -> Fed:
+    """Return what a run gave with clocks of its own, which the head's time is added to."""
+    return fed._replace(clock=copy.copy(fed.clock), prompt_clock=copy.copy(fed.prompt_clock))
+
+
+def _checkpoints(count: int) -> Sequence[int]:
+    return (max(count // 4, 4), count // 2)
+
+
+def saved(row: dict[str, Any], objective: Objective) -> float:
+    """Return the share of what is to be saved that a row of figures saved."""
+    if objective == "seconds":
+        return 1.0 - 1.0 / row["delta"]["speedup"]
+    return row["delta"][_REDUCTION[objective]]

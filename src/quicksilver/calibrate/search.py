@@ -1,0 +1,152 @@
+"""The search: guided candidates first, then Optuna's, all scored on the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from quicksilver.calibrate.candidates import FILLS, Knobs, Mechanism
+from quicksilver.calibrate.objectives import Objective
+from quicksilver.calibrate.scoring import Budget, saved
+from quicksilver.calibrate.trials import Space
+
+ALONE = (0.05, 0.15, 0.5, 1.5)
+"""Prices that each mechanism is tried at alone: nats that all of a dense token's work is worth."""
+
+TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Prices that all of them are tried at together."""
+
+_STEPS = (0.4, 2.5)  # that one mechanism's price is multiplied by, at the price that meets the budget
+_PRICES = (1e-4, 1e2)
+_LEVELS = (0.5, 1.6)  # of that price, tried by Optuna
+_FACTORS = (0.125, 8.0)
+_COSINES = (0.6, 0.99)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate and its figures.
+
+    Attributes:
+        group: "together", the mechanism that it tries alone, or the baseline that it is.
+        row: figures as `eval --json` has them, its plan included.
+        knobs: what its plan was made of; None for a baseline.
+    """
+
+    group: str
+    row: dict[str, Any]
+    knobs: Knobs | None = None
+
+
+class Search:
+    """What to try, given what was tried: thresholds of all mechanisms.
+
+    Args:
+        mechanisms: that may be used.
+        budget: what may be lost.
+        fills: whether what a halted token leaves in deeper layers is to be chosen too.
+    """
+
+    def __init__(self, mechanisms: Sequence[Mechanism], budget: Budget, fills: bool) -> None:
+        self._mechanisms, self._budget = tuple(mechanisms), budget
+        self._fills = fills and "halting" in self._mechanisms
+
+    def propose(self, finished: Sequence[FrozenTrial]) -> tuple[Space, dict[str, Any] | None]:
+        """Return the space of the next trial, and its parameters where they are not Optuna's to choose."""
+        guided = self._guided(finished)
+        if guided is None:
+            return {"level": FloatDistribution(*_LEVELS, log=True), **self._space()}, None
+        return {"price": FloatDistribution(*_PRICES, log=True), **self._space()}, self._parameters(guided)
+
+    def knobs(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Knobs:
+        """Return the knobs of a trial's parameters, given at least the guided trials before it."""
+        factors = {name: parameters[name] for name in self._mechanisms if parameters[f"use_{name}"]}
+        level = parameters.get("level")
+        price = parameters["price"] if level is None else level * self._base_price(finished)
+        return Knobs(price, factors, parameters.get("fill", "propagate"))
+
+    def scored(self, finished: Sequence[FrozenTrial]) -> Iterator[Scored]:
+        """Return all candidates that were scored in full, in the order of the trials."""
+        for trial in finished:
+            if trial.state == TrialState.COMPLETE:
+                knobs = self.knobs(trial.params, finished)
+                group = next(iter(knobs.factors), "together") if len(knobs.factors) == 1 else "together"
+                yield Scored(group, trial.user_attrs["row"], knobs)
+
+    def _guided(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
+        """Return what is tried next before Optuna chooses, None where it may.
+
+        First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
+        mechanism dearer, cheaper and left out.
+        """
+        whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
+        candidates = [
+            Knobs(price, {mechanism: _cosine_at(i) if mechanism == "fusion" else 1.0})
+            for mechanism in self._mechanisms
+            for i, price in enumerate(ALONE)
+        ]
+        if len(whole) > 1:
+            candidates += [Knobs(price, whole) for price in TOGETHER]
+        if len(finished) >= len(candidates) and len(whole) > 1:
+            base = Knobs(self._base_price(finished), whole)
+            priced = [name for name in self._mechanisms if name != "fusion"]
+            candidates += [replace(base, factors=whole | {name: step}) for name in priced for step in _STEPS]
+            candidates += [base.without(name) for name in self._mechanisms]
+        return candidates[len(finished)] if len(finished) < len(candidates) else None
+
+    def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
+        """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
+        first, prices = (0, ALONE) if len(self._mechanisms) == 1 else (len(self._mechanisms) * len(ALONE), TOGETHER)
+        below, at_below = prices[0] / 2, 0.0
+        for trial, price in zip(finished[first:], prices, strict=False):
+            row = trial.user_attrs.get("row")
+            lost = math.inf if row is None else self._budget.upper(row)
+            if lost > self._budget.limit:
+                share = (self._budget.limit - at_below) / (lost - at_below)  # 0 where the trial was given up
+                return below * (price / below) ** max(share, 0.0)
+            below, at_below = price, lost
+        return below
+
+    def _space(self) -> Space:
+        space: Space = {}
+        for mechanism in self._mechanisms:
+            least, most = _COSINES if mechanism == "fusion" else _FACTORS
+            space[mechanism] = FloatDistribution(least, most, log=mechanism != "fusion")
+            space[f"use_{mechanism}"] = CategoricalDistribution((True, False))
+        if self._fills:
+            space["fill"] = CategoricalDistribution(tuple(FILLS))
+        return space
+
+    def _parameters(self, knobs: Knobs) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"price": knobs.price}
+        for mechanism in self._mechanisms:
+            parameters[f"use_{mechanism}"] = mechanism in knobs.factors
+            parameters[mechanism] = knobs.factors.get(mechanism, 0.9 if mechanism == "fusion" else 1.0)
+        if self._fills:
+            parameters["fill"] = knobs.fill
+        return parameters
+
+
+def _cosine_at(step: int) -> float:
+    """Return a threshold of fusion for a step of the prices tried alone: the dearer, the more alike tokens must be."""
+    low, high = _COSINES
+    return high - (high - low) * step / (len(ALONE) - 1)
+
+
+def pareto(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:
+    """Return the candidates that no other beats in both what is lost (the interval's upper end) and what is saved.
+
+    They come from the most saved to the least.
+    """
+    ordered = sorted(candidates, key=lambda each: (-saved(each.row, objective), budget.upper(each.row)))
+    best, lost = [], math.inf
+    for each in ordered:
+        if budget.upper(each.row) < lost:
+            best.append(each)
+            lost = budget.upper(each.row)
+    return best

@@ -1,0 +1,120 @@
+"""Shortcuts: affine maps that stand in for sublayers, and gates that say for which tokens they are good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
+from quicksilver.calibrate.ridge import Affine, RidgeSums, named_tensors
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules.maps import Part, Shortcut
+from quicksilver.core.tensors import PlanTensors
+from quicksilver.models.spec import Adapter
+
+Unit = tuple[int, Part]
+_LEAST_ERROR = 1e-8  # keeps logarithms finite
+
+
+def units(adapter: Adapter) -> list[Unit]:
+    """Return all sublayers, in the order in which they run."""
+    return [(i, part) for i in range(adapter.spec.num_layers) for part in ("attention", "mlp")]
+
+
+def fit_units(
+    adapter: Adapter,
+    chosen: Sequence[Unit],
+    windows: Sequence[Tensor],
+    plan: Plan,
+    on_window: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Tensor], dict[Unit, float]]:
+    """Fit maps and gates of sublayers in two passes, all of them with their inputs as the plan leaves them.
+
+    Args:
+        adapter: the model.
+        chosen: sublayers.
+        windows: token ids [T] of calibration text, each run on its own.
+        plan: shortcuts already taken elsewhere; it halts nobody.
+        on_window: called after each window of each pass.
+
+    Returns:
+        Tensors `shortcut.LAYER.PART.*` of a plan, and for each sublayer the mean squared error of its map as a share
+        of the squared norm of the state.
+    """
+    d, device = adapter.spec.hidden_size, adapter.spec.device
+    sums = {unit: RidgeSums(d, d, device) for unit in chosen}
+    gates = {unit: RidgeSums(d + 1, 1, device) for unit in chosen}
+    errors = dict.fromkeys(chosen, 0.0)
+
+    def see_map(unit: Unit, rows: SublayerRows) -> None:
+        sums[unit].add(rows.normed[PROTECTED:], rows.output[PROTECTED:])
+
+    for window in windows:
+        watch_sublayers(adapter, chosen, window, plan, see_map)
+        on_window()
+    fitted = {unit: sums[unit].solve(_name(unit)) for unit in chosen}
+
+    def see_gate(unit: Unit, rows: SublayerRows) -> None:
+        state, normed, output = (part[PROTECTED:].float() for part in rows)
+        error = _relative_error(fitted[unit], state, normed, output)
+        errors[unit] += float(error.sum())
+        gates[unit].add(_features(state, normed), error.clamp(min=_LEAST_ERROR).log()[:, None])
+
+    for window in windows:
+        watch_sublayers(adapter, chosen, window, plan, see_gate)
+        on_window()
+    tensors = {}
+    for unit in chosen:
+        gate = gates[unit].solve(_name(unit))
+        tensors |= named_tensors(_name(unit), sums[unit].factors(fitted[unit]), fitted[unit].bias)
+        tensors[f"{_name(unit)}.gate"] = torch.cat((gate.weight[:, 0], gate.bias))
+    return tensors, {unit: errors[unit] / max(sums[unit].num_rows, 1) for unit in chosen}
+
+
+def fit_in_order(
+    adapter: Adapter,
+    chosen: Sequence[Shortcut],
+    windows: Sequence[Tensor],
+    plan: Plan,
+    on_window: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Fit shortcuts one after another, deeper ones on states that shallower ones have changed.
+
+    Args:
+        adapter: the model.
+        chosen: with their thresholds.
+        windows: token ids [T] of calibration text, each run on its own.
+        plan: protections of the shortcuts, as `plan.shortcuts`.
+        on_window: called after each window of each pass; two passes for each shortcut.
+
+    Returns:
+        Tensors `shortcut.LAYER.PART.*` of a plan.
+    """
+    assert plan.shortcuts is not None
+    tensors: dict[str, Tensor] = {}
+    done: list[Shortcut] = []
+    for shortcut in sorted(chosen, key=lambda each: (each.layer, each.part)):  # attention runs before the MLP
+        before = Plan.dense()
+        if done:
+            config = replace(plan.shortcuts, shortcuts=tuple(done))
+            before = Plan("before", shortcuts=config, tensors=PlanTensors(tensors))
+        tensors |= fit_units(adapter, [(shortcut.layer, shortcut.part)], windows, before, on_window)[0]
+        done.append(shortcut)
+    return tensors
+
+
+def _relative_error(fitted: Affine, state: Tensor, normed: Tensor, output: Tensor) -> Tensor:
+    missed = output - normed @ fitted.weight.float() - fitted.bias.float()
+    return missed.square().sum(-1) / state.square().sum(-1).clamp(min=1e-30)
+
+
+def _features(state: Tensor, normed: Tensor) -> Tensor:
+    """Return what a gate sees, but for its constant: [N, d + 1]."""
+    return torch.cat((normed, state.norm(dim=-1, keepdim=True).clamp(min=1e-30).log()), dim=1)
+
+
+def _name(unit: Unit) -> str:
+    return f"shortcut.{unit[0]}.{unit[1]}"

@@ -1,0 +1,111 @@
+"""`quicksilver calibrate`: find the cheapest plan inside a budget of perplexity, and verify it on unseen text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quicksilver.cli.common import display_name, model_options, open_model
+from quicksilver.errors import InputError
+
+NOTHING_HELD = 3
+_MECHANISMS = {
+    "halting": ("halting", "shortcuts"),
+    "kv": ("values",),
+    "fusion": ("fusion",),
+    "precision": ("channels",),
+}
+_CONTEXT = 2048
+
+
+@click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--text", type=click.Path(), help="One long UTF-8 text.")
+@click.option("--documents", type=click.Path(), help='JSON lines with a "text" field.')
+@click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub.")
+@click.option("--max-delta-ppl", type=click.FloatRange(0, min_open=True), help="Most perplexity that may be added.")
+@click.option("--max-delta-nll", type=click.FloatRange(0, min_open=True), help="Most nats per token, instead.")
+@click.option(
+    "--minimise",
+    type=click.Choice(["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]),
+    default="flops",
+    show_default=True,
+)
+@click.option("--mechanisms", default="halting,kv,fusion,precision", show_default=True, help="Those that may be used.")
+@click.option("--trials", type=click.IntRange(min=1), default=60, show_default=True, help="Candidates to score.")
+@click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds after which the search stops.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--context", type=click.IntRange(min=8), help="Tokens of a window (default: the model's, at most 2048).")
+@click.option("--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt.")
+@click.option(
+    "--search-tokens", type=click.IntRange(min=64), default=12288, show_default=True, help="Scored per candidate."
+)
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The plan file to write.")
+@click.option("--force", is_flag=True, help="Overwrite what a calibration wrote there before.")
+@model_options
+def command(**options: Any) -> None:
+    """Find the cheapest plan for MODEL whose loss stays inside a budget, and verify it on text it was not chosen on.
+
+    The budget is met when the upper end of the 95 % interval is inside it. The text is cut in three: to fit maps and
+    thresholds, to compare candidates, and to verify. Without a text, one is sampled from the model. Beside PLAN.json
+    come PLAN.safetensors (what was fitted), PLAN.frontier.json, .png and .svg, and the folder PLAN.work, which keeps
+    what was found: after an interruption the same command goes on. Exit status 3: no plan held, the dense one is
+    written.
+
+    \b
+    Examples:
+      quicksilver calibrate ref-llama --text book.txt --max-delta-nll 0.01 -o mine.json
+      quicksilver calibrate ./my-gpt2 --max-delta-ppl 0.2 --minimise bitops --mechanisms precision -o mine.json
+      quicksilver calibrate ref-llama --text book.txt --prompt 448 --context 512 --max-delta-ppl 0.2 -o mine.json
+    """
+    from quicksilver.cli.calibration import run
+
+    budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
+    output = _output(options["output"], options["force"])
+    names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
+    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
+    limit = model.adapter.spec.max_positions
+    context = options["context"] or min(limit, _CONTEXT)
+    if context > limit:
+        raise InputError(f"--context {context} is longer than the model's context of {limit}")
+    held = run(model, tokenizer, display_name(options["model"]), options, budget, names, context, output)
+    if not held:
+        sys.exit(NOTHING_HELD)
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
+
+
+def _budget(ppl: float | None, nll: float | None) -> tuple[float, str]:
+    if (ppl is None) == (nll is None):
+        raise InputError("give exactly one of --max-delta-ppl and --max-delta-nll")
+    return (ppl, "ppl") if ppl is not None else (nll or 0.0, "nll")
+
+
+def _output(path: str, force: bool) -> Path:
+    output = Path(path)
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"-o {path}: its folder does not exist")
+    if output.suffix != ".json":
+        raise InputError(f"-o {path}: a plan file ends in .json")
+    if output.exists() and not force:
+        raise InputError(f"-o {path}: exists already; --force overwrites it")
+    return output
+
+
+def _mechanisms(given: str, prompt: int | None, explicit: bool) -> tuple[str, ...]:
+    """Return what may be used; fusion, which acts on prompts alone, only where windows have one."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in names if name not in _MECHANISMS]
+    if unknown or not names:
+        raise InputError(f"--mechanisms {given!r}: choose from {', '.join(_MECHANISMS)}")
+    if "fusion" in names and prompt is None:
+        if explicit:
+            raise InputError("--mechanisms fusion acts on prompts: give --prompt N, or leave fusion out")
+        names.remove("fusion")
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,192 @@
+"""What `quicksilver calibrate` does once its options are checked: text, model, search, files, tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quicksilver.calibrate.pipeline import Calibration, Calibrator, Settings
+from quicksilver.calibrate.report import best_of_groups, frontier, summary
+from quicksilver.calibrate.samples import sample_windows
+from quicksilver.calibrate.scoring import Budget
+from quicksilver.calibrate.splits import SHARES, Split, split
+from quicksilver.cli.calibrate import _MECHANISMS
+from quicksilver.cli.common import progress
+from quicksilver.cli.recipes import nested_copy
+from quicksilver.core.files import write_atomically
+from quicksilver.errors import InputError
+from quicksilver.measure import environment
+from quicksilver.measure.texts import read_dataset, read_documents, read_text
+from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
+
+_FIT_TOKENS = 16384
+_HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
+_REPORT_SECONDS = 20.0  # between lines of progress where there is no terminal
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    options: dict[str, Any],
+    budget: tuple[float, str],
+    mechanisms: Sequence[str],
+    context: int,
+    output: Path,
+) -> bool:
+    """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
+    text, protocol = _text(model, tokenizer, options, context)
+    search_tokens = options["search_tokens"]
+    parts = split(text, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
+    runner = nested_copy(model) if "precision" in mechanisms else model
+    settings = Settings(
+        Budget(*budget),
+        options["minimise"],
+        tuple(part for each in mechanisms for part in _MECHANISMS[each]),
+        "kv" in mechanisms,
+        options["trials"],
+        options["time_limit"],
+        options["seed"],
+    )
+    folder = output.with_suffix(".work")
+    folder.mkdir(exist_ok=True)
+    fingerprint = _fingerprint(runner, protocol, parts)
+    result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
+    _write(result, settings, output, _facts(name, text, protocol, parts, model.device))
+    _print(result, settings, parts)
+    return result.verified.chosen is not None
+
+
+def _text(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
+    """Return the windows of the user's text, or of one sampled from the model."""
+    bos_id = default_bos(tokenizer)
+    given = [
+        (read, options[name])
+        for name, read in (("text", read_text), ("documents", read_documents), ("dataset", read_dataset))
+        if options[name] is not None
+    ]
+    if len(given) > 1:
+        raise InputError("give one of --text, --documents and --dataset, or none of them")
+    if not given:
+        return _sampled(model, tokenizer, options, min(context, 256))
+    read, source = given[0]
+    prompt = options["prompt"]
+    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    protocol = Protocol(context, stride, bos_id, None, prompt)
+    return cut(read(source), tokenizer, protocol), protocol
+
+
+def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
+    seed, tokens = options["seed"], options["search_tokens"]
+    wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
+    print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
+    protocol = Protocol(context, max(context // 2, 1), None, None, options["prompt"])
+    sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
+    windows = [window for ids in sequences for window in slide(ids[:context], protocol)]
+    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
+    return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size), protocol
+
+
+def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
+    total = hashlib.sha256(repr((runner.adapter.spec, protocol)).encode())
+    for name, tensor in runner.model.state_dict().items():
+        total.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())!r}".encode())
+    for ids in parts.fit:
+        total.update(ids.numpy().tobytes())
+    for part in (parts.search, parts.held_out):
+        for window in part.windows:
+            total.update(repr((window.token_ids, window.first_scored, window.prompt)).encode())
+    return total.hexdigest()[:16]
+
+
+def _facts(name: str, text: WindowedText, protocol: Protocol, parts: Split, device: Any) -> dict[str, Any]:
+    return {
+        "command": "quicksilver " + " ".join(sys.argv[1:]),
+        "model": name,
+        "text": text.name,
+        "protocol": {
+            "context": protocol.context,
+            "stride": protocol.stride,
+            "bos": protocol.bos_id is not None,
+            "prompt": protocol.prompt,
+        },
+        "parts": {
+            "shares": list(SHARES),
+            "fit_tokens": sum(map(len, parts.fit)),
+            "search_tokens": sum(window.num_scored for window in parts.search.windows),
+            "held_out_tokens": sum(window.num_scored for window in parts.held_out.windows),
+        },
+        "environment": environment.describe(device),
+    }
+
+
+def _write(result: Calibration, settings: Settings, output: Path, facts: dict[str, Any]) -> None:
+    from quicksilver.calibrate.picture import draw
+
+    found = frontier(result, settings, facts)
+    beside = output.with_suffix(".frontier")
+    write_atomically(beside.with_name(f"{beside.name}.json"), json.dumps(found, indent=2) + "\n")
+    pictures = draw(beside, found)
+    result.plan.save(output)
+    print(f"plan: {output}")
+    print(f"frontier: {beside}.json, {', '.join(map(str, pictures))}")
+
+
+def _print(result: Calibration, settings: Settings, parts: Split) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"best inside the budget, {parts.search.name}")
+    for column in ("group", "Δnll", "95 % up to", "FLOPs", "body", "bitops", "weights", "KV"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    rows = {group: each.row for group, each in best_of_groups(result.candidates, settings).items()}
+    rows |= {f"chosen without {name}": row for name, row in result.leave_one_out.items()}
+    if result.verified.row is not None:
+        rows["chosen, on held-out text"] = result.verified.row
+    for group, row in rows.items():
+        table.add_row(group, *_cells(row, settings))
+    Console().print(table)
+    for candidate, row in result.verified.failed:
+        delta = summary(row, settings)["delta"]
+        print(f"did not hold on held-out text: plan {candidate.row['plan']['hash']}, {delta['nll']:+.4f} nats")
+    if result.verified.chosen is None:
+        print("no plan held the budget on held-out text; the dense plan was written")
+
+
+def _cells(row: dict[str, Any], settings: Settings) -> list[str]:
+    delta, unit = row["delta"], settings.budget.unit
+    saved = [
+        delta[f"{name}_reduction{ending}"]
+        for name, ending in (
+            ("flops", ""), ("flops_body", ""), ("bitops", "_8bit"), ("weight_bytes", "_8bit"), ("kv_used_bytes", ""),
+        )
+    ]  # fmt: skip
+    return [f"{delta['nll']:+.4f}", f"{delta[f'{unit}_ci95'][1]:+.4f}", *(f"{share:+.1%}" for share in saved)]
+
+
+@contextmanager
+def _reported(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show progress with an estimate of the time left: a bar on a terminal, else a line now and then."""
+    with progress(label, total) as advance:
+        if sys.stderr.isatty():
+            yield advance
+            return
+        begin = last = time.monotonic()
+        done = 0
+
+        def count() -> None:
+            nonlocal done, last
+            done += 1
+            now = time.monotonic()
+            if now - last >= _REPORT_SECONDS:
+                last = now
+                left = (now - begin) / done * (total - done)
+                print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+        yield count
