@@ -112,7 +112,7 @@ class Calibrator:
         self._folder, self._fingerprint, self._name = folder, fingerprint, name
         interleaved = settings.objective == "seconds"
         self._scorers = [
-            Scorer(model, runner, text, protocol, name, interleaved) for text in (parts.search, parts.held_out)
+            Scorer(model, runner, part, protocol, name, interleaved) for part in (parts.search, parts.held_out)
         ]
 
     def run(self) -> Calibration:
@@ -154,8 +154,10 @@ class Calibrator:
 
     def _search(self, fits: Fits) -> Iterator[Scored]:
         settings = self._settings
-        search = Search(settings.mechanisms, settings.budget, settings.fills)
-        key = self._key("together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed)
+        search = Search(settings.mechanisms, settings.budget, settings.objective, settings.fills, settings.trials)
+        key = self._key(
+            "together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed, settings.trials
+        )
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ def summary(row: dict[str, Any], settings: Settings) -> dict[str, Any]:
         "tokens_scored": row["tokens_scored"],
         "dense_bits_per_byte": row["dense"]["bits_per_byte"],
         "delta": {key: delta[key] for key in ("ppl", "ppl_ci95", "nll", "nll_ci95", "kl", "top1_agreement")},
+        "delta_by_text": row["delta_by_text"],
         "saved": saved(row, settings.objective),
         **{name: delta[name] for name in names},
         "mean_depth": kept["mean_depth"],

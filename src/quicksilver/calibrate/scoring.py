@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from quicksilver.calibrate.objectives import Objective
+from quicksilver.calibrate.splits import Part
 from quicksilver.core.plan import Plan
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, Fed, compare, feed, new_record
 from quicksilver.measure.statistics import PairedDelta, paired_delta
-from quicksilver.measure.windows import Protocol, WindowedText
+from quicksilver.measure.windows import Protocol
 from quicksilver.models.cost import Cost, dense_cost
 from quicksilver.models.spec import Adapter
 from quicksilver.runtime.decoder import Decoder
@@ -39,9 +40,12 @@ class Budget:
     unit: str
 
     def upper(self, row: dict[str, Any]) -> float:
-        """Return the upper end of the interval of what a row of figures lost; infinite without an interval."""
-        interval = row["delta"][f"{self.unit}_ci95"]
-        return float("inf") if interval is None else interval[1]
+        """Return the upper end of the interval of what a row of figures lost, on the text where that is highest.
+
+        It is infinite where there is no interval.
+        """
+        intervals = [delta[f"{self.unit}_ci95"] for delta in row["delta_by_text"].values()]
+        return max(float("inf") if interval is None else interval[1] for interval in intervals)
 
     def holds(self, row: dict[str, Any]) -> bool:
         """Whether a row's loss is inside the budget with its whole interval."""
@@ -59,7 +63,7 @@ class Scorer:
     Args:
         model: the model as it is, the baseline.
         runner: the model that runs candidates: the same, or its copy with nested weights.
-        text: windows, of which several are needed for intervals.
+        part: windows of each text, of which several are needed for intervals.
         protocol: that cut them.
         name: of the model.
         interleaved: run the dense model again beside every candidate, so that seconds can be compared.
@@ -69,22 +73,17 @@ class Scorer:
         self,
         model: QuickSilverForCausalLM,
         runner: QuickSilverForCausalLM,
-        text: WindowedText,
+        part: Part,
         protocol: Protocol,
         name: str,
         interleaved: bool = False,
     ) -> None:
-        self._text, self._protocol, self._name = text, protocol, name
+        self._text, self._sections, self._protocol, self._name = part.text, part.sections, protocol, name
         self._runner, self._interleaved = runner, interleaved
         self._dense = new_record(Decoder(model.adapter, Plan.dense(), model.special_ids))
-        self._fed = [feed(self._dense, window, "score") for window in text.windows]
-        for window, fed in zip(text.windows, self._fed, strict=True):
+        self._fed = [feed(self._dense, window, "score") for window in self._text.windows]
+        for window, fed in zip(self._text.windows, self._fed, strict=True):
             compare([self._dense], [_unclocked(fed)], window)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens scored."""
-        return sum(window.num_scored for window in self._text.windows)
 
     def score(
         self, plan: Plan, budget: Budget | None = None, on_window: Callable[[], None] = lambda: None
@@ -102,10 +101,22 @@ class Scorer:
             if at_checkpoint and budget.is_hopeless(paired_delta(baseline.nll, record.nll, counts)):
                 return None
         row = build_rows([baseline, record], self._text, self._protocol, "score", self._name)[0]
+        row["delta_by_text"] = self._delta_by_text(baseline.nll, record.nll, counts)
         cost, tokens = self.dense_cost(self._runner.adapter)
         for name, total in (("bitops", cost.bitops), ("weight_bytes", cost.weight_bytes)):
             row["delta"][f"{name}_reduction_8bit"] = 1.0 - row["accelerated"][f"{name}_per_token"] * tokens / total
         return row
+
+    def _delta_by_text(
+        self, dense: Sequence[float], plan: Sequence[float], counts: Sequence[int]
+    ) -> dict[str, dict[str, Any]]:
+        """Return what was lost on each text, from the windows' totals."""
+        deltas, start = {}, 0
+        for name, size in self._sections:
+            rows = slice(start, start + size)
+            deltas[name] = asdict(paired_delta(dense[rows], plan[rows], counts[rows]))
+            start += size
+        return deltas
 
     def dense_cost(self, adapter: Adapter) -> tuple[Cost, int]:
         """Return what the dense model with an adapter's weights spends on all windows, and how many tokens it feeds."""

@@ -23,7 +23,8 @@ TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 _STEPS = (0.4, 2.5)  # that one mechanism's price is multiplied by, at the price that meets the budget
 _PRICES = (1e-4, 1e2)
-_LEVELS = (0.5, 1.6)  # of that price, tried by Optuna
+_LEVELS = (0.6, 2.0)  # of that price, tried by Optuna
+_RAISES = (1.25, 1.12, 1.06, 1.03)  # of the best candidate's price, tried last
 _FACTORS = (0.125, 8.0)
 _COSINES = (0.6, 0.99)
 
@@ -49,16 +50,21 @@ class Search:
     Args:
         mechanisms: that may be used.
         budget: what may be lost.
+        objective: what is to be saved.
         fills: whether what a halted token leaves in deeper layers is to be chosen too.
+        trials: how many there will be; the last few polish the best.
     """
 
-    def __init__(self, mechanisms: Sequence[Mechanism], budget: Budget, fills: bool) -> None:
-        self._mechanisms, self._budget = tuple(mechanisms), budget
+    def __init__(
+        self, mechanisms: Sequence[Mechanism], budget: Budget, objective: Objective, fills: bool, trials: int
+    ) -> None:
+        self._mechanisms, self._budget, self._objective = tuple(mechanisms), budget, objective
+        self._trials = trials
         self._fills = fills and "halting" in self._mechanisms
 
     def propose(self, finished: Sequence[FrozenTrial]) -> tuple[Space, dict[str, Any] | None]:
         """Return the space of the next trial, and its parameters where they are not Optuna's to choose."""
-        guided = self._guided(finished)
+        guided = self._guided(finished) or self._polished(finished)
         if guided is None:
             return {"level": FloatDistribution(*_LEVELS, log=True), **self._space()}, None
         return {"price": FloatDistribution(*_PRICES, log=True), **self._space()}, self._parameters(guided)
@@ -82,7 +88,7 @@ class Search:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
-        mechanism dearer, cheaper and left out.
+        mechanism dearer, cheaper and left out. (The last trials are `_polished`.)
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
         candidates = [
@@ -98,6 +104,19 @@ class Search:
             candidates += [replace(base, factors=whole | {name: step}) for name in priced for step in _STEPS]
             candidates += [base.without(name) for name in self._mechanisms]
         return candidates[len(finished)] if len(finished) < len(candidates) else None
+
+    def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
+        """Return the best candidate so far without one of its mechanisms, or at a higher price; None before the end."""
+        step = len(finished) - (self._trials - len(self._mechanisms) - len(_RAISES))
+        inside = [each for each in self.scored(finished) if self._budget.holds(each.row) and each.knobs is not None]
+        if step < 0 or not inside:
+            return None
+        best = max(inside, key=lambda each: saved(each.row, self._objective)).knobs
+        assert best is not None
+        if step < len(self._mechanisms):
+            without = best.without(self._mechanisms[step])
+            return without if without.factors and without != best else replace(best, price=best.price * _RAISES[-1])
+        return replace(best, price=best.price * _RAISES[step - len(self._mechanisms)])
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""

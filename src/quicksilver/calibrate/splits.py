@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +13,24 @@ from quicksilver.measure.windows import Window, WindowedText
 
 SHARES = (0.4, 0.25, 0.35)
 _LEAST_WINDOWS = 8  # of the searched and of the held-out part: fewer give no interval worth the name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Windows of one text, or of several, one after another.
+
+    Attributes:
+        text: the windows.
+        sections: name of each text, and how many of the windows are its.
+    """
+
+    text: WindowedText
+    sections: tuple[tuple[str, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored."""
+        return sum(window.num_scored for window in self.text.windows)
 
 
 @dataclass(frozen=True)
@@ -26,8 +44,31 @@ class Split:
     """
 
     fit: list[Tensor]
-    search: WindowedText
-    held_out: WindowedText
+    search: Part
+    held_out: Part
+
+
+def split_all(texts: Sequence[WindowedText], fit_tokens: int, search_tokens: int, held_out_tokens: int) -> Split:
+    """Cut each of several texts as `split` does, and put the parts together; tokens are shared out evenly.
+
+    Raises:
+        InputError: too little of a text for three parts.
+    """
+    count = len(texts)
+    splits = [split(text, fit_tokens // count, search_tokens // count, held_out_tokens // count) for text in texts]
+    search, held_out = (
+        Part(_joined([part.text for part in parts]), tuple(section for part in parts for section in part.sections))
+        for parts in ([each.search for each in splits], [each.held_out for each in splits])
+    )
+    return Split([window for each in splits for window in each.fit], search, held_out)
+
+
+def _joined(texts: Sequence[WindowedText]) -> WindowedText:
+    return WindowedText(
+        " and ".join(text.name for text in texts),
+        tuple(window for text in texts for window in text.windows),
+        sum(text.scored_bytes for text in texts),
+    )
 
 
 def split(text: WindowedText, fit_tokens: int, search_tokens: int, held_out_tokens: int) -> Split:
@@ -67,15 +108,11 @@ def split(text: WindowedText, fit_tokens: int, search_tokens: int, held_out_toke
     return Split(fit, search, held_out)
 
 
-def _part(text: WindowedText, name: str, windows: Sequence[Window]) -> WindowedText:
+def _part(text: WindowedText, name: str, windows: Sequence[Window]) -> Part:
     """Return a part of a text; its bytes are estimated from the whole text's bytes per token."""
     scored, of_all = (sum(window.num_scored for window in each) for each in (windows, text.windows))
-    return replace(
-        text,
-        name=f"{text.name}, {name}",
-        windows=tuple(windows),
-        scored_bytes=round(text.scored_bytes * scored / of_all),
-    )
+    size = round(text.scored_bytes * scored / of_all)
+    return Part(WindowedText(f"{text.name}, {name}", tuple(windows), size), ((text.name, len(windows)),))
 
 
 def _apart(windows: Sequence[Window]) -> Sequence[Window]:

@@ -43,6 +43,7 @@ _CONTEXT = 2048
 @click.option(
     "--search-tokens", type=click.IntRange(min=64), default=12288, show_default=True, help="Scored per candidate."
 )
+@click.option("--work", type=click.Path(file_okay=False), help="Folder that keeps what was found (default: PLAN.work).")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The plan file to write.")
 @click.option("--force", is_flag=True, help="Overwrite what a calibration wrote there before.")
 @model_options
@@ -50,10 +51,10 @@ def command(**options: Any) -> None:
     """Find the cheapest plan for MODEL whose loss stays inside a budget, and verify it on text it was not chosen on.
 
     The budget is met when the upper end of the 95 % interval is inside it. The text is cut in three: to fit maps and
-    thresholds, to compare candidates, and to verify. Without a text, one is sampled from the model. Beside PLAN.json
-    come PLAN.safetensors (what was fitted), PLAN.frontier.json, .png and .svg, and the folder PLAN.work, which keeps
-    what was found: after an interruption the same command goes on. Exit status 3: no plan held, the dense one is
-    written.
+    thresholds, to compare candidates, and to verify. Of several texts each is cut so, and the budget must hold on each;
+    without any, a text is sampled from the model. Beside PLAN.json come PLAN.safetensors (what was fitted),
+    PLAN.frontier.json, .png and .svg, and the folder PLAN.work, which keeps what was found: after an interruption the
+    same command goes on; another budget may share it with --work. Exit status 3: no plan held, dense is written.
 
     \b
     Examples:
@@ -71,6 +72,9 @@ def command(**options: Any) -> None:
     context = options["context"] or min(limit, _CONTEXT)
     if context > limit:
         raise InputError(f"--context {context} is longer than the model's context of {limit}")
+    work = options["work"]
+    if work is not None and not Path(work).absolute().parent.is_dir():
+        raise InputError(f"--work {work}: the folder it would be in does not exist")
     held = run(model, tokenizer, display_name(options["model"]), options, budget, names, context, output)
     if not held:
         sys.exit(NOTHING_HELD)

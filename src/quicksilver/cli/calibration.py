@@ -15,12 +15,11 @@ from quicksilver.calibrate.pipeline import Calibration, Calibrator, Settings
 from quicksilver.calibrate.report import best_of_groups, frontier, summary
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget
-from quicksilver.calibrate.splits import SHARES, Split, split
+from quicksilver.calibrate.splits import SHARES, Split, split_all
 from quicksilver.cli.calibrate import _MECHANISMS
 from quicksilver.cli.common import progress
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically
-from quicksilver.errors import InputError
 from quicksilver.measure import environment
 from quicksilver.measure.texts import read_dataset, read_documents, read_text
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
@@ -41,9 +40,9 @@ def run(
     output: Path,
 ) -> bool:
     """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
-    text, protocol = _text(model, tokenizer, options, context)
+    texts, protocol = _texts(model, tokenizer, options, context)
     search_tokens = options["search_tokens"]
-    parts = split(text, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
+    parts = split_all(texts, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
     runner = nested_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
@@ -54,35 +53,31 @@ def run(
         options["time_limit"],
         options["seed"],
     )
-    folder = output.with_suffix(".work")
+    folder = output.with_suffix(".work") if options["work"] is None else Path(options["work"])
     folder.mkdir(exist_ok=True)
     fingerprint = _fingerprint(runner, protocol, parts)
     result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
-    _write(result, settings, output, _facts(name, text, protocol, parts, model.device))
+    _write(result, settings, output, _facts(name, protocol, parts, model.device))
     _print(result, settings, parts)
     return result.verified.chosen is not None
 
 
-def _text(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
-    """Return the windows of the user's text, or of one sampled from the model."""
-    bos_id = default_bos(tokenizer)
+def _texts(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
+    """Return the windows of the user's texts, or of one sampled from the model."""
+    bos_id, prompt = default_bos(tokenizer), options["prompt"]
     given = [
         (read, options[name])
         for name, read in (("text", read_text), ("documents", read_documents), ("dataset", read_dataset))
         if options[name] is not None
     ]
-    if len(given) > 1:
-        raise InputError("give one of --text, --documents and --dataset, or none of them")
     if not given:
         return _sampled(model, tokenizer, options, min(context, 256))
-    read, source = given[0]
-    prompt = options["prompt"]
     stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
     protocol = Protocol(context, stride, bos_id, None, prompt)
-    return cut(read(source), tokenizer, protocol), protocol
+    return [cut(read(source), tokenizer, protocol) for read, source in given], protocol
 
 
-def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
+def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
     seed, tokens = options["seed"], options["search_tokens"]
     wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
@@ -90,7 +85,7 @@ def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) 
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
     windows = [window for ids in sequences for window in slide(ids[:context], protocol)]
     size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
-    return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size), protocol
+    return [WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)], protocol
 
 
 def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
@@ -100,16 +95,16 @@ def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
     for ids in parts.fit:
         total.update(ids.numpy().tobytes())
     for part in (parts.search, parts.held_out):
-        for window in part.windows:
+        for window in part.text.windows:
             total.update(repr((window.token_ids, window.first_scored, window.prompt)).encode())
     return total.hexdigest()[:16]
 
 
-def _facts(name: str, text: WindowedText, protocol: Protocol, parts: Split, device: Any) -> dict[str, Any]:
+def _facts(name: str, protocol: Protocol, parts: Split, device: Any) -> dict[str, Any]:
     return {
         "command": "quicksilver " + " ".join(sys.argv[1:]),
         "model": name,
-        "text": text.name,
+        "text": " and ".join(section for section, _ in parts.search.sections),
         "protocol": {
             "context": protocol.context,
             "stride": protocol.stride,
@@ -119,8 +114,8 @@ def _facts(name: str, text: WindowedText, protocol: Protocol, parts: Split, devi
         "parts": {
             "shares": list(SHARES),
             "fit_tokens": sum(map(len, parts.fit)),
-            "search_tokens": sum(window.num_scored for window in parts.search.windows),
-            "held_out_tokens": sum(window.num_scored for window in parts.held_out.windows),
+            "search_tokens": parts.search.tokens,
+            "held_out_tokens": parts.held_out.tokens,
         },
         "environment": environment.describe(device),
     }
@@ -142,13 +137,14 @@ def _print(result: Calibration, settings: Settings, parts: Split) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"best inside the budget, {parts.search.name}")
-    for column in ("group", "Δnll", "95 % up to", "FLOPs", "body", "bitops", "weights", "KV"):
+    print(f"best inside the budget on {parts.search.text.name}; w/o: the chosen plan without one mechanism")
+    table = Table()
+    for column in ("group", "lost", "95 % up to", "FLOPs", "body", "bitops", "weights", "KV"):
         table.add_column(column, justify="left" if column == "group" else "right")
     rows = {group: each.row for group, each in best_of_groups(result.candidates, settings).items()}
-    rows |= {f"chosen without {name}": row for name, row in result.leave_one_out.items()}
+    rows |= {f"w/o {name}": row for name, row in result.leave_one_out.items()}
     if result.verified.row is not None:
-        rows["chosen, on held-out text"] = result.verified.row
+        rows["chosen, held out"] = result.verified.row
     for group, row in rows.items():
         table.add_row(group, *_cells(row, settings))
     Console().print(table)
@@ -167,7 +163,7 @@ def _cells(row: dict[str, Any], settings: Settings) -> list[str]:
             ("flops", ""), ("flops_body", ""), ("bitops", "_8bit"), ("weight_bytes", "_8bit"), ("kv_used_bytes", ""),
         )
     ]  # fmt: skip
-    return [f"{delta['nll']:+.4f}", f"{delta[f'{unit}_ci95'][1]:+.4f}", *(f"{share:+.1%}" for share in saved)]
+    return [f"{delta[unit]:+.4f}", f"{settings.budget.upper(row):+.4f}", *(f"{share:+.1%}" for share in saved)]
 
 
 @contextmanager
