@@ -16,6 +16,8 @@ _SHOWN = (
     ("weight_bytes_reduction_8bit", "weight bytes saved against 8 bits throughout"),
     ("kv_used_bytes_reduction", "cache bytes saved"),
 )
+_LEFT, _BELOW, _ABOVE = 0.2, 0.25, 2.5  # of what is shown, in shares of the largest saving and of the budget
+
 _MARKERS = {
     "together": ("o", "tab:blue"),
     "channels": ("s", "tab:orange"),
@@ -73,32 +75,39 @@ def draw(path: Path, found: dict[str, Any]) -> list[Path]:
 def _draw_objective(axes: Any, found: dict[str, Any], key: str, label: str) -> None:
     budget = found["budget"]
     unit, limit = budget["unit"], budget["limit"]
-    floor = limit / 100
     axes.axhline(limit, color="0.5", linestyle="--", linewidth=0.9, label="budget")
     axes.axvline(0.0, color="0.7", linewidth=0.8)
+    axes.axhline(0.0, color="0.7", linewidth=0.8)
+    right = max(0.02, *(each[key] for each in found["candidates"]))
+    left, bottom, top = -_LEFT * right, -_BELOW * limit, _ABOVE * limit
     for group, (marker, colour) in _MARKERS.items():
         members = [each for each in found["candidates"] if each["group"] == group]
+        inside = [each for each in members if each[key] >= left and bottom <= each["delta"][unit] <= top]
+        outside = len(members) - len(inside)
+        name = _NAMES.get(group, group) + (f" ({outside} outside)" if outside else "")
         if members:
-            _draw_group(axes, members, key, unit, _NAMES.get(group, group), marker, colour)
+            _draw_group(axes, inside, key, unit, name, marker, colour)
     axes.plot([0.0], [0.0], marker="+", color="black", markersize=11, linestyle="none", label="dense")
     held = found["verification"]["held"]
     if held is not None:
-        delta = held["delta"]
-        low, high = delta[f"{unit}_ci95"]
-        error = [[max(delta[unit] - low, 0.0)], [max(high - delta[unit], 0.0)]]
-        axes.errorbar(
-            100 * delta[key], delta[unit], yerr=error, fmt="h", color="black", capsize=4, markersize=9,
-            label="chosen, on held-out text",
-        )  # fmt: skip
-    axes.set_yscale("symlog", linthresh=max(floor, 1e-6))
-    axes.set_ylim(-2 * floor, 6 * limit)
+        chosen = {key: held["delta"][key], "delta": held["delta"]}
+        _draw_group(axes, [chosen], key, unit, "chosen, on held-out text", "h", "black", size=10)
+    axes.set_xlim(100 * left, 105 * right)
+    axes.set_ylim(bottom, top)
     axes.set_xlabel(f"{label} (%)")
     axes.set_ylabel("perplexity added" if unit == "ppl" else "loss added (nats per token)")
     axes.grid(alpha=0.25)
 
 
 def _draw_group(
-    axes: Any, members: Sequence[dict[str, Any]], key: str, unit: str, name: str, marker: str, colour: str
+    axes: Any,
+    members: Sequence[dict[str, Any]],
+    key: str,
+    unit: str,
+    name: str,
+    marker: str,
+    colour: str,
+    size: int = 6,
 ) -> None:
     lost = [each["delta"][unit] for each in members]
     spread = [each["delta"][f"{unit}_ci95"] or (value, value) for each, value in zip(members, lost, strict=True)]
@@ -106,10 +115,9 @@ def _draw_group(
         [max(value - low, 0.0) for value, (low, _) in zip(lost, spread, strict=True)],
         [max(high - value, 0.0) for value, (_, high) in zip(lost, spread, strict=True)],
     ]
-    axes.errorbar(
-        [100 * each[key] for each in members], lost, yerr=error, fmt=marker, color=colour, markersize=5,
-        linewidth=0.7, alpha=0.75, label=name,
-    )  # fmt: skip
+    saved = [100 * each[key] for each in members]
+    style = {"fmt": marker, "color": colour, "markersize": size, "linewidth": 0.8, "alpha": 0.75}
+    axes.errorbar(saved, lost, yerr=error if members else None, label=name, **style)
 
 
 def _title(found: dict[str, Any]) -> str:
