@@ -9,6 +9,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,10 @@ def test_an_earlier_download(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     (repo / "refs" / "main").write_text("c0ffee")
     shutil.copytree(folder, repo / "snapshots" / "c0ffee")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    begin = time.monotonic()
     assert torch.equal(logits(quicksilver.load("someone/nested").model), logits(quicksilver.load(folder).model))
+    assert quicksilver.load_tokenizer("someone/nested")("a").input_ids
+    assert time.monotonic() - begin < 15.0  # whoever has no network is not kept waiting
 
 
 def test_files_can_be_read_by_others(folder: Path) -> None:

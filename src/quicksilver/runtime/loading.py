@@ -6,6 +6,7 @@ Only safetensors are read, and no code from a model's folder is run.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
+_READ_SUFFIXES = (".json", ".safetensors", ".model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def accelerate(
@@ -71,10 +74,12 @@ def load(
     """
     resolved = resolve_plan(plan)  # before the slow part
     source, target = resolve_model(path_or_id), resolve_device(device)
-    model = _read_model(source, resolve_dtype(dtype, target))
+    local = _local_only(source)
+    model = _read_model(source, resolve_dtype(dtype, target), local)
     try:
-        ids = {*configured_special_ids(model), *_tokenizer_special_ids(source)} if special_ids is None else special_ids
-        return accelerate(model.eval().to(target), resolved, sorted(ids))
+        if special_ids is None:
+            special_ids = {*configured_special_ids(model), *_tokenizer_special_ids(source, local)}
+        return accelerate(model.eval().to(target), resolved, sorted(special_ids))
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
 
@@ -107,21 +112,28 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    source = resolve_model(path_or_id)
+    return _read_tokenizer(source, _local_only(source))
+
+
+def _read_tokenizer(source: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
-    source = resolve_model(path_or_id)
+    absent = f"{source}: there is no tokenizer in this folder; save one there with save_pretrained"
+    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(absent)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
-        raise ModelError(f"{path_or_id}: cannot load the tokenizer: {first_line(error)}") from None
-    if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
-        raise ModelError(f"{path_or_id}: there is no tokenizer in this folder; save one there with save_pretrained")
+        raise ModelError(f"{source}: cannot load the tokenizer: {first_line(error)}") from None
+    if not tokenizer("a").input_ids:  # what transformers makes of too few tokenizer files
+        raise ModelError(absent)
     return tokenizer
 
 
-def _tokenizer_special_ids(source: str) -> list[int]:
+def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
     try:
-        return load_tokenizer(source).all_special_ids
+        return _read_tokenizer(source, local).all_special_ids
     except ModelError:
         return []
 
@@ -147,6 +159,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
 def _is_file(path: str | os.PathLike[str]) -> bool:
     try:
         return Path(path).is_file()
+    except PermissionError as error:
+        raise PlanError(f"{path}: cannot read the plan: {error.strerror}") from None
     except (OSError, ValueError):  # too long a name, or one with a null character
         return False
 
@@ -165,13 +179,33 @@ def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
     name = os.fspath(path_or_id)
     if name in embedded_models():
         return str(EMBEDDED / name)
-    if os.path.isdir(name):
+    if _is_folder(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ModelError(f"{name}: the folder holds no config.json")
         return name
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ModelError(f"{name or repr(name)}: no such model folder")
     return name
+
+
+def _is_folder(name: str) -> bool:
+    """Return whether a path leads to a folder; what is read of one must be readable.
+
+    Raises:
+        ModelError: permission is refused; the message names the file.
+    """
+    try:
+        if not stat.S_ISDIR(os.stat(name).st_mode):
+            return False
+        files = sorted(path for path in Path(name).iterdir() if path.suffix in _READ_SUFFIXES and path.exists())
+    except PermissionError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from None
+    except (OSError, ValueError):  # not there; too long a name, or one with a null character
+        return False
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path}: Permission denied")
+    return True
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -274,9 +308,8 @@ def _local_only(source: str) -> bool:
     )
 
 
-def _read_model(source: str, dtype: torch.dtype | str) -> Any:
+def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
     """Read configuration and safetensors weights, plain or nested; refuse anything unexpected."""
-    local = _local_only(source)
     config = _read_config(source, local)
     if not is_nested(config):
         return _read_plain(source, config, dtype, local)
