@@ -322,6 +322,7 @@ def test_a_model_without_a_tokenizer(cli: Cli, model_copy: ModelCopy, tmp_path: 
 
 
 MOMENTS = (
+    "pathlib.Path.mkdir",
     "quicksilver.models.nesting.quantize",
     "safetensors.torch.save_file",
     "quicksilver.runtime.nested.write_tensors",
@@ -334,12 +335,13 @@ def interruptible() -> Iterator[None]:
     """Let SIGINT interrupt even where the process that started the tests has it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_a_killed_run_leaves_nothing_that_loads(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Any, tmp_path: Path, moment: str, sent: signal.Signals
 ) -> None:
@@ -350,10 +352,17 @@ def test_a_killed_run_leaves_nothing_that_loads(
         real(*args, **kwargs)
         os.kill(os.getpid(), sent)
 
+    def impatient(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # once more, while it cleans up
+        real_rmtree(*args, **kwargs)
+
+    real_rmtree = shutil.rmtree
+    monkeypatch.setattr("quicksilver.runtime.nested.shutil.rmtree", impatient)
     monkeypatch.setattr(moment, strike)
     arguments = ("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out")
-    if sent is signal.SIGINT:
-        assert cli(*arguments).status == 130
+    if sent is not signal.SIGKILL:
+        outcome = cli(*arguments)
+        assert (outcome.status, outcome.err) == (128 + sent, "quicksilver: interrupted\n")
         assert list(tmp_path.iterdir()) == []
     else:
         child = multiprocessing.get_context("fork").Process(target=cli, args=arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -28,6 +29,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             _replace(Path(os.path.realpath(path)), data, mode)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def check_target(option: str, given: str) -> None:
+    """Raise InputError where a file could not be written later; `option` names where it was asked for."""
+    if not given:
+        raise InputError(f"{option} is empty: give a file's name")
+    path = Path(os.path.realpath(given))
+    try:
+        mode = _mode(path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise InputError(f"{option} {given}: is a directory")
+        if not stat.S_ISDIR(os.stat(path.parent).st_mode):
+            raise InputError(f"{option} {given}: its folder is a file")
+        place = path if mode is not None and not stat.S_ISREG(mode) else path.parent
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileNotFoundError:
+        raise InputError(f"{option} {given}: its folder does not exist") from None
+    except OSError as error:
+        raise InputError(f"{option} {given}: cannot write: {error.strerror or error}") from None
 
 
 def _mode(path: Path) -> int | None:

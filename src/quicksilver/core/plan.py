@@ -14,6 +14,7 @@ from typing import Any
 
 from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
+from quicksilver.core.provenance import FittedTo
 from quicksilver.core.rules import (
     AllRule,
     ChannelWidthRule,
@@ -51,6 +52,8 @@ class Plan:
         maps: where fitted maps to the last layer's state are used, or None for nowhere.
         shortcuts: which sublayers fitted maps stand in for, or None for none.
         tensors: what was fitted, or None for nothing.
+        fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
+            the hash, which is of what the plan does.
     """
 
     name: str = "plan"
@@ -61,6 +64,7 @@ class Plan:
     maps: MapConfig | None = None
     shortcuts: ShortcutConfig | None = None
     tensors: PlanTensors | None = None
+    fitted_to: FittedTo | None = None
 
     @classmethod
     def dense(cls) -> Plan:
@@ -103,6 +107,7 @@ class Plan:
             data.pop(key, None) for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "tensors")
         )
         _check_tensors(declared, tensors, source)
+        fitted_to = data.pop("fitted_to", None)
         name = data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
@@ -117,6 +122,7 @@ class Plan:
             maps=None if maps is None else codec.decode_maps(maps, source),
             shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
             tensors=tensors,
+            fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
         )
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
@@ -139,8 +145,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, with its version and hash."""
-        body = self._body()
-        return {"version": PLAN_VERSION, "name": self.name, **body, "hash": self.hash}
+        record = {} if self.fitted_to is None else {"fitted_to": codec.encode_fields(self.fitted_to)}
+        return {"version": PLAN_VERSION, "name": self.name, **self._body(), **record, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, its tensors beside it first; no interruption leaves a file half-written."""
@@ -153,7 +159,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """First 16 hexadecimal digits of SHA-256 over the contents; the name does not count."""
+        """First 16 hexadecimal digits of SHA-256 over what the plan does; neither its name nor `fitted_to` counts."""
         text = json.dumps({"version": PLAN_VERSION, **self._body()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 
 from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.errors import ModelError, PlanError, UnsupportedModelError
+from quicksilver.errors import FittedElsewhereWarning, ModelError, PlanError, UnsupportedModelError
 from quicksilver.models import registry
+from quicksilver.models.fingerprint import fingerprint
+from quicksilver.models.spec import Adapter
 from quicksilver.quant.config import is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
@@ -40,12 +43,17 @@ def accelerate(
         UnsupportedModelError: the family or an option of it is not supported.
         ModelError: a weight is NaN or infinite.
         PlanError: the plan is unknown, malformed, or does not fit the model.
+
+    Warns:
+        FittedElsewhereWarning: the plan says that it was fitted to another model.
     """
     if isinstance(model, QuickSilverForCausalLM):
         model = model.model
     resolved = resolve_plan(plan)
     adapter = registry.adapt(model)
     check_finite(model)
+    if (problem := check_fitted_to(resolved, model, adapter)) is not None:
+        warnings.warn(problem, FittedElsewhereWarning, stacklevel=2)
     ids = configured_special_ids(model) if special_ids is None else special_ids
     return QuickSilverForCausalLM(model, adapter, resolved, ids)
 
@@ -154,6 +162,14 @@ def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
         loaded = Plan.load(plan)
         return loaded.renamed(Path(plan).stem) if loaded.name == "plan" else loaded
     raise PlanError(f"{plan}: neither a preset ({', '.join(PRESETS)}) nor a plan file")
+
+
+def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
+    """Return why a plan's fitted thresholds mean nothing to a model; None where they may, or are not fitted."""
+    if plan.fitted_to is None:
+        return None
+    problem = plan.fitted_to.mismatch(fingerprint(model, adapter.spec))
+    return problem and f"plan {plan.name!r}: {problem}"
 
 
 def _is_file(path: str | os.PathLike[str]) -> bool:
@@ -319,12 +335,17 @@ def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
 
 
 def _read_config(source: str, local: bool) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        stored = PreTrainedConfig.get_config_dict(source, local_files_only=local)[0].get("quantization_config")
+        config = None
+        if stored is None or isinstance(stored, dict):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # configuration classes validate with exceptions of many kinds
         raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
+    if config is None:
+        raise ModelError(f"{source}: config.json: quantization_config must be an object, got {type(stored).__name__}")
     registry.check_family(config)
     if getattr(config, "quantization_config", None) is not None and not is_nested(config):
         raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
