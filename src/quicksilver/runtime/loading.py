@@ -127,7 +127,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
 def _read_tokenizer(source: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
-    absent = f"{source}: there is no tokenizer in this folder; save one there with save_pretrained"
+    absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"
     if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(absent)
     try:
