@@ -34,7 +34,8 @@ _CALIBRATION_TOKENS = 32768
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    help=f"Use only the first N tokens of it.  [default: {_CALIBRATION_TOKENS}]",
+    show_default=str(_CALIBRATION_TOKENS),
+    help="Use only the first N tokens of it.",
 )
 @click.option("--head", is_flag=True, help="Nest the head too.")
 @click.option("--embeddings", is_flag=True, help="Nest the token embedding too; with --head where the head shares it.")
