@@ -53,9 +53,9 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
         for rows in results:
             print_table(rows, legend=rows is results[-1])
         print(
-            "No preset is calibrated to a model: `paper` is the published rule, literally, `uniform-8bit` reads nested\n"
-            "weights in full, and the others show what halting and fusion without calibration cost. See docs/results\n"
-            "for what was found.",
+            "No preset is calibrated to a model: `paper` is the published rule, literally, `uniform-8bit` reads all\n"
+            "bits of nested weights, and the others show what halting and fusion without calibration cost. See\n"
+            "docs/results for what was found.",
         )
         sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
