@@ -78,8 +78,8 @@ def _nested(model: Any) -> Any:
     config, plain = QuantizationConfig(), copy.deepcopy(model.model)
     nest(plain, config)
     print(
-        f"weights nested in memory (method {config.method}, groups of {config.group_size}) for plans that choose"
-        " widths; dense is the model as loaded. `quicksilver quantize` with --calibration does better."
+        f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose widths;\n"
+        "`quicksilver quantize` with --calibration does better"
     )
     return accelerate(plain, "dense", model.special_ids)
 
