@@ -26,3 +26,7 @@ class UnsupportedModelError(ModelError):
 
 class UnsupportedFeatureError(QuickSilverError, NotImplementedError):
     """A feature of transformers' interface that this runtime does not offer, such as beam search."""
+
+
+class FittedElsewhereWarning(UserWarning):
+    """A plan is run on another model than the one its thresholds were fitted to."""

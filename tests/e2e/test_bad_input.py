@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -276,6 +281,72 @@ def test_json_into_a_folder_that_is_not_there(refused: Refused, folder: Path, te
     refused("eval", folder, "--text", text_file, "--json", target, names=(target, "folder"))
     assert not target.parent.exists()
     refused("eval", folder, "--text", text_file, "--json", tmp_path, names=(tmp_path, "directory"))
+
+
+@pytest.mark.parametrize("command", ["eval", "plan fit", "quantize"])
+def test_an_empty_name_of_an_output(refused: Refused, folder: Path, text_file: Path, command: str) -> None:
+    arguments = {
+        "eval": ("eval", folder, "--text", text_file, "--json", ""),
+        "plan fit": ("plan", "fit", folder, "channel-5bit", "-o", ""),
+        "quantize": ("quantize", folder, "-o", ""),
+    }
+    refused(*arguments[command], names=("empty",))
+
+
+def test_calibration_of_no_use(refused: Refused, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    for plan in ("settled", "uniform-4bit"):
+        for text in (text_file, tmp_path / "missing.txt"):
+            options = ("--plan", plan, "--calibration", text)
+            refused("eval", folder, "--text", text_file, *options, names=("--calibration", text, "no use"))
+    target = tmp_path / "new"
+    options = ("-o", target, "--calibration-tokens", 100)
+    refused("quantize", folder, *options, names=("--calibration-tokens", "--calibration"))
+    assert not target.exists()
+
+
+def test_a_calibration_text_that_is_not_there(refused: Refused, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--plan", "channel-5bit", "--calibration", tmp_path / "missing.txt")
+    refused("eval", folder, "--text", text_file, *options, names=("missing.txt", "No such file"))
+
+
+@contextmanager
+def forbidden(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[None]:
+    """Refuse every look at a place, or below it, as the system does where a folder may not be entered."""
+    names = ("stat", "access", "open")
+    real = {name: getattr(os, name) for name in names}
+
+    def refuse(name: str, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(path, (str, Path)) and Path(path).is_relative_to(place):
+            if name == "access":
+                return False
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real[name](path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, partial(refuse, name))
+        yield
+
+
+def test_what_may_not_be_read_or_written(
+    refused: Refused, folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is permission, not that nothing is there."""
+    secret, model = tmp_path / "secret", tmp_path / "model"
+    secret.mkdir()
+    shutil.copytree(folder, model)
+    with forbidden(monkeypatch, secret):
+        for arguments in (
+            ("generate", secret / "model", "Once"),
+            ("plan", "validate", secret / "plan.json"),
+            ("plan", "fit", folder, "channel-5bit", "-o", secret / "plan.json"),
+            ("quantize", folder, "-o", secret / "new"),
+            ("eval", folder, "--text", text_file, "--json", secret / "out.json"),
+        ):
+            refused(*arguments, names=(secret, "Permission denied"))
+    for name in ("config.json", "model.safetensors"):
+        with forbidden(monkeypatch, model / name):
+            refused("generate", model, "Once", names=(model / name, "Permission denied"))
 
 
 def test_an_older_result_survives_a_refusal(refused: Refused, folder: Path, tmp_path: Path, text_file: Path) -> None:

@@ -235,6 +235,21 @@ def test_accelerate_refuses_what_load_refuses() -> None:
         quicksilver.accelerate(tiny.model("llama").model)
 
 
+@pytest.mark.parametrize("stored", [["a"], "a", 7], ids=str)
+def test_a_quantization_config_that_is_no_object(
+    refused: Refused, model_copy: Callable[..., ModelFolder], stored: Any
+) -> None:
+    folder = model_copy("llama").edit_config(quantization_config=stored)
+    refused("generate", folder, "Once", names=(folder, "quantization_config must be an object"))
+
+
+def test_a_folder_without_a_tokenizer(refused: Refused, model_copy: Callable[..., ModelFolder]) -> None:
+    folder = model_copy("gpt2").path
+    for path in folder.glob("*token*"):
+        path.unlink()
+    refused("generate", folder, "Once", names=(folder, "there is no tokenizer in this folder"))
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
 def test_a_missing_or_corrupt_tokenizer(
     refused: Refused, model_copy: Callable[..., ModelFolder], text_file: Path, content: str | None

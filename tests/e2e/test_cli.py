@@ -197,7 +197,7 @@ def test_a_reader_that_goes_away_ends_generation_quietly(tiny_model_dir: Callabl
     assert process.wait(timeout=60) == 141
 
 
-def test_an_interrupt_ends_quietly(
+def test_an_interrupt_ends_with_one_line(
     cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -206,4 +206,4 @@ def test_an_interrupt_ends_quietly(
     monkeypatch.setattr(GenerationMixin, "generate", interrupt)
     outcome = cli("generate", tiny_model_dir("gpt2"), "x", "--max-new-tokens", 3)
     assert (outcome.status, outcome.out) == (130, "")
-    assert outcome.err.strip() == ""
+    assert outcome.err == "quicksilver: interrupted\n"

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def test_an_earlier_download(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     (repo / "refs" / "main").write_text("c0ffee")
     shutil.copytree(folder, repo / "snapshots" / "c0ffee")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    begin = time.monotonic()
     assert torch.equal(logits(quicksilver.load("someone/nested").model), logits(quicksilver.load(folder).model))
+    assert quicksilver.load_tokenizer("someone/nested")("a").input_ids
+    assert time.monotonic() - begin < 15.0  # whoever has no network is not kept waiting
 
 
 def test_files_can_be_read_by_others(folder: Path) -> None:
@@ -341,6 +345,7 @@ def test_a_model_without_a_tokenizer(cli: Cli, model_copy: ModelCopy, tmp_path: 
 
 
 MOMENTS = (
+    "pathlib.Path.mkdir",
     "quicksilver.models.nesting.quantize",
     "safetensors.torch.save_file",
     "quicksilver.runtime.nested.write_tensors",
@@ -353,12 +358,13 @@ def interruptible() -> Iterator[None]:
     """Let SIGINT interrupt even where the process that started the tests has it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_a_killed_run_leaves_nothing_that_loads(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Any, tmp_path: Path, moment: str, sent: signal.Signals
 ) -> None:
@@ -369,10 +375,17 @@ def test_a_killed_run_leaves_nothing_that_loads(
         real(*args, **kwargs)
         os.kill(os.getpid(), sent)
 
+    def impatient(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # once more, while it cleans up
+        real_rmtree(*args, **kwargs)
+
+    real_rmtree = shutil.rmtree
+    monkeypatch.setattr("quicksilver.runtime.nested.shutil.rmtree", impatient)
     monkeypatch.setattr(moment, strike)
     arguments = ("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out")
-    if sent is signal.SIGINT:
-        assert cli(*arguments).status == 130
+    if sent is not signal.SIGKILL:
+        outcome = cli(*arguments)
+        assert (outcome.status, outcome.err) == (128 + sent, "quicksilver: interrupted\n")
         assert list(tmp_path.iterdir()) == []
     else:
         child = multiprocessing.get_context("fork").Process(target=cli, args=arguments)

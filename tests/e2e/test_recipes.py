@@ -1,92 +1,120 @@
-"""Plans that choose widths, at the command line: fitted plans run, and dense stays the model as it was loaded."""
+"""`quicksilver plan fit` and recipes in `eval`: what is written, what is recorded, when a warning is due."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import quicksilver
 from quicksilver.core.plan import Plan
-from tests.e2e.conftest import Outcome, assert_refusal
+from quicksilver.errors import FittedElsewhereWarning, PlanError
+from tests.e2e.conftest import SENTENCES, Outcome, assert_refusal
 
 Cli = Callable[..., Outcome]
-Measure = Callable[..., list[dict[str, Any]]]
-TIMES = ("seconds", "tokens_per_second", "speedup")
-
-
-def timeless(side: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in side.items() if key not in TIMES}
+Refused = Callable[..., str]
+TinyModelDir = Callable[[str], Path]
 
 
 @pytest.fixture
-def measure(cli: Cli, tiny_model_dir: Any, text_file: Path, tmp_path: Path) -> Measure:
-    """Return a function that evaluates plans on a tiny model, plain unless a folder is given."""
-
-    def run(*plans: object, family: str = "llama", folder: Path | None = None) -> list[dict[str, Any]]:
-        model, target = folder or tiny_model_dir(family), tmp_path / "out.json"
-        options = [word for plan in plans for word in ("--plan", plan)]
-        arguments = ("--text", text_file, "--context", 32, "--calibration", text_file, "--json", target)
-        done = cli("eval", model, *arguments, *options)
-        assert done.status == 0, done.err
-        return json.loads(target.read_text())
-
-    return run
+def fitted(cli: Cli, tiny_model_dir: TinyModelDir, text_file: Path, tmp_path: Path) -> Path:
+    """A plan fitted to the tiny Llama with its weights nested in memory."""
+    path = tmp_path / "fitted.json"
+    outcome = cli("plan", "fit", tiny_model_dir("llama"), "channel-5bit", "--calibration", text_file, "-o", path)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"fitted to {len(SENTENCES * 3)} tokens of book.txt" in outcome.out
+    return path
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_dense_is_the_plain_model_beside_plans_that_choose_widths(measure: Measure, family: str) -> None:
-    (alone,) = measure("dense", family=family)
-    dense, narrow, fitted = measure("dense", "uniform-4bit", "channel-5bit", family=family)
-    for row in (dense, narrow, fitted):
-        assert timeless(row["dense"]) == timeless(alone["dense"])
-        assert row["model"] == alone["model"]
-        assert row["model"]["weight_bits"] == 32
-    assert timeless(dense["accelerated"]) == timeless(alone["accelerated"])
-    assert timeless(dense["delta"]) == timeless(alone["delta"])
-    assert dense["delta"]["nll"] == dense["delta"]["kl"] == dense["delta"]["bitops_reduction"] == 0.0
-    assert dense["delta"]["top1_agreement"] == 1.0
-    for row, bits in ((narrow, 4.0), (fitted, 5.0)):
-        assert row["delta"]["kl"] > 0.0
-        assert row["delta"]["bitops_reduction"] > 0.0
-        assert row["accelerated"]["mean_bits"] == pytest.approx(bits, abs=0.5)  # some tokens are protected
+def test_a_plan_says_what_it_was_fitted_to(fitted: Path, tiny_model_dir: TinyModelDir) -> None:
+    record = json.loads(fitted.read_text())["fitted_to"]
+    assert len(record.pop("fingerprint")) == 16
+    name = tiny_model_dir("llama").name
+    assert record == {"model": name, "calibration": "book.txt", "tokens": len(SENTENCES * 3)}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_plan_that_was_fitted_runs(
-    cli: Cli,
-    measure: Measure,
-    tiny_model_dir: Any,
-    text_file: Path,
-    tmp_path: Path,
-    family: str,
+def test_the_record_is_no_part_of_the_hash(fitted: Path) -> None:
+    plan, data = Plan.load(fitted), json.loads(fitted.read_text())
+    del data["fitted_to"]
+    unrecorded = Plan.from_dict(data)  # would be refused if the hash in the file did not match
+    assert unrecorded.hash == plan.hash
+    assert unrecorded.fitted_to is None
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        (["llama"], "object"),
+        ({"model": "llama"}, "fingerprint"),
+        ({"model": "m", "fingerprint": 7, "calibration": "c", "tokens": 1}, "fingerprint"),
+        ({"model": "m", "fingerprint": "f", "calibration": "c", "tokens": True}, "tokens"),
+        ({"model": "m", "fingerprint": "f", "calibration": "c", "tokens": 1, "mood": "good"}, "mood"),
+    ],
+    ids=str,
+)
+def test_a_record_that_makes_no_sense(record: Any, named: str) -> None:
+    with pytest.raises(PlanError, match=rf"fitted_to.*{named}"):
+        Plan.from_dict({"version": 1, "fitted_to": record})
+
+
+def test_another_model_is_warned_of(
+    cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, text_file: Path, tmp_path: Path
 ) -> None:
-    folder, target = tmp_path / "nested", tmp_path / "mine.json"
-    assert cli("quantize", tiny_model_dir(family), "-o", folder).status == 0
-    made = cli("plan", "fit", folder, "channel-5bit", "--calibration", text_file, "-o", target)
-    assert (made.status, made.err) == (0, "")
-    plan = Plan.load(target)
-    assert not plan.is_recipe
-    assert made.out.splitlines()[-1] == f"{target}: written, hash {plan.hash}"
-    (row,) = measure(target, folder=folder)
-    assert row["plan"]["hash"] == plan.hash
-    assert row["model"]["weight_bits"] == 8
-    (same,) = measure("channel-5bit", folder=folder)  # fitted on the way
-    assert same["plan"]["hash"] == plan.hash
-    assert timeless(same["accelerated"]) == timeless(row["accelerated"])
-    generated = cli("generate", folder, "The river", "--plan", target, "--max-new-tokens", 3)
-    assert (generated.status, generated.err) == (0, "")
+    options = ("--text", text_file, "--plan", fitted, "--context", 32)
+    own = cli("eval", tiny_model_dir("llama"), *options)
+    assert (own.status, own.err) == (0, "")
+    other = cli("eval", tiny_model_dir("mistral"), *options)
+    assert other.status == 0
+    assert len(other.err.splitlines()) == 1
+    for part in ("quicksilver: WARNING: plan 'channel-5bit'", "another model", tiny_model_dir("llama").name):
+        assert part in other.err
+    for family in ("llama", "mistral"):
+        nested = tmp_path / family
+        assert cli("quantize", tiny_model_dir(family), "-o", nested).status == 0
+        outcome = cli("generate", nested, "The river", "--max-new-tokens", 3, "--plan", fitted)
+        assert outcome.status == 0
+        assert ("WARNING" in outcome.err) == (family == "mistral")
 
 
-def test_a_recipe_that_could_not_run_is_not_fitted(
-    cli: Cli, tiny_model_dir: Any, plan_file: Callable[..., Path], text_file: Path, tmp_path: Path
+def test_the_library_warns_too(cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
+    for family in ("llama", "mistral"):
+        assert cli("quantize", tiny_model_dir(family), "-o", tmp_path / family).status == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quicksilver.load(tmp_path / "llama", fitted)
+    with pytest.warns(FittedElsewhereWarning, match="another model"):
+        quicksilver.load(tmp_path / "mistral", fitted)
+
+
+def test_a_fitted_plan_is_overwritten_only_by_force(
+    cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
-    rule = {"type": "entropy", "target": [0.5, 0.3, 0.2], "layer": 4}
-    recipe, target = plan_file("late.json", name="late", precision={"rule": rule}), tmp_path / "mine.json"
-    folder = tmp_path / "nested"
-    assert cli("quantize", tiny_model_dir("llama"), "-o", folder).status == 0
-    refusal = cli("plan", "fit", folder, recipe, "--calibration", text_file, "-o", target)
-    assert_refusal(refusal, "late", "saves nothing, the model has 4")
-    assert not target.exists()
+    before = fitted.read_text()
+    arguments = ("plan", "fit", tiny_model_dir("llama"), "channel-5bit", "-o", fitted)
+    assert_refusal(cli(*arguments), fitted, "exists already", "--force")
+    assert fitted.read_text() == before
+    assert cli(*arguments, "--force").status == 0
+    assert json.loads(fitted.read_text())["fitted_to"]["calibration"] == "sampled from the model (seed 0)"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["plan fit", "eval", "quantize"])
+def test_a_short_calibration_text_will_do_but_not_a_token(
+    cli: Cli, tiny_model_dir: TinyModelDir, text_file: Path, tmp_path: Path, command: str
+) -> None:
+    folder, short = tiny_model_dir("gpt2"), tmp_path / "short.txt"
+    arguments = {
+        "plan fit": ("plan", "fit", folder, "channel-5bit", "-o", tmp_path / "out.json"),
+        "eval": ("eval", folder, "--text", text_file, "--plan", "channel-5bit"),
+        "quantize": ("quantize", folder, "-o", tmp_path / "out"),
+    }
+    short.write_text("x")
+    assert_refusal(cli(*arguments[command], "--calibration", short), "--calibration", "short.txt", "2 tokens")
+    short.write_text("Too short for a window.")
+    outcome = cli(*arguments[command], "--calibration", short)
+    assert (outcome.status, outcome.err) == (0, "")

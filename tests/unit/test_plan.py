@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from quicksilver.core import codec, rules
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.errors import PlanError
+from quicksilver.errors import InputError, PlanError
 from tests.strategies import fusing_plans, plans, skipping_plans
 
 BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}
@@ -173,6 +175,54 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """A umask that leaves others nothing and the group reading."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_atomically(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    write_atomically(path, "newer")
+    assert path.stat().st_mode & 0o777 == 0o604
+    assert path.read_text() == "newer"
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "target.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for content in ("first", "second"):  # without a target, and with one
+        write_atomically(link, content)
+        assert link.is_symlink()
+        assert target.read_text() == content
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "link.json", "target.json"]
+
+
+def test_what_is_no_regular_file_is_written_through(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    if Path("/dev/full").is_char_device():
+        (tmp_path / "full").symlink_to("/dev/full")
+        with pytest.raises(InputError, match="No space left"):
+            write_atomically(tmp_path / "full", "x")
+    with pytest.raises(InputError, match="directory"):
+        write_atomically(tmp_path, "x")
 
 
 def test_every_rule_and_fill_has_a_name_in_the_file_format() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+
+from quicksilver.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -26,23 +31,76 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: int | None) -> tuple[Any, Any]:
-    """Load a model under a plan, and its tokenizer."""
+    """Load a model under a plan, and its tokenizer; say where the plan was fitted to another model."""
     quiet_transformers()
     import torch
 
+    from quicksilver.errors import FittedElsewhereWarning
     from quicksilver.runtime.loading import load, load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load(model, plan, dtype, device), load_tokenizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FittedElsewhereWarning)  # said on a line of our own instead
+        loaded = load(model, plan, dtype, device)
+    warn_fitted_elsewhere(loaded.plan, loaded)
+    return loaded, load_tokenizer(model)
 
 
-def calibration_windows(corpus: Any, tokenizer: Any, max_positions: int, context: int, max_tokens: int) -> Any:
-    """Return windows of calibration text that do not overlap, of `context` tokens or the model's limit."""
+def resolve_plans(given: Sequence[str]) -> list[Any]:
+    """Return the plans of presets' names and files, those of one name told apart by file, else by hash."""
+    from quicksilver.core.plan import PRESETS
+    from quicksilver.runtime.loading import resolve_plan
+
+    plans = [resolve_plan(each) for each in given]
+    names = Counter(["dense", *(plan.name for plan in plans)])  # the baseline's row is called dense
+    labels = [
+        plan.name if names[plan.name] == 1 or source in PRESETS else f"{plan.name} ({Path(source).name})"
+        for source, plan in zip(given, plans, strict=True)
+    ]
+    taken = Counter(labels)
+    return [
+        plan.renamed(label if taken[label] == 1 else f"{label} {plan.hash[:8]}")
+        for label, plan in zip(labels, plans, strict=True)
+    ]
+
+
+def warn_fitted_elsewhere(plan: Any, model: Any) -> None:
+    """Print a warning where a plan's thresholds were fitted to another model than the one that runs it."""
+    from quicksilver.runtime.loading import check_fitted_to
+
+    problem = check_fitted_to(plan, model.model, model.adapter)
+    if problem is not None:
+        print(f"quicksilver: WARNING: {problem}", file=sys.stderr)
+
+
+def calibration_windows(
+    corpus: Any, tokenizer: Any, max_positions: int, context: int, max_tokens: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Cut calibration text, however short, into windows that do not overlap.
+
+    Args:
+        corpus: the text.
+        tokenizer: of the model.
+        max_positions: the model's limit.
+        context: tokens of a window where the limit allows it, BOS included.
+        max_tokens: how many tokens of the text are used at most.
+
+    Returns:
+        The windows' token ids, and how many tokens of the text they hold: BOS is not of the text.
+
+    Raises:
+        InputError: fewer than two tokens of text.
+    """
     from quicksilver.measure.windows import Protocol, cut, default_bos
 
     bos_id, context = default_bos(tokenizer), min(max_positions, context)
-    return cut(corpus, tokenizer, Protocol(context, max(context - (bos_id is not None), 1), bos_id, max_tokens)).windows
+    protocol = Protocol(context, max(context - (bos_id is not None), 1), bos_id, max_tokens)
+    try:
+        windows = cut(replace(corpus, separate=True), tokenizer, protocol).windows
+    except InputError:
+        raise InputError(f"--calibration: {corpus.name} holds fewer than 2 tokens") from None
+    return [w.token_ids for w in windows], sum(len(w.token_ids) - (bos_id is not None) for w in windows)
 
 
 def display_name(model: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from quicksilver.cli.common import display_name, open_model, progress
+from quicksilver.cli.recipes import ready
 from quicksilver.errors import InputError, ModelError
 
 
@@ -26,27 +28,34 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo --output results --max-tokens 20000
     """
     from quicksilver.cli.table import print_table
+    from quicksilver.core.plan import Plan
     from quicksilver.measure import demo
     from quicksilver.runtime.loading import embedded_models
 
     names = models or tuple(embedded_models())
     if not names:
         raise ModelError("this installation holds no embedded model; pass one with --model")
+    if not output:
+        raise InputError("--output is empty: give a folder's name")
     folder = Path(output)
     for name in names:
         model, tokenizer = open_model(name, "dense", None, "cpu", threads)
-        measured = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
+        halting, fusing = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
+        plans = [*halting.plans, *map(Plan.preset, demo.WIDTH_PLANS)]
+        nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
+        measured = (replace(halting, plans=tuple(fitted)), fusing)
         with progress(name, sum(len(part.text.windows) for part in measured)) as advance:
-            results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance)
+            results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, nested)
         for rows in results:
             print_table(rows, legend=rows is results[-1])
         print(
-            "No preset is calibrated to a model: `paper` is the published rule, literally, and the others show what\n"
-            "halting and fusion without calibration cost. See docs/results for what was found.",
+            "No preset is calibrated to a model: `paper` is the published rule, literally, `uniform-8bit` reads all\n"
+            "bits of nested weights, and the others show what halting and fusion without calibration cost. See\n"
+            "docs/results for what was found.",
         )
         sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"

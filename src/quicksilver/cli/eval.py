@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import display_name, model_options, open_model, progress
-from quicksilver.cli.recipes import CALIBRATION_HELP, ready
+from quicksilver.cli.common import display_name, model_options, open_model, progress, resolve_plans
+from quicksilver.cli.recipes import CALIBRATION_HELP, read_calibration, ready
 from quicksilver.errors import InputError
 
 _DEFAULT_CONTEXT = 2048
@@ -65,30 +65,36 @@ def command(
       quicksilver eval ref-llama --text book.txt --plan channel-5bit --calibration other-book.txt
     """
     from quicksilver.cli.table import print_table
-    from quicksilver.core.files import write_atomically
+    from quicksilver.core.files import check_target, write_atomically
     from quicksilver.measure.report import evaluate
-    from quicksilver.measure.windows import Protocol, cut, default_bos
-    from quicksilver.runtime.loading import resolve_plan
+    from quicksilver.measure.windows import cut
 
-    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
-        raise InputError(f"--json {json_path}: its folder does not exist")
-    resolved = [resolve_plan(plan) for plan in plans or ("dense",)]
-    corpus = _corpus(text, documents, dataset)
+    if json_path is not None:
+        check_target("--json", json_path)
+    chosen = resolve_plans(plans or ("dense",))
+    corpus, calibration_corpus = _corpus(text, documents, dataset), read_calibration(calibration, chosen)
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
-    limit = loaded.adapter.spec.max_positions
-    if context is not None and context > limit:
-        raise InputError(f"--context {context} is longer than the model's context of {limit}")
-    context = context or min(limit, _DEFAULT_CONTEXT)
-    bos_id = default_bos(tokenizer)
-    stride = stride or max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
-    nested, resolved = ready(loaded, resolved, tokenizer, calibration)
-    protocol = Protocol(context, stride, bos_id, max_tokens, prompt)
-    windowed = cut(corpus, tokenizer, protocol)
+    protocol = _protocol(loaded.adapter.spec.max_positions, tokenizer, context, stride, prompt, max_tokens)
+    windowed, name = cut(corpus, tokenizer, protocol), display_name(model)
+    nested, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
     with progress("windows", len(windowed.windows)) as advance:
-        results = evaluate(loaded, resolved, windowed, protocol, mode, display_name(model), advance, nested)
+        results = evaluate(loaded, chosen, windowed, protocol, mode, name, advance, nested)
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")
+
+
+def _protocol(
+    limit: int, tokenizer: Any, context: int | None, stride: int | None, prompt: int | None, max_tokens: int | None
+) -> Any:
+    """Return how the text is cut, with the defaults that a model's context of `limit` tokens gives."""
+    from quicksilver.measure.windows import Protocol, default_bos
+
+    if context is not None and context > limit:
+        raise InputError(f"--context {context} is longer than the model's context of {limit}")
+    context, bos_id = context or min(limit, _DEFAULT_CONTEXT), default_bos(tokenizer)
+    stride = stride or max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    return Protocol(context, stride, bos_id, max_tokens, prompt)
 
 
 def _corpus(text: str | None, documents: str | None, dataset: str | None) -> Any:

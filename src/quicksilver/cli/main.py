@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -53,6 +57,37 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; deliberate errors print one line and exit with status 2."""
+    with _stoppable():
+        _run()
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised like an interrupt so that whatever is half done is cleaned up."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise, once: the next ones must not interrupt the cleaning up."""
+    reasons: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # whatever else holds was set by someone else, nohup say
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in reasons if is_main and signal.getsignal(number) in usual}
+
+    def stop(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise reasons[number]
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run() -> None:
     try:
         with cli.make_context("quicksilver", sys.argv[1:]) as context:  # cli.main would hide a broken pipe
             cli.invoke(context)
@@ -65,7 +100,9 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
+        _stop(128 + signal.SIGINT)
+    except _Terminated:
+        _stop(128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -74,6 +111,11 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"quicksilver: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _stop(status: int) -> None:
+    print("quicksilver: interrupted", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import click
 
-from quicksilver.cli.common import model_options, open_model
-from quicksilver.cli.recipes import CALIBRATION_HELP, ready
+from quicksilver.cli.common import display_name, model_options, open_model
+from quicksilver.cli.recipes import CALIBRATION_HELP, read_calibration, ready
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -73,12 +74,14 @@ def validate(plan: str) -> None:
 @click.argument("plan")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The plan file to write.")
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
+@click.option("--force", is_flag=True, help="Replace the plan file where there is one.")
 @model_options
 def fit(
     model: str,
     plan: str,
     output: str,
     calibration: str | None,
+    force: bool,
     dtype: str | None,
     device: str,
     threads: int | None,
@@ -86,24 +89,25 @@ def fit(
     """Fit the thresholds of PLAN, a recipe such as channel-5bit, to MODEL, and write the plan that can be run.
 
     They belong to the model with the weights it has: to those of a folder that `quicksilver quantize` wrote, if that
-    is what will be run.
+    is what will be run. The plan records them, and running it on others prints a warning.
 
     \b
     Examples:
       quicksilver plan fit ref-llama channel-5bit -o mine.json
       quicksilver plan fit ./nested channel-5bit --calibration book.txt -o mine.json
     """
-    from pathlib import Path
-
-    from quicksilver.errors import PlanError
+    from quicksilver.core.files import check_target
+    from quicksilver.errors import InputError, PlanError
     from quicksilver.runtime.loading import resolve_plan
 
     recipe = resolve_plan(plan)
     if not recipe.is_recipe:
         raise PlanError(f"plan {recipe.name!r} has all its thresholds; there is nothing to fit")
-    if not Path(output).absolute().parent.is_dir():
-        raise PlanError(f"-o {output}: its folder does not exist")
+    check_target("-o", output)
+    if os.path.isfile(output) and not force:
+        raise InputError(f"-o {output}: exists already; give a new file, or --force")
+    corpus = read_calibration(calibration, [recipe])
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
-    fitted = ready(loaded, [recipe], tokenizer, calibration)[1][0]
+    fitted = ready(loaded, display_name(model), [recipe], tokenizer, corpus)[1][0]
     fitted.save(output)
     print(f"{output}: written, hash {fitted.hash}")

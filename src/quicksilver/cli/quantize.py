@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from quicksilver.cli.common import calibration_windows, progress, quiet_transfor
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
+_CALIBRATION_TOKENS = 32768
 
 
 @click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,8 +34,7 @@ _CONTEXT = 2048
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
-    default=32768,
-    show_default=True,
+    show_default=str(_CALIBRATION_TOKENS),
     help="Use only the first N tokens of it.",
 )
 @click.option("--head", is_flag=True, help="Nest the head too.")
@@ -48,7 +47,7 @@ def command(
     group_size: str,
     method: Any,
     calibration: str | None,
-    calibration_tokens: int,
+    calibration_tokens: int | None,
     head: bool,
     embeddings: bool,
     device: str,
@@ -67,35 +66,42 @@ def command(
     """
     import torch
 
+    from quicksilver.measure.texts import read_text
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
     from quicksilver.runtime.nested import check_target, save_nested
 
-    method = method or ("nearest" if calibration is None else "compensated")
-    if method == "compensated" and calibration is None:
-        raise InputError("--method compensated needs --calibration, a text")
-    if method == "nearest" and calibration is not None:
-        raise InputError("--calibration is of no use to --method nearest")
+    method = _method(method, calibration, calibration_tokens)
     check_target(output)
-    corpus = None if calibration is None else _calibration_text(calibration)
+    corpus = None if calibration is None else read_text(calibration)
     quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)
     loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
-    hessians = None if corpus is None else _hessians(loaded, tokenizer, corpus, calibration_tokens, head)
+    hessians = (
+        None
+        if corpus is None
+        else _hessians(loaded, tokenizer, corpus, calibration_tokens or _CALIBRATION_TOKENS, head)
+    )
     with progress("maps", len(nested_names(loaded, config))) as advance:
         nest(loaded, config, hessians, advance)
     save_nested(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
 
 
-def _calibration_text(path: str) -> Any:
-    from quicksilver.measure.texts import read_text
-
-    return replace(read_text(path), separate=True)  # shorter than one window will do
+def _method(method: Any, calibration: str | None, calibration_tokens: int | None) -> Any:
+    """Return how weights are rounded; options of no use to that are refused."""
+    method = method or ("nearest" if calibration is None else "compensated")
+    if method == "compensated" and calibration is None:
+        raise InputError("--method compensated needs --calibration, a text")
+    if method == "nearest" and calibration is not None:
+        raise InputError("--calibration is of no use to --method nearest")
+    if calibration_tokens is not None and calibration is None:
+        raise InputError("--calibration-tokens is of no use without --calibration")
+    return method
 
 
 def _tokenizer(model: str, required: bool) -> Any:
@@ -111,13 +117,14 @@ def _tokenizer(model: str, required: bool) -> Any:
         return None
 
 
-def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int, head: bool) -> Any:
+def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int | None, head: bool) -> Any:
     from quicksilver.calibrate.hessians import collect_hessians
     from quicksilver.models import registry
 
-    windows = calibration_windows(corpus, tokenizer, registry.adapt(model).spec.max_positions, _CONTEXT, max_tokens)
+    limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _CALIBRATION_TOKENS
+    windows, _ = calibration_windows(corpus, tokenizer, limit, _CONTEXT, max_tokens)
     with progress("calibration windows", len(windows)) as advance:
-        return collect_hessians(model, (window.token_ids for window in windows), head, advance)
+        return collect_hessians(model, windows, head, advance)
 
 
 def _print_summary(model: Any, output: str, config: Any) -> None:

@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from quicksilver.cli.common import calibration_windows, progress
+from quicksilver.cli.common import calibration_windows, progress, warn_fitted_elsewhere
+from quicksilver.errors import InputError
 
 CALIBRATION_HELP = "UTF-8 text that width thresholds are fitted to (default: text sampled from the model)."
 _CALIBRATION_TOKENS = 4096
 _WINDOW = 512
 
 
-def ready(model: Any, plans: Sequence[Any], tokenizer: Any, calibration: str | None) -> tuple[Any, list[Any]]:
+def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
+    """Return the text that recipes are to be fitted to, None where none was given.
+
+    Raises:
+        InputError: it cannot be read, or no plan is a recipe.
+    """
+    from quicksilver.measure.texts import read_text
+
+    if path is None:
+        return None
+    if not any(plan.is_recipe for plan in plans):
+        raise InputError(f"--calibration {path} is of no use: no --plan is a recipe, such as channel-5bit")
+    return read_text(path)
+
+
+def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: Any) -> tuple[Any, list[Any]]:
     """Return a model with nested weights, or None where no plan needs one, and the plans with thresholds.
 
     Args:
         model: a `QuickSilverForCausalLM`.
+        name: of the model, recorded in the plans that are fitted.
         plans: any plans.
         tokenizer: of the model.
-        calibration: path of a text, or None to sample from the model.
+        corpus: the calibration text, or None to sample from the model.
     """
-    if all(plan.precision is None for plan in plans):
-        return None, list(plans)
-    nested = nested_copy(model)
-    if not any(plan.is_recipe for plan in plans):
+    spec, recipes = model.adapter.spec, [plan for plan in plans if plan.is_recipe]
+    for plan in plans:  # what does not fit is found before the slow part
+        replace(plan, precision=None).check_model(spec.num_layers, 0, spec.hidden_size)
+    windows, source, tokens = _windows(model, tokenizer, corpus) if recipes else ([], "", 0)
+    nested = None if all(plan.precision is None for plan in plans) else nested_copy(model)
+    for plan in plans:
+        warn_fitted_elsewhere(plan, model if nested is None or plan.precision is None else nested)
+    if nested is None or not recipes:
         return nested, list(plans)
-    from quicksilver.calibrate.widths import fit
-
-    windows, source = _windows(model, tokenizer, calibration)
-    recipes = [plan for plan in plans if plan.is_recipe]
-    with progress("fitting widths", len(windows) * len(recipes)) as advance:
-        fitted = [fit(nested.adapter, plan, windows, advance, nested.special_ids) for plan in plans]
-    names = ", ".join(plan.name for plan in recipes)
-    print(f"thresholds of {names}: fitted to {sum(map(len, windows))} tokens {source}")
+    fitted = _fit(nested, name, plans, windows, source, tokens)
+    print(f"thresholds of {', '.join(plan.name for plan in recipes)}: fitted to {tokens} tokens {source}")
     return nested, fitted
+
+
+def _fit(nested: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
+    from quicksilver.calibrate.widths import fit
+    from quicksilver.core.provenance import FittedTo
+    from quicksilver.models.fingerprint import fingerprint
+
+    record = FittedTo(name, fingerprint(nested.model, nested.adapter.spec), source.removeprefix("of "), tokens)
+    with progress("fitting widths", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:
+        return [
+            replace(fit(nested.adapter, plan, windows, advance, nested.special_ids), fitted_to=record)
+            if plan.is_recipe
+            else plan
+            for plan in plans
+        ]
 
 
 def nested_copy(model: Any) -> Any:
@@ -50,21 +81,21 @@ def nested_copy(model: Any) -> Any:
     config, plain = QuantizationConfig(), copy.deepcopy(model.model)
     nest(plain, config)
     print(
-        f"weights nested in memory (method {config.method}, groups of {config.group_size}) for plans that choose"
-        " widths; dense is the model as loaded. `quicksilver quantize` with --calibration does better."
+        f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose widths;\n"
+        "`quicksilver quantize` with --calibration does better"
     )
     return accelerate(plain, "dense", model.special_ids)
 
 
-def _windows(model: Any, tokenizer: Any, calibration: str | None) -> tuple[list[Any], str]:
+def _windows(model: Any, tokenizer: Any, corpus: Any) -> tuple[list[Any], str, int]:
+    """Return windows of calibration text [T], where they are from, and how many tokens of text they hold."""
     import torch
 
-    if calibration is None:
+    if corpus is None:
         from quicksilver.calibrate.samples import sample_windows
 
-        return sample_windows(model, _CALIBRATION_TOKENS), "sampled from the model (seed 0)"
-    from quicksilver.measure.texts import read_text
-
+        sampled = sample_windows(model, _CALIBRATION_TOKENS)
+        return sampled, "sampled from the model (seed 0)", sum(map(len, sampled))
     limit = model.adapter.spec.max_positions
-    windows = calibration_windows(read_text(calibration), tokenizer, limit, _WINDOW, _CALIBRATION_TOKENS)
-    return [torch.tensor(window.token_ids) for window in windows], f"of {calibration}"
+    windows, tokens = calibration_windows(corpus, tokenizer, limit, _WINDOW, _CALIBRATION_TOKENS)
+    return [torch.tensor(window) for window in windows], f"of {corpus.name}", tokens

@@ -1,4 +1,4 @@
-"""The table of an evaluation: dense first, one row per plan, the settings above it."""
+"""The tables of an evaluation, 80 columns wide: dense first, one row per plan, the settings above them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_WIDTH = 180
-_COLUMNS = (
-    "plan",
-    "ppl",
-    "Δppl [95 % CI]",
-    "Δnll",
-    "KL",
-    "top-1",
-    "layers",
-    "fused",
-    "bits",
-    "FLOPs",
-    "body",
-    "bitops",
-    "weights",
-    "KV",
-    "speed",
+_LEGEND = (
+    "FLOPs, body (head left out), bitops, weights read and KV bytes: saved against dense, per token; below zero, the"
+    " plan costs more. speed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"
+    " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed, of all fed, prompts"
+    " included. bits: read of a weight of the layers, on average."
 )
+_NESTED_BASELINE = "dense is the nested weights ({}), all 8 bits of them read, not the model they were made of"
+_PLAIN_BASELINE = "dense is the {} weights as loaded"
 
 
 def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: bool = True) -> None:
     """Print evaluation results of one model on one text; `legend` explains the columns below."""
     console, protocol = Console(file=file), results[0]["protocol"]
-    if not console.is_terminal:
-        console = Console(file=file, width=_WIDTH)
-    for line in _heading(results[0]):
+    for line in _heading(results):
         console.print(line, highlight=False, markup=False)
-    table = Table()
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
-    table.add_row(*_dense_row(results[0]))
-    for result in results:
-        if result["plan"]["halting"] is not None or {"fusion", "precision"} & result["plan"].keys():
-            table.add_row(*_plan_row(result))
-    console.print(table)
+    plans = [r for r in results if r["plan"]["halting"] is not None or {"fusion", "precision"} & r["plan"].keys()]
+    _print_columns(console, ("ppl", "Δppl [95 % CI]", "Δnll", "KL", "top-1"), _dense_loss(results[0]), plans, _loss)
+    _print_columns(
+        console, ("layers", "fused", "bits", "FLOPs", "body", "bitops"), _dense_work(results[0]), plans, _work
+    )
+    _print_columns(console, ("weights", "KV", "speed"), _dense_bytes(results[0]), plans, _bytes)
+    console.print()
     if protocol["prompt"] is not None:
         _print_prompts(console, results)
     elif protocol["mode"] == "score" and any(_fuses_prompts(result["plan"]) for result in results):
@@ -51,24 +38,35 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
             "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses.", highlight=False
         )
     if legend:
-        _print_legend(console)
+        console.print(_LEGEND, highlight=False)
+
+
+def number(value: float, sign: str = "") -> str:
+    """Return a figure with three decimals, without any from a thousand on, as a power of ten from a million on."""
+    size = abs(value)
+    return f"{value:{sign}.1e}" if size >= 1e6 else f"{value:{sign}.{0 if size >= 1e3 else 3}f}"
+
+
+def _print_columns(
+    console: Console, names: tuple[str, ...], dense: list[str], plans: Sequence[dict[str, Any]], row: Any
+) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("plan", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("dense", *dense)
+    for result in plans:
+        table.add_row(escape(result["plan"]["name"]), *row(result["accelerated"], result["delta"]))
+    console.print()
+    console.print(table)
 
 
 def _fuses_prompts(plan: dict[str, Any]) -> bool:
     return plan.get("fusion", {}).get("scope") == "prompt"
 
 
-def _print_legend(console: Console) -> None:
-    console.print(
-        "FLOPs, body (head left out), bitops, weights read and KV bytes: saved against dense, per token; below zero,"
-        " the plan costs more.\nspeed: dense seconds / plan seconds, median over windows run in turn. KL: from the"
-        " dense predictions, nats. top-1: same likeliest token.\nfused: tokens that a later one absorbed, of all fed,"
-        " prompts included. bits: read of a weight of the layers, on average.",
-        highlight=False,
-    )
-
-
-def _heading(result: dict[str, Any]) -> list[str]:
+def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
+    result = results[0]
     model, protocol, env = result["model"], result["protocol"], result["environment"]
     scored = f"{result['tokens_scored']} tokens scored in {protocol['windows']} windows"
     bos = "BOS before each window" if protocol["bos"] else "no BOS"
@@ -79,49 +77,71 @@ def _heading(result: dict[str, Any]) -> list[str]:
         f"context {protocol['context']}, stride {protocol['stride']}, {bos}, mode {protocol['mode']}{prompt};"
         f" {env['device']}, {env['threads']} threads, {env['cpu']}, torch {env['torch']},"
         f" transformers {env['transformers']}",
+        _baseline(results),
     ]
 
 
-def _dense_row(result: dict[str, Any]) -> list[str]:
+def _baseline(results: Sequence[dict[str, Any]]) -> str:
+    """Say which weights the dense row has read, and which the plans that choose widths."""
+    settings = [result["settings"] for result in results]
+    nesting = next((each["nesting"] for each in settings if each["nesting"] is not None), None)
+    how = "" if nesting is None else f"{nesting['method']}, groups of {nesting['group_size']}"
+    if settings[0]["baseline"] == "nested":
+        return _NESTED_BASELINE.format(how)
+    line = _PLAIN_BASELINE.format(results[0]["model"]["dtype"])
+    return line if nesting is None else f"{line}; plans that choose widths read them nested in memory ({how})"
+
+
+def _dense_loss(result: dict[str, Any]) -> list[str]:
+    dense = result["dense"]
+    return [number(dense["ppl"]), f"{dense['bits_per_byte']:.3f} bits/byte", f"{dense['nll']:.4f} nats", "", ""]
+
+
+def _loss(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+    return [
+        number(side["ppl"]),
+        f"{number(delta['ppl'], '+')} {_interval(delta['ppl_ci95'])}",
+        f"{delta['nll']:+.4f}",
+        f"{delta['kl']:.4f}",
+        f"{delta['top1_agreement']:.1%}",
+    ]
+
+
+def _dense_work(result: dict[str, Any]) -> list[str]:
     dense = result["dense"]
     return [
-        "dense",
-        f"{dense['ppl']:.3f}",
-        f"{dense['bits_per_byte']:.3f} bits/byte",
-        f"{dense['nll']:.4f} nats",
-        "",
-        "",
         f"{result['model']['layers']}",
         "",
         f"{result['model']['weight_bits']}",
-        f"{dense['flops_per_token'] / 1e6:.2f} M",
-        f"{dense['flops_body_per_token'] / 1e6:.2f} M",
-        f"{dense['bitops_per_token'] / 1e9:.2f} G",
-        f"{dense['weight_bytes_per_token'] / 1e6:.2f} MB",
-        f"{dense['kv_bytes'] / 1e3:.0f} kB",
+        *(_scaled(dense[f"{key}_per_token"]).rstrip() for key in ("flops", "flops_body", "bitops")),
+    ]
+
+
+def _work(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+    return [
+        f"{side['mean_depth']:.2f}",
+        f"{side['fused_fraction']:.1%}",
+        f"{side['mean_bits']:.2f}".removesuffix(".00"),
+        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "bitops")),
+    ]
+
+
+def _dense_bytes(result: dict[str, Any]) -> list[str]:
+    dense = result["dense"]
+    return [
+        f"{_scaled(dense['weight_bytes_per_token'])}B",
+        f"{_scaled(dense['kv_bytes'])}B",
         f"{dense['tokens_per_second']:.0f} tok/s",
     ]
 
 
-def _plan_row(result: dict[str, Any]) -> list[str]:
-    side, delta = result["accelerated"], result["delta"]
-    return [
-        escape(result["plan"]["name"]),
-        f"{side['ppl']:.3f}",
-        f"{delta['ppl']:+.3f} {_interval(delta['ppl_ci95'])}",
-        f"{delta['nll']:+.4f}",
-        f"{delta['kl']:.4f}",
-        f"{delta['top1_agreement']:.1%}",
-        f"{side['mean_depth']:.2f}",
-        f"{side['fused_fraction']:.1%}",
-        f"{side['mean_bits']:.2f}".removesuffix(".00"),
-        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "bitops", "weight_bytes", "kv_bytes")),
-        f"{delta['speedup']:.2f}x",
-    ]
+def _bytes(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+    saved = (_saved(delta[f"{key}_reduction"]) for key in ("weight_bytes", "kv_bytes"))
+    return [*saved, f"{delta['speedup']:.2f}x"]
 
 
 def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
-    """Say what the prompts took, of which the table shows nothing but how much of everything fused."""
+    """Say what the prompts took, of which the tables show nothing but how much of everything fused."""
     for result in results:
         prompt, name = result["accelerated"]["prompt"], result["plan"]["name"]
         if prompt is not None:
@@ -133,9 +153,18 @@ def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
             )
 
 
+def _scaled(value: float) -> str:
+    """Return three or four digits and a decimal prefix, the space before it included."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 1e3:
+            return f"{value:.{2 if value < 10 else 1}f} {prefix}"
+        value /= 1e3
+    return f"{value:.1f} T"
+
+
 def _saved(reduction: float) -> str:
     return f"{round(reduction, 3) + 0.0:+.1%}"  # adding zero turns -0.0 into 0.0
 
 
 def _interval(bounds: list[float] | None) -> str:
-    return escape(f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]" if bounds else "[n/a]")
+    return escape(f"[{number(bounds[0], '+')}, {number(bounds[1], '+')}]" if bounds else "[n/a]")

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from quicksilver.core import rules
+from quicksilver.core.provenance import FittedTo
 from quicksilver.errors import PlanError
 
 RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
@@ -106,6 +107,11 @@ def decode_shortcuts(data: object, source: str) -> rules.ShortcutConfig:
         for i, member in enumerate(members)
     )
     return _construct(rules.ShortcutConfig, values, where)
+
+
+def decode_fitted_to(data: object, source: str) -> FittedTo:
+    """Build the record of what a plan was fitted to."""
+    return _construct(FittedTo, _object(data, f"{source}: fitted_to"), f"{source}: fitted_to")
 
 
 def _decode_width_rule(data: object, where: str) -> rules.PrecisionRule:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
+import stat
 from pathlib import Path
 
 from quicksilver.errors import InputError
@@ -12,20 +14,59 @@ from quicksilver.errors import InputError
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes through a temporary file in the same folder, then rename it.
 
+    A new file has the permissions that the umask leaves, a replaced one keeps its own. A symbolic link stays, and what
+    it leads to is written. What is not a regular file, such as a device or a pipe, is written to as it is.
+
     Raises:
         InputError: the file cannot be written there.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        mode = _mode(path)
+        if mode is not None and not stat.S_ISREG(mode):
+            path.write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data, mode)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def check_target(option: str, given: str) -> None:
+    """Raise InputError where a file could not be written later; `option` names where it was asked for."""
+    if not given:
+        raise InputError(f"{option} is empty: give a file's name")
+    path = Path(os.path.realpath(given))
+    try:
+        mode = _mode(path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise InputError(f"{option} {given}: is a directory")
+        if not stat.S_ISDIR(os.stat(path.parent).st_mode):
+            raise InputError(f"{option} {given}: its folder is a file")
+        place = path if mode is not None and not stat.S_ISREG(mode) else path.parent
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileNotFoundError:
+        raise InputError(f"{option} {given}: its folder does not exist") from None
+    except OSError as error:
+        raise InputError(f"{option} {given}: cannot write: {error.strerror or error}") from None
+
+
+def _mode(path: Path) -> int | None:
+    """Return the type and permissions of what a path leads to, None where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, data: bytes, mode: int | None) -> None:
+    temporary = path.parent / f".{path.name[:200]}.{secrets.token_hex(4)}"
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
+        with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(handle, stat.S_IMODE(mode))
+            file.write(data)
+        os.replace(temporary, path)
     finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)

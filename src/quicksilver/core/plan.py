@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
+from quicksilver.core.provenance import FittedTo
 from quicksilver.core.rules import (
     AllRule,
     AttentionConfig,
@@ -56,6 +57,8 @@ class Plan:
         shortcuts: which sublayers fitted maps stand in for, or None for none.
         attention: which values attention does not read, or None where it reads all.
         tensors: what was fitted, or None for nothing.
+        fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
+            the hash, which is of what the plan does.
     """
 
     name: str = "plan"
@@ -67,6 +70,7 @@ class Plan:
     shortcuts: ShortcutConfig | None = None
     attention: AttentionConfig | None = None
     tensors: PlanTensors | None = None
+    fitted_to: FittedTo | None = None
 
     @classmethod
     def dense(cls) -> Plan:
@@ -110,6 +114,7 @@ class Plan:
             for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "attention", "tensors")
         )
         _check_tensors(declared, tensors, source)
+        fitted_to = data.pop("fitted_to", None)
         name = data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
@@ -125,6 +130,7 @@ class Plan:
             shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
             attention=None if attention is None else codec.decode_attention(attention, source),
             tensors=tensors,
+            fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
         )
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
@@ -147,8 +153,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, with its version and hash."""
-        body = self._body()
-        return {"version": PLAN_VERSION, "name": self.name, **body, "hash": self.hash}
+        record = {} if self.fitted_to is None else {"fitted_to": codec.encode_fields(self.fitted_to)}
+        return {"version": PLAN_VERSION, "name": self.name, **self._body(), **record, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, its tensors beside it first; no interruption leaves a file half-written."""
@@ -161,7 +167,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """First 16 hexadecimal digits of SHA-256 over the contents; the name does not count."""
+        """First 16 hexadecimal digits of SHA-256 over what the plan does; neither its name nor `fitted_to` counts."""
         text = json.dumps({"version": PLAN_VERSION, **self._body()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

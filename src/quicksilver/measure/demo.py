@@ -25,6 +25,7 @@ from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"
 PLANS = ("paper", "relative", "settled")
+WIDTH_PLANS = ("uniform-8bit",)
 PROMPT_PLANS = ("fused-prompt",)
 PROMPT = "The river rises in the mountains and"
 
@@ -108,9 +109,15 @@ def run(
     measured: Sequence[Part],
     folder: Path,
     on_window: Callable[[], None] = lambda: None,
+    nested: QuickSilverForCausalLM | None = None,
 ) -> tuple[list[list[dict[str, Any]]], Path]:
-    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture."""
-    results = [evaluate(model, part.plans, part.text, part.protocol, "score", name, on_window) for part in measured]
+    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture.
+
+    `nested` is the model with nested weights, for plans that choose widths.
+    """
+    results = [
+        evaluate(model, part.plans, part.text, part.protocol, "score", name, on_window, nested) for part in measured
+    ]
     token_ids = measured[0].text.windows[0].token_ids
     tokens = [tokenizer.decode([token]) for token in token_ids]
     panels = [

@@ -62,6 +62,8 @@ def _draw_plans(axes: Any, results: Sequence[dict[str, Any]]) -> None:
         low, high = delta["nll_ci95"] or (delta["nll"], delta["nll"])
         error = [[delta["nll"] - low], [high - delta["nll"]]]
         label = f"{result['plan']['name']}: {result['accelerated']['mean_depth']:.2f} layers per token"
+        if "precision" in result["plan"]:
+            label = f"{result['plan']['name']}: {result['accelerated']['mean_bits']:.2f} bits per weight"
         if prompt is not None:
             fused = f"{prompt['fused_fraction']:.0%} of prompts fused"
             label = f"{result['plan']['name']}: {fused}; their FLOPs, the loss after"

@@ -52,7 +52,22 @@ def evaluate(
         Decoder(each.adapter, plan, each.special_ids)
         for each, plan in zip((model, *chosen), (Plan.dense(), *plans), strict=True)
     ]
-    return build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
+    rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
+    return [
+        {**row, "settings": _settings(model, each, plan)} for row, each, plan in zip(rows, chosen, plans, strict=True)
+    ]
+
+
+def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:
+    """Return which weights dense and plan read, how they were nested, and what thresholds were fitted to."""
+    stored = getattr(model.model.config, "quantization_config", None)
+    nesting = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
+    fitted = plan.fitted_to
+    return {
+        "baseline": "nested" if dense.adapter.spec.is_nested else "plain",
+        "nesting": nesting and {**nesting, "in_memory": model is not dense},
+        "calibration": fitted and {"source": fitted.calibration, "tokens": fitted.tokens, "model": fitted.model},
+    }
 
 
 def build_rows(

@@ -6,6 +6,8 @@ Only safetensors are read, and no code from a model's folder is run.
 from __future__ import annotations
 
 import os
+import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ from typing import Any
 import torch
 
 from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.errors import ModelError, PlanError, UnsupportedModelError
+from quicksilver.errors import FittedElsewhereWarning, ModelError, PlanError, UnsupportedModelError
 from quicksilver.models import registry
+from quicksilver.models.fingerprint import fingerprint
+from quicksilver.models.spec import Adapter
 from quicksilver.quant.config import is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
+_READ_SUFFIXES = (".json", ".safetensors", ".model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def accelerate(
@@ -37,12 +43,17 @@ def accelerate(
         UnsupportedModelError: the family or an option of it is not supported.
         ModelError: a weight is NaN or infinite.
         PlanError: the plan is unknown, malformed, or does not fit the model.
+
+    Warns:
+        FittedElsewhereWarning: the plan says that it was fitted to another model.
     """
     if isinstance(model, QuickSilverForCausalLM):
         model = model.model
     resolved = resolve_plan(plan)
     adapter = registry.adapt(model)
     check_finite(model)
+    if (problem := check_fitted_to(resolved, model, adapter)) is not None:
+        warnings.warn(problem, FittedElsewhereWarning, stacklevel=2)
     ids = configured_special_ids(model) if special_ids is None else special_ids
     return QuickSilverForCausalLM(model, adapter, resolved, ids)
 
@@ -71,10 +82,12 @@ def load(
     """
     resolved = resolve_plan(plan)  # before the slow part
     source, target = resolve_model(path_or_id), resolve_device(device)
-    model = _read_model(source, resolve_dtype(dtype, target))
+    local = _local_only(source)
+    model = _read_model(source, resolve_dtype(dtype, target), local)
     try:
-        ids = {*configured_special_ids(model), *_tokenizer_special_ids(source)} if special_ids is None else special_ids
-        return accelerate(model.eval().to(target), resolved, sorted(ids))
+        if special_ids is None:
+            special_ids = {*configured_special_ids(model), *_tokenizer_special_ids(source, local)}
+        return accelerate(model.eval().to(target), resolved, sorted(special_ids))
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
 
@@ -107,21 +120,28 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
+    source = resolve_model(path_or_id)
+    return _read_tokenizer(source, _local_only(source))
+
+
+def _read_tokenizer(source: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
-    source = resolve_model(path_or_id)
+    absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"
+    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(absent)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
-        raise ModelError(f"{path_or_id}: cannot load the tokenizer: {first_line(error)}") from None
-    if not tokenizer("a").input_ids:  # what transformers makes of a folder without tokenizer files
-        raise ModelError(f"{path_or_id}: there is no tokenizer in this folder; save one there with save_pretrained")
+        raise ModelError(f"{source}: cannot load the tokenizer: {first_line(error)}") from None
+    if not tokenizer("a").input_ids:  # what transformers makes of too few tokenizer files
+        raise ModelError(absent)
     return tokenizer
 
 
-def _tokenizer_special_ids(source: str) -> list[int]:
+def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
     try:
-        return load_tokenizer(source).all_special_ids
+        return _read_tokenizer(source, local).all_special_ids
     except ModelError:
         return []
 
@@ -144,9 +164,19 @@ def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
     raise PlanError(f"{plan}: neither a preset ({', '.join(PRESETS)}) nor a plan file")
 
 
+def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
+    """Return why a plan's fitted thresholds mean nothing to a model; None where they may, or are not fitted."""
+    if plan.fitted_to is None:
+        return None
+    problem = plan.fitted_to.mismatch(fingerprint(model, adapter.spec))
+    return problem and f"plan {plan.name!r}: {problem}"
+
+
 def _is_file(path: str | os.PathLike[str]) -> bool:
     try:
         return Path(path).is_file()
+    except PermissionError as error:
+        raise PlanError(f"{path}: cannot read the plan: {error.strerror}") from None
     except (OSError, ValueError):  # too long a name, or one with a null character
         return False
 
@@ -165,13 +195,33 @@ def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
     name = os.fspath(path_or_id)
     if name in embedded_models():
         return str(EMBEDDED / name)
-    if os.path.isdir(name):
+    if _is_folder(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ModelError(f"{name}: the folder holds no config.json")
         return name
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ModelError(f"{name or repr(name)}: no such model folder")
     return name
+
+
+def _is_folder(name: str) -> bool:
+    """Return whether a path leads to a folder; what is read of one must be readable.
+
+    Raises:
+        ModelError: permission is refused; the message names the file.
+    """
+    try:
+        if not stat.S_ISDIR(os.stat(name).st_mode):
+            return False
+        files = sorted(path for path in Path(name).iterdir() if path.suffix in _READ_SUFFIXES and path.exists())
+    except PermissionError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from None
+    except (OSError, ValueError):  # not there; too long a name, or one with a null character
+        return False
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path}: Permission denied")
+    return True
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -274,9 +324,8 @@ def _local_only(source: str) -> bool:
     )
 
 
-def _read_model(source: str, dtype: torch.dtype | str) -> Any:
+def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
     """Read configuration and safetensors weights, plain or nested; refuse anything unexpected."""
-    local = _local_only(source)
     config = _read_config(source, local)
     if not is_nested(config):
         return _read_plain(source, config, dtype, local)
@@ -286,12 +335,17 @@ def _read_model(source: str, dtype: torch.dtype | str) -> Any:
 
 
 def _read_config(source: str, local: bool) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        stored = PreTrainedConfig.get_config_dict(source, local_files_only=local)[0].get("quantization_config")
+        config = None
+        if stored is None or isinstance(stored, dict):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # configuration classes validate with exceptions of many kinds
         raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
+    if config is None:
+        raise ModelError(f"{source}: config.json: quantization_config must be an object, got {type(stored).__name__}")
     registry.check_family(config)
     if getattr(config, "quantization_config", None) is not None and not is_nested(config):
         raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +31,18 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_target(folder: str | os.PathLike[str]) -> None:
     """Raise InputError where a folder cannot be written: it exists and is not empty, or has no parent."""
+    if not os.fspath(folder):
+        raise InputError("the name of the folder to write is empty")
     path = Path(folder)
-    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise InputError(f"{folder}: exists already; give a new folder")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{folder}: the folder it would be in does not exist")
+    try:
+        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+            raise InputError(f"{folder}: exists already; give a new folder")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{folder}: the folder it would be in does not exist")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{folder}: cannot write: Permission denied")
 
 
 def save_nested(
@@ -110,20 +117,18 @@ def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside a new one, and rename it when all went well; else remove it."""
-    stage = None
+    target = folder.absolute()
+    stage = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}"  # known before it is there to be removed
     try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{folder.absolute().name}.", dir=folder.absolute().parent))
+        stage.mkdir()
         yield stage
-        stage.chmod(0o755)
         for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
-            file.chmod(0o644)
-        stage.rename(folder)
-        stage = None
+            file.chmod(stage.stat().st_mode & 0o666)
+        stage.rename(target)
     except OSError as error:
         raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
     finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:

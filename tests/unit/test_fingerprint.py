@@ -1,0 +1,52 @@
+"""Fingerprints tell models apart and do not depend on how one was loaded."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from quicksilver.models.fingerprint import fingerprint
+from quicksilver.models.nesting import nest
+from quicksilver.models.registry import adapt
+from quicksilver.quant.config import QuantizationConfig
+from tests import tiny
+
+
+def taken(model: Any) -> str:
+    return fingerprint(model, adapt(model).spec)
+
+
+def nested(name: str, **options: Any) -> Any:
+    model = copy.deepcopy(tiny.model(name))
+    nest(model, QuantizationConfig(**options))
+    return model
+
+
+def test_models_are_told_apart() -> None:
+    models = [tiny.model("gpt2"), tiny.model("llama"), tiny.model("mistral"), nested("llama")]
+    models.append(nested("llama", group_size=64))
+    assert len({taken(model) for model in models}) == len(models)
+
+
+def test_weights_count() -> None:
+    model = copy.deepcopy(tiny.model("llama"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert taken(model) != taken(tiny.model("llama"))
+    nest(model, QuantizationConfig())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.plane_0.bitwise_not_()
+    changed = taken(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.plane_0.bitwise_not_()
+    assert changed != taken(model)
+
+
+def test_the_dtype_it_is_loaded_in_does_not_count() -> None:
+    model = copy.deepcopy(tiny.model("gpt2")).bfloat16()
+    assert taken(copy.deepcopy(model).float()) == taken(model)
+    narrow = nested("qwen2")
+    assert taken(copy.deepcopy(narrow).half()) == taken(copy.deepcopy(narrow).bfloat16()) == taken(narrow)
