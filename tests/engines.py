@@ -64,9 +64,9 @@ def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any
     return Plan("test", shortcuts=config, tensors=tiny.shortcut_tensors(rank=rank), **others)
 
 
-def skipping_plan(threshold: Threshold, plan: Plan | None = None) -> Plan:
-    """Return a plan, dense unless one is given, that skips values too."""
-    return replace(plan or Plan("test"), attention=AttentionConfig(threshold))
+def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshold: Threshold = 0.0) -> Plan:
+    """Return a plan, dense unless one is given, that skips values, and components of queries, too."""
+    return replace(plan or Plan("test"), attention=AttentionConfig(threshold, query_threshold))
 
 
 def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:

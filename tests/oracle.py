@@ -1,4 +1,4 @@
-"""The definition of halting, KV fills, fusion, shortcuts and skipped values: all is computed, then masks decide.
+"""The definition of halting, KV fills, fusion, shortcuts and skipping in attention: all is computed, masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
@@ -56,6 +56,7 @@ class OracleRun(NamedTuple):
         depths: [T] layers run by each token.
         attended: (query, key) pairs scored in each layer.
         skipped: (query, key, head) values left out in each layer.
+        unscored: (query component, key) products left out in each layer.
         masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
         sizes: sizes of the groups formed after each layer, ascending.
         past: in each layer, running tokens that went past each sublayer.
@@ -65,6 +66,7 @@ class OracleRun(NamedTuple):
     depths: Tensor
     attended: list[int]
     skipped: list[int]
+    unscored: list[int]
     masses: Tensor
     sizes: list[list[int]]
     past: list[dict[str, int]]
@@ -90,12 +92,14 @@ def run(
     read: Read = whole,
     bypass: Bypass = through,
     skip_below: Sequence[float] | None = None,
+    query_below: Sequence[float] | None = None,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
     `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
-    `maps` gives, by layer, what is added to the state of a token that stopped there before it predicts.
+    `query_below` has that of a query's components, in multiples of their root mean square; `maps` gives, by layer, what
+    is added to the state of a token that stopped there before it predicts.
     """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
@@ -104,7 +108,7 @@ def run(
     shift = torch.zeros_like(hidden)
     depths = torch.zeros(len(ids), dtype=torch.long)
     newest_key = newest_value = previous_update = None
-    attended, skipped, all_masses, sizes, past = [], [], [], [], []
+    attended, skipped, unscored, all_masses, sizes, past = [], [], [], [], [], []
     num_layers = len(parts.layers)
     for layer_idx, layer in enumerate(parts.layers):
         query = layer.qkv(hidden)[0]  # [H, T, D]
@@ -125,6 +129,9 @@ def run(
         past_attention, mapped = bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
         asking = running & ~past_attention
         attended.append(int(mask[asking].sum()))
+        if query_below is not None:
+            query, small = _leave_out(query, query_below[layer_idx])
+            unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
         weights = _weights(query, key, mask, layer.scaling, masses)
         if skip_below is not None:
             weights, left_out = _skip(weights, mask, skip_below[layer_idx])
@@ -155,7 +162,7 @@ def run(
         stopped = depths == layer_idx + 1
         hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
     logits = model.lm_head(parts.final_norm(hidden))
-    return OracleRun(logits, depths, attended, skipped, torch.stack(all_masses), sizes, past)
+    return OracleRun(logits, depths, attended, skipped, unscored, torch.stack(all_masses), sizes, past)
 
 
 def _fuse(
@@ -184,6 +191,12 @@ def _fuse(
         new_masses[absorbed] = 0
         sizes.append(int(masses[group].sum()))
     return new_hidden, new_shift, new_masses, sizes
+
+
+def _leave_out(query: Tensor, query_below: float) -> tuple[Tensor, Tensor]:
+    """Return queries [H, T, D] without their small components, and which of all components those are."""
+    small = query.abs() < query_below * query.norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
+    return torch.where(small, 0.0, query), small
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, masses: Tensor) -> Tensor:

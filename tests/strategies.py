@@ -119,7 +119,9 @@ fusing_plans = _maybe_with_shortcuts(
     _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs))
 )
 
-attention_configs = st.builds(rules.AttentionConfig, _thresholds(0.0, 1.0))
+attention_configs = st.builds(
+    rules.AttentionConfig, st.just(0.0) | _thresholds(0.0, 1.0), st.just(0.0) | _thresholds(0.0, 2.0)
+)
 skipping_plans = _with_fitted(
     st.builds(
         Plan,
@@ -130,7 +132,7 @@ skipping_plans = _with_fitted(
         attention=attention_configs,
     )
 )
-"""Run these in float64: in float32 a weight near its threshold may fall on either side of it, in float64 hardly."""
+"""Run these in float64: in float32 what is near its threshold may fall on either side of it, in float64 hardly."""
 
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:

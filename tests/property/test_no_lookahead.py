@@ -96,7 +96,7 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
 
 @settings(max_examples=40, deadline=None)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
-def test_later_tokens_change_nothing_where_values_are_skipped(
+def test_later_tokens_change_nothing_where_attention_skips(
     plan: Plan, family: str, length: int, data: st.DataObject
 ) -> None:
     engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])

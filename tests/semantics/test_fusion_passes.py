@@ -147,7 +147,7 @@ def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.Da
 
 @settings(max_examples=60, deadline=None)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
-def test_any_plan_that_skips_values_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
+def test_any_plan_whose_attention_skips_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     engine, ids = decoder(tiny.model(family, torch.float64), plan, special_ids=[7]), tiny.token_ids(length, seed=length)
     cut = data.draw(st.integers(1, length - 1))
     whole, parts = (run_chunks(engine, ids, chunks, prompt=True) for chunks in ([length], [cut, length - cut]))

@@ -110,6 +110,19 @@ def test_skipped_values_are_reported_and_save_attention_alone() -> None:
         assert flops[0] - flops[1] == pytest.approx((1 - share) * attention / 2)  # the other half are the scores
 
 
+def test_components_of_queries_left_out_are_reported_and_save_attention_alone() -> None:
+    model, plans = tiny.model("llama", torch.float64), [Plan.dense(), skipping_plan(0.0, query_threshold=0.5)]
+    spec = decoder(model, Plan.dense()).spec
+    for mode in ("score", "decode"):
+        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        assert dense["accelerated"]["query_components_read"] == skipping["accelerated"]["values_read"] == 1.0
+        assert 0.1 < (share := skipping["accelerated"]["query_components_read"]) < 0.9
+        flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]
+        attention = flops[0] - 2 * spec.num_layers * spec.layer_macs
+        squares = 2 * spec.num_layers * spec.num_heads * spec.head_dim
+        assert flops[0] - flops[1] == pytest.approx((1 - share) * attention / 2 - squares)
+
+
 def test_few_windows_are_timed_often_enough() -> None:
     engines = [decoder(tiny.model("gpt2"), Plan.dense()) for _ in range(2)]
     records = run_windows(engines, TEXT.windows[:2], "score")

@@ -41,8 +41,10 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.CosineFusionRule(1.0))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.1)),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig((0.1, 0.1))),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.1, 0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.0, 0.1)),
     ]
-    assert len({plan.hash, *(other.hash for other in others)}) == 10
+    assert len({plan.hash, *(other.hash for other in others)}) == 12
 
 
 def test_a_plan_without_fusion_keeps_the_hash_it_had_before_there_was_fusion() -> None:
@@ -92,12 +94,15 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
         ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
         ({"attention": 0.5}, "attention must be an object"),
-        ({"attention": {}}, "attention: .*threshold"),
         ({"attention": {"threshold": "low"}}, "threshold must be a number"),
         ({"attention": {"threshold": True}}, "threshold must be a number"),
         ({"attention": {"threshold": float("nan")}}, "threshold must be a number"),
         ({"attention": {"threshold": 1.01}}, "must lie in .0, 1., got 1.01"),
         ({"attention": {"threshold": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
+        ({"attention": {"query_threshold": "low"}}, "attention: query_threshold must be a number"),
+        ({"attention": {"query_threshold": None}}, "attention: query_threshold must be a number"),
+        ({"attention": {"query_threshold": float("inf")}}, "attention: query_threshold must be a number"),
+        ({"attention": {"query_threshold": [2, -0.1]}}, "query_threshold must be 0 or more, got -0.1"),
         ({"attention": {"threshold": 0.5, "heads": 2}}, "attention: unknown key 'heads'"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
@@ -134,13 +139,24 @@ def test_skipping_values_is_a_mechanism_with_one_threshold_or_one_for_each_layer
     plan = Plan.from_dict(data)
     assert plan.attention == rules.AttentionConfig((0.0, 0.5, 1.0))
     assert [plan.attention.threshold_in(i) for i in range(3)] == [0.0, 0.5, 1.0]
-    assert plan.to_dict()["attention"] == {"threshold": [0.0, 0.5, 1.0]}
+    assert plan.to_dict()["attention"] == {"threshold": [0.0, 0.5, 1.0], "query_threshold": 0.0}
     assert not plan.is_dense
     assert "attention" not in Plan.dense().to_dict()
     plan.check_model(3, 0, 32)
     with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
         plan.check_model(4, 0, 32)
     Plan(attention=rules.AttentionConfig(0.5)).check_model(4, 0, 32)
+
+
+def test_so_is_leaving_out_components_of_queries() -> None:
+    plan = Plan.from_dict({"version": 1, "attention": {"query_threshold": [0, 0.5, 7]}})
+    assert plan.attention == rules.AttentionConfig(0.0, (0.0, 0.5, 7.0))
+    assert [plan.attention.query_threshold_in(i) for i in range(3)] == [0.0, 0.5, 7.0]
+    assert plan.to_dict()["attention"] == {"threshold": 0.0, "query_threshold": [0.0, 0.5, 7.0]}
+    plan.check_model(3, 0, 32)
+    with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
+        plan.check_model(4, 0, 32)
+    assert rules.AttentionConfig() == rules.AttentionConfig(0.0, 0.0)
 
 
 def test_rules_nested_without_end_are_refused() -> None:

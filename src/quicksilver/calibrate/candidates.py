@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from quicksilver.calibrate.objectives import UnitCosts
-from quicksilver.calibrate.sensitivity import threshold_at_price
+from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
 from quicksilver.calibrate.widths import MapScores, thresholds
 from quicksilver.core.plan import Plan
@@ -37,7 +37,7 @@ from quicksilver.core.rules import (
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import ModelSpec
 
-Mechanism = Literal["halting", "shortcuts", "values", "fusion", "channels"]
+Mechanism = Literal["halting", "shortcuts", "values", "queries", "fusion", "channels"]
 
 FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
 
@@ -74,7 +74,8 @@ class Fits:
             every token takes it.
         map_scores: of the nested maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
-        value_prices: see `sensitivity.value_prices`.
+        value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
+        query_prices: of leaving components of queries out.
     """
 
     spec: ModelSpec
@@ -84,7 +85,8 @@ class Fits:
     shortcuts: dict[Unit, tuple[float, float]] = field(default_factory=dict)
     map_scores: list[MapScores] = field(default_factory=list)
     map_weights: list[float] = field(default_factory=list)
-    value_prices: list[tuple[float, float]] = field(default_factory=list)
+    value_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    query_prices: AttentionPrices = field(default_factory=AttentionPrices)
 
 
 def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
@@ -97,6 +99,7 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
         widths: that channels may be read at.
     """
     parts: dict[str, Any] = {}
+    attention: dict[str, tuple[float, ...]] = {}
     for mechanism, factor in knobs.factors.items():
         price = knobs.price * factor
         if mechanism == "halting":
@@ -104,12 +107,15 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
         elif mechanism == "shortcuts":
             parts["shortcuts"] = shortcuts_at(price, fits)
         elif mechanism == "values":
-            threshold = threshold_at_price(fits.value_prices, price * fits.units.pair)
-            parts["attention"] = AttentionConfig(threshold) if threshold > 0 else None
+            attention["threshold"] = fits.value_prices.thresholds(price * fits.units.pair)
+        elif mechanism == "queries":
+            attention["query_threshold"] = fits.query_prices.thresholds(price * fits.units.pair)
         elif mechanism == "fusion":
             parts["fusion"] = FusionConfig(CosineFusionRule(factor))
         else:
             parts["precision"] = _channels(price, fits, widths)
+    if any(max(limits, default=0.0) > 0 for limits in attention.values()):
+        parts["attention"] = AttentionConfig(**attention)
     plan = Plan(name, **parts)
     tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith(prefixes(plan, fits))}
     return replace(plan, tensors=PlanTensors(tensors)) if tensors else plan

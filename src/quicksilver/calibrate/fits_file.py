@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from quicksilver.calibrate.candidates import Fits
 from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.files import write_atomically
 from quicksilver.models.spec import ModelSpec
@@ -34,7 +35,8 @@ def write(path: Path, key: str, fits: Fits) -> None:
         "shortcuts": [[*unit, *known] for unit, known in fits.shortcuts.items()],
         "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
         "map_weights": fits.map_weights,
-        "value_prices": fits.value_prices,
+        "value_prices": asdict(fits.value_prices),
+        "query_prices": asdict(fits.query_prices),
     }
     tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
     tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(fits.map_scores)}
@@ -67,5 +69,8 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
             for i, (inputs, outputs, worth, lost) in enumerate(facts["maps"])
         ],
         list(facts["map_weights"]),
-        [(threshold, price) for threshold, price in facts["value_prices"]],
+        *(
+            AttentionPrices(tuple(map(tuple, facts[kind]["points"])), tuple(facts[kind]["layers"]))
+            for kind in ("value_prices", "query_prices")
+        ),
     )

@@ -12,7 +12,7 @@ from quicksilver.calibrate.candidates import Fits, Mechanism, shortcuts_at
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.widths import collect_scores, unprotected
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, PrecisionConfig, ShortcutConfig
+from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig, ShortcutConfig
 from quicksilver.core.rules.maps import Shortcut
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import Adapter
@@ -30,7 +30,9 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
     if "shortcuts" in mechanisms:
         total += 2 * num_windows + 2 * spec.num_layers
     if "values" in mechanisms:
-        total += len(sensitivity.VALUE_THRESHOLDS)
+        total += len(sensitivity.VALUE_THRESHOLDS) + spec.num_layers
+    if "queries" in mechanisms:
+        total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
     if "channels" in mechanisms:
         total += num_windows + sum(len(layer.nested) for layer in adapter.layers)
     return total
@@ -65,7 +67,11 @@ def fit(
         fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
         fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
     if "values" in mechanisms:
-        fits.value_prices = sensitivity.value_prices(probe, on_step)
+        fits.value_prices = sensitivity.attention_prices(probe, AttentionConfig, sensitivity.VALUE_THRESHOLDS, on_step)
+    if "queries" in mechanisms:
+        fits.query_prices = sensitivity.attention_prices(
+            probe, lambda threshold: AttentionConfig(query_threshold=threshold), sensitivity.QUERY_THRESHOLDS, on_step
+        )
     if "channels" in mechanisms:
         rule = ChannelWidthRule(target=8.0, widths=widths)
         text = unprotected(adapter, PrecisionConfig(rule), windows, special_ids)

@@ -15,7 +15,7 @@ from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
 from quicksilver.calibrate.trials import Space
 
-ALONE = (0.05, 0.15, 0.5, 1.5)
+ALONE = (0.08, 0.35, 1.5)
 """Prices that each mechanism is tried at alone: nats that all of a dense token's work is worth."""
 
 TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)

@@ -5,9 +5,9 @@ The measure is KL(full prediction || disturbed prediction), which is far less no
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from quicksilver.calibrate.observe import PROTECTED, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig
+from quicksilver.core.rules import AttentionConfig, Threshold
 from quicksilver.models.cost import executed_cost
 from quicksilver.models.spec import Adapter
 from quicksilver.quant import NestedLinear
@@ -25,6 +25,7 @@ from quicksilver.runtime.decoder import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
 VALUE_THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+QUERY_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)
 
 
 class Probe:
@@ -96,23 +97,57 @@ def _skipping(module: NestedLinear, limit: float) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def value_prices(probe: Probe, on_point: Callable[[], None] = lambda: None) -> list[tuple[float, float]]:
-    """Return thresholds of value skipping, ascending, and the nats that one more multiply-add saved costs at each.
+@dataclass(frozen=True)
+class AttentionPrices:
+    """What one more multiply-add saved in attention costs, by a threshold.
+
+    Attributes:
+        points: thresholds, ascending, and the nats at each, over all layers.
+        layers: for each layer, how much more than that it costs there.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    layers: tuple[float, ...] = ()
+
+    def thresholds(self, price: float) -> tuple[float, ...]:
+        """Return for each layer the largest threshold at which one more multiply-add saved costs at most a price."""
+        return tuple(threshold_at_price(self.points, price / max(dearness, 1e-9)) for dearness in self.layers)
+
+
+def attention_prices(
+    probe: Probe,
+    config: Callable[[Threshold], AttentionConfig],
+    thresholds: Sequence[float],
+    on_point: Callable[[], None] = lambda: None,
+) -> AttentionPrices:
+    """Measure some thresholds in all layers at once, and the middle one in each layer alone.
 
     Args:
         probe: on the model.
-        on_point: called after each threshold.
+        config: from a threshold to what it is the threshold of.
+        thresholds: ascending.
+        on_point: called after each measurement, `len(thresholds)` and the number of layers in all.
     """
-    points = [(0.0, probe.macs(Plan.dense()), 0.0)]
-    for threshold in VALUE_THRESHOLDS:
-        plan = Plan("values", attention=AttentionConfig(threshold))
-        points.append((threshold, probe.macs(plan), probe.nats(plan)))
+    dense = probe.macs(Plan.dense())
+
+    def measure(threshold: Threshold) -> tuple[float, float]:
+        plan = Plan("attention", attention=config(threshold))
+        measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()
-    prices: list[tuple[float, float]] = []
-    for (_, macs_before, nats_before), (threshold, macs, nats) in itertools.pairwise(points):
-        price = max(nats - nats_before, 0.0) / max(macs_before - macs, 1e-9)
-        prices.append((threshold, max(price, prices[-1][1] if prices else 0.0)))
-    return prices
+        return measured
+
+    points: list[tuple[float, float]] = []
+    saved_before = nats_before = 0.0
+    for threshold in thresholds:
+        saved, nats = measure(threshold)
+        price = max(nats - nats_before, 0.0) / max(saved - saved_before, 1e-9)
+        points.append((threshold, max(price, points[-1][1] if points else 0.0)))
+        saved_before, nats_before = saved, nats
+    num_layers, middle = probe.adapter.spec.num_layers, thresholds[len(thresholds) // 2]
+    alone = [measure(tuple(middle if i == layer else 0.0 for i in range(num_layers))) for layer in range(num_layers)]
+    prices = [nats / max(saved, 1e-9) for saved, nats in alone]
+    mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
+    return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
 
 
 def threshold_at_price(prices: Sequence[tuple[float, float]], price: float) -> float:

@@ -14,7 +14,7 @@ from quicksilver.errors import InputError
 NOTHING_HELD = 3
 _MECHANISMS = {
     "halting": ("halting", "shortcuts"),
-    "kv": ("values",),
+    "kv": ("values", "queries"),
     "fusion": ("fusion",),
     "precision": ("channels",),
 }

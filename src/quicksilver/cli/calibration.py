@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from quicksilver.cli.calibrate import _MECHANISMS
 from quicksilver.cli.common import progress
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically
+from quicksilver.core.provenance import FittedTo
 from quicksilver.measure import environment
 from quicksilver.measure.texts import read_dataset, read_documents, read_text
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
+from quicksilver.models.fingerprint import fingerprint as model_fingerprint
+from quicksilver.version import __version__
 
 _FIT_TOKENS = 16384
 _HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
@@ -57,7 +61,11 @@ def run(
     folder.mkdir(exist_ok=True)
     fingerprint = _fingerprint(runner, protocol, parts)
     result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
-    _write(result, settings, output, _facts(name, protocol, parts, model.device))
+    facts = _facts(name, protocol, parts, model.device)
+    if result.verified.chosen is not None:
+        record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], _tokens(parts))
+        result = replace(result, plan=replace(result.plan, fitted_to=record))
+    _write(result, settings, output, facts)
     _print(result, settings, parts)
     return result.verified.chosen is not None
 
@@ -88,10 +96,15 @@ def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) 
     return [WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)], protocol
 
 
+def _tokens(parts: Split) -> int:
+    """Return how many tokens a plan is calibrated on: fed to fit, and scored in the search."""
+    return sum(map(len, parts.fit)) + parts.search.tokens
+
+
 def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
-    total = hashlib.sha256(repr((runner.adapter.spec, protocol)).encode())
-    for name, tensor in runner.model.state_dict().items():
-        total.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum())!r}".encode())
+    """Return a digest of all that figures depend on but for the settings of the search."""
+    spec = runner.adapter.spec
+    total = hashlib.sha256(repr((spec, protocol, model_fingerprint(runner.model, spec), __version__)).encode())
     for ids in parts.fit:
         total.update(ids.numpy().tobytes())
     for part in (parts.search, parts.held_out):

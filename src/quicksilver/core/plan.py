@@ -55,7 +55,7 @@ class Plan:
         precision: how many bits of nested weights are read, or None for all.
         maps: where fitted maps to the last layer's state are used, or None for nowhere.
         shortcuts: which sublayers fitted maps stand in for, or None for none.
-        attention: which values attention does not read, or None where it reads all.
+        attention: which values and components of queries attention does not read, or None where it reads all.
         tensors: what was fitted, or None for nothing.
         fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
             the hash, which is of what the plan does.

@@ -107,13 +107,14 @@ class LayerTrace:
         fill_rows: rows for which key and value alone were projected: halted tokens, and merged means.
         attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
         values_skipped: values that these pairs' heads did not read, a DeferredSum.
+        scores_skipped: multiply-adds of these pairs' scores that were left out, a DeferredSum.
         entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
         fusion_rows: rows that reached fusion after this layer.
         fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
         signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
-            of which one norm is read too.
+            of which one norm is read too; of "query", queries in it whose components' mean square was taken.
         widths: bits read of its nested weights, a WidthCounts.
         shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
         fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
@@ -125,6 +126,7 @@ class LayerTrace:
         self.fill_rows = 0
         self.attended = DeferredSum()
         self.values_skipped = DeferredSum()
+        self.scores_skipped = DeferredSum()
         self.entries_read = 0
         self.halted = 0
         self.fusion_rows = 0
@@ -235,6 +237,11 @@ class Trace:
         """Share of the values of scored (query, key) pairs that their `num_heads` heads read, over all layers."""
         values = num_heads * sum(layer.attended.value for layer in self.layers)
         return 1.0 - sum(layer.values_skipped.value for layer in self.layers) / max(values, 1)
+
+    def query_components_read(self, num_heads: int, head_dim: int) -> float:
+        """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of width `head_dim`."""
+        macs = num_heads * head_dim * sum(layer.attended.value for layer in self.layers)
+        return 1.0 - sum(layer.scores_skipped.value for layer in self.layers) / max(macs, 1)
 
     @property
     def macs_by_width(self) -> list[int]:

@@ -172,6 +172,7 @@ def _what_ran(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
         "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
         "shortcuts_by_layer": {part: _shortcut_shares(trace, part) for part in get_args(Part)},
         "values_read": trace.values_read(spec.num_heads),
+        "query_components_read": trace.query_components_read(spec.num_heads, spec.head_dim),
     }
 
 

@@ -2,6 +2,7 @@
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, residual additions and what the softmax does to weights (leaving some out included) count on neither side.
+The mean square of a query by which components of it are left out is a signal.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
         return 2 * spec.num_kv_heads * spec.head_dim + 4 * spec.head_dim  # means over heads, then their cosine
     if signal == "score":
         return 1  # of one channel
+    if signal == "query":
+        return spec.num_heads * spec.head_dim
     return {"norm": 2, "cosine": 4, "mean": 1, "softmax": 2}[signal] * spec.hidden_size
 
 
@@ -68,7 +71,8 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         )
         signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
         of_head = signals.get("head", 0)
-        attention = layer.attended.value * spec.attention_macs_per_pair - layer.values_skipped.value * spec.head_dim
+        attention = layer.attended.value * spec.attention_macs_per_pair
+        attention -= layer.values_skipped.value * spec.head_dim + layer.scores_skipped.value
         other = attention + sum(signals.values()) - of_head
         other += layer.fitted_macs
         macs += linear + of_head + other

@@ -24,12 +24,14 @@ class Attended(NamedTuple):
     Attributes:
         output: [M, num_heads, head_dim] the weighted values.
         pairs: (query, key) pairs scored causally.
-        skipped: of their (query, key, head) values, those that were not read.
+        values_skipped: of their (query, key, head) values, those that were not read.
+        scores_skipped: multiply-adds of their scores that were left out.
     """
 
     output: Tensor
     pairs: int | Tensor
-    skipped: int | Tensor
+    values_skipped: int | Tensor
+    scores_skipped: int | Tensor
 
 
 def ragged_attention(
@@ -43,6 +45,7 @@ def ragged_attention(
     backend: AttentionBackend = "sdpa",
     masses: Tensor | None = None,
     skip_below: float = 0.0,
+    query_below: float = 0.0,
 ) -> Attended:
     """Attend from each query to the keys at its own and earlier positions.
 
@@ -60,6 +63,9 @@ def ragged_attention(
         skip_below: a head does not read the values that it weighs below `skip_below / n`, n the keys that the query
             sees; the others are scaled to weigh 1. At 0 nothing is skipped; above, the products are plain whatever
             the backend, and values are masked out rather than left unread: this is the definition, not a saving.
+        query_below: components of a head's query of magnitude below `query_below` times their root mean square are
+            left out of its products with the keys. At 0 nothing is; above, they are set to 0 before the backend runs:
+            this too is the definition. A kernel that saves would not read those components of the keys.
 
     Returns:
         The attended values and the counts.
@@ -70,6 +76,7 @@ def ragged_attention(
     if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
     attend = partial(_skipping, skip_below=skip_below) if skip_below > 0.0 else _BACKENDS[backend]
+    queries, left_out = _large(queries, query_below)
     num_queries, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
@@ -78,22 +85,42 @@ def ragged_attention(
     bias = None if masses is None else masses.float().log().to(queries.dtype)[None, :]  # [1, n]
     if newest and num_queries == 1:
         out, kept = attend(queries.view(num_kv_heads, 1, group, head_dim), key, value, bias, False, scaling)
-        return Attended(out.reshape(1, num_heads, head_dim), num_keys, _skipped(num_keys * num_heads, kept))
+        out, skipped = out.reshape(1, num_heads, head_dim), _skipped(num_keys * num_heads, kept)
+        return Attended(out, num_keys, skipped, _scores_skipped(left_out, None, num_keys))
     query = queries.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, M, D]
     if group > 1:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
-    mask: Tensor | None = None
+    mask = seen = None
     pairs: int | Tensor = num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2
     square = newest and num_queries == num_keys and bias is None
     if not square:
         mask = key_positions[None, :] <= query_positions[:, None]  # [M, n]
         if not newest:
-            pairs = mask.sum()
+            seen = mask.sum(-1)
+            pairs = seen.sum()
         if bias is not None:
             mask = bias.expand(num_queries, -1).masked_fill(~mask, float("-inf"))
     out, kept = attend(query, key, value, mask, square, scaling)
     out = out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
-    return Attended(out, pairs, _skipped(pairs * num_heads, kept))
+    return Attended(out, pairs, _skipped(pairs * num_heads, kept), _scores_skipped(left_out, seen, num_keys))
+
+
+def _large(queries: Tensor, query_below: float) -> tuple[Tensor, Tensor | None]:
+    """Return queries [M, H, D] without their small components, and how many those are, [M]; None where all stay."""
+    if query_below == 0.0:
+        return queries, None
+    exact = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    small = exact.abs() < query_below * exact.square().mean(-1, keepdim=True).sqrt()
+    return queries.masked_fill(small, 0.0), small.sum((1, 2))
+
+
+def _scores_skipped(left_out: Tensor | None, seen: Tensor | None, num_keys: int) -> int | Tensor:
+    """Return components left out, [M], times keys seen, [M]; None is for the newest, who see all up to themselves."""
+    if left_out is None:
+        return 0
+    if seen is None:
+        seen = torch.arange(num_keys - len(left_out) + 1, num_keys + 1, device=left_out.device)
+    return (left_out * seen).sum()
 
 
 def _skipped(values: int | Tensor, kept: Tensor | None) -> int | Tensor:

@@ -183,7 +183,10 @@ def _attend(
     outputs, bounds = [], layout.bounds
     written = running if skipped.fill is Fill.NONE else skipped.status.present
     skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
+    query_below = 0.0 if context.attention is None else context.attention.query_threshold_in(layer_idx)
     layer_trace = context.trace.layers[layer_idx]
+    if query_below > 0.0:
+        layer_trace.signal_rows["query"] += query.shape[0]
     for seq, length in enumerate(layout.lengths):
         if length == 0:
             continue
@@ -200,9 +203,11 @@ def _attend(
             backend=context.backend,
             masses=entries.masses,
             skip_below=skip_below,
+            query_below=query_below,
         )
         layer_trace.attended.add(attended.pairs)
-        layer_trace.values_skipped.add(attended.skipped)
+        layer_trace.values_skipped.add(attended.values_skipped)
+        layer_trace.scores_skipped.add(attended.scores_skipped)
         layer_trace.entries_read += entries.keys.shape[0]
         outputs.append(attended.output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

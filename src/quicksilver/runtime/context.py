@@ -33,7 +33,7 @@ class PassContext:
         cache: extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
-        attention: which values attention does not read, None where it reads all.
+        attention: what attention does not read, None where it reads all.
     """
 
     chunk: RaggedLayout

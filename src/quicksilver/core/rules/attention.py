@@ -1,8 +1,10 @@
-"""Attention: which values a query does not read, as a frozen configuration."""
+"""Attention: which values and which components of a query are not read, as a frozen configuration."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from quicksilver.core.rules.checks import Threshold, check_count, check_threshold, threshold_at
 from quicksilver.errors import PlanError
@@ -10,28 +12,43 @@ from quicksilver.errors import PlanError
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Values that weigh little are not read: of n entries that a query may see, those below `threshold / n`.
+    """Values that weigh little are not read, and components of a query that are small multiply no keys.
 
-    A head decides for itself; what it keeps is scaled to weigh 1 together.
+    The two are independent. A head decides for itself: of n entries that a query may see it leaves out the values that
+    weigh below `threshold / n`, and scales what it keeps to weigh 1 together; of its query, as it meets the keys, it
+    leaves out the components of magnitude below `query_threshold` times their root mean square.
 
     Attributes:
         threshold: in multiples of the mean weight `1 / n`, at most 1 so that the largest weight is always kept; 0
             skips nothing.
+        query_threshold: in multiples of the root mean square of a head's query; 0 skips nothing.
     """
 
-    threshold: Threshold
+    threshold: Threshold = 0.0
+    query_threshold: Threshold = 0.0
 
     def __post_init__(self) -> None:
-        threshold = check_threshold("attention", self.threshold)
-        for value in threshold if isinstance(threshold, tuple) else (threshold,):
-            if not 0.0 <= value <= 1.0:
-                raise PlanError(f"attention: threshold must lie in [0, 1], got {value!r}")
-        object.__setattr__(self, "threshold", threshold)
+        object.__setattr__(self, "threshold", _checked("threshold", self.threshold, 1.0))
+        object.__setattr__(self, "query_threshold", _checked("query_threshold", self.query_threshold, math.inf))
 
     def threshold_in(self, layer_idx: int) -> float:
-        """Return the threshold of layer `layer_idx`."""
+        """Return the threshold of values in layer `layer_idx`."""
         return threshold_at(self.threshold, layer_idx)
+
+    def query_threshold_in(self, layer_idx: int) -> float:
+        """Return the threshold of queries' components in layer `layer_idx`."""
+        return threshold_at(self.query_threshold, layer_idx)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where a list of thresholds is not as long as the model is deep."""
         check_count(self.threshold, num_layers)
+        check_count(self.query_threshold, num_layers)
+
+
+def _checked(name: str, value: Any, most: float) -> Threshold:
+    threshold = check_threshold("attention", value, name)
+    for each in threshold if isinstance(threshold, tuple) else (threshold,):
+        if not 0.0 <= each <= most:
+            allowed = "be 0 or more" if math.isinf(most) else f"lie in [0, {most:g}]"
+            raise PlanError(f"attention: {name} must {allowed}, got {each!r}")
+    return threshold

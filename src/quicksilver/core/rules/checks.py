@@ -23,12 +23,12 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_threshold(owner: str, value: Any) -> Threshold:
-    """Return a threshold as floats; `owner` names it in the PlanError raised for anything else."""
+def check_threshold(owner: str, value: Any, name: str = "threshold") -> Threshold:
+    """Return a threshold as floats; `owner` and `name` say which it is in the PlanError raised for anything else."""
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
-            raise PlanError(f"{owner}: threshold must be a number or a list of numbers, got {repr(item)[:40]}")
+            raise PlanError(f"{owner}: {name} must be a number or a list of numbers, got {repr(item)[:40]}")
     return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
 
 
