@@ -74,6 +74,7 @@ class Fits:
             every token takes it.
         map_scores: of the nested maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
+        centred: channels that are left out stand at their mean.
         value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
         query_prices: of leaving components of queries out.
     """
@@ -85,6 +86,7 @@ class Fits:
     shortcuts: dict[Unit, tuple[float, float]] = field(default_factory=dict)
     map_scores: list[MapScores] = field(default_factory=list)
     map_weights: list[float] = field(default_factory=list)
+    centred: bool = False
     value_prices: AttentionPrices = field(default_factory=AttentionPrices)
     query_prices: AttentionPrices = field(default_factory=AttentionPrices)
 
@@ -127,6 +129,8 @@ def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:
     names = [f"{shortcut.name}." for shortcut in shortcuts]
     if plan.halting is not None:
         names += [f"{kind}.{i}." for i in fits.halt_layers for kind in ("output", "gate")]
+    if plan.precision is not None and fits.centred:
+        names.append("mean.")
     return tuple(names)
 
 
@@ -170,8 +174,9 @@ def _halting(price: float, fits: Fits) -> dict[str, Any]:
 
 
 def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:
+    """Return channel widths at a price, a set of thresholds for each map."""
     limits = tuple(
         thresholds(scores, widths, price * fits.units.bit, price * fits.units.mac, weight)
         for scores, weight in zip(fits.map_scores, fits.map_weights, strict=True)
     )
-    return PrecisionConfig(ChannelWidthRule(limits, widths))
+    return PrecisionConfig(ChannelWidthRule(limits, widths, centred=fits.centred))

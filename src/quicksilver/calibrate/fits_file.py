@@ -35,6 +35,7 @@ def write(path: Path, key: str, fits: Fits) -> None:
         "shortcuts": [[*unit, *known] for unit, known in fits.shortcuts.items()],
         "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
         "map_weights": fits.map_weights,
+        "centred": fits.centred,
         "value_prices": asdict(fits.value_prices),
         "query_prices": asdict(fits.query_prices),
     }
@@ -69,6 +70,7 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
             for i, (inputs, outputs, worth, lost) in enumerate(facts["maps"])
         ],
         list(facts["map_weights"]),
+        facts["centred"],
         *(
             AttentionPrices(tuple(map(tuple, facts[kind]["points"])), tuple(facts[kind]["layers"]))
             for kind in ("value_prices", "query_prices")

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from quicksilver.calibrate import outputs, sensitivity, shortcuts
 from quicksilver.calibrate.candidates import Fits, Mechanism, shortcuts_at
+from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.objectives import UnitCosts
-from quicksilver.calibrate.widths import collect_scores, unprotected
+from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig, ShortcutConfig
 from quicksilver.core.rules.maps import Shortcut
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import Adapter
 
+_TRIED = 0.25  # share of channels left out to learn whether they should be centred
 _PROBED = 4  # windows, of the fitted part, that sensitivities are measured on
 _FIRST_EXIT = 0.5  # of the depth: no token halts before
 _REFIT_PRICE = 0.2  # at which shortcuts are chosen for the second fit
@@ -34,7 +36,7 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
     if "queries" in mechanisms:
         total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
     if "channels" in mechanisms:
-        total += num_windows + sum(len(layer.nested) for layer in adapter.layers)
+        total += 3 * num_windows + sum(len(layer.nested) for layer in adapter.layers)
     return total
 
 
@@ -73,13 +75,38 @@ def fit(
             probe, lambda threshold: AttentionConfig(query_threshold=threshold), sensitivity.QUERY_THRESHOLDS, on_step
         )
     if "channels" in mechanisms:
-        rule = ChannelWidthRule(target=8.0, widths=widths)
-        text = unprotected(adapter, PrecisionConfig(rule), windows, special_ids)
-        fits.map_scores = collect_scores(rule, adapter, text, on_step)
-        fits.map_weights = sensitivity.map_weights(probe, fits.map_scores, on_step)
+        text = unprotected(adapter, PrecisionConfig(ChannelWidthRule(target=8.0)), windows, special_ids)
+        _fit_channels(fits, adapter, probe, text, widths, on_step)
     if "shortcuts" in mechanisms:
         _fit_shortcuts(fits, adapter, probe, windows, on_step)
     return fits
+
+
+def _fit_channels(
+    fits: Fits,
+    adapter: Adapter,
+    probe: sensitivity.Probe,
+    text: Sequence[Text],
+    widths: tuple[int, ...],
+    on_step: Callable[[], None],
+) -> None:
+    """Learn what channels contribute, plain or less their mean, whichever lets more of them be left out."""
+    means = collect_means(adapter, text, on_step)
+    tensors = {
+        ChannelWidthRule.mean_name(*divmod(i, len(adapter.layers[0].nested))): mean for i, mean in enumerate(means)
+    }
+    found = []
+    for centred in (False, True):
+        rule = ChannelWidthRule(target=8.0, widths=widths, centred=centred)
+        scores = collect_scores(rule, adapter, text, on_step, means if centred else None)
+        limits = tuple(quantiles(each.counts, (1.0 - _TRIED, _TRIED)) for each in scores)
+        config = PrecisionConfig(ChannelWidthRule(limits, (8, 0), centred=centred))
+        nats = probe.nats(Plan("channels", precision=config, tensors=PlanTensors(tensors) if centred else None))
+        found.append((nats, centred, scores))
+    _, fits.centred, fits.map_scores = min(found, key=lambda each: each[0])
+    if fits.centred:
+        fits.tensors |= tensors
+    fits.map_weights = sensitivity.map_weights(probe, fits.map_scores, means if fits.centred else None, on_step)
 
 
 def _fit_shortcuts(

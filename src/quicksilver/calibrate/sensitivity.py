@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import quantiles
@@ -57,19 +58,25 @@ class Probe:
         return executed_cost(self.adapter.spec, trace).body_macs / len(window)
 
 
-def map_weights(probe: Probe, scores: Sequence[MapScores], on_map: Callable[[], None] = lambda: None) -> list[float]:
+def map_weights(
+    probe: Probe,
+    scores: Sequence[MapScores],
+    means: Sequence[Tensor] | None = None,
+    on_map: Callable[[], None] = lambda: None,
+) -> list[float]:
     """Return for each nested map the nats that one unit of its relative squared error costs, layer after layer.
 
     Args:
         probe: on a model with nested weights.
         scores: of its maps, weighted by the norms of their channels' weights.
+        means: of the maps' inputs, where channels that are left out stand at their mean.
         on_map: called after each map.
     """
     modules = [module for layer in probe.adapter.layers for module in layer.nested]
     weights = []
-    for module, each in zip(modules, scores, strict=True):
+    for i, (module, each) in enumerate(zip(modules, scores, strict=True)):
         (limit,) = quantiles(each.counts, (1.0 - SKIPPED, SKIPPED))
-        with _skipping(module, limit) as skipped:
+        with _skipping(module, limit, None if means is None else means[i]) as skipped:
             nats = probe.nats()
         rows = sum(len(window) for window in probe.windows)
         weights.append(nats / max(float(sum(skipped)) / rows * each.worth, 1e-12))
@@ -78,17 +85,18 @@ def map_weights(probe: Probe, scores: Sequence[MapScores], on_map: Callable[[], 
 
 
 @contextmanager
-def _skipping(module: NestedLinear, limit: float) -> Iterator[list[Tensor]]:
+def _skipping(module: NestedLinear, limit: float, mean: Tensor | None) -> Iterator[list[Tensor]]:
     """Leave out a map's channels of small score; gather the squared scores left out, of each call."""
     skipped: list[Tensor] = []
     norms = module.channel_norms
 
     def leave_out(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        scores = args[0].abs() * norms
+        centre = torch.zeros_like(norms) if mean is None else mean
+        scores = (args[0] - centre).abs() * norms
         kept = scores >= limit
         kept[:PROTECTED] = True
         skipped.append(scores.masked_fill(kept, 0.0).double().square().sum())
-        return (args[0].masked_fill(~kept, 0.0), *args[1:])
+        return (torch.where(kept, args[0], centre.to(args[0])), *args[1:])
 
     hook = module.register_forward_pre_hook(leave_out)
     try:

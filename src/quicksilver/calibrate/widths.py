@@ -28,7 +28,7 @@ from quicksilver.core.rules import (
 from quicksilver.core.rules.precision import Thresholds
 from quicksilver.errors import InputError, PlanError
 from quicksilver.models.spec import Adapter
-from quicksilver.policies.precision import channel, entropy
+from quicksilver.policies.precision import channel, channel_rule, entropy
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.protection import Protection
@@ -80,6 +80,9 @@ def _check(adapter: Adapter, plan: Plan, precision: PrecisionConfig) -> None:
     spec, num_maps = adapter.spec, len(adapter.layers[0].nested)
     if not spec.is_nested:
         raise PlanError(f"plan {plan.name!r}: widths are fitted to nested weights, the model's are plain")
+    channels = channel_rule(precision.rule)
+    if channels is not None and channels.centred:
+        raise PlanError(f"plan {plan.name!r}: a rule that centres inputs is made by `quicksilver calibrate`")
     try:
         precision.rule.check_maps(spec.num_layers, num_maps)
     except PlanError as error:
@@ -188,7 +191,11 @@ def _fit_channels(
 
 
 def collect_scores(
-    rule: ChannelWidthRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None
+    rule: ChannelWidthRule,
+    adapter: Adapter,
+    text: Sequence[Text],
+    on_window: Callable[[], None] = lambda: None,
+    means: Sequence[Tensor] | None = None,
 ) -> list[MapScores]:
     """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
 
@@ -197,13 +204,15 @@ def collect_scores(
         adapter: a model with nested weights.
         text: calibration text, each piece run on its own.
         on_window: called after each piece.
+        means: of each map's inputs, where the rule is centred.
     """
     modules = [module for layer in adapter.layers for module in layer.nested]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)
 
     def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
-        view = ChannelView(0, i, len(modules), args[0][rows], lambda: module.channel_norms, None)
+        inputs = args[0][rows] if means is None else args[0][rows] - means[i].to(args[0])
+        view = ChannelView(0, i, len(modules), inputs, lambda: module.channel_norms, None)
         counts[i] += histogram(channel.score(rule, view))
         product = output[rows] if module.bias is None else output[rows] - module.bias
         power[i] += float(product.double().square().sum())
@@ -219,6 +228,30 @@ def collect_scores(
         _map_scores(rule, module, each, total / num_rows)
         for module, each, total in zip(modules, counts, power, strict=True)
     ]
+
+
+def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None) -> list[Tensor]:
+    """Return the mean of each nested map's inputs, [in] float32, layer after layer, from one pass of the dense model.
+
+    Args:
+        adapter: a model with nested weights.
+        text: calibration text, each piece run on its own.
+        on_window: called after each piece.
+    """
+    modules = [module for layer in adapter.layers for module in layer.nested]
+    sums = [torch.zeros(module.num_inputs, dtype=torch.float64, device=adapter.spec.device) for module in modules]
+
+    def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
+        sums[i] += args[0][rows].double().sum(0)
+
+    with observing(modules, observe):
+        decoder = Decoder(adapter, Plan.dense())
+        for window in text:
+            rows = window.rows
+            _run(decoder, window.token_ids)
+            on_window()
+    num_rows = sum(len(window.rows) for window in text)
+    return [(each / num_rows).float() for each in sums]
 
 
 def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, power: float) -> MapScores:

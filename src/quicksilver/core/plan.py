@@ -37,7 +37,7 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.core.tensors import AffineMap, PlanTensors, named_gate
+from quicksilver.core.tensors import AffineMap, PlanTensors, named_vector
 from quicksilver.errors import PlanError
 
 PLAN_VERSION = 1
@@ -236,7 +236,7 @@ class Plan:
         """
         shortcuts = () if self.shortcuts is None else self.shortcuts.shortcuts
         return {
-            shortcut: named_gate(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
+            shortcut: named_vector(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
             for shortcut in shortcuts
             if shortcut.threshold is not None
         }

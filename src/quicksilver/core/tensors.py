@@ -82,8 +82,8 @@ class PlanTensors(Mapping[str, Tensor]):
         return hash(self.digest)
 
 
-def named_gate(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
-    """Return the gate of so many weights that the tensor `name` holds.
+def named_vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+    """Return the tensor `name`, a vector of so many values: a gate, or the mean of a map's inputs.
 
     Raises:
         PlanError: it is missing, or of another shape.

@@ -59,7 +59,7 @@ class Decoder:
         self._maps = OutputMaps(plan, adapter.spec)
         self._halting = HaltingStep(adapter, plan, special_ids, self._maps)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
-        self._precision = PrecisionStep(adapter, plan.precision, special_ids, self._halting.head_entropy)
+        self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
 
     @property

@@ -5,7 +5,7 @@ The rules themselves are in `quicksilver.policies.precision`; reading is `quicks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.decisions import ChannelView, TokenWidthView
-from quicksilver.core.rules import PrecisionConfig
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import ChannelWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
+from quicksilver.core.tensors import named_vector
 from quicksilver.core.trace import LayerTrace
 from quicksilver.models.spec import Adapter, Apply
 from quicksilver.policies import precision
@@ -27,24 +29,48 @@ def apply_plain(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
+class _Centre:
+    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
+
+    Args:
+        module: the map.
+        mean: as the plan holds it.
+    """
+
+    def __init__(self, module: NestedLinear, mean: Tensor) -> None:
+        self._module, self._mean = module, mean
+        self._bound: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both on the device and in the dtype of the map's inputs."""
+        if self._bound is None:
+            mean = self._mean.to(like.device, like.dtype)
+            product = self._module(mean[None])[0]
+            self._bound = mean, product if self._module.bias is None else product - self._module.bias
+        return self._bound
+
+
 class PrecisionStep:
-    """A precision configuration bound to a model.
+    """A plan's precision bound to a model.
 
     Args:
         adapter: the model.
-        config: how many bits are read; None for all.
+        plan: says how many bits are read.
         special_ids: token ids that are protected where the configuration says so.
         head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+
+    Raises:
+        PlanError: the mean of a map's inputs is missing, or of another shape.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        config: PrecisionConfig | None,
+        plan: Plan,
         special_ids: Sequence[int],
         head_entropy: Callable[[Tensor], Tensor],
     ) -> None:
-        spec = adapter.spec
+        spec, config = adapter.spec, plan.precision
         self._is_nested = spec.is_nested
         self._rule = None if config is None else config.rule
         self._protection = Protection(config, special_ids, spec.device)
@@ -53,6 +79,8 @@ class PrecisionStep:
         self._token_layer = None if self._token_rule is None else self._token_rule.after_layer(spec.num_layers)
         self._num_maps = len(adapter.layers[0].nested)
         self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
+        channels = precision.channel_rule(self._rule)
+        self._centres = {} if channels is None or not channels.centred else _centres(adapter, plan.tensors or {})
 
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass read all bits, [N] bool; None where none does by protection."""
@@ -108,16 +136,35 @@ class PrecisionStep:
             widths = torch.full((x.shape[0],), widths, dtype=torch.uint8, device=x.device)
         return widths.masked_fill(exempt if widths.dim() == 1 else exempt[:, None], MAX_WIDTH)
 
-    @staticmethod
     def _apply(
-        trace: LayerTrace, choose: Callable[[NestedLinear, Tensor], int | Tensor], module: NestedLinear, x: Tensor
+        self, trace: LayerTrace, choose: Callable[[NestedLinear, Tensor], int | Tensor], module: NestedLinear, x: Tensor
     ) -> Tensor:
-        widths = choose(module, x)
+        centre = self._centres.get(id(module))
+        if centre is None:
+            return self._read(trace, choose(module, x), module, x)
+        mean, product = centre.bind(x)
+        trace.record_fitted(x.shape[0], 0, mean.nbytes + product.nbytes)
+        x = x - mean
+        return self._read(trace, choose(module, x), module, x) + product
+
+    @staticmethod
+    def _read(trace: LayerTrace, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
+        """Apply a map at chosen widths, and count what is read."""
         counts = _channels_by_width(widths, x)
         trace.widths.add(counts, module.num_outputs, module.channel_bytes)
         if isinstance(counts, list):
             return module(x, widths)
         return module(x, widths, [width for width, count in enumerate(counts.tolist()) if width and count])
+
+
+def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, _Centre]:
+    """Return the means of the inputs of a model's nested maps, by the map's identity."""
+    centres = {}
+    for layer_idx, layer in enumerate(adapter.layers):
+        for map_idx, module in enumerate(layer.nested):
+            name = ChannelWidthRule.mean_name(layer_idx, map_idx)
+            centres[id(module)] = _Centre(module, named_vector(tensors, name, module.num_inputs))
+    return centres
 
 
 def _channels_by_width(widths: int | Tensor, x: Tensor) -> list[int] | Tensor:

@@ -136,22 +136,32 @@ class ChannelWidthRule(GradedWidthRule):
     Attributes:
         thresholds: one set for the whole model, or one set for each map of each layer, layer after layer.
         score: "weighted": `|x_j| * ||W[j]||`; "activation": `|x_j|` alone.
+        centred: x is what the input differs by from its mean on calibration text, the plan's tensor `mean.LAYER.MAP`,
+            [in]; the mean's own product, all bits read, is added. A channel left out then stands at its mean, not at 0.
     """
 
     widths: tuple[int, ...] = (8, 6, 4, 2, 0)
     score: ChannelScore = "weighted"
+    centred: bool = False
     skips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in get_args(ChannelScore):
             raise PlanError(f"ChannelWidthRule: score must be weighted or activation, got {self.score!r}")
+        if not isinstance(self.centred, bool):
+            raise PlanError(f"ChannelWidthRule: centred must be true or false, got {self.centred!r}")
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:
         """Raise PlanError where the sets of thresholds are not as many as the model has linear maps."""
         sets = self.thresholds
         if sets and isinstance(sets[0], tuple) and len(sets) != num_layers * num_maps:
             raise PlanError(f"{len(sets)} sets of thresholds, the model has {num_layers} x {num_maps} linear maps")
+
+    @staticmethod
+    def mean_name(layer_idx: int, map_idx: int) -> str:
+        """Return the name of the tensor that holds the mean of a map's inputs."""
+        return f"mean.{layer_idx}.{map_idx}"
 
     def thresholds_at(self, layer_idx: int, map_idx: int, num_maps: int) -> Thresholds:
         """Return the thresholds of one linear map.

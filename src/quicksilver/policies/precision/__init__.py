@@ -31,6 +31,13 @@ def token_rule(rule: rules.PrecisionRule) -> rules.EntropyWidthRule | None:
     return rule if isinstance(rule, rules.EntropyWidthRule) else None
 
 
+def channel_rule(rule: rules.PrecisionRule | None) -> rules.ChannelWidthRule | None:
+    """Return the part of a rule that decides about channels, or None where it has none."""
+    if isinstance(rule, rules.CappedWidthRule):
+        return rule.channel
+    return rule if isinstance(rule, rules.ChannelWidthRule) else None
+
+
 def decide_tokens(rule: rules.EntropyWidthRule, view: TokenWidthView) -> WidthChoice:
     """Return how many bits tokens may read from here on, [N]."""
     return entropy.decide_tokens(rule, view)
