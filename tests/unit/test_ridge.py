@@ -10,7 +10,6 @@ from quicksilver.calibrate.ridge import PENALTY, Affine, RidgeSums, named_tensor
 from quicksilver.core.tensors import AffineMap
 from quicksilver.errors import ModelError
 
-
 CPU = torch.device("cpu")
 ROWS, INPUTS, OUTPUTS = 400, 12, 12
 CLOSE = 2e-4  # the sums are of products in float32; without the penalty weights differ a hundred times as much
