@@ -105,7 +105,7 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
     for mechanism, factor in knobs.factors.items():
         price = knobs.price * factor
         if mechanism == "halting":
-            parts |= _halting(price, fits) | {"kv": FILLS[knobs.fill]}
+            parts |= _halting(price, fits, knobs.fill)
         elif mechanism == "shortcuts":
             parts["shortcuts"] = shortcuts_at(price, fits)
         elif mechanism == "values":
@@ -160,17 +160,20 @@ def _unit_work(unit: Unit, fits: Fits) -> float:
     spec, layer_idx, part = fits.spec, *unit
     name = f"shortcut.{layer_idx}.{part}"
     of_map = sum(t.numel() for key, t in fits.tensors.items() if key.startswith(name) and t.dim() == 2)
+    weight, fitted = fits.units.weight(spec.weight_bits), fits.units.weight(8 * spec.dtype.itemsize)
     if part == "mlp":
-        return spec.mlp_macs * fits.units.weight() - of_map * fits.units.pair
+        return spec.mlp_macs * weight - of_map * fitted
     pairs = spec.max_positions / 4 * spec.attention_macs_per_pair  # of a window's later half, about
-    return spec.query_macs * fits.units.weight() + (pairs - of_map) * fits.units.pair
+    return spec.query_macs * weight + pairs * fits.units.pair - of_map * fitted
 
 
-def _halting(price: float, fits: Fits) -> dict[str, Any]:
+def _halting(price: float, fits: Fits, fill: str) -> dict[str, Any]:
+    if not fits.halt_layers:
+        return {}
     layers = fits.spec.num_layers
     limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
     config = HaltingConfig(FittedRule(limits), min_layer=fits.halt_layers[0] + 1)
-    return {"halting": config, "maps": MapConfig()}
+    return {"halting": config, "kv": FILLS[fill], "maps": MapConfig()}
 
 
 def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:

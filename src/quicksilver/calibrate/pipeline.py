@@ -19,6 +19,7 @@ from quicksilver.calibrate.scoring import Budget, Scorer
 from quicksilver.calibrate.search import Scored, Search
 from quicksilver.calibrate.splits import Split
 from quicksilver.calibrate.trials import Trials
+from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
 from quicksilver.measure.windows import Protocol
 from quicksilver.quant.linear import keeping_expanded
@@ -219,7 +220,7 @@ class Calibrator:
             return json.loads(path.read_text(encoding="utf-8"))
         row = score(plan)
         assert row is not None  # it was not scored for a budget
-        path.write_text(json.dumps(row), encoding="utf-8")
+        write_atomically(path, json.dumps(row))
         return row
 
     def _key(self, *facts: Any) -> str:

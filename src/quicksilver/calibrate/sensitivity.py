@@ -34,13 +34,18 @@ class Probe:
 
     Args:
         adapter: the model.
-        windows: token ids [T] of calibration text, each run on its own.
+        windows: token ids [T] of calibration text, each run on its own; those of attention sinks alone do not count.
     """
 
     def __init__(self, adapter: Adapter, windows: Sequence[Tensor]) -> None:
         self.adapter = adapter
-        self.windows = windows
-        self._full = [run(adapter, window) for window in windows]
+        self.windows = [window for window in windows if len(window) > PROTECTED]
+        self._full = [run(adapter, window) for window in self.windows]
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that divergences are taken of."""
+        return sum(len(window) - PROTECTED for window in self.windows)
 
     def nats(self, plan: Plan | None = None) -> float:
         """Return the mean divergence of a plan's predictions, or of the model as it is now disturbed."""
@@ -48,7 +53,7 @@ class Probe:
             float(divergence(self.adapter, full[PROTECTED:], run(self.adapter, window, plan)[PROTECTED:]).sum())
             for window, full in zip(self.windows, self._full, strict=True)
         )
-        return max(total, 0.0) / sum(len(window) - PROTECTED for window in self.windows)
+        return max(total, 0.0) / self.num_rows
 
     def macs(self, plan: Plan) -> float:
         """Return the multiply-adds per token of a plan's layers on the first window."""
@@ -78,8 +83,7 @@ def map_weights(
         (limit,) = quantiles(each.counts, (1.0 - SKIPPED, SKIPPED))
         with _skipping(module, limit, None if means is None else means[i]) as skipped:
             nats = probe.nats()
-        rows = sum(len(window) for window in probe.windows)
-        weights.append(nats / max(float(sum(skipped)) / rows * each.worth, 1e-12))
+        weights.append(nats / max(float(sum(skipped)) / probe.num_rows * each.worth, 1e-12))
         on_map()
     return weights
 

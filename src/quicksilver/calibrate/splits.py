@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quicksilver.calibrate.observe import PROTECTED
 from quicksilver.errors import InputError
 from quicksilver.measure.windows import Window, WindowedText
 
@@ -74,7 +75,8 @@ def _joined(texts: Sequence[WindowedText]) -> WindowedText:
 def split(text: WindowedText, fit_tokens: int, search_tokens: int, held_out_tokens: int) -> Split:
     """Cut the windows of a text into three parts, one after another, and thin each out evenly to a number of tokens.
 
-    A window that shares tokens with the part before is left out.
+    Windows that share tokens with the part before are left out, and from the fitted part those that hold nothing but
+    attention sinks. The searched and the held-out part keep as many windows as an interval needs, whatever the limit.
 
     Args:
         text: windows of all of it.
@@ -89,17 +91,18 @@ def split(text: WindowedText, fit_tokens: int, search_tokens: int, held_out_toke
     first, second = int(count * SHARES[0]), int(count * (SHARES[0] + SHARES[1]))
     parts = (
         text.windows[:first],
-        _apart(text.windows[first:second]),
-        _apart(text.windows[second:]),
+        _apart(text.windows[first:second], text.windows[:first]),
+        _apart(text.windows[second:], text.windows[:second]),
     )
-    if not parts[0] or min(len(part) for part in parts[1:]) < _LEAST_WINDOWS:
+    fitted = [window for window in _disjoint(parts[0]) if len(window.token_ids) > PROTECTED]
+    if not fitted or min(len(part) for part in parts[1:]) < _LEAST_WINDOWS:
         raise InputError(
             f"{text.name}: {count} windows are too few to fit, search and verify on apart"
             f" (about {4 * _LEAST_WINDOWS} are needed); give more text, or a shorter --context"
         )
-    fit = [torch.tensor(window.token_ids) for window in _thinned(_disjoint(parts[0]), fit_tokens, fed=True)]
+    fit = [torch.tensor(window.token_ids) for window in _thinned(fitted, fit_tokens, fed=True)]
     search, held_out = (
-        _part(text, name, _thinned(part, tokens, fed=False))
+        _part(text, name, _thinned(part, tokens, fed=False, least=_LEAST_WINDOWS))
         for name, part, tokens in (
             ("search part", parts[1], search_tokens),
             ("held-out part", parts[2], held_out_tokens),
@@ -115,25 +118,34 @@ def _part(text: WindowedText, name: str, windows: Sequence[Window]) -> Part:
     return Part(WindowedText(f"{text.name}, {name}", tuple(windows), size), ((text.name, len(windows)),))
 
 
-def _apart(windows: Sequence[Window]) -> Sequence[Window]:
-    """Drop the first window where its context lies in the part before."""
-    return windows[1:] if windows and windows[0].first_scored > 1 else windows
+def _apart(windows: Sequence[Window], before: Sequence[Window]) -> Sequence[Window]:
+    """Drop first windows that share tokens with the last one of the part before."""
+    if not before:
+        return windows
+    first = 0
+    while first < len(windows) and _overlap(before[-1], windows[first]):
+        first += 1
+    return windows[first:]
 
 
 def _disjoint(windows: Sequence[Window]) -> list[Window]:
     """Return windows that share no tokens: with a stride of half the context every other one."""
     kept: list[Window] = []
-    end = 0
     for window in windows:
-        start = window.text_start - window.first_scored
-        if not kept or start >= end or window.text_start < kept[-1].text_start:
+        if not kept or not _overlap(kept[-1], window):
             kept.append(window)
-            end = start + len(window.token_ids)
     return kept
 
 
-def _thinned(windows: Sequence[Window], tokens: int, fed: bool) -> list[Window]:
-    """Return windows evenly spaced over a part, of at most so many tokens in all, but one at least."""
+def _overlap(one: Window, later: Window) -> bool:
+    """Whether a window shares tokens with a later one, which is of another document where it does not score later."""
+    start = later.text_start - later.first_scored
+    end = one.text_start - one.first_scored + len(one.token_ids)
+    return later.text_start > one.text_start and start < end
+
+
+def _thinned(windows: Sequence[Window], tokens: int, fed: bool, least: int = 1) -> list[Window]:
+    """Return windows evenly spaced over a part, of at most so many tokens in all, but so many windows at least."""
     total = sum(len(window.token_ids) if fed else window.num_scored for window in windows)
-    count = max(min(int(len(windows) * tokens / max(total, 1)), len(windows)), 1)
+    count = max(min(int(len(windows) * tokens / max(total, 1)), len(windows)), least)
     return [windows[int((i + 0.5) * len(windows) / count)] for i in range(count)]

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import saved
+from quicksilver.core.files import write_atomically
 
 Space = dict[str, BaseDistribution]
 Propose = Callable[[Sequence[FrozenTrial]], tuple[Space, dict[str, Any] | None]]
@@ -33,6 +34,7 @@ class Trials:
 
     def __init__(self, path: Path, key: str, objective: Objective, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        _end_with_a_line(path)
         self._objective, self._seed = objective, seed
         self._study = optuna.create_study(
             study_name=key,
@@ -84,3 +86,9 @@ class Trials:
         if parameters is not None and not waiting:
             self._study.enqueue_trial(parameters)
         return self._study.ask(space)
+
+
+def _end_with_a_line(path: Path) -> None:
+    """Cut off what a machine that went down in the middle of a write left: Optuna would join the next line to it."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        write_atomically(path, content[: content.rfind(b"\n") + 1])

@@ -1,0 +1,232 @@
+"""From prices to plans: thresholds grow with the price, a price of nothing saves nothing, units add up to the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, static_exit
+from quicksilver.calibrate.fitting import fit
+from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import ChannelWidthRule, CosineFusionRule, DropFill, FittedRule, PropagateFill, ShareFill
+from quicksilver.core.trace import Trace
+from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.models.registry import adapt
+from tests import tiny
+from tests.engines import decoder, run_whole
+
+ALL = ("halting", "shortcuts", "values", "channels")
+WIDTHS = (8, 4, 2, 0)
+WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(4)]
+PRICES = (1e-3, 0.1, 0.5, 2.0, 10.0, 50.0)
+
+
+def dense_trace(model: Any) -> Trace:
+    """Return what one window, its logits included, took the dense model."""
+    return run_whole(decoder(model, Plan.dense()), WINDOWS[0]).trace
+
+
+def units_of(model: Any, objective: Objective) -> UnitCosts:
+    spec, trace = adapt(model).spec, dense_trace(model)
+    return unit_costs(objective, spec, dense_cost(spec, trace), trace.tokens)
+
+
+@pytest.fixture(scope="module")
+def fits() -> Fits:
+    model = tiny.nested("llama")
+    return fit(adapt(model), ALL, units_of(model, "flops"), WINDOWS, WIDTHS)
+
+
+def make(fits: Fits, price: float, mechanisms: Sequence[Any] = ALL, **others: Any) -> Plan:
+    return build(Knobs(price, dict.fromkeys(mechanisms, 1.0), **others), fits, "mine", WIDTHS)
+
+
+def flops(plan: Plan) -> int:
+    spec = adapt(tiny.nested("llama")).spec
+    return executed_cost(spec, run_whole(decoder(tiny.nested("llama"), plan), WINDOWS[1]).trace).flops
+
+
+def test_limits_of_halting_grow_with_the_price_and_with_what_is_left_to_run(fits: Fits) -> None:
+    limits = []
+    for price in PRICES:
+        plan = make(fits, price, ["halting"])
+        assert plan.halting is not None
+        assert isinstance(plan.halting.rule, FittedRule)
+        limits.append(plan.halting.rule.threshold)
+        assert limits[-1][1] == pytest.approx(2 * limits[-1][2])  # twice the layers are saved
+        assert limits[-1][0] == limits[-1][3] == 0.0
+        assert limits[-1][2] == pytest.approx(price * fits.units.layer)
+    assert limits == sorted(limits)
+
+
+def test_limits_of_shortcuts_grow_with_the_price(fits: Fits) -> None:
+    before: dict[str, float] = {}
+    for price in PRICES:
+        config = shortcuts_at(price, fits)
+        found = {} if config is None else {each.name: each.threshold or 0.0 for each in config.shortcuts}
+        assert set(found) >= set(before)
+        assert all(found[name] > before[name] for name in before)
+        before = found
+    assert len(before) == 2 * tiny.NUM_LAYERS
+    assert shortcuts_at(1e-9, fits) is None
+
+
+@pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
+def test_limits_of_channels_grow_with_the_price(fits: Fits, objective: Objective) -> None:
+    priced = replace(fits, units=units_of(tiny.nested("llama"), objective))
+    limits = []
+    for price in PRICES:
+        precision = make(priced, price, ["channels"]).precision
+        assert precision is not None
+        assert isinstance(precision.rule, ChannelWidthRule)
+        limits.append(torch.tensor(precision.rule.thresholds))
+    assert limits[0].shape == (tiny.NUM_LAYERS * 7, len(WIDTHS) - 1)
+    for low, high in pairwise(limits):
+        assert bool((high > low).all())
+
+
+def test_the_threshold_of_values_grows_with_the_price(fits: Fits) -> None:
+    found = [make(fits, price, ["values"]).attention for price in (1e-6, *PRICES, 1e6)]
+    thresholds = [0.0 if each is None else each.threshold_in(0) for each in found]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] < 0.01
+    assert thresholds[-1] == 1.0
+
+
+def test_fusion_has_a_cosine_instead_of_a_price(fits: Fits) -> None:
+    plans = [build(Knobs(price, {"fusion": 0.7}), fits, "mine", WIDTHS) for price in PRICES]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0].fusion is not None
+    assert plans[0].fusion.rule == CosineFusionRule(0.7)
+
+
+def test_the_higher_the_price_the_less_work(fits: Fits) -> None:
+    spent = [flops(make(fits, price)) for price in (1e-9, 0.3, 2.0, 10.0, 100.0)]
+    assert spent == sorted(spent, reverse=True)
+    assert spent[-1] < 0.6 * spent[0]
+
+
+def test_a_price_of_nothing_saves_nothing(fits: Fits) -> None:
+    dense, plan = Plan.dense(), make(fits, 1e-9)
+    trace = run_whole(decoder(tiny.nested("llama"), plan), WINDOWS[1]).trace
+    assert trace.mean_depth == tiny.NUM_LAYERS
+    assert all(not layer.shortcut_rows["mlp"] and not layer.shortcut_rows["attention"] for layer in trace.layers)
+    assert trace.macs_by_width[8] >= 0.999 * sum(trace.macs_by_width)
+    assert trace.values_read(4) > 0.999
+    assert flops(plan) >= 0.999 * flops(dense)
+
+
+@pytest.mark.parametrize("mechanism", ALL)
+def test_a_mechanism_left_out_is_off_and_nothing_else_changes(fits: Fits, mechanism: Any) -> None:
+    knobs = Knobs(5.0, {**dict.fromkeys(ALL, 1.0), "fusion": 0.9})
+    whole, plan = (build(each, fits, "mine", WIDTHS) for each in (knobs, knobs.without(mechanism)))
+    names = {"halting": "halting", "shortcuts": "shortcuts", "values": "attention", "channels": "precision"}
+    for name in (*names.values(), "fusion"):
+        left_out = name == names[mechanism]
+        assert getattr(whole, name) is not None
+        assert getattr(plan, name) == (None if left_out else getattr(whole, name))
+    assert mechanism in knobs.factors
+    assert list(knobs.without(mechanism).factors) == [name for name in knobs.factors if name != mechanism]
+    assert knobs.without("halting").without("halting") == knobs.without("halting")
+
+
+def test_a_factor_multiplies_the_price_of_its_mechanism_alone(fits: Fits) -> None:
+    base, other = (build(Knobs(2.0, {"halting": 1.0, "values": f}), fits, "mine", WIDTHS) for f in (1.0, 1e-7))
+    assert base.halting == other.halting
+    assert base.attention != other.attention
+    dearer = build(Knobs(0.5, {"halting": 4.0}), fits, "mine", WIDTHS)
+    assert dearer.halting == base.halting
+
+
+@pytest.mark.parametrize(("fill", "kind"), [("propagate", PropagateFill), ("share", ShareFill), ("drop", DropFill)])
+def test_fills(fits: Fits, fill: str, kind: type) -> None:
+    assert isinstance(make(fits, 5.0, fill=fill).kv, kind)
+
+
+def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(fits: Fits) -> None:
+    assert make(fits, 5.0, ["values", "channels"]).tensors is None
+    halting = make(fits, 5.0, ["halting"]).tensors
+    assert halting is not None
+    assert {name.rsplit(".", 1)[0] for name in halting} == {"output.1", "output.2", "gate.1", "gate.2"}
+    plan = make(fits, 0.5, ["shortcuts"])
+    assert plan.shortcuts is not None
+    assert plan.tensors is not None
+    assert {name.rsplit(".", 1)[0] for name in plan.tensors} == {each.name for each in plan.shortcuts.shortcuts}
+
+
+@pytest.mark.parametrize("layer_idx", [1, 2])
+def test_an_exit_halts_all_tokens_at_its_layer(fits: Fits, layer_idx: int) -> None:
+    plan = static_exit(layer_idx, fits)
+    run = run_whole(decoder(tiny.nested("llama"), plan, special_ids=(0,)), torch.cat((torch.tensor([0]), WINDOWS[0])))
+    halted = [layer.halted for layer in run.trace.layers]
+    assert halted == [61 if i == layer_idx else 0 for i in range(tiny.NUM_LAYERS)]
+    assert run.trace.mean_depth == layer_idx + 1
+    assert run.trace.layers[layer_idx].fitted_macs == 61 * tiny.HIDDEN_SIZE**2  # all of them predict through the map
+    assert Plan.from_dict(plan.to_dict(), tensors=plan.tensors) == plan
+
+
+def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
+    config = tiny.CONFIGS["llama"]().to_dict() | {"num_hidden_layers": 1, "layer_types": None}
+    model = tiny.from_config(LlamaConfig(**config))
+    fits = fit(adapt(model), ("halting", "shortcuts", "values"), units_of(model, "flops"), WINDOWS, (8, 0))
+    plan = make(fits, 5.0, ["halting", "shortcuts", "values"])
+    assert plan.halting is None
+    assert plan.shortcuts is not None
+    assert plan.attention is not None
+    run_whole(decoder(model, plan), WINDOWS[0])
+
+
+NESTED = [(family, nested) for family in ("gpt2", "llama") for nested in (False, True)]
+
+
+@pytest.mark.parametrize(("family", "nested"), NESTED)
+@pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
+def test_dense_work_in_units_adds_up_to_one(family: str, nested: bool, objective: Objective) -> None:
+    model = tiny.nested(family) if nested else tiny.model(family)
+    spec, units, trace = adapt(model).spec, units_of(model, objective), dense_trace(model)
+    tokens = trace.tokens
+    linear = spec.num_layers * spec.layer_macs * units.weight(spec.weight_bits)
+    pairs = trace.dense_attended / tokens * spec.num_layers * spec.attention_macs_per_pair * units.pair
+    head = trace.head_rows / tokens * spec.head_macs * units.weight(spec.head_bits)
+    assert linear == pytest.approx(spec.num_layers * units.layer)
+    # for bytes norms, biases, scales and exponents are left out, a good part of so small a model
+    assert linear + pairs + head == pytest.approx(1.0, abs=0.35 if objective == "weight_bytes" else 1e-6)
+    if objective != "flops":
+        assert units.mac == 0.0
+    else:
+        assert units.bit == 0.0
+
+
+def test_what_has_no_units_is_guided_by_flops() -> None:
+    flops_units = units_of(tiny.nested("llama"), "flops")
+    assert [units_of(tiny.nested("llama"), each) == flops_units for each in OBJECTIVES] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
+def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(nested: bool, objective: Objective) -> None:
+    """The limit is what the sublayer's work is worth, at the width of the model's weights, less its float32 map's."""
+    model = tiny.nested("llama") if nested else tiny.model("llama")
+    spec, units = adapt(model).spec, units_of(model, objective)
+    tensors = {"shortcut.1.mlp.down": torch.zeros(32, 3), "shortcut.1.mlp.up": torch.zeros(3, 32)}
+    fits = Fits(spec, units, tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
+    config = shortcuts_at(0.3, fits)
+    assert config is not None
+    if objective == "flops":
+        saved = (spec.mlp_macs - 6 * 32) * units.mac
+    else:
+        saved = (spec.mlp_macs * spec.weight_bits - 6 * 32 * 32) * units.bit
+    assert config.shortcuts[0].threshold == pytest.approx(0.3 * saved / 2.0)
