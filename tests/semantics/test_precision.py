@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.core.tensors import PlanTensors
 from quicksilver.core.trace import Trace
+from quicksilver.errors import PlanError
 from quicksilver.models.cost import dense_cost, executed_cost
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
@@ -119,6 +121,41 @@ def test_widths_equal_their_definition(name: str, family: str) -> None:
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
     used = sum(count > 0 for count in run.trace.macs_by_width)
     assert used == 1 if name.startswith("uniform") else used > 1
+
+
+@pytest.mark.parametrize("widths", [(8, 0), (8, 4, 2, 0)])
+@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ...]) -> None:
+    """What differs from the mean is read at the width that it deserves; the mean's own product is added."""
+    model, ids = tiny.nested(family, torch.float64), tiny.token_ids(9)
+    rule = ChannelWidthRule((0.3, 0.1, 0.03)[: len(widths) - 1], widths, centred=True)
+    meaning = Definition(model, rule)
+    generator = torch.Generator().manual_seed(0)
+    means = {
+        (layer, i): 0.2 * torch.randn(module.num_inputs, generator=generator)
+        for layer in range(tiny.NUM_LAYERS)
+        for i, module in enumerate(meaning.layer_maps(layer))
+    }
+
+    def read(layer_idx: int, module, x: Tensor) -> Tensor:
+        i = next(i for i, each in enumerate(meaning.layer_maps(layer_idx)) if each is module)
+        mean = means[layer_idx, i].to(x.dtype)
+        return meaning.read(layer_idx, module, x - mean) + mean @ module.codes.dequantize().to(x.dtype)
+
+    tensors = PlanTensors({rule.mean_name(*place): mean for place, mean in means.items()})
+    run = run_whole(decoder(model, precision_plan(rule, tensors=tensors)), ids)
+    expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=read)
+    torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
+    assert sum(count > 0 for count in run.trace.macs_by_width) > 1
+    plain = run_whole(decoder(model, precision_plan(replace(rule, centred=False))), ids)
+    assert not torch.allclose(run.logits, plain.logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"mean.0.0": torch.zeros(3)}], ids=["missing", "of another shape"])
+def test_means_that_do_not_fit_the_model_are_refused(tensors: dict[str, Tensor]) -> None:
+    rule = ChannelWidthRule((0.1,), (8, 0), centred=True)
+    with pytest.raises(PlanError, match=r"mean\.0\.0"):
+        decoder(tiny.nested("llama"), precision_plan(rule, tensors=PlanTensors(tensors)))
 
 
 @pytest.mark.parametrize("name", RULES)

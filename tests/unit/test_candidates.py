@@ -151,7 +151,11 @@ def test_fills(fits: Fits, fill: str, kind: type) -> None:
 
 
 def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(fits: Fits) -> None:
-    assert make(fits, 5.0, ["values", "channels"]).tensors is None
+    assert make(fits, 5.0, ["values"]).tensors is None
+    for centred in (False, True):
+        means = make(replace(fits, centred=centred), 5.0, ["channels"]).tensors or {}
+        assert bool(means) == centred
+        assert all(name.startswith("mean.") for name in means)
     halting = make(fits, 5.0, ["halting"]).tensors
     assert halting is not None
     assert {name.rsplit(".", 1)[0] for name in halting} == {"output.1", "output.2", "gate.1", "gate.2"}

@@ -219,7 +219,7 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
     there = {
         "halting": bool(fits.halt_layers),
         "shortcuts": bool(fits.shortcuts),
-        "values": bool(fits.value_prices),
+        "values": bool(fits.value_prices.points),
         "channels": bool(fits.map_scores),
     }
     assert there == {name: name == mechanism for name in ALL}

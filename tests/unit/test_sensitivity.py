@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 
 from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
-from quicksilver.calibrate.sensitivity import VALUE_THRESHOLDS, Probe, map_weights, threshold_at_price, value_prices
+from quicksilver.calibrate.sensitivity import (
+    QUERY_THRESHOLDS,
+    VALUE_THRESHOLDS,
+    Probe,
+    attention_prices,
+    map_weights,
+    threshold_at_price,
+)
 from quicksilver.calibrate.widths import MapScores, collect_scores, unprotected
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, PrecisionConfig
+from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig
 from quicksilver.models.registry import adapt
 from tests import tiny
 from tests.engines import skipping_plan
@@ -33,14 +40,20 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
+@pytest.mark.parametrize("kind", ["values", "queries"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_value_prices_ascend(family: str) -> None:
+def test_prices_of_attention_ascend(family: str, kind: str) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
-    prices = value_prices(probe, lambda: counted.append(None))
-    assert [threshold for threshold, _ in prices] == list(VALUE_THRESHOLDS)
-    assert len(counted) == len(VALUE_THRESHOLDS)
-    assert all(before <= after for (_, before), (_, after) in pairwise(prices))
-    assert prices[-1][1] > prices[0][1] >= 0.0
+    thresholds = VALUE_THRESHOLDS if kind == "values" else QUERY_THRESHOLDS
+    config = AttentionConfig if kind == "values" else lambda threshold: AttentionConfig(query_threshold=threshold)
+    prices = attention_prices(probe, config, thresholds, lambda: counted.append(None))
+    assert [threshold for threshold, _ in prices.points] == list(thresholds)
+    assert len(counted) == len(thresholds) + tiny.NUM_LAYERS
+    assert all(before <= after for (_, before), (_, after) in pairwise(prices.points))
+    assert prices.points[-1][1] > prices.points[0][1] >= 0.0
+    assert len(prices.layers) == tiny.NUM_LAYERS
+    cheap, dear = prices.thresholds(prices.points[0][1] / 2), prices.thresholds(prices.points[-1][1] * 1e6)
+    assert all(0.0 <= low <= high == thresholds[-1] for low, high in zip(cheap, dear, strict=True))
 
 
 def test_a_probe_measures_divergence_from_the_dense_model() -> None:
@@ -87,7 +100,7 @@ def test_weights_of_maps_are_positive_and_leave_no_hook(family: str) -> None:
     model = tiny.nested(family)
     scores, before, counted = scores_of(model), hooks_of(model), []
     probe = Probe(adapt(model), WINDOWS)
-    weights = map_weights(probe, scores, lambda: counted.append(None))
+    weights = map_weights(probe, scores, on_map=lambda: counted.append(None))
     assert len(weights) == len(counted) == len(scores)
     assert all(weight > 0.0 for weight in weights)
     assert hooks_of(model) == before

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from quicksilver.calibrate.observe import PROTECTED
-from quicksilver.calibrate.splits import Split, split
+from quicksilver.calibrate.splits import Split, split, split_all
 from quicksilver.errors import InputError
 from quicksilver.measure.windows import Protocol, Window, WindowedText, slide
 
@@ -38,7 +39,10 @@ def fed(parts: Split) -> list[set[int]]:
     """Return the tokens that each part feeds, context and all."""
     return [
         {i for ids in parts.fit for i in ids.tolist()} - {0},
-        *({i for window in part.windows for i in window.token_ids} - {0} for part in (parts.search, parts.held_out)),
+        *(
+            {i for window in part.text.windows for i in window.token_ids} - {0}
+            for part in (parts.search, parts.held_out)
+        ),
     ]
 
 
@@ -54,7 +58,7 @@ def test_parts_share_no_token_and_come_in_order(lengths: list[int], protocol: Pr
     tokens = [i for ids in parts.fit for i in ids.tolist() if i]
     assert len(tokens) == len(set(tokens))  # statistics see no token twice
     for part in (parts.search, parts.held_out):
-        scored = [i for window in part.windows for i in window.token_ids[window.first_scored :]]
+        scored = [i for window in part.text.windows for i in window.token_ids[window.first_scored :]]
         assert scored == sorted(set(scored))
 
 
@@ -71,13 +75,13 @@ def test_parts_are_thinned_evenly(protocol: Protocol, limit: int) -> None:
     text = text_of([6000], protocol)
     whole, parts = split(text, ALL, ALL, ALL), split(text, limit, limit, limit)
     counts = [sum(map(len, parts.fit))]
-    counts += [sum(window.num_scored for window in part.windows) for part in (parts.search, parts.held_out)]
+    counts += [part.tokens for part in (parts.search, parts.held_out)]
     for count in counts:
         assert limit - 32 <= count <= limit
     for one, other in (
         ([ids[0].item() for ids in whole.fit], [ids[0].item() for ids in parts.fit]),
         *(
-            ([window.text_start for window in a.windows], [window.text_start for window in b.windows])
+            ([window.text_start for window in a.text.windows], [window.text_start for window in b.text.windows])
             for a, b in ((whole.search, parts.search), (whole.held_out, parts.held_out))
         ),
     ):
@@ -91,7 +95,7 @@ def test_parts_are_thinned_evenly(protocol: Protocol, limit: int) -> None:
 def test_few_tokens_are_still_windows_enough_for_an_interval() -> None:
     parts = split(text_of([3000], Protocol(32, 16)), 10, 10, 10)
     assert len(parts.fit) == 1
-    assert len(parts.search.windows) == len(parts.held_out.windows) == 8
+    assert len(parts.search.text.windows) == len(parts.held_out.text.windows) == 8
 
 
 def test_nothing_is_fitted_to_windows_of_attention_sinks_alone() -> None:
@@ -104,8 +108,20 @@ def test_bytes_are_those_of_the_part() -> None:
     text = text_of([3000], Protocol(32, 16))
     parts = split(text, ALL, ALL, 200)
     for part, name in ((parts.search, "search part"), (parts.held_out, "held-out part")):
-        assert part.scored_bytes == pytest.approx(3 * sum(window.num_scored for window in part.windows), abs=1)
-        assert part.name == f"book.txt, {name}"
+        assert part.text.scored_bytes == pytest.approx(3 * part.tokens, abs=1)
+        assert part.text.name == f"book.txt, {name}"
+
+
+def test_several_texts_are_cut_each_for_itself() -> None:
+    texts = [text_of([3000], Protocol(32, 16)), replace(text_of([40] * 60, Protocol(32, 16)), name="web.jsonl")]
+    parts, apart = split_all(texts, ALL, 400, 600), [split(text, ALL, 200, 300) for text in texts]
+    for part, each in (
+        (parts.search, [one.search for one in apart]),
+        (parts.held_out, [one.held_out for one in apart]),
+    ):
+        assert part.text.windows == sum((one.text.windows for one in each), ())
+        assert part.sections == tuple((text.name, len(one.text.windows)) for text, one in zip(texts, each, strict=True))
+    assert len(parts.fit) == sum(len(one.fit) for one in apart)
 
 
 @pytest.mark.parametrize("lengths", [[300], [32], [30] * 20, [3] * 8])
