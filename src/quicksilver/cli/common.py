@@ -47,12 +47,12 @@ def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: i
     return loaded, load_tokenizer(model)
 
 
-def resolve_plans(given: Sequence[str]) -> list[Any]:
-    """Return the plans of presets' names and files, those of one name told apart by file, else by hash."""
+def resolve_plans(given: Sequence[str], model: str) -> list[Any]:
+    """Return the plans for a model of presets' names and files, those of one name told apart by file, else by hash."""
     from quicksilver.core.plan import PRESETS
-    from quicksilver.runtime.loading import resolve_plan
+    from quicksilver.runtime.presets import resolve_plan
 
-    plans = [resolve_plan(each) for each in given]
+    plans = [resolve_plan(each, model) for each in given]
     names = Counter(["dense", *(plan.name for plan in plans)])  # the baseline's row is called dense
     labels = [
         plan.name if names[plan.name] == 1 or source in PRESETS else f"{plan.name} ({Path(source).name})"

@@ -71,7 +71,7 @@ def command(
 
     if json_path is not None:
         check_target("--json", json_path)
-    chosen = resolve_plans(plans or ("dense",))
+    chosen = resolve_plans(plans or ("dense",), model)
     corpus, calibration_corpus = _corpus(text, documents, dataset), read_calibration(calibration, chosen)
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
     protocol = _protocol(loaded.adapter.spec.max_positions, tokenizer, context, stride, prompt, max_tokens)

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.errors import FittedElsewhereWarning, ModelError, PlanError, UnsupportedModelError
+from quicksilver.core.plan import Plan
+from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError
 from quicksilver.models import registry
 from quicksilver.models.fingerprint import fingerprint
+from quicksilver.models.nesting import nest
 from quicksilver.models.spec import Adapter
-from quicksilver.quant.config import is_nested
+from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
+from quicksilver.runtime.presets import resolve_plan
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
@@ -67,6 +69,8 @@ def load(
 ) -> QuickSilverForCausalLM:
     """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
 
+    Where the plan chooses widths and the weights are plain, they are nested in memory.
+
     Args:
         path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.
         plan: a `Plan`, a preset's name, or the path of a plan file.
@@ -80,10 +84,12 @@ def load(
         UnsupportedModelError: the family or an option of it is not supported.
         PlanError: the plan is unknown, malformed, or does not fit the model.
     """
-    resolved = resolve_plan(plan)  # before the slow part
+    resolved = resolve_plan(plan, path_or_id)  # before the slow part
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = _local_only(source)
     model = _read_model(source, resolve_dtype(dtype, target), local)
+    if resolved.precision is not None and not is_nested(model.config):
+        nest(model, QuantizationConfig())
     try:
         if special_ids is None:
             special_ids = {*configured_special_ids(model), *_tokenizer_special_ids(source, local)}
@@ -146,39 +152,12 @@ def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
         return []
 
 
-def resolve_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
-    """Return a plan from itself, a preset's name, or a file.
-
-    Raises:
-        PlanError: neither a preset nor a readable plan file.
-    """
-    if isinstance(plan, Plan):
-        return plan
-    if not isinstance(plan, (str, os.PathLike)):
-        raise PlanError(f"a plan is a Plan, a preset's name or a file, not {type(plan).__name__}")
-    if isinstance(plan, str) and plan in PRESETS:
-        return PRESETS[plan]
-    if _is_file(plan):
-        loaded = Plan.load(plan)
-        return loaded.renamed(Path(plan).stem) if loaded.name == "plan" else loaded
-    raise PlanError(f"{plan}: neither a preset ({', '.join(PRESETS)}) nor a plan file")
-
-
 def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
     """Return why a plan's fitted thresholds mean nothing to a model; None where they may, or are not fitted."""
     if plan.fitted_to is None:
         return None
     problem = plan.fitted_to.mismatch(fingerprint(model, adapter.spec))
     return problem and f"plan {plan.name!r}: {problem}"
-
-
-def _is_file(path: str | os.PathLike[str]) -> bool:
-    try:
-        return Path(path).is_file()
-    except PermissionError as error:
-        raise PlanError(f"{path}: cannot read the plan: {error.strerror}") from None
-    except (OSError, ValueError):  # too long a name, or one with a null character
-        return False
 
 
 def embedded_models() -> list[str]:

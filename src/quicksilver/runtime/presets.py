@@ -1,0 +1,57 @@
+"""From a name to a plan: presets, those calibrated to embedded models among them, and files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quicksilver.core.plan import PRESETS, Plan
+from quicksilver.errors import PlanError
+
+CALIBRATED = Path(__file__).parent.parent / "data" / "plans"
+
+
+def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Plan:
+    """Return a plan from itself, a preset's name, or a file.
+
+    Args:
+        plan: any of these. A preset that is calibrated to an embedded model is called MODEL/NAME, such as
+            "ref-llama/mild".
+        model: the embedded model that will run it, so that NAME alone will do.
+
+    Raises:
+        PlanError: neither a preset nor a readable plan file.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise PlanError(f"a plan is a Plan, a preset's name or a file, not {type(plan).__name__}")
+    if isinstance(plan, str) and plan in PRESETS:
+        return PRESETS[plan]
+    calibrated = calibrated_plans()
+    for name in (plan, f"{model}/{plan}"):
+        if isinstance(name, str) and name in calibrated:
+            return Plan.load(CALIBRATED / f"{name}.json").renamed(name.rpartition("/")[2])
+    if _is_file(plan):
+        loaded = Plan.load(plan)
+        return loaded.renamed(Path(plan).stem) if loaded.name in ("plan", "calibrated") else loaded
+    if isinstance(plan, str) and plan in {name.rpartition("/")[2] for name in calibrated}:
+        raise PlanError(
+            f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))};"
+            " `quicksilver calibrate` makes one for yours"
+        )
+    raise PlanError(f"{plan}: neither a preset ({', '.join((*PRESETS, *calibrated))}) nor a plan file")
+
+
+def calibrated_plans() -> list[str]:
+    """Return the names of the presets that are calibrated to embedded models, MODEL/NAME each."""
+    return sorted(f"{path.parent.name}/{path.stem}" for path in CALIBRATED.glob("*/*.json"))
+
+
+def _is_file(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).is_file()
+    except PermissionError as error:
+        raise PlanError(f"{path}: cannot read the plan: {error.strerror}") from None
+    except (OSError, ValueError):  # too long a name, or one with a null character
+        return False
