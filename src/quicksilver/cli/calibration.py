@@ -44,6 +44,7 @@ def run(
     text, protocol = _text(model, tokenizer, options, context)
     search_tokens = options["search_tokens"]
     parts = split(text, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
+    folder = _folder(output)
     runner = nested_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
@@ -54,13 +55,21 @@ def run(
         options["time_limit"],
         options["seed"],
     )
-    folder = output.with_suffix(".work")
-    folder.mkdir(exist_ok=True)
     fingerprint = _fingerprint(runner, protocol, parts)
     result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
     _write(result, settings, output, _facts(name, text, protocol, parts, model.device))
     _print(result, settings, parts)
     return result.verified.chosen is not None
+
+
+def _folder(output: Path) -> Path:
+    """Return the folder that keeps what is found, made where it was not there."""
+    folder = output.with_suffix(".work")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from None
+    return folder
 
 
 def _text(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
@@ -76,20 +85,23 @@ def _text(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> 
     if not given:
         return _sampled(model, tokenizer, options, min(context, 256))
     read, source = given[0]
-    prompt = options["prompt"]
-    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
-    protocol = Protocol(context, stride, bos_id, None, prompt)
+    protocol = _protocol(context, bos_id, options["prompt"])
     return cut(read(source), tokenizer, protocol), protocol
 
 
+def _protocol(context: int, bos_id: int | None, prompt: int | None) -> Protocol:
+    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    return Protocol(context, stride, bos_id, None, prompt)
+
+
 def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[WindowedText, Protocol]:
+    protocol = _protocol(context, None, options["prompt"])
     seed, tokens = options["seed"], options["search_tokens"]
     wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
-    protocol = Protocol(context, max(context // 2, 1), None, None, options["prompt"])
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
     windows = [window for ids in sequences for window in slide(ids[:context], protocol)]
-    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
+    size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
     return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size), protocol
 
 
