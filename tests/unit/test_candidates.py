@@ -226,7 +226,7 @@ def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(neste
     model = tiny.nested("llama") if nested else tiny.model("llama")
     spec, units = adapt(model).spec, units_of(model, objective)
     tensors = {"shortcut.1.mlp.down": torch.zeros(32, 3), "shortcut.1.mlp.up": torch.zeros(3, 32)}
-    fits = Fits(spec, units, tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
+    fits = Fits(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
     config = shortcuts_at(0.3, fits)
     assert config is not None
     if objective == "flops":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_states_are_transformers_hidden_states(family: str, nested: bool) -> Non
     adapter = adapt(model)
     states = layer_states(adapter, IDS)
     with torch.no_grad():
-        wanted = model(IDS[None], output_hidden_states=True).hidden_states
+        wanted = copy.deepcopy(model)(IDS[None], output_hidden_states=True).hidden_states  # it leaves hooks
         found = [*states[:-1], adapter.final_norm(states[-1])]  # transformers gives the last one normed
     assert len(found) == len(wanted) == tiny.NUM_LAYERS + 1
     for one, other in zip(found, wanted, strict=True):

@@ -10,6 +10,7 @@ import torch
 import quicksilver
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget, Scorer
+from quicksilver.calibrate.splits import Part
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ForcedRule, MapConfig, RandomFusionRule, RandomRule, Shortcut, UniformWidthRule
 from quicksilver.measure.report import evaluate
@@ -39,11 +40,19 @@ def text(protocol: Protocol) -> WindowedText:
     return WindowedText("random ids", tuple(slide(IDS, protocol)), scored_bytes=4 * len(IDS))
 
 
+def part(protocol: Protocol) -> Part:
+    return Part(text(protocol), (("random ids", len(text(protocol).windows)),))
+
+
 def timeless(value: Any) -> Any:
     """Return a row without what a clock said, and without what `eval` does not know of."""
     if not isinstance(value, dict):
         return value
-    return {key: timeless(each) for key, each in value.items() if key not in TIMES and not key.endswith("_8bit")}
+    return {
+        key: timeless(each)
+        for key, each in value.items()
+        if key not in TIMES and not key.endswith(("_8bit", "_by_text", "settings"))
+    }
 
 
 def models(nested: bool) -> tuple[Any, Any]:
@@ -56,7 +65,7 @@ def models(nested: bool) -> tuple[Any, Any]:
 def test_figures_are_those_of_eval(protocol: Protocol, interleaved: bool) -> None:
     model, runner = models(nested=False)
     plans = [plan for name, plan in PLANS.items() if name != "widths"]
-    scorer = Scorer(model, runner, text(protocol), protocol, "tiny", interleaved)
+    scorer = Scorer(model, runner, part(protocol), protocol, "tiny", interleaved)
     wanted = evaluate(model, plans, text(protocol), protocol, "score", "tiny")
     for plan, row in zip(plans, wanted, strict=True):
         assert timeless(scorer.score(plan)) == timeless(row)
@@ -65,7 +74,7 @@ def test_figures_are_those_of_eval(protocol: Protocol, interleaved: bool) -> Non
 def test_figures_of_nested_weights_are_those_of_eval() -> None:
     model, runner = models(nested=True)
     (wanted,) = evaluate(model, [PLANS["widths"]], text(PLAIN), PLAIN, "score", "tiny", nested=runner)
-    scorer = Scorer(model, runner, text(PLAIN), PLAIN, "tiny")
+    scorer = Scorer(model, runner, part(PLAIN), PLAIN, "tiny")
     row = scorer.score(PLANS["widths"])
     assert row is not None
     assert timeless(row) == timeless(wanted)
@@ -80,20 +89,20 @@ def test_figures_of_nested_weights_are_those_of_eval() -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_nothing_is_left_over_from_one_candidate_to_the_next(interleaved: bool) -> None:
     model, runner = models(nested=True)
-    scorer = Scorer(model, runner, text(PROMPTS), PROMPTS, "tiny", interleaved)
+    scorer = Scorer(model, runner, part(PROMPTS), PROMPTS, "tiny", interleaved)
     cost = scorer.dense_cost(runner.adapter)
     with keeping_expanded(runner.model):
         first = [timeless(scorer.score(plan)) for plan in PLANS.values()]
         backwards = [timeless(scorer.score(plan)) for plan in reversed(PLANS.values())]
     assert backwards == first[::-1]
     assert scorer.dense_cost(runner.adapter) == cost
-    assert scorer.tokens == first[0]["tokens_scored"]
+    assert part(PROMPTS).tokens == first[0]["tokens_scored"]
 
 
 def test_clocks_do_not_go_on_with_the_candidates() -> None:
     """The dense side's seconds are of the one run that was timed, and of the head on each occasion."""
     model, runner = models(nested=False)
-    scorer = Scorer(model, runner, text(PROMPTS), PROMPTS, "tiny")
+    scorer = Scorer(model, runner, part(PROMPTS), PROMPTS, "tiny")
     before = [(fed.clock.seconds, fed.prompt_clock.seconds) for fed in scorer._fed]
     for _ in range(2):
         scorer.score(PLANS["halting"])
@@ -102,7 +111,7 @@ def test_clocks_do_not_go_on_with_the_candidates() -> None:
 
 def test_the_hopeless_are_given_up_early_and_leave_no_trace() -> None:
     model, runner = models(nested=False)
-    scorer = Scorer(model, runner, text(PLAIN), PLAIN, "tiny")
+    scorer = Scorer(model, runner, part(PLAIN), PLAIN, "tiny")
     before, counted = timeless(scorer.score(PLANS["halting"])), []
     poor = halting_plan(ForcedRule((1,)))
     assert scorer.score(poor, Budget(1e-4, "nll"), lambda: counted.append(None)) is None

@@ -68,6 +68,7 @@ class Fits:
     Attributes:
         spec: of the model that runs the plans.
         units: what units of work are of a dense token's.
+        context: tokens of the longest window.
         tensors: fitted maps and gates, under a plan's names.
         halt_layers: layers after which tokens may halt, contiguous up to the last but one; empty for none.
         shortcuts: for each sublayer the nats that one unit of its map's relative error costs, and the mean nats where
@@ -81,6 +82,7 @@ class Fits:
 
     spec: ModelSpec
     units: UnitCosts
+    context: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
     halt_layers: tuple[int, ...] = ()
     shortcuts: dict[Unit, tuple[float, float]] = field(default_factory=dict)
@@ -163,7 +165,7 @@ def _unit_work(unit: Unit, fits: Fits) -> float:
     weight, fitted = fits.units.weight(spec.weight_bits), fits.units.weight(8 * spec.dtype.itemsize)
     if part == "mlp":
         return spec.mlp_macs * weight - of_map * fitted
-    pairs = spec.max_positions / 4 * spec.attention_macs_per_pair  # of a window's later half, about
+    pairs = fits.context / 4 * spec.attention_macs_per_pair  # about; values that are not read already left out
     return spec.query_macs * weight + pairs * fits.units.pair - of_map * fitted
 
 

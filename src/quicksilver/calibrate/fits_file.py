@@ -31,6 +31,7 @@ def write(path: Path, key: str, fits: Fits) -> None:
     """
     facts = {
         "units": asdict(fits.units),
+        "context": fits.context,
         "halt_layers": fits.halt_layers,
         "shortcuts": [[*unit, *known] for unit, known in fits.shortcuts.items()],
         "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
@@ -62,6 +63,7 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
     return Fits(
         spec,
         UnitCosts(**facts["units"]),
+        facts["context"],
         {name.removeprefix(_TENSOR): t.to(spec.device) for name, t in tensors.items() if name.startswith(_TENSOR)},
         tuple(facts["halt_layers"]),
         {(layer, part): (weight, nats) for layer, part, weight, nats in facts["shortcuts"]},

@@ -61,7 +61,7 @@ def fit(
         on_step: called after each of `steps`.
     """
     spec = adapter.spec
-    fits = Fits(spec, units)
+    fits = Fits(spec, units, max(map(len, windows)))
     probe = sensitivity.Probe(adapter, windows[:: max(len(windows) // _PROBED, 1)][:_PROBED])
     if "halting" in mechanisms and spec.num_layers > 1:
         first = min(max(int(spec.num_layers * _FIRST_EXIT), 1), spec.num_layers - 1) - 1

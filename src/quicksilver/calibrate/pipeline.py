@@ -111,6 +111,7 @@ class Calibrator:
     ) -> None:
         self._runner, self._parts, self._settings, self._progress = runner, parts, settings, progress
         self._folder, self._fingerprint, self._name = folder, fingerprint, name
+        self._ends: float | None = None
         interleaved = settings.objective == "seconds"
         self._scorers = [
             Scorer(model, runner, part, protocol, name, interleaved) for part in (parts.search, parts.held_out)
@@ -215,7 +216,7 @@ class Calibrator:
 
     def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> dict[str, Any]:
         """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
-        path = self._folder / f"{self._key(part)}.{plan.hash}.json"
+        path = self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         row = score(plan)
@@ -227,5 +228,7 @@ class Calibrator:
         return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]
 
     def _deadline(self) -> float | None:
-        limit = self._settings.time_limit
-        return None if limit is None else time.monotonic() + limit
+        """Return when the search ends, counted from the first time it is asked for."""
+        if self._ends is None and self._settings.time_limit is not None:
+            self._ends = time.monotonic() + self._settings.time_limit
+        return self._ends

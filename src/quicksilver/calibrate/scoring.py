@@ -62,7 +62,7 @@ class Scorer:
 
     Args:
         model: the model as it is, the baseline.
-        runner: the model that runs candidates: the same, or its copy with nested weights.
+        runner: the model that runs candidates that choose widths: the same, or its copy with nested weights.
         part: windows of each text, of which several are needed for intervals.
         protocol: that cut them.
         name: of the model.
@@ -79,7 +79,7 @@ class Scorer:
         interleaved: bool = False,
     ) -> None:
         self._text, self._sections, self._protocol, self._name = part.text, part.sections, protocol, name
-        self._runner, self._interleaved = runner, interleaved
+        self._model, self._runner, self._interleaved = model, runner, interleaved
         self._dense = new_record(Decoder(model.adapter, Plan.dense(), model.special_ids))
         self._fed = [feed(self._dense, window, "score") for window in self._text.windows]
         for window, fed in zip(self._text.windows, self._fed, strict=True):
@@ -89,7 +89,8 @@ class Scorer:
         self, plan: Plan, budget: Budget | None = None, on_window: Callable[[], None] = lambda: None
     ) -> dict[str, Any] | None:
         """Return a plan's figures as `eval --json` has them, or None where it was given up as hopeless for a budget."""
-        record = new_record(Decoder(self._runner.adapter, plan, self._runner.special_ids))
+        runner = self._model if plan.precision is None else self._runner
+        record = new_record(Decoder(runner.adapter, plan, runner.special_ids))
         baseline = _blank(self._dense)
         counts: list[int] = []
         for window, known in zip(self._text.windows, self._fed, strict=True):

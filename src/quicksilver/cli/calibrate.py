@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def command(**options: Any) -> None:
     """
     from quicksilver.cli.calibration import run
 
+    for name in ("max_delta_ppl", "max_delta_nll", "time_limit"):
+        if not math.isfinite(options[name] or 0.0):
+            raise InputError(f"--{name.replace('_', '-')} must be a finite number, got {options[name]}")
     budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
     output = _output(options["output"], options["force"])
     names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
@@ -97,8 +101,9 @@ def _output(path: str, force: bool) -> Path:
         raise InputError(f"-o {path}: its folder does not exist")
     if output.suffix != ".json":
         raise InputError(f"-o {path}: a plan file ends in .json")
-    if output.exists() and not force:
-        raise InputError(f"-o {path}: exists already; --force overwrites it")
+    for each in (output, output.with_suffix(".safetensors")):  # what was fitted lies beside the plan
+        if each.exists() and not force:
+            raise InputError(f"-o {path}: {each.name} exists already; --force overwrites it")
     return output
 
 

@@ -22,6 +22,7 @@ from quicksilver.cli.common import progress
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically
 from quicksilver.core.provenance import FittedTo
+from quicksilver.errors import InputError
 from quicksilver.measure import environment
 from quicksilver.measure.texts import read_dataset, read_documents, read_text
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
@@ -47,6 +48,7 @@ def run(
     texts, protocol = _texts(model, tokenizer, options, context)
     search_tokens = options["search_tokens"]
     parts = split_all(texts, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
+    folder = _folder(output, options["work"])
     runner = nested_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
@@ -57,8 +59,6 @@ def run(
         options["time_limit"],
         options["seed"],
     )
-    folder = output.with_suffix(".work") if options["work"] is None else Path(options["work"])
-    folder.mkdir(exist_ok=True)
     fingerprint = _fingerprint(runner, protocol, parts)
     result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
     facts = _facts(name, protocol, parts, model.device)
@@ -70,9 +70,19 @@ def run(
     return result.verified.chosen is not None
 
 
+def _folder(output: Path, work: str | None) -> Path:
+    """Return the folder that keeps what is found, made where it was not there."""
+    folder = output.with_suffix(".work") if work is None else Path(work)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from None
+    return folder
+
+
 def _texts(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
     """Return the windows of the user's texts, or of one sampled from the model."""
-    bos_id, prompt = default_bos(tokenizer), options["prompt"]
+    bos_id = default_bos(tokenizer)
     given = [
         (read, options[name])
         for name, read in (("text", read_text), ("documents", read_documents), ("dataset", read_dataset))
@@ -80,19 +90,23 @@ def _texts(model: Any, tokenizer: Any, options: dict[str, Any], context: int) ->
     ]
     if not given:
         return _sampled(model, tokenizer, options, min(context, 256))
-    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
-    protocol = Protocol(context, stride, bos_id, None, prompt)
+    protocol = _protocol(context, bos_id, options["prompt"])
     return [cut(read(source), tokenizer, protocol) for read, source in given], protocol
 
 
+def _protocol(context: int, bos_id: int | None, prompt: int | None) -> Protocol:
+    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    return Protocol(context, stride, bos_id, None, prompt)
+
+
 def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
+    protocol = _protocol(context, None, options["prompt"])
     seed, tokens = options["seed"], options["search_tokens"]
     wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
-    protocol = Protocol(context, max(context // 2, 1), None, None, options["prompt"])
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
     windows = [window for ids in sequences for window in slide(ids[:context], protocol)]
-    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in sequences)
+    size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
     return [WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)], protocol
 
 
