@@ -152,7 +152,7 @@ def test_after_an_interruption_the_same_command_goes_on(
     target, (plan, count) = tmp_path / "mine.json", whole
     scored = count_scores(monkeypatch, int(share * count))
     stopped = cli(*calibration(tiny_model_dir("llama"), book, target))
-    assert (stopped.status, stopped.err) == (130, "")
+    assert (stopped.status, stopped.err) == (130, "quicksilver: interrupted\n")
     assert files_of(tmp_path) == {"mine.work"}
     assert cli(*calibration(tiny_model_dir("llama"), book, target)).status == 0
     assert target.read_bytes() == plan
