@@ -89,9 +89,9 @@ def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_to
 
 
 def shallowest(results: Sequence[dict[str, Any]]) -> Plan:
-    """Return the plan that ran the fewest layers per token."""
-    name = min(results, key=lambda result: result["accelerated"]["mean_depth"])["plan"]["name"]
-    return Plan.preset(name)
+    """Return which of the halting presets ran the fewest layers per token."""
+    named = {result["plan"]["name"]: result["accelerated"]["mean_depth"] for result in results}
+    return Plan.preset(min(PLANS, key=lambda name: named.get(name, float("inf"))))
 
 
 def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[int], prompt: bool) -> list[int]:
