@@ -51,6 +51,8 @@ def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatc
         words = shlex.split(arguments, comments=True)[1:]
         if words[0] in ("eval", "demo"):
             words += ["--max-tokens", "1100"]
+        if words[0] == "calibrate":
+            words += ["--trials", "2", "--search-tokens", "512", "--mechanisms", "kv"]
         result = cli(*words)
         assert result.status == 0, (line, result.err)
         if output.strip():

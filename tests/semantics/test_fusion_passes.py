@@ -62,7 +62,9 @@ def assert_same_run(whole: Run, parts: Run) -> None:
         assert +one.group_sizes == +other.group_sizes
     depths = torch.cat(whole.trace.depths), torch.cat(parts.trace.depths)
     unchanged = depths[0] == depths[1]
-    assert int((~unchanged).sum()) <= sum(layer.fused for layer in whole.trace.layers)
+    # A token that a later pass absorbs had run in full; and one that loses its absorber so runs again, which is not in
+    # its recorded depth.
+    assert int((~unchanged).sum()) <= 2 * sum(layer.fused for layer in whole.trace.layers)
     torch.testing.assert_close(whole.logits[unchanged], parts.logits[unchanged], atol=ATOL, rtol=0)
 
 
