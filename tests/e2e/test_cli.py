@@ -76,7 +76,7 @@ def test_plan_list_prints_one_name_per_line(cli: Callable[..., Outcome]) -> None
     assert (outcome.status, outcome.err) == (0, "")
     names = outcome.out.splitlines()
     assert {"dense", "paper"} <= set(names)
-    assert all(re.fullmatch(r"[a-z][a-z0-9-]*", name) for name in names)
+    assert all(re.fullmatch(r"([a-z0-9-]+/)?[a-z][a-z0-9-]*", name) for name in names)
     assert len(set(names)) == len(names)
     for name in names:
         assert cli("plan", "validate", name).status == 0
