@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from quicksilver.core.plan import Plan
@@ -26,12 +25,15 @@ class SublayerRows(NamedTuple):
     output: Tensor
 
 
-@torch.no_grad()
-def run(adapter: Adapter, token_ids: Tensor, plan: Plan | None = None) -> Tensor:
+def run_window(decoder: Decoder, token_ids: Tensor) -> Tensor:
     """Run one window of tokens [T]; return its final states [T, d]."""
-    decoder = Decoder(adapter, plan or Plan.dense())
-    ids = token_ids.to(adapter.spec.device)
+    ids = token_ids.to(decoder.spec.device)
     return decoder.run(ids, [len(ids)], decoder.new_cache(1), decoder.new_trace())
+
+
+def run(adapter: Adapter, token_ids: Tensor, plan: Plan | None = None) -> Tensor:
+    """Run one window of tokens [T] under a plan, dense unless given; return its final states [T, d]."""
+    return run_window(Decoder(adapter, plan or Plan.dense()), token_ids)
 
 
 def layer_states(adapter: Adapter, token_ids: Tensor) -> list[Tensor]:

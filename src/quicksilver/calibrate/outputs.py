@@ -70,10 +70,8 @@ def fit_gates(
         Tensors `gate.LAYER.weight` of a plan.
     """
     d, spec = adapter.spec.hidden_size, adapter.spec
-    maps = {
-        i: AffineMap.named({k: t.float() for k, t in tensors.items()}, f"output.{i}", d).to(spec.device, spec.dtype)
-        for i in layers
-    }
+    stored = {name: tensor.float() for name, tensor in tensors.items()}  # as a plan holds them
+    maps = {i: AffineMap.named(stored, f"output.{i}", d).to(spec.device, spec.dtype) for i in layers}
     sums = {i: RidgeSums(d + 3, 1, spec.device) for i in layers}
     for window in windows:
         states = layer_states(adapter, window)

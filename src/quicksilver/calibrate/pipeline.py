@@ -110,7 +110,7 @@ class Calibrator:
         progress: Progress,
     ) -> None:
         self._runner, self._parts, self._settings, self._progress = runner, parts, settings, progress
-        self._folder, self._fingerprint, self._name = folder, fingerprint, name
+        self._folder, self._fingerprint = folder, fingerprint
         self._ends: float | None = None
         interleaved = settings.objective == "seconds"
         self._scorers = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import quantiles
-from quicksilver.calibrate.observe import PROTECTED, run
+from quicksilver.calibrate.observe import PROTECTED, run_window
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.plan import Plan
@@ -40,7 +40,8 @@ class Probe:
     def __init__(self, adapter: Adapter, windows: Sequence[Tensor]) -> None:
         self.adapter = adapter
         self.windows = [window for window in windows if len(window) > PROTECTED]
-        self._full = [run(adapter, window) for window in self.windows]
+        decoder = Decoder(adapter, Plan.dense())
+        self._full = [run_window(decoder, window) for window in self.windows]
 
     @property
     def num_rows(self) -> int:
@@ -49,8 +50,9 @@ class Probe:
 
     def nats(self, plan: Plan | None = None) -> float:
         """Return the mean divergence of a plan's predictions, or of the model as it is now disturbed."""
+        decoder = Decoder(self.adapter, plan or Plan.dense())
         total = sum(
-            float(divergence(self.adapter, full[PROTECTED:], run(self.adapter, window, plan)[PROTECTED:]).sum())
+            float(divergence(self.adapter, full[PROTECTED:], run_window(decoder, window)[PROTECTED:]).sum())
             for window, full in zip(self.windows, self._full, strict=True)
         )
         return max(total, 0.0) / self.num_rows

@@ -14,6 +14,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.rules.maps import Part, Shortcut
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import Adapter
+from quicksilver.policies.shortcuts import log_norm
 
 Unit = tuple[int, Part]
 _LEAST_ERROR = 1e-8  # keeps logarithms finite
@@ -113,7 +114,7 @@ def _relative_error(fitted: Affine, state: Tensor, normed: Tensor, output: Tenso
 
 def _features(state: Tensor, normed: Tensor) -> Tensor:
     """Return what a gate sees, but for its constant: [N, d + 1]."""
-    return torch.cat((normed, state.norm(dim=-1, keepdim=True).clamp(min=1e-30).log()), dim=1)
+    return torch.cat((normed, log_norm(state)[:, None]), dim=1)
 
 
 def _name(unit: Unit) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
 from quicksilver.calibrate.hooks import observing
+from quicksilver.calibrate.observe import run_window
 from quicksilver.core.decisions import ChannelView, TokenWidthView
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
@@ -147,7 +148,7 @@ def _fit_entropy(
     decoder = Decoder(replace(adapter, spec=spec, layers=adapter.layers[:depth]), Plan.dense())
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for window in text:
-        hidden = _run(decoder, window.token_ids)[window.rows]
+        hidden = run_window(decoder, window.token_ids)[window.rows]
         scores, _ = entropy.entropy_of(rule, TokenWidthView(hidden, decoder.head_entropy))
         counts += histogram(scores)
         on_window()
@@ -210,20 +211,14 @@ def collect_scores(
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)
 
-    def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs = args[0][rows] if means is None else args[0][rows] - means[i].to(args[0])
+    def observe(i: int, module: NestedLinear, inputs: Tensor, output: Tensor) -> None:
+        inputs = inputs if means is None else inputs - means[i].to(inputs)
         view = ChannelView(0, i, len(modules), inputs, lambda: module.channel_norms, None)
         counts[i] += histogram(channel.score(rule, view))
-        product = output[rows] if module.bias is None else output[rows] - module.bias
+        product = output if module.bias is None else output - module.bias
         power[i] += float(product.double().square().sum())
 
-    with observing(modules, observe):
-        decoder = Decoder(adapter, Plan.dense())
-        for window in text:
-            rows = window.rows  # where `observe` looks: all tokens run every layer, in their order
-            _run(decoder, window.token_ids)
-            on_window()
-    num_rows = sum(len(window.rows) for window in text)
+    num_rows = _watch_maps(adapter, modules, text, observe, on_window)
     return [
         _map_scores(rule, module, each, total / num_rows)
         for module, each, total in zip(modules, counts, power, strict=True)
@@ -241,17 +236,32 @@ def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[]
     modules = [module for layer in adapter.layers for module in layer.nested]
     sums = [torch.zeros(module.num_inputs, dtype=torch.float64, device=adapter.spec.device) for module in modules]
 
+    def observe(i: int, module: NestedLinear, inputs: Tensor, output: Tensor) -> None:
+        sums[i] += inputs.double().sum(0)
+
+    num_rows = _watch_maps(adapter, modules, text, observe, on_window)
+    return [(each / num_rows).float() for each in sums]
+
+
+def _watch_maps(
+    adapter: Adapter,
+    modules: Sequence[NestedLinear],
+    text: Sequence[Text],
+    see: Callable[[int, NestedLinear, Tensor, Tensor], None],
+    on_window: Callable[[], None],
+) -> int:
+    """Run the dense model over text, and show each map's inputs and outputs, of unprotected rows; return how many."""
+
     def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
-        sums[i] += args[0][rows].double().sum(0)
+        see(i, module, args[0][rows], output[rows])
 
     with observing(modules, observe):
         decoder = Decoder(adapter, Plan.dense())
         for window in text:
-            rows = window.rows
-            _run(decoder, window.token_ids)
+            rows = window.rows  # where `observe` looks: all tokens run every layer, in their order
+            run_window(decoder, window.token_ids)
             on_window()
-    num_rows = sum(len(window.rows) for window in text)
-    return [(each / num_rows).float() for each in sums]
+    return sum(len(window.rows) for window in text)
 
 
 def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, power: float) -> MapScores:
@@ -308,7 +318,3 @@ def thresholds(
 def _mean_bits(scores: MapScores, widths: tuple[int, ...], limits: Thresholds) -> float:
     above = [0.0, *(share_above(scores.counts, limit) for limit in limits), 1.0]
     return sum(width * (upto - before) for width, (before, upto) in zip(widths, pairwise(above), strict=True))
-
-
-def _run(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    return decoder.run(token_ids, [len(token_ids)], decoder.new_cache(1), decoder.new_trace())

@@ -37,6 +37,10 @@ def log_error(gate: Tensor, normed: Tensor, state: Tensor) -> Tensor:
         normed: [N, d] the sublayer's normed input.
         state: [N, d] what it was normed from.
     """
-    norm = torch.linalg.vector_norm(state.to(gate.dtype), dim=-1).clamp(min=torch.finfo(gate.dtype).tiny)
     of_input = normed.to(gate.dtype) @ gate[:-2, None]  # [N, 1]
-    return of_input[:, 0] + gate[-2] * norm.log() + gate[-1]
+    return of_input[:, 0] + gate[-2] * log_norm(state.to(gate.dtype)) + gate[-1]
+
+
+def log_norm(state: Tensor) -> Tensor:
+    """Return the logarithm of the norm of states [N, d], float32 or wider, as gates see it: [N], finite for zeros."""
+    return torch.linalg.vector_norm(state, dim=-1).clamp(min=torch.finfo(state.dtype).tiny).log()
