@@ -9,24 +9,21 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import display_name, model_options, open_model
+from quicksilver.cli.common import display_name, model_options, open_model, read_texts, text_options
 from quicksilver.errors import InputError
 
 NOTHING_HELD = 3
-_MECHANISMS = {
+MECHANISMS = {
     "halting": ("halting", "shortcuts"),
     "kv": ("values", "queries"),
     "fusion": ("fusion",),
     "precision": ("channels",),
 }
-_CONTEXT = 2048
 
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--text", type=click.Path(), help="One long UTF-8 text.")
-@click.option("--documents", type=click.Path(), help='JSON lines with a "text" field.')
-@click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub.")
+@text_options
 @click.option("--max-delta-ppl", type=click.FloatRange(0, min_open=True), help="Most perplexity that may be added.")
 @click.option("--max-delta-nll", type=click.FloatRange(0, min_open=True), help="Most nats per token, instead.")
 @click.option(
@@ -71,15 +68,12 @@ def command(**options: Any) -> None:
     budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
     output = _output(options["output"], options["force"])
     names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
-    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
-    limit = model.adapter.spec.max_positions
-    context = options["context"] or min(limit, _CONTEXT)
-    if context > limit:
-        raise InputError(f"--context {context} is longer than the model's context of {limit}")
     work = options["work"]
     if work is not None and not Path(work).absolute().parent.is_dir():
         raise InputError(f"--work {work}: the folder it would be in does not exist")
-    held = run(model, tokenizer, display_name(options["model"]), options, budget, names, context, output)
+    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
+    corpora = read_texts(options["text"], options["documents"], options["dataset"])
+    held = run(model, tokenizer, display_name(options["model"]), corpora, options, budget, names, output)
     if not held:
         sys.exit(NOTHING_HELD)
 
@@ -96,9 +90,10 @@ def _budget(ppl: float | None, nll: float | None) -> tuple[float, str]:
 
 
 def _output(path: str, force: bool) -> Path:
+    from quicksilver.core.files import check_target
+
+    check_target("-o", path)
     output = Path(path)
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"-o {path}: its folder does not exist")
     if output.suffix != ".json":
         raise InputError(f"-o {path}: a plan file ends in .json")
     for each in (output, output.with_suffix(".safetensors")):  # what was fitted lies beside the plan
@@ -110,9 +105,9 @@ def _output(path: str, force: bool) -> Path:
 def _mechanisms(given: str, prompt: int | None, explicit: bool) -> tuple[str, ...]:
     """Return what may be used; fusion, which acts on prompts alone, only where windows have one."""
     names = [name.strip() for name in given.split(",") if name.strip()]
-    unknown = [name for name in names if name not in _MECHANISMS]
+    unknown = [name for name in names if name not in MECHANISMS]
     if unknown or not names:
-        raise InputError(f"--mechanisms {given!r}: choose from {', '.join(_MECHANISMS)}")
+        raise InputError(f"--mechanisms {given!r}: choose from {', '.join(MECHANISMS)}")
     if "fusion" in names and prompt is None:
         if explicit:
             raise InputError("--mechanisms fusion acts on prompts: give --prompt N, or leave fusion out")

@@ -17,19 +17,19 @@ from quicksilver.calibrate.report import best_of_groups, frontier, summary
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget
 from quicksilver.calibrate.splits import SHARES, Split, split_all
-from quicksilver.cli.calibrate import _MECHANISMS
-from quicksilver.cli.common import progress
+from quicksilver.cli.calibrate import MECHANISMS
+from quicksilver.cli.common import progress, window_protocol
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically
 from quicksilver.core.provenance import FittedTo
 from quicksilver.errors import InputError
 from quicksilver.measure import environment
-from quicksilver.measure.texts import read_dataset, read_documents, read_text
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
 from quicksilver.models.fingerprint import fingerprint as model_fingerprint
 from quicksilver.version import __version__
 
 _FIT_TOKENS = 16384
+_SAMPLED_CONTEXT = 256  # tokens of a window at most, where the text is the model's own
 _HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
 _REPORT_SECONDS = 20.0  # between lines of progress where there is no terminal
 
@@ -38,14 +38,14 @@ def run(
     model: Any,
     tokenizer: Any,
     name: str,
+    corpora: Sequence[Any],
     options: dict[str, Any],
     budget: tuple[float, str],
     mechanisms: Sequence[str],
-    context: int,
     output: Path,
 ) -> bool:
     """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
-    texts, protocol = _texts(model, tokenizer, options, context)
+    texts, protocol = _texts(model, tokenizer, corpora, options)
     search_tokens = options["search_tokens"]
     parts = split_all(texts, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
     folder = _folder(output, options["work"])
@@ -53,7 +53,7 @@ def run(
     settings = Settings(
         Budget(*budget),
         options["minimise"],
-        tuple(part for each in mechanisms for part in _MECHANISMS[each]),
+        tuple(part for each in mechanisms for part in MECHANISMS[each]),
         "kv" in mechanisms,
         options["trials"],
         options["time_limit"],
@@ -80,34 +80,26 @@ def _folder(output: Path, work: str | None) -> Path:
     return folder
 
 
-def _texts(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
+def _texts(
+    model: Any, tokenizer: Any, corpora: Sequence[Any], options: dict[str, Any]
+) -> tuple[list[WindowedText], Protocol]:
     """Return the windows of the user's texts, or of one sampled from the model."""
-    bos_id = default_bos(tokenizer)
-    given = [
-        (read, options[name])
-        for name, read in (("text", read_text), ("documents", read_documents), ("dataset", read_dataset))
-        if options[name] is not None
-    ]
-    if not given:
-        return _sampled(model, tokenizer, options, min(context, 256))
-    protocol = _protocol(context, bos_id, options["prompt"])
-    return [cut(read(source), tokenizer, protocol) for read, source in given], protocol
+    limit, context, prompt = model.adapter.spec.max_positions, options["context"], options["prompt"]
+    protocol = window_protocol(limit, default_bos(tokenizer), context, prompt=prompt)
+    if corpora:
+        return [cut(corpus, tokenizer, protocol) for corpus in corpora], protocol
+    protocol = window_protocol(limit, None, min(protocol.context, _SAMPLED_CONTEXT), prompt=prompt)
+    return [_sampled(model, tokenizer, protocol, options)], protocol
 
 
-def _protocol(context: int, bos_id: int | None, prompt: int | None) -> Protocol:
-    stride = max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
-    return Protocol(context, stride, bos_id, None, prompt)
-
-
-def _sampled(model: Any, tokenizer: Any, options: dict[str, Any], context: int) -> tuple[list[WindowedText], Protocol]:
-    protocol = _protocol(context, None, options["prompt"])
+def _sampled(model: Any, tokenizer: Any, protocol: Protocol, options: dict[str, Any]) -> WindowedText:
     seed, tokens = options["seed"], options["search_tokens"]
     wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
-    windows = [window for ids in sequences for window in slide(ids[:context], protocol)]
+    windows = [window for ids in sequences for window in slide(ids[: protocol.context], protocol)]
     size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
-    return [WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)], protocol
+    return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)
 
 
 def _tokens(parts: Split) -> int:

@@ -15,6 +15,7 @@ import click
 
 from quicksilver.errors import InputError
 
+_DEFAULT_CONTEXT = 2048
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -28,6 +29,52 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --text, --documents and --dataset."""
+    options = (
+        click.option("--text", type=click.Path(), help="One long UTF-8 text."),
+        click.option("--documents", type=click.Path(), help='JSON lines with a "text" field; each scored on its own.'),
+        click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def read_texts(text: str | None, documents: str | None, dataset: str | None) -> list[Any]:
+    """Return the corpora that `text_options` name, in their order.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    from quicksilver.measure.texts import read_dataset, read_documents, read_text
+
+    given = ((read_text, text), (read_documents, documents), (read_dataset, dataset))
+    return [read(value) for read, value in given if value is not None]
+
+
+def window_protocol(
+    limit: int,
+    bos_id: int | None,
+    context: int | None = None,
+    stride: int | None = None,
+    prompt: int | None = None,
+    max_tokens: int | None = None,
+) -> Any:
+    """Return how a text is cut, with the defaults that a model's context of `limit` tokens gives.
+
+    Raises:
+        InputError: a context longer than the model's, or numbers that do not fit one another.
+    """
+    from quicksilver.measure.windows import Protocol
+
+    if context is not None and context > limit:
+        raise InputError(f"--context {context} is longer than the model's context of {limit}")
+    context = context or min(limit, _DEFAULT_CONTEXT)
+    stride = stride or max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
+    return Protocol(context, stride, bos_id, max_tokens, prompt)
 
 
 def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: int | None) -> tuple[Any, Any]:
