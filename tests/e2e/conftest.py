@@ -22,6 +22,7 @@ from tests import tiny
 
 SENTENCES = "The river rises in the hills and runs to the sea. Nobody has counted its bends! "
 FORCED = {"rule": {"type": "forced", "depths": [1, 3, 2, 4]}, "min_layer": 1, "protect_first": 0}
+CUT = ("--context", 32, "--stride", 16)
 RANDOM = {"rule": {"type": "random", "probability": 0.4}, "min_layer": 1, "protect_first": 2}
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: refuses at once
 
@@ -168,3 +169,21 @@ def plan_file(tmp_path: Path) -> Callable[..., Path]:
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Point the hub's client at an address where nothing answers."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NO_SERVER)
+
+
+def no_constants(name: str) -> None:
+    """Refuse what Python's json writes and JSON does not know: NaN and infinities."""
+    raise ValueError(f"{name} is not JSON")
+
+
+@pytest.fixture
+def evaluate(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that runs `eval` and returns its JSON."""
+
+    def run(*args: object) -> list[dict[str, Any]]:
+        path = tmp_path / "out.json"
+        outcome = cli("eval", *args, "--json", path)
+        assert outcome.status == 0, outcome.err
+        return json.loads(path.read_text(), parse_constant=no_constants)
+
+    return run

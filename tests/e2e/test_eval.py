@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,9 +15,18 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quicksilver.cli.table import print_table
 from tests import tiny
-from tests.e2e.conftest import FORCED, RANDOM, SENTENCES, ModelFolder, Outcome, assert_refusal, run_process
+from tests.e2e.conftest import (
+    CUT,
+    FORCED,
+    RANDOM,
+    SENTENCES,
+    ModelFolder,
+    Outcome,
+    assert_refusal,
+    no_constants,
+    run_process,
+)
 
 ENGINE_SCHEMA: dict[str, Any] = {
     "nll": float,
@@ -62,9 +69,6 @@ SCHEMA: dict[str, Any] = {
 }
 """`eval --json` as ../shared/docs/evaluation.md promises it; additions are allowed."""
 
-UNIFORM = {"rule": {"type": "uniform", "width": 4}}
-CUT = ("--context", 32, "--stride", 16)
-
 
 def check_schema(value: Any, schema: Any, where: str = "$") -> None:
     """Check that a decoded JSON value has every key of a schema, with its type."""
@@ -78,24 +82,6 @@ def check_schema(value: Any, schema: Any, where: str = "$") -> None:
     assert isinstance(value, expected), f"{where} is {value!r}"
     assert schema is bool or not isinstance(value, bool), where
     assert not isinstance(value, float) or math.isfinite(value), where
-
-
-def no_constants(name: str) -> None:
-    """Refuse what Python's json writes and JSON does not know: NaN and infinities."""
-    raise ValueError(f"{name} is not JSON")
-
-
-@pytest.fixture
-def evaluate(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Return a function that runs `eval` and returns its JSON."""
-
-    def run(*args: object) -> list[dict[str, Any]]:
-        path = tmp_path / "out.json"
-        outcome = cli("eval", *args, "--json", path)
-        assert outcome.status == 0, outcome.err
-        return json.loads(path.read_text(), parse_constant=no_constants)
-
-    return run
 
 
 @pytest.mark.parametrize("mode", ["score", "decode"])
@@ -251,92 +237,6 @@ def test_defaults_of_the_protocol(
     assert result["protocol"]["mode"] == "score"
 
 
-def test_stdout_is_the_table_and_stderr_is_empty(
-    cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], text_file: Path, plan_file: Callable[..., Path]
-) -> None:
-    mine = plan_file(halting=FORCED)
-    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", "dense", "--plan", mine, *CUT)
-    assert (outcome.status, outcome.err) == (0, "")
-    heading, *tables = outcome.out.split("\n\n")
-    heading = " ".join(heading.split())
-    assert heading.split(" ", 1)[1].startswith("(gpt2, 4 layers, ")
-    assert " on book.txt: 239 tokens scored in 14 windows context 32, stride 16, no BOS, mode score; cpu, " in heading
-    assert heading.endswith(" dense is the float32 weights as loaded")
-    assert [rows(table) for table in tables[:3]] == [["plan", "dense", "mine"]] * 3
-    assert "\x1b" not in outcome.out
-
-
-def rows(table: str) -> list[str]:
-    """Return the first column of a printed table."""
-    return [re.split(r"\s{2,}", line)[0] for line in table.splitlines()]
-
-
-@pytest.mark.parametrize("ppl", [1.0, 999.9994, 123456.789, 9.87e11, 1e300])
-def test_tables_fit_80_columns(
-    evaluate: Callable[..., Any],
-    tiny_model_dir: Callable[[str], Path],
-    text_file: Path,
-    plan_file: Callable[..., Path],
-    ppl: float,
-) -> None:
-    mine = plan_file("a-plan-with-a-long-name-indeed.json", halting=FORCED, precision=UNIFORM)
-    (result,) = evaluate(tiny_model_dir("gpt2"), "--text", text_file, "--plan", mine, *CUT)
-    result["accelerated"]["ppl"] = result["dense"]["ppl"] = ppl
-    result["delta"] |= {"ppl": -ppl, "ppl_ci95": [-ppl, ppl], "nll": -12.3456, "kl": 12.3456, "flops_reduction": -5.0}
-    out = io.StringIO()
-    print_table([result], out)
-    lines = out.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert not any("…" in line for line in lines)
-    shown = {1.0: "1.000", 999.9994: "999.999", 123456.789: "123457", 9.87e11: "9.9e+11", 1e300: "1.0e+300"}[ppl]
-    assert any(line.startswith("dense ") and f" {shown} " in line for line in lines)
-    assert sum(f"-{shown} [-{shown}, +{shown}]" in line for line in lines) == 1
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_settings_say_what_was_nested_and_fitted(
-    cli: Callable[..., Outcome],
-    tiny_model_dir: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    nested: bool,
-) -> None:
-    folder, result = tiny_model_dir("llama"), tmp_path / "out.json"
-    if nested:
-        options = ("--group-size", 64, "--calibration", text_file)
-        assert cli("quantize", folder, "-o", tmp_path / "nested", *options).status == 0
-        folder = tmp_path / "nested"
-    options = ("--text", text_file, "--plan", "settled", "--plan", "channel-5bit", "--calibration", text_file)
-    outcome = cli("eval", folder, *options, *CUT, "--json", result)
-    settled, channel = (row["settings"] for row in json.loads(result.read_text()))
-    heading = " ".join(outcome.out.split())
-    calibration = {"source": "book.txt", "tokens": len(SENTENCES * 3), "model": folder.name}
-    assert (settled["calibration"], channel["calibration"]) == (None, calibration)
-    assert settled["baseline"] == channel["baseline"] == ("nested" if nested else "plain")
-    sizes = {"method": "compensated" if nested else "nearest", "group_size": 64 if nested else 32}
-    nesting = {**sizes, "head": False, "embeddings": False, "in_memory": not nested}
-    assert channel["nesting"] == nesting
-    assert settled["nesting"] == (nesting if nested else None)
-    if nested:
-        assert "dense is the nested weights (compensated, groups of 64), all 8 bits of them read" in heading
-    else:
-        assert "dense is the float32 weights as loaded; plans that choose widths read them nested in memory" in heading
-
-
-def test_plans_of_one_name_are_told_apart(
-    evaluate: Callable[..., Any], tiny_model_dir: Callable[[str], Path], text_file: Path, plan_file: Callable[..., Path]
-) -> None:
-    plans = [plan_file(f"{file}.json", name="settled", halting=FORCED) for file in ("one", "two")]
-    (plans[0].parent / "deeper").mkdir()
-    plans.append(plan_file("deeper/two.json", name="settled", halting=RANDOM))
-    given = [argument for plan in ("settled", *plans, "paper") for argument in ("--plan", plan)]
-    results = evaluate(tiny_model_dir("gpt2"), "--text", text_file, *given, *CUT)
-    names, hashes = ([result["plan"][key] for result in results] for key in ("name", "hash"))
-    assert names[:2] == ["settled", "settled (one.json)"]
-    assert names[2:4] == [f"settled (two.json) {hash[:8]}" for hash in hashes[2:4]]
-    assert names[4] == "paper"
-
-
 def test_texts_are_read_before_anything_is_nested(
     cli: Callable[..., Outcome],
     tiny_model_dir: Callable[[str], Path],
@@ -378,28 +278,6 @@ def test_the_progress_bar_is_for_terminals(
     with common.progress("windows", 7):
         pass
     assert shown == [("windows", 7)]
-
-
-def test_a_plan_file_called_dense_has_its_row(
-    cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], text_file: Path, plan_file: Callable[..., Path]
-) -> None:
-    impostor = plan_file("dense.json", halting=FORCED)
-    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", impostor, *CUT)
-    for table in outcome.out.split("\n\n")[1:4]:
-        assert " ".join(rows(table)) == "plan dense dense (dense.json)"  # a long name may take two lines
-
-
-@pytest.mark.parametrize("name", ["a[/b]", "[b]"])
-def test_plan_names_are_printed_literally(
-    cli: Callable[..., Outcome],
-    tiny_model_dir: Callable[[str], Path],
-    text_file: Path,
-    plan_file: Callable[..., Path],
-    name: str,
-) -> None:
-    odd = plan_file("odd.json", name=name, halting=FORCED)
-    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", odd, *CUT)
-    assert f"\n{name} " in outcome.out
 
 
 def test_a_hopeless_model_is_measured_all_the_same(

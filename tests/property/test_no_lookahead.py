@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from quicksilver.core.plan import Plan
+from quicksilver.runtime.decoder import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
 from tests.strategies import fusing_plans, plans, precise_plans, skipping_plans
@@ -18,6 +20,14 @@ def assert_same_until(one: Run, other: Run, end: int) -> None:
     atol = tolerances.LOGITS[one.logits.dtype]
     torch.testing.assert_close(one.logits[:end], other.logits[:end], atol=atol, rtol=0)
     assert torch.equal(torch.cat(one.trace.depths)[:end], torch.cat(other.trace.depths)[:end])
+
+
+def assert_blind(engine: Decoder, ids: Tensor, changed: Tensor, keep: int) -> None:
+    """Other tokens after the first `keep`, or none, change nothing up to there, in one pass or token by token."""
+    whole = run_whole(engine, ids)
+    assert_same_until(whole, run_whole(engine, changed), keep)
+    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
+    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,10 +43,7 @@ def test_later_tokens_change_nothing(plan: Plan, name: str, length: int, seed: i
     ids = tiny.token_ids(length, seed)
     keep = data.draw(st.integers(1, length - 1))
     changed = torch.cat((ids[:keep], tiny.token_ids(length - keep + data.draw(st.integers(0, 9)), seed + 1000)))
-    whole = run_whole(engine, ids)
-    assert_same_until(whole, run_whole(engine, changed), keep)
-    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
-    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
+    assert_blind(engine, ids, changed, keep)
 
 
 @settings(max_examples=20, deadline=None)
@@ -87,11 +94,7 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
 ) -> None:
     engine = decoder(tiny.nested(family, torch.float64), plan, special_ids=[7])
     ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
-    changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
-    whole = run_whole(engine, ids)
-    assert_same_until(whole, run_whole(engine, changed), keep)
-    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
-    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
+    assert_blind(engine, ids, torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000))), keep)
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,8 +104,4 @@ def test_later_tokens_change_nothing_where_attention_skips(
 ) -> None:
     engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])
     ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
-    changed = torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000)))
-    whole = run_whole(engine, ids)
-    assert_same_until(whole, run_whole(engine, changed), keep)
-    assert_same_until(whole, run_whole(engine, ids[:keep]), keep)
-    assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
+    assert_blind(engine, ids, torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000))), keep)
