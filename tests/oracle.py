@@ -1,4 +1,4 @@
-"""The definition of halting, KV fills, fusion, shortcuts and skipping in attention: all is computed, masks decide.
+"""The definition of halting, KV fills, coded entries, fusion, shortcuts and skipping: all is computed, masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
@@ -94,12 +94,14 @@ def run(
     skip_below: Sequence[float] | None = None,
     query_below: Sequence[float] | None = None,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    coded: bool = False,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
     `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
     `query_below` has that of a query's components, in multiples of their root mean square; `maps` gives, by layer, what
-    is added to the state of a token that stopped there before it predicts.
+    is added to the state of a token that stopped there before it predicts; `coded` says whether keys and values are
+    kept as whole numbers up to 127.
     """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
@@ -132,6 +134,8 @@ def run(
         if query_below is not None:
             query, small = _leave_out(query, query_below[layer_idx])
             unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
+        if coded:
+            key, value = _code(key), _code(value)
         weights = _weights(query, key, mask, layer.scaling, masses)
         if skip_below is not None:
             weights, left_out = _skip(weights, mask, skip_below[layer_idx])
@@ -191,6 +195,17 @@ def _fuse(
         new_masses[absorbed] = 0
         sizes.append(int(masses[group].sum()))
     return new_hidden, new_shift, new_masses, sizes
+
+
+def _code(entries: Tensor) -> Tensor:
+    """Return keys or values [Hkv, T, D] as they are kept: whole multiples of a float32, the largest 127 times it."""
+    kept = torch.zeros_like(entries)
+    for head in range(entries.shape[0]):
+        for t in range(entries.shape[1]):
+            scale = float((entries[head, t].abs().max() / 127).float())
+            if scale > 0:
+                kept[head, t] = torch.round(entries[head, t] / scale) * scale
+    return kept
 
 
 def _leave_out(query: Tensor, query_below: float) -> tuple[Tensor, Tensor]:

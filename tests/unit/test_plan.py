@@ -104,6 +104,12 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"attention": {"query_threshold": float("inf")}}, "attention: query_threshold must be a number"),
         ({"attention": {"query_threshold": [2, -0.1]}}, "query_threshold must be 0 or more, got -0.1"),
         ({"attention": {"threshold": 0.5, "heads": 2}}, "attention: unknown key 'heads'"),
+        ({"entries": 8}, "entries must be an object"),
+        ({"entries": {"bits": 4}}, "entries: bits must be 8, got 4"),
+        ({"entries": {"bits": 8.0}}, "entries: bits must be 8, got 8.0"),
+        ({"entries": {"bits": True}}, "entries: bits must be 8, got True"),
+        ({"entries": {"bits": None}}, "entries: bits must be 8, got None"),
+        ({"entries": {"bits": 8, "scale": 1}}, "entries: unknown key 'scale'"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
         ({"halting": []}, "halting must be an object"),
@@ -157,6 +163,17 @@ def test_so_is_leaving_out_components_of_queries() -> None:
     with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
         plan.check_model(4, 0, 32)
     assert rules.AttentionConfig() == rules.AttentionConfig(0.0, 0.0)
+
+
+def test_entries_in_eight_bits_are_a_mechanism_too() -> None:
+    plan = Plan.from_dict({"version": 1, "entries": {}})
+    assert plan.entries == rules.EntryConfig(8)
+    assert plan.to_dict()["entries"] == {"bits": 8}
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert not plan.is_dense
+    assert plan.hash != Plan.dense().hash
+    assert "entries" not in Plan.dense().to_dict()
+    plan.check_model(4, 0, 32)
 
 
 def test_rules_nested_without_end_are_refused() -> None:

@@ -25,6 +25,7 @@ from quicksilver.core.rules import (
     DriftRule,
     DropFill,
     EntropyRule,
+    EntryConfig,
     FusionConfig,
     HaltingConfig,
     KVFill,
@@ -56,6 +57,7 @@ class Plan:
         maps: where fitted maps to the last layer's state are used, or None for nowhere.
         shortcuts: which sublayers fitted maps stand in for, or None for none.
         attention: which values and components of queries attention does not read, or None where it reads all.
+        entries: in how many bits keys and values are kept, or None for the model's own.
         tensors: what was fitted, or None for nothing.
         fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
             the hash, which is of what the plan does.
@@ -69,6 +71,7 @@ class Plan:
     maps: MapConfig | None = None
     shortcuts: ShortcutConfig | None = None
     attention: AttentionConfig | None = None
+    entries: EntryConfig | None = None
     tensors: PlanTensors | None = None
     fitted_to: FittedTo | None = None
 
@@ -109,9 +112,9 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        halting, kv, fusion, precision, maps, shortcuts, attention, declared = (
+        halting, kv, fusion, precision, maps, shortcuts, attention, entries, declared = (
             data.pop(key, None)
-            for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "attention", "tensors")
+            for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "attention", "entries", "tensors")
         )
         _check_tensors(declared, tensors, source)
         fitted_to = data.pop("fitted_to", None)
@@ -129,6 +132,7 @@ class Plan:
             maps=None if maps is None else codec.decode_maps(maps, source),
             shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
             attention=None if attention is None else codec.decode_attention(attention, source),
+            entries=None if entries is None else codec.decode_entries(entries, source),
             tensors=tensors,
             fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
         )
@@ -174,7 +178,7 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        mechanisms = (self.halting, self.fusion, self.precision, self.shortcuts, self.attention)
+        mechanisms = (self.halting, self.fusion, self.precision, self.shortcuts, self.attention, self.entries)
         return all(each is None for each in mechanisms)
 
     @property
@@ -279,7 +283,7 @@ class Plan:
         halting = None if self.halting is None else codec.encode_fields(self.halting)
         body = {"halting": halting, "kv": codec.encode(self.kv)}
         # plans without one keep the hash they always had
-        for part in ("fusion", "precision", "maps", "shortcuts", "attention"):
+        for part in ("fusion", "precision", "maps", "shortcuts", "attention", "entries"):
             if (config := getattr(self, part)) is not None:
                 body[part] = codec.encode_fields(config)
         if self.tensors is not None:

@@ -114,7 +114,8 @@ class LayerTrace:
         fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
         signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
-            of which one norm is read too; of "query", queries in it whose components' mean square was taken.
+            of which one norm is read too; of "query", queries in it whose components' mean square was taken;
+            of "entry", keys and values that were turned into codes.
         widths: bits read of its nested weights, a WidthCounts.
         shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
         fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
@@ -150,9 +151,10 @@ class Trace:
     Args:
         num_layers: layers of the model.
         per_token: also keep, per pass, how many layers each token ran.
+        coded_entries: keys and values are read as int8 codes with a scale for each entry and K/V head.
     """
 
-    def __init__(self, num_layers: int, per_token: bool = False) -> None:
+    def __init__(self, num_layers: int, per_token: bool = False, coded_entries: bool = False) -> None:
         self.layers = [LayerTrace() for _ in range(num_layers)]
         self.tokens = 0
         self.head_rows = 0
@@ -161,6 +163,7 @@ class Trace:
         self.kv_used_bytes = 0
         self.kv_entries = 0
         self.per_token = per_token
+        self.coded_entries = coded_entries
         self.depths: list[Tensor] = []
 
     def begin_pass(self, starts: list[int], layout: RaggedLayout) -> None:

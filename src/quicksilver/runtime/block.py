@@ -146,6 +146,9 @@ def _write(
     """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
     cache, chunk, status, layout = context.cache, context.chunk, skipped.status, state.layout
     key, value = running
+    layer_trace = context.trace.layers[layer_idx]
+    if cache.shape.coded:
+        layer_trace.signal_rows["entry"] += key.shape[0]
     if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
         cache.append(layer_idx, layout, key, value, masses=state.mass)
     elif skipped.fill is Fill.REFER:
@@ -164,7 +167,9 @@ def _write(
                 frozen_key = context.rotation.select(status.halted).apply(frozen_key)
             keys.index_copy_(0, status.halted, frozen_key)
             values.index_copy_(0, status.halted, frozen_value)
-            context.trace.layers[layer_idx].fill_rows += frozen.shape[0]
+            layer_trace.fill_rows += frozen.shape[0]
+            if cache.shape.coded:
+                layer_trace.signal_rows["entry"] += frozen.shape[0]
         if status.present is not chunk:
             keys, values = (t.index_select(0, status.present.origin) for t in (keys, values))
         cache.append(layer_idx, status.present, keys, values, masses=status.present_masses)

@@ -2,6 +2,7 @@
 
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
+from quicksilver.core.rules.entries import ENTRY_BITS, EntryConfig
 from quicksilver.core.rules.fusion import (
     CosineFusionRule,
     ForcedFusionRule,
@@ -42,6 +43,7 @@ from quicksilver.core.rules.precision import (
 )
 
 __all__ = [
+    "ENTRY_BITS",
     "AllRule",
     "AnyRule",
     "AttentionConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "DropFill",
     "EntropyRule",
     "EntropyWidthRule",
+    "EntryConfig",
     "FittedRule",
     "FixedPointRule",
     "ForcedFusionRule",
