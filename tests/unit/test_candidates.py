@@ -15,7 +15,15 @@ from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, s
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, CosineFusionRule, DropFill, FittedRule, PropagateFill, ShareFill
+from quicksilver.core.rules import (
+    ChannelWidthRule,
+    CosineFusionRule,
+    DropFill,
+    EntryConfig,
+    FittedRule,
+    PropagateFill,
+    ShareFill,
+)
 from quicksilver.core.trace import Trace
 from quicksilver.models.cost import dense_cost, executed_cost
 from quicksilver.models.registry import adapt
@@ -98,6 +106,18 @@ def test_the_threshold_of_values_grows_with_the_price(fits: Fits) -> None:
     assert thresholds == sorted(thresholds)
     assert thresholds[0] < 0.01
     assert thresholds[-1] == 1.0
+
+
+def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -> None:
+    """In bit operations: a product with a code is worth a quarter, and so leaving it out is."""
+    priced = replace(fits, units=units_of(tiny.nested("llama"), "bitops"))
+    assert priced.units.pair == pytest.approx(4 * priced.units.entry)
+    on, off = (make(priced, price, names) for price, names in ((2.0, ["values", "entries"]), (0.5, ["values"])))
+    assert on.entries == EntryConfig()
+    assert on.attention == off.attention
+    assert off.entries is None
+    assert make(fits, 2.0, ["values", "entries"]).attention == make(fits, 2.0, ["values"]).attention  # as many FLOPs
+    assert make(fits, 1e-9, ["entries"]).entries == EntryConfig()
 
 
 def test_fusion_has_a_cosine_instead_of_a_price(fits: Fits) -> None:

@@ -23,6 +23,7 @@ from quicksilver.core.rules import (
     ChannelWidthRule,
     CosineFusionRule,
     DropFill,
+    EntryConfig,
     FittedRule,
     ForcedRule,
     FusionConfig,
@@ -37,7 +38,7 @@ from quicksilver.core.rules import (
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import ModelSpec
 
-Mechanism = Literal["halting", "shortcuts", "values", "queries", "fusion", "channels"]
+Mechanism = Literal["halting", "shortcuts", "values", "queries", "entries", "fusion", "channels"]
 
 FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
 
@@ -48,7 +49,8 @@ class Knobs:
 
     Attributes:
         price: nats that the whole of a dense token's work is worth.
-        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead.
+        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead;
+            for entries, which have no price, anything.
         fill: what a halted token leaves in deeper layers.
     """
 
@@ -78,6 +80,7 @@ class Fits:
         centred: channels that are left out stand at their mean.
         value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
         query_prices: of leaving components of queries out.
+        entry_nats: what keeping keys and values as codes costs.
     """
 
     spec: ModelSpec
@@ -91,6 +94,7 @@ class Fits:
     centred: bool = False
     value_prices: AttentionPrices = field(default_factory=AttentionPrices)
     query_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    entry_nats: float = 0.0
 
 
 def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
@@ -104,6 +108,7 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
     """
     parts: dict[str, Any] = {}
     attention: dict[str, tuple[float, ...]] = {}
+    product = fits.units.entry if "entries" in knobs.factors else fits.units.pair
     for mechanism, factor in knobs.factors.items():
         price = knobs.price * factor
         if mechanism == "halting":
@@ -111,9 +116,11 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
         elif mechanism == "shortcuts":
             parts["shortcuts"] = shortcuts_at(price, fits)
         elif mechanism == "values":
-            attention["threshold"] = fits.value_prices.thresholds(price * fits.units.pair)
+            attention["threshold"] = fits.value_prices.thresholds(price * product)
         elif mechanism == "queries":
-            attention["query_threshold"] = fits.query_prices.thresholds(price * fits.units.pair)
+            attention["query_threshold"] = fits.query_prices.thresholds(price * product)
+        elif mechanism == "entries":
+            parts["entries"] = EntryConfig()
         elif mechanism == "fusion":
             parts["fusion"] = FusionConfig(CosineFusionRule(factor))
         else:

@@ -39,6 +39,7 @@ def write(path: Path, key: str, fits: Fits) -> None:
         "centred": fits.centred,
         "value_prices": asdict(fits.value_prices),
         "query_prices": asdict(fits.query_prices),
+        "entry_nats": fits.entry_nats,
     }
     tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
     tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(fits.map_scores)}
@@ -77,4 +78,5 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
             AttentionPrices(tuple(map(tuple, facts[kind]["points"])), tuple(facts[kind]["layers"]))
             for kind in ("value_prices", "query_prices")
         ),
+        entry_nats=facts["entry_nats"],
     )

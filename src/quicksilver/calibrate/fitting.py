@@ -13,7 +13,7 @@ from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig, ShortcutConfig
+from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, EntryConfig, PrecisionConfig, ShortcutConfig
 from quicksilver.core.rules.maps import Shortcut
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import Adapter
@@ -35,6 +35,8 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
         total += len(sensitivity.VALUE_THRESHOLDS) + spec.num_layers
     if "queries" in mechanisms:
         total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
+    if "entries" in mechanisms:
+        total += 1
     if "channels" in mechanisms:
         total += 3 * num_windows + sum(len(layer.nested) for layer in adapter.layers)
     return total
@@ -74,6 +76,9 @@ def fit(
         fits.query_prices = sensitivity.attention_prices(
             probe, lambda threshold: AttentionConfig(query_threshold=threshold), sensitivity.QUERY_THRESHOLDS, on_step
         )
+    if "entries" in mechanisms:
+        fits.entry_nats = probe.nats(Plan("entries", entries=EntryConfig()))
+        on_step()
     if "channels" in mechanisms:
         text = unprotected(adapter, PrecisionConfig(ChannelWidthRule(target=8.0)), windows, special_ids)
         _fit_channels(fits, adapter, probe, text, widths, on_step)

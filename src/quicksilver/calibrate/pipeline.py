@@ -12,7 +12,7 @@ from typing import Any
 from typing import Protocol as Shape
 
 from quicksilver.calibrate import choosing, fits_file, fitting
-from quicksilver.calibrate.candidates import Fits, Mechanism, build, static_exit
+from quicksilver.calibrate.candidates import Fits, Knobs, Mechanism, build, static_exit
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer
@@ -27,6 +27,7 @@ from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
 _PAPER_TRIALS = 10
+_FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them
 _EXITS_TO = 4.0  # times the budget: deeper exits that lose more are not looked for
 
 
@@ -156,10 +157,15 @@ class Calibrator:
 
     def _search(self, fits: Fits) -> Iterator[Scored]:
         settings = self._settings
-        search = Search(settings.mechanisms, settings.budget, settings.objective, settings.fills, settings.trials)
+        searched, always = self._switches(fits)
+        search = Search(searched, settings.budget, settings.objective, settings.fills, settings.trials, always)
         key = self._key(
             "together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed, settings.trials
         )
+        if "entries" in settings.mechanisms:
+            alone = Knobs(0.0, {"entries": 1.0})
+            plan = build(alone, fits, "entries", settings.widths)
+            yield Scored("entries", self._kept("search", plan, self._scorers[0].score), alone)
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
@@ -169,6 +175,21 @@ class Calibrator:
         with self._progress("searching", settings.trials) as advance:
             trials.run(search.propose, score, settings.trials, self._deadline(), advance)
         yield from search.scored(trials.finished)
+
+    def _switches(self, fits: Fits) -> tuple[list[Mechanism], list[Mechanism]]:
+        """Return the mechanisms to search, and those that every candidate has.
+
+        Coded entries are searched where they save what is asked for. Elsewhere they are taken where they cost next to
+        nothing: the cache holds a fraction of its bytes then.
+        """
+        settings = self._settings
+        searched = [name for name in settings.mechanisms if name != "entries"]
+        if "entries" not in settings.mechanisms:
+            return searched, []
+        if settings.objective in ("bitops", "kv_bytes"):
+            return [*searched, "entries"], []
+        free = fits.entry_nats <= _FREE * settings.budget.nats(self._scorers[0].dense_nll)
+        return searched, ["entries"] if free else []
 
     def _baselines(self, fits: Fits) -> Iterator[Scored]:
         """Score the published rules with tuned thresholds, and every token's exit at one layer."""

@@ -15,7 +15,7 @@ from quicksilver.errors import InputError
 NOTHING_HELD = 3
 MECHANISMS = {
     "halting": ("halting", "shortcuts"),
-    "kv": ("values", "queries"),
+    "kv": ("values", "queries", "entries"),
     "fusion": ("fusion",),
     "precision": ("channels",),
 }
