@@ -189,7 +189,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         fit_units(spoilt, [(1, "mlp")], WINDOWS, Plan.dense())
 
 
-ALL = ("halting", "shortcuts", "values", "entries", "channels")
+ALL = ("halting", "shortcuts", "values", "screening", "entries", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,7 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
         "halting": bool(fits.halt_layers),
         "shortcuts": bool(fits.shortcuts),
         "values": bool(fits.value_prices.points),
+        "screening": bool(fits.screening_prices.points),
         "entries": fits.entry_nats > 0.0,
         "channels": bool(fits.map_scores),
     }
@@ -231,7 +232,16 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Pa
     fits_file.write(path, "key", fits)
     again = fits_file.read(path, "key", fits.spec)
     assert again is not None
-    for name in ("spec", "units", "halt_layers", "shortcuts", "map_weights", "value_prices", "entry_nats"):
+    for name in (
+        "spec",
+        "units",
+        "halt_layers",
+        "shortcuts",
+        "map_weights",
+        "value_prices",
+        "screening_prices",
+        "entry_nats",
+    ):
         assert getattr(again, name) == getattr(fits, name), name
     assert list(again.shortcuts) == list(fits.shortcuts)
     assert set(again.tensors) == set(fits.tensors)

@@ -31,6 +31,7 @@ from quicksilver.core.rules import (
     MapConfig,
     PrecisionConfig,
     PropagateFill,
+    ScreeningConfig,
     ShareFill,
     Shortcut,
     ShortcutConfig,
@@ -38,7 +39,7 @@ from quicksilver.core.rules import (
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import ModelSpec
 
-Mechanism = Literal["halting", "shortcuts", "values", "queries", "entries", "fusion", "channels"]
+Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
 
 FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
 
@@ -80,6 +81,7 @@ class Fits:
         centred: channels that are left out stand at their mean.
         value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
         query_prices: of leaving components of queries out.
+        screening_prices: of screening keys.
         entry_nats: what keeping keys and values as codes costs.
     """
 
@@ -94,6 +96,7 @@ class Fits:
     centred: bool = False
     value_prices: AttentionPrices = field(default_factory=AttentionPrices)
     query_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    screening_prices: AttentionPrices = field(default_factory=AttentionPrices)
     entry_nats: float = 0.0
 
 
@@ -119,6 +122,8 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
             attention["threshold"] = fits.value_prices.thresholds(price * product)
         elif mechanism == "queries":
             attention["query_threshold"] = fits.query_prices.thresholds(price * product)
+        elif mechanism == "screening":
+            parts["screening"] = _screening(fits.screening_prices.thresholds(price * product))
         elif mechanism == "entries":
             parts["entries"] = EntryConfig()
         elif mechanism == "fusion":
@@ -183,6 +188,10 @@ def _halting(price: float, fits: Fits, fill: str) -> dict[str, Any]:
     limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
     config = HaltingConfig(FittedRule(limits), min_layer=fits.halt_layers[0] + 1)
     return {"halting": config, "kv": FILLS[fill], "maps": MapConfig()}
+
+
+def _screening(limits: tuple[float, ...]) -> ScreeningConfig | None:
+    return ScreeningConfig(limits) if max(limits, default=0.0) > 0 else None
 
 
 def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:

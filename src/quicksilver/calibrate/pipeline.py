@@ -169,8 +169,7 @@ class Calibrator:
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths)
-            return self._scorers[0].score(plan, settings.budget)
+            return self._searched(build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths))
 
         with self._progress("searching", settings.trials) as advance:
             trials.run(search.propose, score, settings.trials, self._deadline(), advance)
@@ -200,7 +199,7 @@ class Calibrator:
         with self._progress("tuning the published rules", _PAPER_TRIALS) as advance:
             trials.run(
                 paper.propose,
-                lambda parameters: score(paper.plan(parameters), settings.budget),
+                lambda parameters: self._searched(paper.plan(parameters)),
                 _PAPER_TRIALS,
                 self._deadline(),
                 advance,
@@ -235,15 +234,28 @@ class Calibrator:
         depth = candidate.row["plan"]["halting"]["min_layer"] if candidate.group == "exit" else None
         return static_exit(depth - 1, fits) if depth else Plan.from_dict(candidate.row["plan"])
 
+    def _searched(self, plan: Plan) -> dict[str, Any] | None:
+        """Return a candidate's figures on the searched part, None where it is given up; other budgets may know it."""
+        path = self._path("search", plan)
+        if not path.is_file():
+            row = self._scorers[0].score(plan, self._settings.budget)
+            if row is None:
+                return None
+            write_atomically(path, json.dumps(row))
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> dict[str, Any]:
         """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
-        path = self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
+        path = self._path(part, plan)
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         row = score(plan)
         assert row is not None  # it was not scored for a budget
         write_atomically(path, json.dumps(row))
         return row
+
+    def _path(self, part: str, plan: Plan) -> Path:
+        return self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
 
     def _key(self, *facts: Any) -> str:
         return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
 from quicksilver.calibrate.trials import Space
 
-ALONE = (0.08, 0.35, 1.5)
+ALONE = (0.15, 1.0)
 """Prices that each mechanism is tried at alone: nats that all of a dense token's work is worth."""
 
 TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -101,7 +101,7 @@ class Search:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
-        mechanism dearer, cheaper and left out. (The last trials are `_polished`.)
+        mechanism dearer and cheaper. (The last trials are `_polished`, and leave mechanisms out.)
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
         candidates = [
@@ -115,7 +115,6 @@ class Search:
             base = Knobs(self._base_price(finished), whole)
             priced = [name for name in self._alone if name != "fusion"]
             candidates += [replace(base, factors=whole | {name: step}) for name in priced for step in _STEPS]
-            candidates += [base.without(name) for name in self._mechanisms]
         return candidates[len(finished)] if len(finished) < len(candidates) else None
 
     def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:

@@ -108,6 +108,7 @@ class LayerTrace:
         attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
         values_skipped: values that these pairs' heads did not read, a DeferredSum.
         scores_skipped: multiply-adds of these pairs' scores that were left out, a DeferredSum.
+        scored_twice: of these pairs' scores, one for each head, those that took both steps of screening, a DeferredSum.
         entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
         fusion_rows: rows that reached fusion after this layer.
@@ -128,6 +129,7 @@ class LayerTrace:
         self.attended = DeferredSum()
         self.values_skipped = DeferredSum()
         self.scores_skipped = DeferredSum()
+        self.scored_twice = DeferredSum()
         self.entries_read = 0
         self.halted = 0
         self.fusion_rows = 0

@@ -3,7 +3,8 @@
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, residual additions and what the softmax does to weights (leaving some out included) count on neither side.
 The mean square of a query by which components of it are left out is a signal. Keys and values kept as codes are
-multiplied as codes: their scales take one multiplication for each score and one for each value read.
+multiplied as codes: their scales take one multiplication for each score, for each score completed in a second step, and
+for each value read.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         other = sum(signals.values()) - of_head + layer.fitted_macs
         if trace.coded_entries:
             other += 2 * spec.num_heads * layer.attended.value - layer.values_skipped.value
+            other += layer.scored_twice.value
         macs += linear + of_head + attention + other
         read += of_head * spec.head_bits + attention * entry_bits + other * activation_bits
         bitops += read * activation_bits

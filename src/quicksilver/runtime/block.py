@@ -189,8 +189,8 @@ def _attend(
     written = running if skipped.fill is Fill.NONE else skipped.status.present
     skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
     query_below = 0.0 if context.attention is None else context.attention.query_threshold_in(layer_idx)
-    layer_trace = context.trace.layers[layer_idx]
-    if query_below > 0.0:
+    screen, layer_trace = context.screen(layer_idx), context.trace.layers[layer_idx]
+    if query_below > 0.0 or screen is not None:
         layer_trace.signal_rows["query"] += query.shape[0]
     for seq, length in enumerate(layout.lengths):
         if length == 0:
@@ -209,10 +209,12 @@ def _attend(
             masses=entries.masses,
             skip_below=skip_below,
             query_below=query_below,
+            screen=screen,
         )
         layer_trace.attended.add(attended.pairs)
         layer_trace.values_skipped.add(attended.values_skipped)
         layer_trace.scores_skipped.add(attended.scores_skipped)
+        layer_trace.scored_twice.add(attended.scored_twice)
         layer_trace.entries_read += entries.keys.shape[0]
         outputs.append(attended.output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

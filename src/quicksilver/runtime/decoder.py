@@ -200,6 +200,7 @@ class Decoder:
             trace=trace,
             backend=self.backend,
             attention=self.plan.attention,
+            screening=self.plan.screening,
         )
 
     @torch.no_grad()

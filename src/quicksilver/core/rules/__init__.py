@@ -41,6 +41,7 @@ from quicksilver.core.rules.precision import (
     PrecisionRule,
     UniformWidthRule,
 )
+from quicksilver.core.rules.screening import ScreeningConfig
 
 __all__ = [
     "ENTRY_BITS",
@@ -77,6 +78,7 @@ __all__ = [
     "RandomFusionRule",
     "RandomRule",
     "RelativeDriftRule",
+    "ScreeningConfig",
     "ShareFill",
     "Shortcut",
     "ShortcutConfig",
