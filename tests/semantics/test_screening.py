@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.errors import PlanError
 from quicksilver.models.cost import dense_cost, executed_cost
-from quicksilver.ops import Screen, ragged_attention
+from quicksilver.ops import Screen, attention, ragged_attention
+from quicksilver.ops.attention import Attended
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,
@@ -145,6 +147,41 @@ def test_by_hand() -> None:
             torch.testing.assert_close(got.output[0, 0], (weights[:, None] * values[:left, 0]).sum(0))
             counts = int(got.values_skipped), int(got.scores_skipped), int(got.scored_twice)
             assert counts == (4 - left, 4 - left, left)
+
+
+@pytest.mark.parametrize("masses", [False, True])
+@pytest.mark.parametrize("screen", [None, Screen(0.5, 1.0)])
+def test_a_block_of_queries_at_a_time_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, screen: Screen | None, masses: bool
+) -> None:
+    """Of the newest tokens, of some of them, and of a chunk after others."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(20, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    counts, positions = torch.randint(1, 4, (20,), generator=generator), torch.arange(20)
+    for rows, newest in ((positions, True), (positions[::3], False), (positions[6:], True)):
+
+        def attend(rows: Tensor = rows, newest: bool = newest) -> Attended:
+            return ragged_attention(
+                queries[rows],
+                keys,
+                values,
+                rows,
+                positions,
+                0.5,
+                newest,
+                masses=counts if masses else None,
+                skip_below=0.7,
+                query_below=0.3,
+                screen=screen,
+            )
+
+        whole = attend()
+        monkeypatch.setattr(attention, "_BLOCK", 5)
+        blocks = attend()
+        monkeypatch.undo()
+        torch.testing.assert_close(blocks.output, whole.output, atol=ATOL, rtol=0)
+        assert [int(count) for count in blocks[1:]] == [int(count) for count in whole[1:]]
+        assert int(whole.values_skipped) > 0 < int(whole.scores_skipped)
 
 
 @settings(max_examples=60, deadline=None)
