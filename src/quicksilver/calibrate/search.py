@@ -28,11 +28,11 @@ SWITCHES: tuple[Mechanism, ...] = ("entries",)
 """Mechanisms that are on or off and have no price; what they do alone is known before the search."""
 
 _STEPS = (0.4, 2.5)  # that one mechanism's price is multiplied by, at the price that meets the budget
-_BALANCED = (1.0, 0.75)  # of that price, tried where every mechanism is stepped as far as it pays
+_BALANCED = (0.75, 1.0)  # of that price, tried where every mechanism is stepped as far as it pays
 _GIVEN_UP = 3.0  # times the budget that a trial is taken to lose which was given up
 _PRICES = (1e-4, 1e2)
 _LEVELS = (0.6, 2.0)  # of that price, tried by Optuna
-_RAISES = (1.25, 1.12, 1.06, 1.03)  # of the best candidate's price, tried last
+_RAISES = (1.12, 1.06, 1.03)  # of the best candidate's price, tried last
 _FACTORS = (0.125, 8.0)
 _COSINES = (0.6, 0.99)
 
@@ -119,7 +119,7 @@ class Search:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
-        mechanism dearer and cheaper, and all of them where those steps say. (The last trials are `_polished`, and leave
+        mechanism cheaper and dearer, and all of them where those steps say. (The last trials are `_polished`, and leave
         mechanisms out.)
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
@@ -135,7 +135,10 @@ class Search:
             candidates += [replace(base, factors=whole | {name: step}) for name in self._priced for step in _STEPS]
             if len(finished) >= len(candidates):
                 factors = whole | self._balanced(finished[self._steps.start : self._steps.stop])
-                candidates += [Knobs(base.price * level, factors) for level in _BALANCED]
+                prices = [base.price * level for level in _BALANCED]
+                candidates += [Knobs(price, factors) for price in prices]
+                if len(finished) >= len(candidates):
+                    candidates.append(Knobs(self._meeting(finished[self._steps.stop :], prices), factors))
         return candidates[len(finished)] if len(finished) < len(candidates) else None
 
     def _balanced(self, stepped: Sequence[FrozenTrial]) -> dict[Mechanism, float]:
@@ -171,9 +174,14 @@ class Search:
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
-        first, prices = (0, ALONE) if len(self._mechanisms) == 1 else (len(self._alone) * len(ALONE), TOGETHER)
+        if len(self._mechanisms) == 1:
+            return self._meeting(finished, ALONE)
+        return self._meeting(finished[len(self._alone) * len(ALONE) :], TOGETHER)
+
+    def _meeting(self, trials: Sequence[FrozenTrial], prices: Sequence[float]) -> float:
+        """Return the price at which the budget is met, between ascending prices that were tried one after another."""
         below, at_below = prices[0] / 2, 0.0
-        for trial, price in zip(finished[first:], prices, strict=False):
+        for trial, price in zip(trials, prices, strict=False):
             row = trial.user_attrs.get("row")
             lost = _GIVEN_UP * self._budget.limit if row is None else self._budget.upper(row)
             if lost > self._budget.limit:
