@@ -188,11 +188,11 @@ def test_studies_of_other_keys_are_not_looked_at(tmp_path: Path) -> None:
 
 def test_the_last_trials_polish_the_best(tmp_path: Path) -> None:
     """Without each mechanism, then at higher prices; what is found stays inside the budget."""
-    count = GUIDED + NEAR + 5 + len(MECHANISMS) + 3
+    count = GUIDED + NEAR + 5 + len(MECHANISMS) + 4
     found = search_in(tmp_path, count, planned=count)
-    polished = found.parameters[-len(MECHANISMS) - 3 :]
+    polished = found.parameters[-len(MECHANISMS) - 4 :]
     assert all("price" in each for each in polished)
-    assert all("level" in each for each in found.parameters[GUIDED + NEAR : -len(MECHANISMS) - 3])
+    assert all("level" in each for each in found.parameters[GUIDED + NEAR : -len(MECHANISMS) - 4])
     searched = search_in(tmp_path, count - len(polished), key="searched")
     best, before = (
         max(saved(each.row, "flops") for each in one.scored if BUDGET.holds(each.row)) for one in (found, searched)

@@ -32,7 +32,7 @@ _BALANCED = (0.75, 1.0)  # of that price, tried where every mechanism is stepped
 _GIVEN_UP = 3.0  # times the budget that a trial is taken to lose which was given up
 _PRICES = (1e-4, 1e2)
 _LEVELS = (0.6, 2.0)  # of that price, tried by Optuna
-_RAISES = (1.12, 1.06, 1.03)  # of the best candidate's price, tried last
+_NEARBY = (1.06, 1.03, 0.97, 0.94)  # of the best candidate's price, tried last: to gain a little, to fall back to
 _FACTORS = (0.125, 8.0)
 _COSINES = (0.6, 0.99)
 
@@ -160,17 +160,17 @@ class Search:
         return {name: min(max(gained[name] / lost[name] / mean, low), high) for name in gained}
 
     def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
-        """Return the best candidate so far at a higher price, or without one of its mechanisms; None before the end."""
-        step = len(finished) - (self._trials - len(self._mechanisms) - len(_RAISES))
+        """Return the best candidate so far at a price nearby, or without one of its mechanisms; None before the end."""
+        step = len(finished) - (self._trials - len(self._mechanisms) - len(_NEARBY))
         inside = [each for each in self.scored(finished) if self._budget.holds(each.row) and each.knobs is not None]
         if step < 0 or not inside:
             return None
         best = max(inside, key=lambda each: saved(each.row, self._objective)).knobs
         assert best is not None
-        if step < len(_RAISES):
-            return replace(best, price=best.price * _RAISES[step])
-        without = best.without(self._mechanisms[min(step - len(_RAISES), len(self._mechanisms) - 1)])
-        return without if without.factors and without != best else replace(best, price=best.price * _RAISES[-1])
+        if step < len(_NEARBY):
+            return replace(best, price=best.price * _NEARBY[step])
+        without = best.without(self._mechanisms[min(step - len(_NEARBY), len(self._mechanisms) - 1)])
+        return without if without.factors and without != best else replace(best, price=best.price * _NEARBY[-1] ** 2)
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
