@@ -57,7 +57,6 @@ def _table_row(row: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("model")
-@click.option("--baseline", help="Where MODEL is nested, the model that losses are against (default: MODEL).")
 @click.option("--plan", "plans", multiple=True, required=True, help="A plan file, or NAME=FILE; may be repeated.")
 @click.option("--text", type=click.Path(), help="One long UTF-8 text.")
 @click.option("--documents", type=click.Path(), help='JSON lines with a "text" field.')
@@ -66,7 +65,6 @@ def _table_row(row: dict[str, Any]) -> str:
 @click.option("-o", "--output", required=True, help="Results: OUTPUT.json and OUTPUT.md.")
 def main(
     model: str,
-    baseline: str | None,
     plans: tuple[str, ...],
     text: str | None,
     documents: str | None,
@@ -81,15 +79,14 @@ def main(
       python -m benchmarks.calibrated ref-llama --plan mild=mild.json --text test.txt -o calibrated
     """
     try:
-        loaded, tokenizer = load(baseline or model), load_tokenizer(model)
-        runner = load(model) if baseline else loaded
+        loaded, tokenizer = load(model), load_tokenizer(model)
         context = context or min(loaded.adapter.spec.max_positions, 2048)
         protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
         measured = cut(read_corpus(text, documents), tokenizer, protocol)
         given = [_read(plan) for plan in plans]
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
-    runner = nested_copy(runner) if any(plan.precision is not None for plan in given) else runner
+    runner = nested_copy(loaded) if any(plan.precision is not None for plan in given) else loaded
     part = Part(measured, ((measured.name, len(measured.windows)),))
     scorer = Scorer(loaded, runner, part, protocol, Path(model).name)
     with keeping_expanded(runner.model):
