@@ -32,6 +32,14 @@ class RowBuffer:
         self._storage[self.length : end] = rows
         self.length = end
 
+    def extend(self, count: int) -> int:
+        """Add `count` rows that a kernel is about to write; return the address of the first row of all."""
+        end = self.length + count
+        if end > self._storage.shape[0]:
+            self._grow(end)
+        self.length = end
+        return self._storage.data_ptr()
+
     @property
     def rows(self) -> Tensor:
         """[length, *row_shape] the rows held, a view."""

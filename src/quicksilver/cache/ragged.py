@@ -138,6 +138,18 @@ class RaggedKVCache:
                 None if masses is None else masses[listed_rows],
             )
 
+    def extend(self, layers: range, lengths: Sequence[int]) -> list[int]:
+        """Add entries that a kernel is about to write: `lengths[b]` of each sequence in each layer.
+
+        Returns:
+            For each layer and sequence, one after another, what `EntryStore.extend` gives.
+        """
+        places: list[int] = []
+        for layer_idx in layers:
+            for store, length in zip(self._stores, lengths, strict=True):
+                places.extend(store.extend(layer_idx, length))
+        return places
+
     def take_back(self, after_layer: int, seq: int, position: int) -> list[TakenBack]:
         """Forget the sequence's entries and tails at `position` in the layers after `after_layer`.
 

@@ -62,6 +62,24 @@ class EntryStore(ABC):
             self._masses[layer_idx].append(torch.ones_like(listed) if masses is None else masses)
         self._positions[layer_idx].append(listed)
 
+    def extend(self, layer_idx: int, count: int) -> tuple[int, int, int, int, int]:
+        """Add entries that a kernel is about to write after those held.
+
+        Returns:
+            Addresses of all keys, values, positions and masses (0 where there are none), and how many entries the
+            layer held.
+
+        Raises:
+            NotImplementedError: the layer has no keys and values of its own.
+        """
+        positions, masses = self._positions[layer_idx], self._masses.get(layer_idx)
+        held = positions.length
+        keys, values = self._extend(layer_idx, count)
+        return keys, values, positions.extend(count), 0 if masses is None else masses.extend(count), held
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[int, int]:
+        raise NotImplementedError(f"{type(self).__name__} refers to entries")
+
     def drop_last(self, layers: list[int]) -> None:
         """Forget the last entry of each of these layers."""
         self._drop_last(layers)
@@ -114,6 +132,9 @@ class OwnedEntries(EntryStore):
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:
         self._keys[layer_idx].append(keys)
         self._values[layer_idx].append(values)
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[int, int]:
+        return self._keys[layer_idx].extend(count), self._values[layer_idx].extend(count)
 
     def _drop_last(self, layers: list[int]) -> None:
         for layer_idx in layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,30 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+MapRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """A nested layer's modules by role, for kernels that run the whole layer.
+
+    Attributes:
+        attn_norm: norm before attention.
+        mlp_norm: norm before the MLP.
+        query_norm: of each query head, None where there is none.
+        key_norm: likewise.
+        roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
+        activation: of the MLP, by transformers' name.
+    """
+
+    attn_norm: nn.Module
+    mlp_norm: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    roles: tuple[MapRole, ...]
+    activation: str
+
+
 @dataclass(frozen=True)
 class LayerOps:
     """One pre-norm decoder layer's leaf operations over flat rows [N, d].
@@ -114,6 +138,7 @@ class LayerOps:
         mlp: the MLP.
         scaling: factor of the attention scores.
         nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
+        leaves: the layer's modules by role.
     """
 
     attn_norm: Map
@@ -125,6 +150,7 @@ class LayerOps:
     mlp: Callable[[Tensor, Apply], Tensor]
     scaling: float
     nested: tuple[NestedLinear, ...]
+    leaves: Leaves
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from quicksilver.core.rules import ShareFill
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
 from quicksilver.models.spec import Adapter
-from quicksilver.ops import AttentionBackend
+from quicksilver.ops import AttentionBackend, native
 from quicksilver.policies import kv
 from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
 from quicksilver.runtime.halting import HaltingStep
+from quicksilver.runtime.kernels import LayerKernels
 from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
@@ -61,6 +62,7 @@ class Decoder:
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
+        self._kernels = self._layer_kernels()
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -125,13 +127,19 @@ class Decoder:
         self, first: int, running: Running, status: TokenStatus, context: PassContext
     ) -> tuple[Running, TokenStatus]:
         """Run the layers from `first` on."""
-        for layer_idx, layer in enumerate(self.adapter.layers[first:], first):
-            skipped = Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
+        layer_idx = first - 1
+        while (layer_idx := layer_idx + 1) < self.spec.num_layers:
+            layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                span = None if self._kernels is None else self._kernels.span(layer_idx, running, status, context)
+                if span is None:
+                    running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                else:  # several layers at once, up to the next that must be asked about
+                    running = self._kernels.run(span, running, status, context)
+                    layer_idx = span[-1]
                 split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
                 if self._halting.keeps_updates:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
@@ -144,12 +152,19 @@ class Decoder:
                 running, status = fused.running, fused.status
         return running, status
 
+    def _layer_kernels(self) -> LayerKernels | None:
+        """Return what runs spans of layers natively, None where that cannot be."""
+        if not native.is_enabled() or LayerKernels.obstacle(self.adapter, self.plan) is not None:
+            return None
+        asked = {*self._halting.layers, *self._fusion.layers, *self._precision.layers}
+        return LayerKernels(self.adapter, self.plan, self._precision, self._shortcuts, asked)
+
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
         hidden, origins, layer_trace = (
             running.state.hidden,
             running.state.layout.origin,
-            context.trace.layers[layer_idx],
+            context.trace.at(layer_idx),
         )
         count = context.chunk.num_tokens
         caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, layer_trace)

@@ -29,7 +29,7 @@ def apply_plain(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
-class _Centre:
+class Centre:
     """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
 
     Args:
@@ -81,6 +81,15 @@ class PrecisionStep:
         self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
         channels = precision.channel_rule(self._rule)
         self._centres = {} if channels is None or not channels.centred else _centres(adapter, plan.tensors or {})
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers after which tokens decide how many bits they read."""
+        return () if self._token_layer is None else (self._token_layer,)
+
+    def centre(self, module: NestedLinear) -> Centre | None:
+        """Return the mean of a map's inputs, None where they are taken as they are."""
+        return self._centres.get(id(module))
 
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass read all bits, [N] bool; None where none does by protection."""
@@ -157,13 +166,13 @@ class PrecisionStep:
         return module(x, widths, [width for width, count in enumerate(counts.tolist()) if width and count])
 
 
-def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, _Centre]:
+def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centre]:
     """Return the means of the inputs of a model's nested maps, by the map's identity."""
     centres = {}
     for layer_idx, layer in enumerate(adapter.layers):
         for map_idx, module in enumerate(layer.nested):
             name = ChannelWidthRule.mean_name(layer_idx, map_idx)
-            centres[id(module)] = _Centre(module, named_vector(tensors, name, module.num_inputs))
+            centres[id(module)] = Centre(module, named_vector(tensors, name, module.num_inputs))
     return centres
 
 
