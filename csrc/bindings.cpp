@@ -82,7 +82,7 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
     Widths row;
     row.uniform = uniform;
     if (each) row.each = each + std::size_t(r) * inputs;
-    rooms.rows[r].choose(x.data() + std::size_t(r) * inputs, inputs, row);
+    rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, inputs, row);
   }
   float* out = direct ? y.data() : rooms.y.data();
   const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
@@ -103,7 +103,7 @@ void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t b
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
   linear.mean = floats_at(mean);
-  linear.widths.uniform = width;
+  linear.width = width;
 }
 
 void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
@@ -112,7 +112,7 @@ void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector
   LinearMap& linear = layer.maps[map];
   linear.thresholds = std::move(thresholds);
   linear.levels = std::move(levels);
-  linear.widths.norms = floats_at(norms);
+  linear.norms = floats_at(norms);
 }
 
 void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintptr_t up, std::uintptr_t bias, int rank,

@@ -155,15 +155,15 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
       for (int j = 0; j < inputs; ++j) centred[j] = x[j] - linear.mean[j];
       x = centred.data();
     }
-    Widths widths = linear.widths;
     const Row& row = (*rows)[of[i]];
-    if (row.exempt) {
-      widths = Widths{};
-    } else {
-      widths.cap = row.cap;
-      widths.uniform = std::min(widths.uniform, row.cap);
+    const Grades grades{linear.thresholds.data(), linear.levels.data(), static_cast<int>(linear.levels.size()),
+                        linear.norms, row.cap};
+    Widths widths;
+    if (!row.exempt) {
+      widths.uniform = std::min(linear.width, row.cap);
+      widths.grades = linear.levels.empty() ? nullptr : &grades;
     }
-    selections[map][i].choose(x, inputs, widths);
+    selections[map][i].choose(*floats, x, inputs, widths);
     for (int width = 0; width <= kMaxWidth; ++width) counted[width] += selections[map][i].counts()[width];
   }
 }
@@ -305,16 +305,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
 }
 
 LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
-    : shape_(shape), layers_(std::move(layers)), pass_(new Pass) {
-  for (Layer& layer : layers_) {
-    for (LinearMap& map : layer.maps) {
-      if (map.levels.empty()) continue;
-      map.widths.levels = map.levels.data();
-      map.widths.num_levels = static_cast<int>(map.levels.size());
-      map.widths.thresholds = map.thresholds.data();
-    }
-  }
-}
+    : shape_(shape), layers_(std::move(layers)), pass_(new Pass) {}
 
 LayerRunner::~LayerRunner() = default;
 

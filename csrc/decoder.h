@@ -18,10 +18,11 @@ namespace quicksilver {
 struct LinearMap {
   const NestedMatrix* matrix = nullptr;
   const float* bias = nullptr;  // [out]; the mean's product included
-  Widths widths;                // of rows that are not exempt
   const float* mean = nullptr;  // [in], taken from the input first
+  int width = kMaxWidth;        // of rows that are not exempt, where nothing below is given
   std::vector<float> thresholds;
   std::vector<std::uint8_t> levels;  // empty where widths are uniform
+  const float* norms = nullptr;      // [in]; null where |x| alone is the score
 };
 
 // x @ weight + bias, or x @ down @ up + bias; both row-major.

@@ -28,6 +28,15 @@ struct Attention {
   float skip_below;
 };
 
+// Thresholds, descending, between widths: the first whose threshold a score |x| * norm reaches, else the last.
+struct Grades {
+  const float* thresholds;     // [num_levels - 1]
+  const std::uint8_t* levels;  // [num_levels]
+  int num_levels;
+  const float* norms;  // [size]; null where |x| alone is the score
+  int cap;             // no width is larger
+};
+
 struct FloatKernels {
   void (*norm)(const float* x, int size, const Norm&, float* y);
   // Rotates heads [count, size] in place; halves are paired. cos and sin: [size].
@@ -40,6 +49,10 @@ struct FloatKernels {
                          float* out);
   // gate = activation(gate) * up, or activation(gate) where up is null.
   void (*activate)(Activation, float* gate, const float* up, int size);
+  void (*grade)(const float* x, int size, const Grades&, std::uint8_t* widths);
+  // Appends the channels of one width and their values; returns how many. Room for 16 more is needed.
+  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                 float* values);
   float (*dot)(const float* a, const float* b, int size);
   // y[0 .. outputs) += sum over inputs of x[i] * weight[i * stride ..]
   void (*add_rows)(const float* x, int inputs, const float* weight, std::int64_t stride, int outputs, float* y);

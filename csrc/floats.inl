@@ -176,7 +176,38 @@ void add_rows(const float* x, int inputs, const float* weight, std::int64_t stri
   }
 }
 
-constexpr FloatKernels kFloats = {norm, rotate, drop_small, attend, activate, dot, add_rows};
+void grade(const float* x, int size, const Grades& grades, std::uint8_t* widths) {
+  constexpr int kBlock = 64;
+  const int last = grades.levels[grades.num_levels - 1];
+  for (int begin = 0; begin < size; begin += kBlock) {
+    const int count = std::min(kBlock, size - begin);
+    float scores[kBlock];
+    std::int32_t chosen[kBlock];
+    for (int j = 0; j < count; ++j) {
+      scores[j] = std::fabs(x[begin + j]) * (grades.norms ? grades.norms[begin + j] : 1.0f);
+      chosen[j] = last;
+    }
+    for (int i = 0; i + 1 < grades.num_levels; ++i) {
+      const float limit = grades.thresholds[i];
+      const std::int32_t step = grades.levels[i] - grades.levels[i + 1];
+      for (int j = 0; j < count; ++j) chosen[j] += scores[j] >= limit ? step : 0;
+    }
+    for (int j = 0; j < count; ++j) widths[begin + j] = static_cast<std::uint8_t>(std::min(chosen[j], grades.cap));
+  }
+}
+
+[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                             float* values) {
+  int count = 0;
+  for (int j = 0; j < size; ++j) {
+    channels[count] = j;
+    values[count] = x[j];
+    count += widths[j] == width;
+  }
+  return count;
+}
+
+constexpr FloatKernels kFloats = {norm, rotate, drop_small, attend, activate, grade, collect, dot, add_rows};
 
 }  // namespace
 }  // namespace quicksilver

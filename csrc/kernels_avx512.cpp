@@ -197,7 +197,28 @@ void prefetch(const Tile& tile, const Chunk& chunk) {
   }
 }
 
-const Kernels kAvx512 = {"avx512", tile_chunk, prefetch, kFloats};
+int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                  float* values) {
+  const __m128i wanted = _mm_set1_epi8(static_cast<char>(width));
+  __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int count = 0;
+  for (int j = 0; j < size; j += 16, indices = _mm512_add_epi32(indices, _mm512_set1_epi32(16))) {
+    const __mmask16 there = size - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - j)) - 1);
+    const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(there, _mm_maskz_loadu_epi8(there, widths + j), wanted);
+    _mm512_storeu_si512(channels + count, _mm512_maskz_compress_epi32(chosen, indices));
+    _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(chosen, _mm512_maskz_loadu_ps(there, x + j)));
+    count += __builtin_popcount(chosen);
+  }
+  return count;
+}
+
+constexpr FloatKernels floats() {
+  FloatKernels kernels = kFloats;
+  kernels.collect = collect_lanes;
+  return kernels;
+}
+
+const Kernels kAvx512 = {"avx512", tile_chunk, prefetch, floats()};
 
 }  // namespace
 

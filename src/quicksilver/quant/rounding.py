@@ -57,7 +57,7 @@ def fit_table(weight: Tensor, codes: NestedCodes, width: int) -> Tensor:
     total = torch.zeros(2**width, dtype=torch.float64, device=weight.device).index_add_(0, prefixes, scales)
     summed = torch.zeros_like(total).index_add_(0, prefixes, scales * levels)
     fitted = torch.where(total > 0, summed / total, centres(width).to(total))
-    return fitted.round().float()
+    return fitted.float()
 
 
 def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
