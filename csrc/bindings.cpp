@@ -98,6 +98,7 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels over nested weights.";
+  nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
   nb::class_<NestedMatrix>(m, "NestedMatrix")
       .def_prop_ro("num_inputs", &NestedMatrix::num_inputs)
       .def_prop_ro("num_outputs", &NestedMatrix::num_outputs)
