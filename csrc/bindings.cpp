@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "decoder.h"
 #include "isa.h"
 #include "matrix.h"
 #include "pool.h"
@@ -94,6 +95,94 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
   }
 }
 
+// Addresses come from tensors that the Python side keeps alive; 0 is null.
+const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t bias, std::uintptr_t mean, int width) {
+  LinearMap& linear = layer.maps[map];
+  linear.matrix = &matrix;
+  linear.bias = floats_at(bias);
+  linear.mean = floats_at(mean);
+  linear.widths.uniform = width;
+}
+
+void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
+               std::uintptr_t norms) {
+  if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
+  LinearMap& linear = layer.maps[map];
+  linear.thresholds = std::move(thresholds);
+  linear.levels = std::move(levels);
+  linear.widths.norms = floats_at(norms);
+}
+
+void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintptr_t up, std::uintptr_t bias, int rank,
+                  std::uintptr_t gate, float log_threshold) {
+  Shortcut& shortcut = attention ? layer.attention_shortcut : layer.mlp_shortcut;
+  shortcut.present = true;
+  shortcut.map = {floats_at(down), floats_at(up), floats_at(bias), rank};
+  shortcut.gate = floats_at(gate);
+  shortcut.log_threshold = log_threshold;
+}
+
+void set_norm(Layer& layer, const std::string& which, std::uintptr_t weight, std::uintptr_t bias, float epsilon) {
+  const Norm norm{floats_at(weight), floats_at(bias), epsilon};
+  if (which == "attention") {
+    layer.attention_norm = norm;
+  } else if (which == "mlp") {
+    layer.mlp_norm = norm;
+  } else if (which == "query") {
+    layer.query_norm = norm;
+  } else if (which == "key") {
+    layer.key_norm = norm;
+  } else {
+    throw std::invalid_argument("no such norm: " + which);
+  }
+}
+
+constexpr int kRowFields = 7, kStorageFields = 5;
+
+std::vector<Row> rows_of(const std::vector<std::int64_t>& fields) {
+  std::vector<Row> rows;
+  for (std::size_t i = 0; i + kRowFields <= fields.size(); i += kRowFields) {
+    const std::int64_t* f = fields.data() + i;
+    rows.push_back({static_cast<int>(f[0]), static_cast<int>(f[1]), static_cast<int>(f[2]), f[3] != 0, f[4] != 0,
+                    f[5] != 0, static_cast<int>(f[6])});
+  }
+  return rows;
+}
+
+std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
+  std::vector<Storage> storage;
+  for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
+    const std::int64_t* f = fields.data() + i;
+    storage.push_back({reinterpret_cast<float*>(f[0]), reinterpret_cast<float*>(f[1]),
+                       reinterpret_cast<std::int32_t*>(f[2]), reinterpret_cast<std::int32_t*>(f[3]),
+                       static_cast<int>(f[4])});
+  }
+  return storage;
+}
+
+void run_layers(LayerRunner& runner, int first, int last, std::uintptr_t hidden, std::vector<std::int64_t> rows,
+                std::uintptr_t cos, std::uintptr_t sin, std::vector<std::int64_t> storage, int num_sequences,
+                std::uintptr_t counts, int threads) {
+  const std::vector<Row> of_pass = rows_of(rows);
+  const std::vector<Storage> places = storage_of(storage);
+  if (first < 0 || last > runner.num_layers() || places.size() != std::size_t(last - first) * num_sequences) {
+    throw std::invalid_argument("storage does not fit the layers");
+  }
+  nb::gil_scoped_release release;
+  runner.run(first, last, reinterpret_cast<float*>(hidden), of_pass, floats_at(cos), floats_at(sin), places,
+             num_sequences, reinterpret_cast<std::int64_t*>(counts), threads);
+}
+
+LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
+                        float scaling, const std::string& activation) {
+  if (activation != "silu" && activation != "gelu_tanh") throw std::invalid_argument("no such activation");
+  Shape shape{hidden,  inner, heads, kv_heads, head_dim,
+              scaling, activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
+  return new LayerRunner(shape, std::move(layers));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -106,6 +195,23 @@ NB_MODULE(_native, m) {
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a);
   m.def("multiply_rows", &multiply_rows, "matrix"_a, "x"_a, "y"_a, "widths"_a.none(), "uniform"_a, "threads"_a);
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<>())
+      .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
+      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "width"_a)
+      .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
+      .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
+           "log_threshold"_a)
+      .def("set_attention", [](Layer& layer, float skip_below, float query_below) {
+        layer.skip_below = skip_below;
+        layer.query_below = query_below;
+      });
+  nb::class_<LayerRunner>(m, "LayerRunner")
+      .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "scaling"_a, "activation"_a)
+      .def("run", &run_layers);
+  m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
+  m.attr("ROW_LIMIT") = 16;
   m.def("instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(current_kernels().name); });
   m.def("use_instruction_set", &use_instruction_set, "name"_a);

@@ -2,7 +2,10 @@
 // Who is multiplied with what is decided in selection.h and product.h.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "floats.h"
 
 namespace quicksilver {
 
@@ -56,6 +59,7 @@ struct Kernels {
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y);
   // Fetches what tile_chunk will read.
   void (*prefetch)(const Tile&, const Chunk&);
+  FloatKernels floats;
 };
 
 const Kernels* portable_kernels();

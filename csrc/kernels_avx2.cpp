@@ -4,6 +4,8 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
+#include "floats.inl"
+
 namespace quicksilver {
 namespace {
 
@@ -138,7 +140,7 @@ void prefetch(const Tile& tile, const Chunk& chunk) {
   }
 }
 
-const Kernels kAvx2 = {"avx2", tile_chunk, prefetch};
+const Kernels kAvx2 = {"avx2", tile_chunk, prefetch, kFloats};
 
 }  // namespace
 

@@ -5,6 +5,8 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
+#include "floats.inl"
+
 namespace quicksilver {
 namespace {
 
@@ -195,7 +197,7 @@ void prefetch(const Tile& tile, const Chunk& chunk) {
   }
 }
 
-const Kernels kAvx512 = {"avx512", tile_chunk, prefetch};
+const Kernels kAvx512 = {"avx512", tile_chunk, prefetch, kFloats};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "floats.inl"
 
 namespace quicksilver {
 
@@ -76,7 +77,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
 
 void prefetch(const Tile&, const Chunk&) {}
 
-const Kernels kPortable = {"portable", tile_chunk, prefetch};
+const Kernels kPortable = {"portable", tile_chunk, prefetch, kFloats};
 
 }  // namespace
 
