@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import nested_linear
+from quicksilver.ops.nested_linear import nested_linear, prepared
 from quicksilver.quant import NestedLinear
+from quicksilver.quant.rounding import quantize
 from tests.ops.nested import (
     INSTRUCTION_SETS,
     assert_close,
@@ -97,9 +98,7 @@ def test_every_output_is_written_and_nothing_else(isa: str, num_outputs: int, co
     product(linear, x, 8)
     room = torch.full((4, num_outputs), float("nan"))
     with using(isa):
-        from quicksilver.ops import nested_linear as op
-
-        matrix = op._lookup(linear.stored)
+        matrix = prepared(linear.stored)
         native.extension().multiply_rows(matrix, x.numpy(), room[1:3].numpy(), widths.numpy(), 8, count)
     assert_close(room[1:3], linear, x, widths)
     assert bool(room[0].isnan().all() & room[3].isnan().all())
@@ -139,8 +138,6 @@ def test_small_and_large_activations(isa: str, size: float) -> None:
 @ISAS
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1e6, 1e30])
 def test_small_and_large_weights(isa: str, size: float) -> None:
-    from quicksilver.quant.rounding import quantize
-
     weight, x = draw(70, 100) * size, draw(2, 70)
     weight[::7] = 0.0
     linear = NestedLinear(quantize(weight, 32), None)

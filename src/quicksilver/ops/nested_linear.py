@@ -54,7 +54,7 @@ class _Prepared(NamedTuple):
     owners: tuple[weakref.ref[Any], ...]
 
 
-_prepared: dict[int, _Prepared] = {}
+_entries: dict[int, _Prepared] = {}
 """By the address of the exponents. An entry goes when any of its tensors' memory does."""
 
 
@@ -74,13 +74,19 @@ def has_whole_levels(stored: StoredMatrix) -> bool:
     return bool(((levels == levels.round()) & (levels >= 0) & (levels <= 255)).all())
 
 
-def is_readable(stored: StoredMatrix) -> bool:
-    """Whether the kernels can read a matrix; packs it for them where it can.
+def prepared(stored: StoredMatrix) -> Any:
+    """Return a matrix as the kernels want it, None where they cannot read it; made when it is first asked for.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
     """
-    return _lookup(stored) is not None
+    tensors = (*stored.planes, *stored[1:4])
+    state = (*map(_state, tensors), *stored[4:])
+    key = stored.exponents.data_ptr()
+    found = _entries.get(key)
+    if found is None or found.state != state:
+        found = _entries[key] = _prepare(stored, state, tensors)
+    return found.matrix
 
 
 def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def _run(
 ) -> Tensor:
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
     _check(x, stored, widths, uniform)
-    matrix = _lookup(stored)
+    matrix = prepared(stored)
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     y = x.new_empty((x.shape[0], num_outputs))
@@ -156,17 +162,6 @@ def _check(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int)
         raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
 
 
-def _lookup(stored: StoredMatrix) -> Any:
-    """Return a matrix as the kernels want it, None where they cannot read it."""
-    tensors = (*stored.planes, *stored[1:4])
-    state = (*map(_state, tensors), *stored[4:])
-    key = stored.exponents.data_ptr()
-    found = _prepared.get(key)
-    if found is None or found.state != state:
-        found = _prepared[key] = _prepare(stored, state, tensors)
-    return found.matrix
-
-
 def _state(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor is and how often it was written to; inference tensors do not count that."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
@@ -174,7 +169,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 def _prepare(stored: StoredMatrix, state: tuple[Any, ...], tensors: Sequence[Tensor]) -> _Prepared:
     key, module = stored.exponents.data_ptr(), native.extension()
-    owners = tuple(weakref.ref(tensor.untyped_storage(), lambda _: _prepared.pop(key, None)) for tensor in tensors)
+    owners = tuple(weakref.ref(tensor.untyped_storage(), lambda _: _entries.pop(key, None)) for tensor in tensors)
     if not has_whole_levels(stored):
         return _Prepared(None, state, owners)
     largest, *tables = stored.constants.view(torch.float32).split([1, 16, 4])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.ops.native import Kernels
-from quicksilver.ops.nested_linear import StoredMatrix, accepts, is_readable, nested_linear
+from quicksilver.ops.nested_linear import StoredMatrix, accepts, nested_linear, prepared
 from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
@@ -133,9 +133,9 @@ class NestedLinear(NestedWeight):
             KernelsUnavailableError: "native" is asked for, and there are no kernels.
         """
         rows = x.reshape(-1, self.num_inputs)
-        if kernels == "native" and self._expanded is None and accepts(rows) and is_readable(stored := self.stored):
+        if kernels == "native" and self._expanded is None and accepts(rows) and prepared(self.stored) is not None:
             each = widths[:, None].expand_as(rows) if isinstance(widths, Tensor) and widths.dim() == 1 else widths
-            y = nested_linear(rows, stored, each)
+            y = nested_linear(rows, self.stored, each)
         elif isinstance(widths, int):
             y = rows @ self._weight(widths, x.dtype) if widths else x.new_zeros((len(rows), self.num_outputs))
         else:
