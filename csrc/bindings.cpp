@@ -187,6 +187,7 @@ LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int he
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels over nested weights.";
+  nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
   nb::class_<NestedMatrix>(m, "NestedMatrix")
       .def_prop_ro("num_inputs", &NestedMatrix::num_inputs)
       .def_prop_ro("num_outputs", &NestedMatrix::num_outputs)

@@ -19,6 +19,7 @@ constexpr int kTileGroups = kTileOutputs / kLaneOutputs;
 constexpr int kChunkChannels = 64;  // channels whose coefficients share a scale
 constexpr int kRecordBytes = 2 * kTileGroups;
 constexpr float kSteps = 127.0f * 256.0f;  // the largest coefficient of a chunk, in integers
+constexpr float kSmallest = 1e-34f;        // chunks of smaller coefficients count as zero: kSteps / x must be finite
 
 // One tile of a matrix: up to 256 outputs of all input channels.
 struct Tile {

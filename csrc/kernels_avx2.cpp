@@ -32,7 +32,7 @@ void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& leve
     largest = _mm256_max_ps(largest, _mm256_and_ps(raw, magnitude));
     _mm256_store_ps(c.raw + j * kTileGroups, raw);
   }
-  const __m256 some = _mm256_cmp_ps(largest, _mm256_setzero_ps(), _CMP_GT_OQ);
+  const __m256 some = _mm256_cmp_ps(largest, _mm256_set1_ps(kSmallest), _CMP_GT_OQ);
   const __m256 inverse = _mm256_and_ps(some, _mm256_div_ps(_mm256_set1_ps(kSteps), largest));
   __m256i sums = _mm256_setzero_si256(), zero_sums = _mm256_setzero_si256();
   for (int pair = 0; pair < pairs; ++pair) {

@@ -62,7 +62,7 @@ void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& leve
     _mm512_store_ps(c.raw + j * kTileGroups, raw);
   }
   const __m256 most = both_halves(largest, larger);
-  const __mmask8 some = _mm256_cmp_ps_mask(most, _mm256_setzero_ps(), _CMP_GT_OQ);
+  const __mmask8 some = _mm256_cmp_ps_mask(most, _mm256_set1_ps(kSmallest), _CMP_GT_OQ);
   const __m512 inverse = _mm512_broadcast_f32x8(_mm256_maskz_div_ps(some, _mm256_set1_ps(kSteps), most));
   __m512i sums = _mm512_setzero_si512(), zero_sums = _mm512_setzero_si512();
   __m512i heads[2], tails[2];

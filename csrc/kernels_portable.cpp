@@ -31,7 +31,7 @@ void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& leve
       c.raw[j * kTileGroups + g] = chunk.x[j] * factor_of(record[g]);
       largest = std::fmax(largest, std::fabs(c.raw[j * kTileGroups + g]));
     }
-    const float inverse = largest > 0.0f ? kSteps / largest : 0.0f;
+    const float inverse = largest > kSmallest ? kSteps / largest : 0.0f;
     std::int32_t zero_sum = 0, sum = 0;
     for (int j = 0; j < chunk.count; ++j) {
       const std::uint8_t* record = tile.records + std::size_t{chunk.channels[j]} * kRecordBytes;

@@ -27,6 +27,7 @@ from quicksilver.core.rules import (
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
+from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from tests import tiny
 
@@ -69,9 +70,9 @@ def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshol
     return replace(plan or Plan("test"), attention=AttentionConfig(threshold, query_threshold))
 
 
-def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:
+def decoder(model: Any, plan: Plan, kernels: KernelChoice = "auto", **options: Any) -> Decoder:
     """Return the engine for a transformers model."""
-    return Decoder(adapt(model), plan, **options)
+    return Decoder(adapt(model, kernels), plan, **options)
 
 
 def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int], prompt: bool = False) -> Run:

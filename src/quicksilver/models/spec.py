@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape
 from quicksilver.models.rotary import Rotation
+from quicksilver.ops.native import Kernels
 from quicksilver.quant import NestedLinear, NestedWeight
 from quicksilver.quant.planes import MAX_WIDTH
 
@@ -164,6 +165,7 @@ class Adapter:
         rotation: positions [N] to the rotation of queries and keys, or None where positions are embedded.
         final_norm: norm before the head.
         head: normed states [N, d] to logits [N, vocab].
+        kernels: which kernels read nested weights.
     """
 
     spec: ModelSpec
@@ -172,6 +174,7 @@ class Adapter:
     rotation: Callable[[Tensor], Rotation] | None
     final_norm: Map
     head: Map
+    kernels: Kernels = "torch"
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Modules whose weights are nested codes: linear maps read at any width, and embeddings read at eight bits.
 
-Which widths are read is the caller's to say. This is the definition, not the fast path: weights are expanded to
-floats before they are multiplied.
+Which widths are read is the caller's to say. PyTorch's path is the definition: weights are expanded to floats before
+they are multiplied. Where the caller asks for compiled kernels, few rows go through `ops/nested_linear.py` instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.ops.native import Kernels
+from quicksilver.ops.nested_linear import StoredMatrix, accepts, nested_linear, prepared
 from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
@@ -53,6 +55,12 @@ class NestedWeight(nn.Module):
         grid = Grid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
         planes = tuple(self.get_buffer(f"plane_{i}") for i in range(_NUM_PLANES))
         return NestedCodes(planes, grid, self.num_outputs, tables)
+
+    @property
+    def stored(self) -> StoredMatrix:
+        """The matrix as the kernels' operator takes it."""
+        *planes, exponents, zeros = (self._buffers[name] for name in BY_CHANNEL)
+        return StoredMatrix(planes, exponents, zeros, self._buffers["constants"], self.group_size, self.num_outputs)  # type: ignore[arg-type]
 
     @property
     def channel_norms(self) -> Tensor:
@@ -102,7 +110,11 @@ class NestedLinear(NestedWeight):
         self._expanded: dict[tuple[int, torch.dtype], Tensor] | None = None
 
     def forward(
-        self, x: Tensor, widths: int | Tensor = MAX_WIDTH, present: Sequence[int] = range(1, MAX_WIDTH + 1)
+        self,
+        x: Tensor,
+        widths: int | Tensor = MAX_WIDTH,
+        present: Sequence[int] = range(1, MAX_WIDTH + 1),
+        kernels: Kernels = "torch",
     ) -> Tensor:
         """Apply the map to rows.
 
@@ -111,12 +123,20 @@ class NestedLinear(NestedWeight):
             widths: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
                 leaves a channel out.
             present: widths above 0 that may be among them.
+            kernels: "native" reads the codes themselves where that is possible: for at most `MAX_ROWS` rows in float32
+                on the CPU, without gradients and outside of `keeping_expanded`.
 
         Returns:
             [..., out] in x's dtype.
+
+        Raises:
+            KernelsUnavailableError: "native" is asked for, and there are no kernels.
         """
         rows = x.reshape(-1, self.num_inputs)
-        if isinstance(widths, int):
+        if kernels == "native" and self._expanded is None and accepts(rows) and prepared(self.stored) is not None:
+            each = widths[:, None].expand_as(rows) if isinstance(widths, Tensor) and widths.dim() == 1 else widths
+            y = nested_linear(rows, self.stored, each)
+        elif isinstance(widths, int):
             y = rows @ self._weight(widths, x.dtype) if widths else x.new_zeros((len(rows), self.num_outputs))
         else:
             y = self._by_row(rows, widths, present) if widths.dim() == 1 else self._by_channel(rows, widths, present)

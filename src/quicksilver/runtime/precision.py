@@ -72,6 +72,7 @@ class PrecisionStep:
     ) -> None:
         spec, config = adapter.spec, plan.precision
         self._is_nested = spec.is_nested
+        self._kernels = adapter.kernels
         self._rule = None if config is None else config.rule
         self._protection = Protection(config, special_ids, spec.device)
         self._head_entropy = head_entropy
@@ -156,14 +157,14 @@ class PrecisionStep:
         x = x - mean
         return self._read(trace, choose(module, x), module, x) + product
 
-    @staticmethod
-    def _read(trace: LayerTrace, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
+    def _read(self, trace: LayerTrace, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
         """Apply a map at chosen widths, and count what is read."""
         counts = _channels_by_width(widths, x)
         trace.widths.add(counts, module.num_outputs, module.channel_bytes)
         if isinstance(counts, list):
-            return module(x, widths)
-        return module(x, widths, [width for width, count in enumerate(counts.tolist()) if width and count])
+            return module(x, widths, kernels=self._kernels)
+        present = [width for width, count in enumerate(counts.tolist()) if width and count]
+        return module(x, widths, present, self._kernels)
 
 
 def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centre]:
