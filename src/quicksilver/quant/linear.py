@@ -109,6 +109,11 @@ class NestedLinear(NestedWeight):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._expanded: dict[tuple[int, torch.dtype], Tensor] | None = None
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether the floats that weights are expanded to are kept for now (see `keeping_expanded`)."""
+        return self._expanded is not None
+
     def forward(
         self,
         x: Tensor,

@@ -18,16 +18,16 @@ from quicksilver.core.rules import ShareFill
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
 from quicksilver.models.spec import Adapter
-from quicksilver.ops import AttentionBackend, native
+from quicksilver.ops import AttentionBackend
 from quicksilver.policies import kv
 from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
 from quicksilver.runtime.halting import HaltingStep
-from quicksilver.runtime.kernels import LayerKernels
 from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
+from quicksilver.runtime.spans import LayerSpans
 from quicksilver.runtime.status import Running, TokenStatus
 
 
@@ -62,7 +62,7 @@ class Decoder:
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
-        self._kernels = self._layer_kernels()
+        self._spans = self._native_spans()
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -134,11 +134,11 @@ class Decoder:
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                span = None if self._kernels is None else self._kernels.span(layer_idx, running, status, context)
+                span = None if self._spans is None else self._spans.span(layer_idx, running, status, context)
                 if span is None:
                     running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
                 else:  # several layers at once, up to the next that must be asked about
-                    running = self._kernels.run(span, running, status, context)
+                    running = self._spans.run(span, running, status, context)
                     layer_idx = span[-1]
                 split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
                 if self._halting.keeps_updates:
@@ -152,12 +152,12 @@ class Decoder:
                 running, status = fused.running, fused.status
         return running, status
 
-    def _layer_kernels(self) -> LayerKernels | None:
-        """Return what runs spans of layers natively, None where that cannot be."""
-        if not native.is_enabled() or LayerKernels.obstacle(self.adapter, self.plan) is not None:
+    def _native_spans(self) -> LayerSpans | None:
+        """Return what runs spans of layers by the native kernels, None where that cannot be."""
+        if LayerSpans.obstacle(self.adapter, self.plan) is not None:
             return None
         asked = {*self._halting.layers, *self._fusion.layers, *self._precision.layers}
-        return LayerKernels(self.adapter, self.plan, self._precision, self._shortcuts, asked)
+        return LayerSpans(self.adapter, self.plan, self._precision, self._shortcuts, asked)
 
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""

@@ -22,6 +22,7 @@ from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.gpt2 import TANH_GELUS
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
 from quicksilver.ops import native
+from quicksilver.ops.nested_linear import MAX_ROWS, has_whole_levels, prepared
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.context import PassContext
@@ -47,7 +48,7 @@ _WIDTHS = MAX_WIDTH + 1
 ) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 11)
 
 
-class LayerKernels:
+class LayerSpans:
     """A model's layers and a plan's rules as the kernels see them.
 
     Args:
@@ -75,7 +76,7 @@ class LayerKernels:
         layers = [self._layer(i, layer) for i, layer in enumerate(adapter.layers)]
         down = adapter.layers[0].nested[-1]
         activation = _ACTIVATIONS[adapter.layers[0].leaves.activation]
-        self._runner = native.module().LayerRunner(
+        self._runner = native.extension().LayerRunner(
             layers,
             spec.hidden_size,
             down.num_inputs,
@@ -86,19 +87,16 @@ class LayerKernels:
             activation,
         )
 
-    @classmethod
-    def obstacle(cls, adapter: Adapter, plan: Plan) -> str | None:
+    @staticmethod
+    def obstacle(adapter: Adapter, plan: Plan) -> str | None:
         """Return why the kernels cannot run a model's layers under a plan, None where they can."""
-        spec = adapter.spec
-        if not spec.is_nested:
-            return "its weights are not nested"
-        if spec.device.type != "cpu" or spec.dtype != torch.float32:
-            return f"it is {str(spec.dtype).removeprefix('torch.')} on {spec.device.type}, not float32 on the CPU"
+        if adapter.kernels != "native":
+            return "the kernels do not read its weights"
         if isinstance(plan.kv, ShareFill) and plan.halting is not None:
             return "the share fill has layers refer to entries"
         if any(_unknown(layer.leaves) for layer in adapter.layers):
             return "it has norms or an activation that the kernels do not know"
-        if not all(native.can_prepare(module) for layer in adapter.layers for module in layer.nested):
+        if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
             return "levels of its narrow widths are not whole codes"
         return None
 
@@ -106,7 +104,7 @@ class LayerKernels:
         """Return the layers that the kernels can run from layer `first` on, None where they cannot run it."""
         rows = len(running) if status.halted is None else context.chunk.num_tokens
         merged = running.state.mass is not None or running.state.shift is not None or status.masses is not None
-        if rows > native.ROW_LIMIT or merged or status.present is not context.chunk or any(context.fuses):
+        if self._layers[0].nested[0].is_expanded or rows > MAX_ROWS or merged or status.present is not context.chunk or any(context.fuses):
             return None
         if status.halted is not None and self._fill not in (Fill.NONE, Fill.PROJECT):
             return None
@@ -181,7 +179,7 @@ class LayerKernels:
         return trace.pending(self, made).counts
 
     def _layer(self, layer_idx: int, ops: LayerOps) -> Any:
-        layer, leaves = native.module().Layer(), ops.leaves
+        layer, leaves = native.extension().Layer(), ops.leaves
         norms = {
             "attention": leaves.attn_norm,
             "mlp": leaves.mlp_norm,
@@ -211,7 +209,7 @@ class LayerKernels:
         if centre is not None:
             mean, product = centre.bind(module.channel_norms)
             bias = product if bias is None else bias + product
-        index, matrix = _MAPS.index(role), native.prepared(module)
+        index, matrix = _MAPS.index(role), prepared(module.stored)
         self._kept.append(matrix)
         rule = None if self._plan.precision is None else self._plan.precision.rule
         width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
@@ -265,7 +263,7 @@ class KernelCounts:
     ) -> None:
         self._spec, self._plan, self._layers = spec, plan, layers
         self._precision, self._shortcuts = precision_step, shortcut_step
-        self.counts = torch.zeros((spec.num_layers, native.module().LAYER_COUNTS), dtype=torch.int64)
+        self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
 
     def settle(self, layers: Sequence[LayerTrace]) -> None:
         """Add what has been counted since the last call."""
