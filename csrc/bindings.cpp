@@ -139,7 +139,7 @@ void set_norm(Layer& layer, const std::string& which, std::uintptr_t weight, std
   }
 }
 
-constexpr int kRowFields = 7, kStorageFields = 5;
+constexpr int kRowFields = 7, kStorageFields = 7;
 
 std::vector<Row> rows_of(const std::vector<std::int64_t>& fields) {
   std::vector<Row> rows;
@@ -155,9 +155,9 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
   std::vector<Storage> storage;
   for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
     const std::int64_t* f = fields.data() + i;
-    storage.push_back({reinterpret_cast<float*>(f[0]), reinterpret_cast<float*>(f[1]),
-                       reinterpret_cast<std::int32_t*>(f[2]), reinterpret_cast<std::int32_t*>(f[3]),
-                       static_cast<int>(f[4])});
+    storage.push_back({reinterpret_cast<void*>(f[0]), reinterpret_cast<void*>(f[1]), reinterpret_cast<float*>(f[2]),
+                       reinterpret_cast<float*>(f[3]), reinterpret_cast<std::int32_t*>(f[4]),
+                       reinterpret_cast<std::int32_t*>(f[5]), static_cast<int>(f[6])});
   }
   return storage;
 }
@@ -202,10 +202,12 @@ NB_MODULE(_native, m) {
       .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
       .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
            "log_threshold"_a)
-      .def("set_attention", [](Layer& layer, float skip_below, float query_below) {
-        layer.skip_below = skip_below;
-        layer.query_below = query_below;
-      });
+      .def(
+          "set_attention",
+          [](Layer& layer, float skip_below, float query_below, float screen_below, float large_from) {
+            layer.attention = {1.0f, skip_below, query_below, screen_below, large_from};
+          },
+          "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "scaling"_a, "activation"_a)

@@ -40,15 +40,32 @@ class RowBuffer:
         self.length = end
         return self._storage.data_ptr()
 
+    def extend_coded(self, count: int) -> tuple[int, int]:
+        """Like `extend`; return where scales lie too, which floats have not: 0."""
+        return self.extend(count), 0
+
+    def put(self, slots: Tensor, rows: Tensor) -> None:
+        """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
+        self.rows.index_copy_(0, slots, rows)
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Return the rows at slots [M], [M, *row_shape]."""
+        return self.rows.index_select(0, slots)
+
     @property
     def rows(self) -> Tensor:
         """[length, *row_shape] the rows held, a view."""
         return self._storage[: self.length]
 
     @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return self._storage.shape[1:].numel() * self._storage.element_size()
+
+    @property
     def used_nbytes(self) -> int:
         """Bytes of the rows held."""
-        return self.rows.numel() * self._storage.element_size()
+        return self.length * self.row_nbytes
 
     @property
     def nbytes(self) -> int:

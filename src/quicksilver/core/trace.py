@@ -109,13 +109,15 @@ class LayerTrace:
         attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
         values_skipped: values that these pairs' heads did not read, a DeferredSum.
         scores_skipped: multiply-adds of these pairs' scores that were left out, a DeferredSum.
+        scored_twice: of these pairs' scores, one for each head, those that took both steps of screening, a DeferredSum.
         entries_read: cache entries that queries read, over passes and sequences.
         halted: tokens that halted after this layer.
         fusion_rows: rows that reached fusion after this layer.
         fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
         signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
-            of which one norm is read too; of "query", queries in it whose components' mean square was taken.
+            of which one norm is read too; of "query", queries in it whose components' mean square was taken;
+            of "entry", keys and values that were turned into codes.
         widths: bits read of its nested weights, a WidthCounts.
         shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
         fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
@@ -128,6 +130,7 @@ class LayerTrace:
         self.attended = DeferredSum()
         self.values_skipped = DeferredSum()
         self.scores_skipped = DeferredSum()
+        self.scored_twice = DeferredSum()
         self.entries_read = 0
         self.halted = 0
         self.fusion_rows = 0
@@ -162,9 +165,10 @@ class Trace:
     Args:
         num_layers: layers of the model.
         per_token: also keep, per pass, how many layers each token ran.
+        coded_entries: keys and values are read as int8 codes with a scale for each entry and K/V head.
     """
 
-    def __init__(self, num_layers: int, per_token: bool = False) -> None:
+    def __init__(self, num_layers: int, per_token: bool = False, coded_entries: bool = False) -> None:
         self._layers = [LayerTrace() for _ in range(num_layers)]
         self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
@@ -174,6 +178,7 @@ class Trace:
         self.kv_used_bytes = 0
         self.kv_entries = 0
         self.per_token = per_token
+        self.coded_entries = coded_entries
         self.depths: list[Tensor] = []
 
     @property

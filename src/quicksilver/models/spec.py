@@ -80,15 +80,9 @@ class ModelSpec:
         """Multiply-adds of one (query, key) pair: the score and the weighted value."""
         return 2 * self.num_heads * self.head_dim
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one cache entry's key and value."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def cache_shape(self) -> CacheShape:
-        """What a cache for this model must know."""
-        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device)
+    def cache_shape(self, coded: bool = False) -> CacheShape:
+        """Return what a cache for this model must know, whether it keeps codes among that."""
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device, coded)
 
 
 class QKV(NamedTuple):

@@ -174,7 +174,8 @@ class NestedLinear(NestedWeight):
             chosen = widths == width
             channels = chosen.any(0).nonzero().squeeze(-1)
             if len(channels):
-                part = torch.where(chosen, x, 0.0).index_select(1, channels)
+                part = torch.where(chosen, x, 0.0)
+                part = part if len(channels) == self.num_inputs else part.index_select(1, channels)
                 y += part @ self._weight(width, x.dtype, channels)
         return y
 

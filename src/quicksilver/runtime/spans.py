@@ -41,11 +41,12 @@ _WIDTHS = MAX_WIDTH + 1
     _PAIRS,
     _VALUES_SKIPPED,
     _SCORES_SKIPPED,
+    _SCORED_TWICE,
     _PAST_MLP,
     _PAST_ATTENTION,
     _GATED_MLP,
     _GATED_ATTENTION,
-) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 11)
+) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 12)
 
 
 class LayerSpans:
@@ -193,9 +194,13 @@ class LayerSpans:
             self._set_map(layer, layer_idx, map_idx, role, module)
         for part in ("attention", "mlp"):
             self._set_shortcut(layer, layer_idx, part)
-        attention = self._plan.attention
-        if attention is not None:
-            layer.set_attention(attention.threshold_in(layer_idx), attention.query_threshold_in(layer_idx))
+        attention, screening = self._plan.attention, self._plan.screening
+        layer.set_attention(
+            0.0 if attention is None else attention.threshold_in(layer_idx),
+            0.0 if attention is None else attention.query_threshold_in(layer_idx),
+            0.0 if screening is None else screening.threshold_in(layer_idx),
+            0.0 if screening is None else screening.query_threshold_in(layer_idx),
+        )
         return layer
 
     def _norm(self, norm: Any) -> tuple[int, int, float]:
@@ -282,11 +287,13 @@ class KernelCounts:
         trace.attended.add(counted[_PAIRS])
         trace.values_skipped.add(counted[_VALUES_SKIPPED])
         trace.scores_skipped.add(counted[_SCORES_SKIPPED])
+        trace.scored_twice.add(counted[_SCORED_TWICE])
+        if self._plan.entries is not None:
+            trace.signal_rows["entry"] += counted[_QUERY_ROWS] + counted[_FILL_ROWS]
 
     def _settle_maps(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
         rule = None if self._plan.precision is None else self._plan.precision.rule
-        channels, attention = precision.channel_rule(rule), self._plan.attention
-        ops = self._layers[layer_idx]
+        channels, ops = precision.channel_rule(rule), self._layers[layer_idx]
         for role, module in zip(ops.leaves.roles, ops.nested, strict=True):
             at = _MAPS.index(role) * _WIDTHS
             by_width = counted[at : at + _WIDTHS]
@@ -297,7 +304,9 @@ class KernelCounts:
             if centre is not None:
                 nbytes = sum(t.nbytes for t in centre.bind(module.channel_norms))
                 trace.record_fitted(sum(by_width) // module.num_inputs, 0, nbytes)
-        if attention is not None and attention.query_threshold_in(layer_idx) > 0.0:
+        attention, screening = self._plan.attention, self._plan.screening
+        leaves_out = attention is not None and attention.query_threshold_in(layer_idx) > 0.0
+        if leaves_out or (screening is not None and screening.threshold_in(layer_idx) > 0.0):
             trace.signal_rows["query"] += counted[_ASKING_ROWS]
 
     def _settle_shortcuts(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
