@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "decoder.h"
@@ -93,6 +94,31 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
   for (int r = 0; r < num_rows; ++r) {
     std::copy_n(out + std::size_t(r) * stride, outputs, y.data() + std::size_t(r) * outputs);
   }
+}
+
+// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address.
+void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool bfloat16, int threads) {
+  if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
+  nb::gil_scoped_release release;
+  const int outputs = matrix.num_outputs();
+  Pool::shared().run(threads, [&](int thread, Barrier&) {
+    const Kernels& kernels = current_kernels();
+    const int begin = static_cast<int>(std::int64_t{matrix.num_inputs()} * thread / threads);
+    const int end = static_cast<int>(std::int64_t{matrix.num_inputs()} * (thread + 1) / threads);
+    float weights[kTileOutputs];
+    for (int j = begin; j < end; ++j) {
+      for (int t = 0; t < matrix.num_tiles(); ++t) {
+        kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
+        const std::size_t at = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
+        const int count = std::min(matrix.tile(t).blocks * kBlockOutputs, outputs - t * kTileOutputs);
+        if (bfloat16) {
+          kernels.to_bfloat16(weights, count, reinterpret_cast<std::uint16_t*>(address) + at);
+        } else {
+          std::copy_n(weights, count, reinterpret_cast<float*>(address) + at);
+        }
+      }
+    }
+  });
 }
 
 // Addresses come from tensors that the Python side keeps alive; 0 is null.
@@ -195,6 +221,8 @@ NB_MODULE(_native, m) {
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a);
   m.def("multiply_rows", &multiply_rows, "matrix"_a, "x"_a, "y"_a, "widths"_a.none(), "uniform"_a, "threads"_a);
+  m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
+  m.def("multiplies_bfloat16", &multiplies_bfloat16);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)

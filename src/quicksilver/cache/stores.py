@@ -70,8 +70,8 @@ class EntryStore(ABC):
         """Add entries that a kernel is about to write after those held.
 
         Returns:
-            Addresses of all keys, values, scales of keys, scales of values, positions and masses (0 for scales or masses
-            that there are not), and how many entries the layer held.
+            Addresses of all keys, values, scales of keys, scales of values, positions and masses (0 for scales or
+            masses that there are not), and how many entries the layer held.
 
         Raises:
             NotImplementedError: the layer has no keys and values of its own.

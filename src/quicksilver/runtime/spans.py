@@ -105,7 +105,13 @@ class LayerSpans:
         """Return the layers that the kernels can run from layer `first` on, None where they cannot run it."""
         rows = len(running) if status.halted is None else context.chunk.num_tokens
         merged = running.state.mass is not None or running.state.shift is not None or status.masses is not None
-        if self._layers[0].nested[0].is_expanded or rows > MAX_ROWS or merged or status.present is not context.chunk or any(context.fuses):
+        if (
+            self._layers[0].nested[0].is_expanded
+            or rows > MAX_ROWS
+            or merged
+            or status.present is not context.chunk
+            or any(context.fuses)
+        ):
             return None
         if status.halted is not None and self._fill not in (Fill.NONE, Fill.PROJECT):
             return None
@@ -319,9 +325,7 @@ class KernelCounts:
 
 def _unknown(leaves: Leaves) -> bool:
     norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
-    known = all(
-        norm is None or isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon") for norm in norms
-    )
+    known = all(norm is None or isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon") for norm in norms)
     return not known or leaves.activation not in _ACTIVATIONS
 
 
