@@ -110,7 +110,7 @@ void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool 
       for (int t = 0; t < matrix.num_tiles(); ++t) {
         kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
         const std::size_t at = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
-        const int count = std::min(matrix.tile(t).blocks * kBlockOutputs, outputs - t * kTileOutputs);
+        const int count = std::min(matrix.tile(t).outputs(), outputs - t * kTileOutputs);
         if (bfloat16) {
           kernels.to_bfloat16(weights, count, reinterpret_cast<std::uint16_t*>(address) + at);
         } else {

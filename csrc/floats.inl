@@ -12,30 +12,58 @@ namespace {
 
 constexpr int kLanes = 16;
 
-inline float tree_sum(float* lanes) {
-  for (int step = kLanes / 2; step; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
+// Vectors of the compiler's, in as many registers as the instruction set needs; loaded from anywhere.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
+
+inline Lanes load(const float* x) {
+  Lanes lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
 }
 
-float dot(const float* a, const float* b, int size) {
-  float lanes[kLanes] = {};
+inline Lanes load(const std::int8_t* x) {
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return __builtin_convertvector(bytes, Lanes);
+}
+
+// The first `count` values, then zeros.
+template <typename T>
+inline Lanes load_some(const T* x, int count) {
+  float values[kLanes] = {};
+  for (int l = 0; l < count; ++l) values[l] = static_cast<float>(x[l]);
+  return load(values);
+}
+
+inline float tree_sum(const Lanes& x) {
+  Eight eight[2];
+  std::memcpy(eight, &x, sizeof eight);
+  const Eight half = eight[0] + eight[1];
+  Four four[2];
+  std::memcpy(four, &half, sizeof four);
+  const Four quarter = four[0] + four[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+template <typename T>
+inline float product(const float* a, const T* b, int size) {
+  Lanes lanes = {};
   int i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
-  }
-  for (int l = 0; i + l < size; ++l) lanes[l] += a[i + l] * b[i + l];
+  for (; i + kLanes <= size; i += kLanes) lanes += load(a + i) * load(b + i);
+  if (i < size) lanes += load_some(a + i, size - i) * load_some(b + i, size - i);
   return tree_sum(lanes);
 }
 
+float dot(const float* a, const float* b, int size) { return product(a, b, size); }
+
 float sum(const float* a, int size) {
-  float lanes[kLanes] = {};
+  Lanes lanes = {};
   int i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += a[i + l];
-  }
-  for (int l = 0; i + l < size; ++l) lanes[l] += a[i + l];
+  for (; i + kLanes <= size; i += kLanes) lanes += load(a + i);
+  if (i < size) lanes += load_some(a + i, size - i);
   return tree_sum(lanes);
 }
 
@@ -124,15 +152,9 @@ struct Codes {
 // The score of key i.
 template <typename Kept>
 float score(const float* query, int size, const Entries& entries, float scaling, int i) {
-  const auto* key = Kept::at(entries.keys, i * entries.stride);
-  float lanes[kLanes] = {};
-  int d = 0;
-  for (; d + kLanes <= size; d += kLanes) {
-    for (int l = 0; l < kLanes; ++l) lanes[l] += query[d + l] * static_cast<float>(key[d + l]);
-  }
-  for (int l = 0; d + l < size; ++l) lanes[l] += query[d + l] * static_cast<float>(key[d + l]);
-  const float product = tree_sum(lanes) * Kept::scale(entries.key_scales, i * entries.scale_stride);
-  return product * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
+  const float scale = Kept::scale(entries.key_scales, i * entries.scale_stride);
+  const float of_key = product(query, Kept::at(entries.keys, i * entries.stride), size) * scale;
+  return of_key * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
 }
 
 float largest_of(const float* scores, int count) {

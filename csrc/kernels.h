@@ -13,8 +13,7 @@ namespace quicksilver {
 constexpr int kMaxWidth = 8;
 constexpr int kPlanes = 4;         // two bits each, leading bits first
 constexpr int kTileOutputs = 256;  // a channel's run in a plane of a tile: one cache line
-constexpr int kBlockOutputs = 64;
-constexpr int kTileBlocks = kTileOutputs / kBlockOutputs;
+constexpr int kHalfOutputs = 128;
 constexpr int kLaneOutputs = 32;  // outputs that share a coefficient: the smallest group
 constexpr int kTileGroups = kTileOutputs / kLaneOutputs;
 constexpr int kChunkChannels = 64;  // channels whose coefficients share a scale
@@ -22,13 +21,28 @@ constexpr int kRecordBytes = 2 * kTileGroups;
 constexpr float kSteps = 127.0f * 256.0f;  // the largest coefficient of a chunk, in integers
 constexpr float kSmallest = 1e-34f;        // chunks of smaller coefficients count as zero: kSteps / x must be finite
 
-// One tile of a matrix: up to 256 outputs of all input channels.
+// One tile of a matrix: 256 outputs of all input channels, or 128 at its end.
 struct Tile {
-  const std::uint8_t* planes[kPlanes];  // [channels, line]
+  const std::uint8_t* planes[kPlanes];  // [channels, line]; see place_of
   const std::uint8_t* records;          // [channels, 16]: the groups' exponents, then their zeros
-  int line;                             // bytes of one channel in one plane: 16 for each block
-  int blocks;                           // of 64 outputs
+  int line;                             // bytes of one channel in one plane: 32 for each half
+  int halves;                           // of 128 outputs
+
+  int outputs() const { return halves * kHalfOutputs; }
 };
+
+// Where a plane keeps an output's two bits: bit `bit` of byte `byte` of the channel's run, and of the byte after it.
+// Eight outputs' leading bits are a byte, and so are their trailing ones. The order is what AVX-512 needs to end with
+// outputs in order: its lanes hold 8 bytes of each half, and 16 outputs' sums lie 4 in each lane.
+struct Place {
+  int byte, bit;
+};
+
+inline Place place_of(int output, int halves) {
+  const int half = output / kHalfOutputs, sum = output % kHalfOutputs / 16;
+  const int lane = output / 4 % 4, byte_of_lane = 2 * (2 * (sum / 4) + sum % 4 / 2);
+  return {8 * (halves * lane + half) + byte_of_lane, 4 * (sum % 2) + output % 4};
+}
 
 // What prefixes of each width stand for, in units of 8-bit codes: a whole number and an offset.
 struct Levels {
@@ -55,13 +69,19 @@ struct alignas(64) Coefficients {
   float offsets[kTileGroups];
 };
 
+// What will be read after a chunk, to be fetched meanwhile.
+struct Upcoming {
+  const Tile* tile = nullptr;
+  const std::uint32_t* channels = nullptr;
+  int count = 0;
+  int planes = 0;
+};
+
 struct Kernels {
   const char* name;
-  // y[0 .. 64 * blocks) += the chunk's share of the product, channels beyond the outputs included.
-  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y);
-  // Fetches what tile_chunk will read.
-  void (*prefetch)(const Tile&, const Chunk&);
-  // Writes the weights of one channel, [64 * blocks].
+  // y[0 .. outputs of the tile) += the chunk's share of the product, those beyond the matrix's outputs included.
+  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y, const Upcoming&);
+  // Writes the weights of one channel, [outputs of the tile].
   void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
   void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);
   FloatKernels floats;

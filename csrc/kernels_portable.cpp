@@ -16,7 +16,7 @@ namespace {
 
 // Rounds the chunk's activations times scales to integers of 16 bits, one scale for each group.
 void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c) {
-  for (int g = 0; g < 2 * tile.blocks; ++g) {
+  for (int g = 0; g < 4 * tile.halves; ++g) {
     float largest = 0.0f;
     for (int j = 0; j < chunk.count; ++j) {
       const std::uint8_t* record = tile.records + std::size_t{chunk.channels[j]} * kRecordBytes;
@@ -38,38 +38,22 @@ void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& leve
   }
 }
 
-int level_of(const Tile& tile, const Levels& levels, std::uint32_t channel, int width, int block, int output) {
-  // Output 16 r + 4 k + e of a block lies in byte 4 r + e of its 16, in the k-th pair of bits.
-  const int byte = (output >> 4) * 4 + (output & 3), field = (output >> 2) & 3;
-  const std::size_t at = std::size_t{channel} * tile.line + 16 * block + byte;
-  int code = 0;
-  for (int p = 0; p < planes_of(width); ++p) code = code << 2 | ((tile.planes[p][at] >> (2 * field)) & 3);
-  code >>= 2 * planes_of(width) - width;
-  if (width == 4) return levels.table4[code];
-  if (width == 2) return levels.table2[code];
-  return code << (kMaxWidth - width);
-}
-
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y) {
+void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y,
+                const Upcoming&) {
   round_coefficients(tile, chunk, levels, c);
-  for (int block = 0; block < tile.blocks; ++block) {
-    std::int32_t sums[kBlockOutputs] = {};
-    for (int j = 0; j < chunk.count; ++j) {
-      for (int o = 0; o < kBlockOutputs; ++o) {
-        const int g = 2 * block + o / kLaneOutputs;
-        sums[o] += c.words[j * kTileGroups + g] * level_of(tile, levels, chunk.channels[j], chunk.width, block, o);
-      }
-    }
-    for (int o = 0; o < kBlockOutputs; ++o) {
-      const int g = 2 * block + o / kLaneOutputs;
-      y[block * kBlockOutputs + o] += c.scales[g] * static_cast<float>(sums[o] - c.zero_sums[g]) + c.offsets[g];
-    }
+  std::int32_t sums[kTileOutputs] = {};
+  std::uint8_t codes[kTileOutputs];
+  for (int j = 0; j < chunk.count; ++j) {
+    unpack_channel(tile, levels, chunk.channels[j], chunk.width, codes);
+    for (int o = 0; o < tile.outputs(); ++o) sums[o] += c.words[j * kTileGroups + o / kLaneOutputs] * codes[o];
+  }
+  for (int o = 0; o < tile.outputs(); ++o) {
+    const int g = o / kLaneOutputs;
+    y[o] += c.scales[g] * static_cast<float>(sums[o] - c.zero_sums[g]) + c.offsets[g];
   }
 }
 
-void prefetch(const Tile&, const Chunk&) {}
-
-const Kernels kPortable = {"portable", tile_chunk, prefetch, expand_channel, to_bfloat16, kFloats};
+const Kernels kPortable = {"portable", tile_chunk, expand_channel, to_bfloat16, kFloats};
 
 }  // namespace
 

@@ -44,7 +44,7 @@ class NestedMatrix {
   int num_inputs() const { return num_inputs_; }
   int num_outputs() const { return num_outputs_; }
   int num_tiles() const { return static_cast<int>(tiles_.size()); }
-  int padded_outputs() const { return padded_outputs_; }  // a multiple of 64
+  int padded_outputs() const { return padded_outputs_; }  // a multiple of 128
   std::size_t nbytes() const { return bytes_.size(); }
   const Tile& tile(int index) const { return tiles_[index]; }
   const Levels& levels() const { return levels_; }
