@@ -70,8 +70,8 @@ def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshol
     return replace(plan or Plan("test"), attention=AttentionConfig(threshold, query_threshold))
 
 
-def decoder(model: Any, plan: Plan, kernels: KernelChoice = "auto", **options: Any) -> Decoder:
-    """Return the engine for a transformers model."""
+def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: Any) -> Decoder:
+    """Return the engine for a transformers model; unless kernels are asked for, by the definition throughout."""
     return Decoder(adapt(model, kernels), plan, **options)
 
 
