@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "decoder.h"
@@ -82,7 +83,7 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
     Widths row;
     row.uniform = uniform;
     if (each) row.each = each + std::size_t(r) * inputs;
-    rooms.rows[r].choose(x.data() + std::size_t(r) * inputs, inputs, row);
+    rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, inputs, row);
   }
   float* out = direct ? y.data() : rooms.y.data();
   const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
@@ -95,6 +96,31 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
   }
 }
 
+// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address.
+void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool bfloat16, int threads) {
+  if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
+  nb::gil_scoped_release release;
+  const int outputs = matrix.num_outputs();
+  Pool::shared().run(threads, [&](int thread, Barrier&) {
+    const Kernels& kernels = current_kernels();
+    const int begin = static_cast<int>(std::int64_t{matrix.num_inputs()} * thread / threads);
+    const int end = static_cast<int>(std::int64_t{matrix.num_inputs()} * (thread + 1) / threads);
+    float weights[kTileOutputs];
+    for (int j = begin; j < end; ++j) {
+      for (int t = 0; t < matrix.num_tiles(); ++t) {
+        kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
+        const std::size_t at = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
+        const int count = std::min(matrix.tile(t).blocks * kBlockOutputs, outputs - t * kTileOutputs);
+        if (bfloat16) {
+          kernels.to_bfloat16(weights, count, reinterpret_cast<std::uint16_t*>(address) + at);
+        } else {
+          std::copy_n(weights, count, reinterpret_cast<float*>(address) + at);
+        }
+      }
+    }
+  });
+}
+
 // Addresses come from tensors that the Python side keeps alive; 0 is null.
 const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
@@ -103,7 +129,7 @@ void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t b
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
   linear.mean = floats_at(mean);
-  linear.widths.uniform = width;
+  linear.width = width;
 }
 
 void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
@@ -112,7 +138,7 @@ void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector
   LinearMap& linear = layer.maps[map];
   linear.thresholds = std::move(thresholds);
   linear.levels = std::move(levels);
-  linear.widths.norms = floats_at(norms);
+  linear.norms = floats_at(norms);
 }
 
 void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintptr_t up, std::uintptr_t bias, int rank,
@@ -139,7 +165,7 @@ void set_norm(Layer& layer, const std::string& which, std::uintptr_t weight, std
   }
 }
 
-constexpr int kRowFields = 7, kStorageFields = 5;
+constexpr int kRowFields = 7, kStorageFields = 7;
 
 std::vector<Row> rows_of(const std::vector<std::int64_t>& fields) {
   std::vector<Row> rows;
@@ -155,9 +181,9 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
   std::vector<Storage> storage;
   for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
     const std::int64_t* f = fields.data() + i;
-    storage.push_back({reinterpret_cast<float*>(f[0]), reinterpret_cast<float*>(f[1]),
-                       reinterpret_cast<std::int32_t*>(f[2]), reinterpret_cast<std::int32_t*>(f[3]),
-                       static_cast<int>(f[4])});
+    storage.push_back({reinterpret_cast<void*>(f[0]), reinterpret_cast<void*>(f[1]), reinterpret_cast<float*>(f[2]),
+                       reinterpret_cast<float*>(f[3]), reinterpret_cast<std::int32_t*>(f[4]),
+                       reinterpret_cast<std::int32_t*>(f[5]), static_cast<int>(f[6])});
   }
   return storage;
 }
@@ -195,6 +221,8 @@ NB_MODULE(_native, m) {
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a);
   m.def("multiply_rows", &multiply_rows, "matrix"_a, "x"_a, "y"_a, "widths"_a.none(), "uniform"_a, "threads"_a);
+  m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
+  m.def("multiplies_bfloat16", &multiplies_bfloat16);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
@@ -202,10 +230,12 @@ NB_MODULE(_native, m) {
       .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
       .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
            "log_threshold"_a)
-      .def("set_attention", [](Layer& layer, float skip_below, float query_below) {
-        layer.skip_below = skip_below;
-        layer.query_below = query_below;
-      });
+      .def(
+          "set_attention",
+          [](Layer& layer, float skip_below, float query_below, float screen_below, float large_from) {
+            layer.attention = {1.0f, skip_below, query_below, screen_below, large_from};
+          },
+          "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "scaling"_a, "activation"_a)

@@ -70,8 +70,8 @@ struct LayerRunner::Pass {
   void choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact, int layer_idx, int thread);
   Product product(const Layer& layer, int map, int num_rows);
   void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, int thread, Barrier& barrier);
-  void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx,
-                     int thread);
+  void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
+  Entries entries_of(const Storage& place, int head, int count) const;
   void attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx, int thread);
   void count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences, int layer_idx);
   void add(const std::vector<int>& through, int map, int thread);
@@ -155,15 +155,15 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
       for (int j = 0; j < inputs; ++j) centred[j] = x[j] - linear.mean[j];
       x = centred.data();
     }
-    Widths widths = linear.widths;
     const Row& row = (*rows)[of[i]];
-    if (row.exempt) {
-      widths = Widths{};
-    } else {
-      widths.cap = row.cap;
-      widths.uniform = std::min(widths.uniform, row.cap);
+    const Grades grades{linear.thresholds.data(), linear.levels.data(), static_cast<int>(linear.levels.size()),
+                        linear.norms, row.cap};
+    Widths widths;
+    if (!row.exempt) {
+      widths.uniform = std::min(linear.width, row.cap);
+      widths.grades = linear.levels.empty() ? nullptr : &grades;
     }
-    selections[map][i].choose(x, inputs, widths);
+    selections[map][i].choose(*floats, x, inputs, widths);
     for (int width = 0; width <= kMaxWidth; ++width) counted[width] += selections[map][i].counts()[width];
   }
 }
@@ -185,53 +185,73 @@ void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<
 
 // Norms and rotates queries and keys, and writes the rows' entries.
 void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
-                                      int layer_idx, int thread) {
+                                      int thread) {
   const int size = shape->head_dim;
   const auto turn = [&](float* heads, int count, const Norm& norm, int row) {
     for (int h = 0; norm.weight && h < count; ++h) floats->norm(heads + h * size, size, norm, heads + h * size);
     if (cos) floats->rotate(heads, count, size, cos + std::size_t(row) * size, sin + std::size_t(row) * size);
   };
-  const int width = shape->kv_heads * size;
+  const auto keep = [&](const float* x, void* base, float* scales, std::size_t slot) {
+    const std::size_t first = slot * shape->kv_heads;
+    if (!scales) {
+      std::copy_n(x, shape->kv_heads * size, static_cast<float*>(base) + first * size);
+      return;
+    }
+    for (int h = 0; h < shape->kv_heads; ++h) {
+      scales[first + h] = floats->encode(x + h * size, size, static_cast<std::int8_t*>(base) + (first + h) * size);
+    }
+  };
   for (int row : all) {
     if (!mine(row, thread)) continue;
     const Row& entry = (*rows)[row];
     const Storage& place = storage[entry.sequence];
     const std::size_t slot = std::size_t(place.held) + entry.offset;
     turn(products[kKey].row(row), shape->kv_heads, layer.key_norm, row);
-    std::copy_n(products[kKey].row(row), width, place.keys + slot * width);
-    std::copy_n(products[kValue].row(row), width, place.values + slot * width);
+    keep(products[kKey].row(row), place.keys, place.key_scales, slot);
+    keep(products[kValue].row(row), place.values, place.value_scales, slot);
     place.positions[slot] = entry.position;
     if (place.masses) place.masses[slot] = 1;
   }
   for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
     if (!mine(i + 1, thread)) continue;  // another thread than wrote a lone row's entry
-    float* query = products[kQuery].row(i);
-    turn(query, shape->heads, layer.query_norm, asking[i]);
-    if (layer.query_below == 0.0f) continue;
-    const Row& row = (*rows)[asking[i]];
-    const std::int64_t seen = storage[row.sequence].held + row.offset + 1;
-    for (int h = 0; h < shape->heads; ++h) {
-      counts(layer_idx, thread)[kScoresSkipped] += seen * floats->drop_small(query + h * size, size, layer.query_below);
-    }
+    turn(products[kQuery].row(i), shape->heads, layer.query_norm, asking[i]);
   }
+}
+
+// One head's entries up to the count-th.
+Entries LayerRunner::Pass::entries_of(const Storage& place, int head, int count) const {
+  const std::size_t bytes = place.key_scales ? 1 : sizeof(float);
+  const std::size_t offset = std::size_t(head) * shape->head_dim * bytes;
+  return {static_cast<const char*>(place.keys) + offset,
+          static_cast<const char*>(place.values) + offset,
+          place.key_scales ? place.key_scales + head : nullptr,
+          place.value_scales ? place.value_scales + head : nullptr,
+          place.masses,
+          std::int64_t{shape->kv_heads} * shape->head_dim,
+          shape->kv_heads,
+          count};
 }
 
 void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
                                int layer_idx, int thread) {
   const int size = shape->head_dim, group = shape->heads / shape->kv_heads;
   std::vector<float>& room = threads[thread].scores;
+  Attention attention = layer.attention;
+  attention.scaling = shape->scaling;
+  std::int64_t* counted = counts(layer_idx, thread);
   for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
     const Row& row = (*rows)[asking[i]];
     const Storage& place = storage[row.sequence];
     const int count = place.held + row.offset + 1;
-    if (room.size() < std::size_t(group) * count) room.resize(std::size_t(group) * count);
+    if (room.size() < std::size_t(count) + size) room.resize(std::size_t(count) + size + 256);
     for (int h = 0; h < shape->kv_heads; ++h) {
       if (!mine(i * shape->kv_heads + h, thread)) continue;
-      const Entries entries{place.keys + std::size_t(h) * size, place.values + std::size_t(h) * size, place.masses,
-                            std::int64_t{shape->kv_heads} * size, count};
-      counts(layer_idx, thread)[kValuesSkipped] +=
-          floats->attend(products[kQuery].row(i) + std::size_t(h) * group * size, group, size, entries,
-                         {shape->scaling, layer.skip_below}, room.data(), attended.row(i) + std::size_t(h) * group * size);
+      const std::size_t at = std::size_t(h) * group * size;
+      const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
+                                             attention, room.data(), attended.row(i) + at);
+      counted[kValuesSkipped] += skipped.values;
+      counted[kScoresSkipped] += skipped.scores;
+      counted[kScoredTwice] += skipped.scored_twice;
     }
   }
 }
@@ -276,7 +296,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
   choose(layer, kKey, all, nullptr, layer_idx, thread);
   choose(layer, kValue, all, nullptr, layer_idx, thread);
   multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, thread, barrier);
-  write_entries(layer, asking, storage, layer_idx, thread);
+  write_entries(layer, asking, storage, thread);
   if (thread == 0) count_rows(asking, storage, num_sequences, layer_idx);
   barrier.wait();
   attend(layer, asking, storage, layer_idx, thread);
@@ -305,16 +325,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
 }
 
 LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
-    : shape_(shape), layers_(std::move(layers)), pass_(new Pass) {
-  for (Layer& layer : layers_) {
-    for (LinearMap& map : layer.maps) {
-      if (map.levels.empty()) continue;
-      map.widths.levels = map.levels.data();
-      map.widths.num_levels = static_cast<int>(map.levels.size());
-      map.widths.thresholds = map.thresholds.data();
-    }
-  }
-}
+    : shape_(shape), layers_(std::move(layers)), pass_(new Pass) {}
 
 LayerRunner::~LayerRunner() = default;
 

@@ -18,10 +18,11 @@ namespace quicksilver {
 struct LinearMap {
   const NestedMatrix* matrix = nullptr;
   const float* bias = nullptr;  // [out]; the mean's product included
-  Widths widths;                // of rows that are not exempt
   const float* mean = nullptr;  // [in], taken from the input first
+  int width = kMaxWidth;        // of rows that are not exempt, where nothing below is given
   std::vector<float> thresholds;
   std::vector<std::uint8_t> levels;  // empty where widths are uniform
+  const float* norms = nullptr;      // [in]; null where |x| alone is the score
 };
 
 // x @ weight + bias, or x @ down @ up + bias; both row-major.
@@ -47,7 +48,7 @@ struct Layer {
   Norm query_norm{}, key_norm{};  // weight null where heads are not normed
   LinearMap maps[kMaps];
   Shortcut attention_shortcut, mlp_shortcut;
-  float skip_below = 0.0f, query_below = 0.0f;
+  Attention attention{};  // but for the scaling
 };
 
 struct Shape {
@@ -69,8 +70,10 @@ struct Row {
 
 // One sequence's storage in one layer, with room for this run's entries.
 struct Storage {
-  float* keys;
-  float* values;
+  void* keys;
+  void* values;
+  float* key_scales;  // null where keys and values are float32, else they are int8
+  float* value_scales;
   std::int32_t* positions;
   std::int32_t* masses;  // null where every entry stands for one token
   int held;                    // entries before this run
@@ -86,6 +89,7 @@ enum Count {
   kPairs,
   kValuesSkipped,
   kScoresSkipped,
+  kScoredTwice,
   kPastMlp,
   kPastAttention,
   kGatedMlp,

@@ -84,8 +84,10 @@ void rotate(float* heads, int count, int size, const float* cos, const float* si
   }
 }
 
-int drop_small(float* query, int size, float below) {
-  const float limit = below * std::sqrt(dot(query, query, size) / static_cast<float>(size));
+float root_mean_square(const float* x, int size) { return std::sqrt(dot(x, x, size) / static_cast<float>(size)); }
+
+// Sets components below `limit` to zero; returns how many.
+int drop_small(float* query, int size, float limit) {
   int dropped = 0;
   for (int i = 0; i < size; ++i) {
     const bool small = std::fabs(query[i]) < limit;
@@ -95,61 +97,129 @@ int drop_small(float* query, int size, float below) {
   return dropped;
 }
 
-// Turns scores [count] into weights that are not normalised; returns their sum. `largest` is the largest score.
-float exponentials(float* scores, int count, float largest) {
-  for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
-  return sum(scores, count);
-}
-
-// Sets weights to zero that, normalised, lie below skip_below / count and below the largest; returns how many are 0.
-std::int64_t drop_light(float* weights, int count, float total, float skip_below) {
-  const float largest = 1.0f / total;  // the largest weight is 1 before it is normalised
-  const float limit = std::min(skip_below / static_cast<float>(count), largest);
-  std::int64_t dropped = 0;
-  for (int i = 0; i < count; ++i) {
-    const float weight = weights[i] / total;
-    weights[i] = weight < limit ? 0.0f : weights[i];
-    dropped += weights[i] == 0.0f;
+float encode(const float* x, int size, std::int8_t* codes) {
+  float largest = 0.0f;
+  for (int i = 0; i < size; ++i) largest = std::fabs(x[i]) > largest || x[i] != x[i] ? std::fabs(x[i]) : largest;
+  const float scale = largest / 127.0f;
+  for (int i = 0; i < size; ++i) {
+    const float level = scale > 0.0f && scale < INFINITY ? std::nearbyint(x[i] / scale) : 0.0f;
+    codes[i] = static_cast<std::int8_t>(std::min(std::max(level, -127.0f), 127.0f));
   }
-  return dropped;
+  return scale;
 }
 
-inline void weigh(const Entries& entries, const float* weights, int size, float total, float* out) {
+// Entries as floats or as codes.
+struct Floats {
+  static const float* at(const void* base, std::int64_t offset) { return static_cast<const float*>(base) + offset; }
+  static float scale(const float*, std::int64_t) { return 1.0f; }
+};
+
+struct Codes {
+  static const std::int8_t* at(const void* base, std::int64_t offset) {
+    return static_cast<const std::int8_t*>(base) + offset;
+  }
+  static float scale(const float* scales, std::int64_t offset) { return scales[offset]; }
+};
+
+// The score of key i.
+template <typename Kept>
+float score(const float* query, int size, const Entries& entries, float scaling, int i) {
+  const auto* key = Kept::at(entries.keys, i * entries.stride);
+  float lanes[kLanes] = {};
+  int d = 0;
+  for (; d + kLanes <= size; d += kLanes) {
+    for (int l = 0; l < kLanes; ++l) lanes[l] += query[d + l] * static_cast<float>(key[d + l]);
+  }
+  for (int l = 0; d + l < size; ++l) lanes[l] += query[d + l] * static_cast<float>(key[d + l]);
+  const float product = tree_sum(lanes) * Kept::scale(entries.key_scales, i * entries.scale_stride);
+  return product * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
+}
+
+float largest_of(const float* scores, int count) {
+  float largest = -INFINITY;
+  for (int i = 0; i < count; ++i) largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
+  return largest;
+}
+
+// Sets weights to zero that, normalised, lie below `limit` and below the largest.
+void drop_light(float* weights, int count, float total, float limit) {
+  const float least = std::min(limit, 1.0f / total);  // the largest weight is 1 before it is normalised
+  for (int i = 0; i < count; ++i) weights[i] = weights[i] / total < least ? 0.0f : weights[i];
+}
+
+// Adds weight * value over the entries that weigh something; returns how many do.
+template <typename Kept>
+int weigh(const Entries& entries, const float* weights, int size, float total, float* out) {
+  int read = 0;
   for (int d = 0; d < size; ++d) out[d] = 0.0f;
   for (int i = 0; i < entries.count; ++i) {
-    const float weight = weights[i];
-    if (weight == 0.0f) continue;
-    const float* value = entries.values + i * entries.stride;
-    for (int d = 0; d < size; ++d) out[d] += weight * value[d];
+    if (weights[i] == 0.0f) continue;
+    ++read;
+    const auto* value = Kept::at(entries.values, i * entries.stride);
+    const float weight = weights[i] * Kept::scale(entries.value_scales, i * entries.scale_stride);
+    for (int d = 0; d < size; ++d) out[d] += weight * static_cast<float>(value[d]);
   }
   for (int d = 0; d < size; ++d) out[d] /= total;
+  return read;
 }
 
-std::int64_t attend(const float* queries, int group, int size, const Entries& entries, const Attention& attention,
-                    float* room, float* out) {
-  const int count = entries.count;
-  float largest[64];
-  for (int g = 0; g < group; ++g) largest[g] = -INFINITY;
-  for (int i = 0; i < count; ++i) {
-    const float* key = entries.keys + i * entries.stride;
-    const float bias = entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f;
-    for (int g = 0; g < group; ++g) {
-      const float score = dot(queries + g * size, key, size) * attention.scaling + bias;
-      room[std::size_t(g) * count + i] = score;
-      largest[g] = score > largest[g] || score != score ? score : largest[g];
-    }
+// Scores in two steps: with the large components first, then with all for the keys that these leave.
+template <typename Kept>
+void screen(const float* query, int size, const Entries& entries, const Attention& attention, float limit, float* scores,
+            float* large, Skipped& skipped) {
+  int later = 0;
+  for (int d = 0; d < size; ++d) {
+    const bool small = std::fabs(query[d]) < limit;
+    large[d] = small ? 0.0f : query[d];
+    later += small && query[d] != 0.0f;
   }
-  std::int64_t skipped = 0;
+  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention.scaling, i);
+  const float margin = std::log(attention.screen_below / static_cast<float>(entries.count));
+  const float least = largest_of(scores, entries.count) + std::min(margin, 0.0f);
+  int left = 0;
+  for (int i = 0; i < entries.count; ++i) {
+    const bool out = scores[i] < least;
+    left += !out;
+    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention.scaling, i);
+  }
+  skipped.scores += std::int64_t{later} * (entries.count - left);
+  skipped.scored_twice += left;
+}
+
+template <typename Kept>
+Skipped attend_to(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
+                  float* out) {
+  const int count = entries.count;
+  Skipped skipped{0, 0, 0};
+  float* weights = room;
   for (int g = 0; g < group; ++g) {
-    float* weights = room + std::size_t(g) * count;
-    float total = exponentials(weights, count, largest[g]);
+    float* query = queries + g * size;
+    const float scale = root_mean_square(query, size);
+    if (attention.query_below > 0.0f) {
+      skipped.scores += std::int64_t{count} * drop_small(query, size, attention.query_below * scale);
+    }
+    if (attention.screen_below > 0.0f) {
+      screen<Kept>(query, size, entries, attention, attention.large_from * scale, weights, room + count, skipped);
+    } else {
+      for (int i = 0; i < count; ++i) weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+    }
+    const float largest = largest_of(weights, count);
+    for (int i = 0; i < count; ++i) weights[i] = exponential(weights[i] - largest);
+    float total = sum(weights, count);
     if (attention.skip_below > 0.0f) {
-      skipped += drop_light(weights, count, total, attention.skip_below);
+      drop_light(weights, count, total, attention.skip_below / static_cast<float>(count));
       total = sum(weights, count);
     }
-    weigh(entries, weights, size, total, out + g * size);
+    const int read = weigh<Kept>(entries, weights, size, total, out + g * size);
+    if (attention.skip_below > 0.0f || attention.screen_below > 0.0f) skipped.values += count - read;
   }
   return skipped;
+}
+
+Skipped attend(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
+               float* out) {
+  return entries.key_scales ? attend_to<Codes>(queries, group, size, entries, attention, room, out)
+                            : attend_to<Floats>(queries, group, size, entries, attention, room, out);
 }
 
 inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -176,7 +246,38 @@ void add_rows(const float* x, int inputs, const float* weight, std::int64_t stri
   }
 }
 
-constexpr FloatKernels kFloats = {norm, rotate, drop_small, attend, activate, dot, add_rows};
+void grade(const float* x, int size, const Grades& grades, std::uint8_t* widths) {
+  constexpr int kBlock = 64;
+  const int last = grades.levels[grades.num_levels - 1];
+  for (int begin = 0; begin < size; begin += kBlock) {
+    const int count = std::min(kBlock, size - begin);
+    float scores[kBlock];
+    std::int32_t chosen[kBlock];
+    for (int j = 0; j < count; ++j) {
+      scores[j] = std::fabs(x[begin + j]) * (grades.norms ? grades.norms[begin + j] : 1.0f);
+      chosen[j] = last;
+    }
+    for (int i = 0; i + 1 < grades.num_levels; ++i) {
+      const float limit = grades.thresholds[i];
+      const std::int32_t step = grades.levels[i] - grades.levels[i + 1];
+      for (int j = 0; j < count; ++j) chosen[j] += scores[j] >= limit ? step : 0;
+    }
+    for (int j = 0; j < count; ++j) widths[begin + j] = static_cast<std::uint8_t>(std::min(chosen[j], grades.cap));
+  }
+}
+
+[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                             float* values) {
+  int count = 0;
+  for (int j = 0; j < size; ++j) {
+    channels[count] = j;
+    values[count] = x[j];
+    count += widths[j] == width;
+  }
+  return count;
+}
+
+constexpr FloatKernels kFloats = {norm, rotate, attend, encode, activate, grade, collect, dot, add_rows};
 
 }  // namespace
 }  // namespace quicksilver

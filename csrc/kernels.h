@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "floats.h"
 
@@ -60,6 +61,9 @@ struct Kernels {
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y);
   // Fetches what tile_chunk will read.
   void (*prefetch)(const Tile&, const Chunk&);
+  // Writes the weights of one channel, [64 * blocks].
+  void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
+  void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);
   FloatKernels floats;
 };
 
@@ -69,6 +73,16 @@ const Kernels* avx512_kernels();  // likewise
 
 // 2 ** (-i / 16) for i = 0 .. 15, rounded to float.
 extern const float kFractions[16];
+
+// The scale of an exponent, in units of the largest.
+inline float factor_of(std::uint8_t exponent) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &kFractions[exponent & 15], sizeof bits);
+  bits -= static_cast<std::uint32_t>(exponent >> 4) << 23;
+  float factor;
+  std::memcpy(&factor, &bits, sizeof factor);
+  return factor;
+}
 
 inline int planes_of(int width) { return (width + 1) / 2; }
 

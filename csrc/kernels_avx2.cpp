@@ -4,6 +4,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
+#include "expand.inl"
 #include "floats.inl"
 
 namespace quicksilver {
@@ -140,7 +141,7 @@ void prefetch(const Tile& tile, const Chunk& chunk) {
   }
 }
 
-const Kernels kAvx2 = {"avx2", tile_chunk, prefetch, kFloats};
+const Kernels kAvx2 = {"avx2", tile_chunk, prefetch, expand_channel, to_bfloat16, kFloats};
 
 }  // namespace
 

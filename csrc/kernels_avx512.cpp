@@ -5,6 +5,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
+#include "expand.inl"
 #include "floats.inl"
 
 namespace quicksilver {
@@ -197,7 +198,62 @@ void prefetch(const Tile& tile, const Chunk& chunk) {
   }
 }
 
-const Kernels kAvx512 = {"avx512", tile_chunk, prefetch, kFloats};
+template <int Planes, bool Table>
+void expand(const Tile& tile, const Levels& levels, std::uint32_t channel, int width, float* weights) {
+  const Unpack<Planes, Table> unpack(levels, width);
+  // Four bytes of lane k at 4 r go to lane r at 4 k: then outputs are in order.
+  const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const std::uint8_t* record = tile.records + std::size_t{channel} * kRecordBytes;
+  for (int block = 0; block < tile.blocks; ++block) {
+    const std::size_t at = std::size_t{channel} * tile.line + 16 * block;
+    alignas(64) std::uint8_t codes[kBlockOutputs];
+    _mm512_store_si512(codes, _mm512_permutexvar_epi32(in_order, unpack(tile.planes, at)));
+    for (int r = 0; r < 4; ++r) {
+      const int g = 2 * block + r / 2;
+      const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(record[g]));
+      const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + g]) - levels.offset[width]);
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + 16 * r)));
+      _mm512_storeu_ps(weights + kBlockOutputs * block + 16 * r,
+                       _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
+    }
+  }
+}
+
+void expand_lanes(const Tile& tile, const Levels& levels, std::uint32_t channel, int width, float* weights) {
+  switch (width) {
+    case 8:
+    case 7: return expand<4, false>(tile, levels, channel, width, weights);
+    case 6:
+    case 5: return expand<3, false>(tile, levels, channel, width, weights);
+    case 4: return expand<2, true>(tile, levels, channel, width, weights);
+    case 3: return expand<2, false>(tile, levels, channel, width, weights);
+    case 2: return expand<1, true>(tile, levels, channel, width, weights);
+    default: return expand<1, false>(tile, levels, channel, width, weights);
+  }
+}
+
+int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                  float* values) {
+  const __m128i wanted = _mm_set1_epi8(static_cast<char>(width));
+  __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  int count = 0;
+  for (int j = 0; j < size; j += 16, indices = _mm512_add_epi32(indices, _mm512_set1_epi32(16))) {
+    const __mmask16 there = size - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - j)) - 1);
+    const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(there, _mm_maskz_loadu_epi8(there, widths + j), wanted);
+    _mm512_storeu_si512(channels + count, _mm512_maskz_compress_epi32(chosen, indices));
+    _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(chosen, _mm512_maskz_loadu_ps(there, x + j)));
+    count += __builtin_popcount(chosen);
+  }
+  return count;
+}
+
+constexpr FloatKernels floats() {
+  FloatKernels kernels = kFloats;
+  kernels.collect = collect_lanes;
+  return kernels;
+}
+
+const Kernels kAvx512 = {"avx512", tile_chunk, prefetch, expand_lanes, to_bfloat16, floats()};
 
 }  // namespace
 

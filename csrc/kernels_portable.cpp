@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "expand.inl"
 #include "floats.inl"
 
 namespace quicksilver {
@@ -12,15 +13,6 @@ const float kFractions[16] = {1.0f,         0.957603281f, 0.917004043f, 0.878126
                               0.594603558f, 0.569394317f, 0.545253866f, 0.522136891f};
 
 namespace {
-
-float factor_of(std::uint8_t exponent) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &kFractions[exponent & 15], sizeof bits);
-  bits -= static_cast<std::uint32_t>(exponent >> 4) << 23;
-  float factor;
-  std::memcpy(&factor, &bits, sizeof factor);
-  return factor;
-}
 
 // Rounds the chunk's activations times scales to integers of 16 bits, one scale for each group.
 void round_coefficients(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c) {
@@ -77,7 +69,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
 
 void prefetch(const Tile&, const Chunk&) {}
 
-const Kernels kPortable = {"portable", tile_chunk, prefetch, kFloats};
+const Kernels kPortable = {"portable", tile_chunk, prefetch, expand_channel, to_bfloat16, kFloats};
 
 }  // namespace
 

@@ -1,28 +1,21 @@
 #include "selection.h"
 
 #include <algorithm>
-#include <cmath>
+#include <numeric>
 
 namespace quicksilver {
 namespace {
-
-int graded(const Widths& widths, float score) {
-  int level = 0;
-  while (level < widths.num_levels - 1 && !(score >= widths.thresholds[level])) ++level;
-  return widths.levels[level];
-}
-
-int width_of(const Widths& widths, const float* x, int j) {
-  if (widths.each) return std::min<int>(widths.each[j], kMaxWidth);
-  if (!widths.thresholds) return widths.uniform;
-  const float magnitude = std::fabs(x[j]);
-  return std::min(widths.cap, graded(widths, widths.norms ? magnitude * widths.norms[j] : magnitude));
-}
 
 bool all_finite(const float* x, int count) {
   float sum = 0.0f;
   for (int j = 0; j < count; ++j) sum += x[j] * 0.0f;
   return sum == 0.0f;
+}
+
+bool occurs(const Grades& grades, int width) {
+  if (width == grades.cap) return true;
+  return width < grades.cap && std::find(grades.levels, grades.levels + grades.num_levels, width) !=
+                                   grades.levels + grades.num_levels;
 }
 
 }  // namespace
@@ -33,60 +26,54 @@ Chunk Selection::chunk(int index) const {
 }
 
 // Cuts the channels [begin, end), all of one width, into chunks; the last is filled up with a channel times zero.
-void Selection::close(int width, int begin, int end) {
+// Returns where the next may begin.
+int Selection::close(int width, int begin, int end) {
   counts_[width] += end - begin;
-  if (width == 0) return;
+  if (width == 0 || begin == end) return begin;
   for (int at = begin; at < end; at += kChunkChannels) {
     const int count = std::min(kChunkChannels, end - at);
     chunks_.push_back({at, count, width});
     costs_.push_back(costs_.back() + count * (planes_of(width) + 1L));
   }
+  const int next = begin + (end - begin + kChunkChannels - 1) / kChunkChannels * kChunkChannels;
+  std::fill(channels_.begin() + end, channels_.begin() + next, channels_[end - 1]);
+  std::fill(x_.begin() + end, x_.begin() + next, 0.0f);
+  return next;
 }
 
-void Selection::choose(const float* x, int num_inputs, const Widths& widths) {
+void Selection::choose_uniform(const float* x, int num_inputs, int width) {
+  if (width) {
+    std::iota(channels_.begin(), channels_.begin() + num_inputs, 0u);
+    std::copy(x, x + num_inputs, x_.begin());
+  }
+  close(width, 0, num_inputs);
+}
+
+void Selection::choose(const FloatKernels& floats, const float* x, int num_inputs, const Widths& widths) {
   chunks_.clear();
   costs_.assign(1, 0);
   counts_.fill(0);
   finite_ = all_finite(x, num_inputs);
-  const std::size_t room = std::size_t(num_inputs) + (kMaxWidth + 1) * kChunkChannels;
-  channels_.resize(room);
-  x_.resize(room);
-  if (!widths.each && !widths.thresholds) {
-    if (widths.uniform) {
-      for (int j = 0; j < num_inputs; ++j) channels_[j] = j;
-      std::copy(x, x + num_inputs, x_.begin());
-    }
-    std::fill(channels_.begin() + num_inputs, channels_.end(), num_inputs - 1);
-    std::fill(x_.begin() + num_inputs, x_.end(), 0.0f);
-    close(widths.uniform, 0, num_inputs);
-    return;
+  const std::size_t room = std::size_t(num_inputs) + (kMaxWidth + 2) * kChunkChannels;
+  if (channels_.size() < room) {
+    channels_.resize(room);
+    x_.resize(room);
+    widths_.resize(room);
   }
-  std::array<int, kMaxWidth + 1> sizes{};
-  std::vector<std::uint8_t>& chosen = widths_;
-  chosen.resize(num_inputs);
-  for (int j = 0; j < num_inputs; ++j) ++sizes[chosen[j] = static_cast<std::uint8_t>(width_of(widths, x, j))];
-  std::array<int, kMaxWidth + 1> next{};
-  int begin = 0;
-  for (int width = kMaxWidth; width >= 1; --width) {
-    next[width] = begin;
-    begin += (sizes[width] + kChunkChannels - 1) / kChunkChannels * kChunkChannels;
+  if (!widths.each && !widths.grades) return choose_uniform(x, num_inputs, widths.uniform);
+  const std::uint8_t* chosen = widths.each;
+  if (!chosen) {
+    floats.grade(x, num_inputs, *widths.grades, widths_.data());
+    chosen = widths_.data();
   }
-  const std::array<int, kMaxWidth + 1> first = next;
-  for (int j = 0; j < num_inputs; ++j) {
-    const int width = chosen[j];
-    if (width == 0) continue;
-    channels_[next[width]] = j;
-    x_[next[width]++] = x[j];
+  int begin = 0, found = 0;
+  for (int width = kMaxWidth; width >= 1 && found < num_inputs; --width) {
+    if (widths.grades && !occurs(*widths.grades, width)) continue;
+    const int count = floats.collect(chosen, x, num_inputs, width, channels_.data() + begin, x_.data() + begin);
+    begin = close(width, begin, begin + count);
+    found += count;
   }
-  for (int width = kMaxWidth; width >= 1; --width) {
-    const int end = first[width] + sizes[width];
-    for (int at = end; at % kChunkChannels; ++at) {
-      channels_[at] = channels_[end - 1];
-      x_[at] = 0.0f;
-    }
-    if (sizes[width]) close(width, first[width], end);
-  }
-  close(0, 0, sizes[0]);
+  counts_[0] = num_inputs - found;
 }
 
 }  // namespace quicksilver

@@ -11,20 +11,15 @@ namespace quicksilver {
 
 // How a row's widths are told.
 struct Widths {
-  int uniform = kMaxWidth;              // for every channel, where nothing below is given
-  const std::uint8_t* each = nullptr;   // [in], one for each channel
-  // Thresholds, descending: the first width whose threshold |x| * norm reaches, else the last.
-  const float* thresholds = nullptr;    // [levels - 1]
-  const std::uint8_t* levels = nullptr; // [levels] descending
-  int num_levels = 0;
-  const float* norms = nullptr;         // [in]; null where |x| alone is the score
-  int cap = kMaxWidth;                  // no channel reads more
+  int uniform = kMaxWidth;             // for every channel, where nothing below is given
+  const std::uint8_t* each = nullptr;  // [in], one for each channel
+  const Grades* grades = nullptr;      // by the channels' scores
 };
 
 // One row's chunks. Filled anew for every row; its memory is kept.
 class Selection {
  public:
-  void choose(const float* x, int num_inputs, const Widths& widths);
+  void choose(const FloatKernels& floats, const float* x, int num_inputs, const Widths& widths);
 
   int num_chunks() const { return static_cast<int>(chunks_.size()); }
   Chunk chunk(int index) const;
@@ -40,7 +35,8 @@ class Selection {
   struct Span {
     int begin, count, width;
   };
-  void close(int width, int begin, int end);
+  void choose_uniform(const float* x, int num_inputs, int width);
+  int close(int width, int begin, int end);
 
   std::vector<std::uint32_t> channels_;
   std::vector<float> x_;

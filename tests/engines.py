@@ -21,6 +21,7 @@ from quicksilver.core.rules import (
     KVFill,
     PrecisionConfig,
     PrecisionRule,
+    ScreeningConfig,
     Shortcut,
     ShortcutConfig,
     Threshold,
@@ -68,6 +69,11 @@ def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any
 def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshold: Threshold = 0.0) -> Plan:
     """Return a plan, dense unless one is given, that skips values, and components of queries, too."""
     return replace(plan or Plan("test"), attention=AttentionConfig(threshold, query_threshold))
+
+
+def screening_plan(threshold: Threshold, large: Threshold = 1.0, plan: Plan | None = None) -> Plan:
+    """Return a plan, dense unless one is given, that screens keys too."""
+    return replace(plan or Plan("test"), screening=ScreeningConfig(threshold, large))
 
 
 def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: Any) -> Decoder:

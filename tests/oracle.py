@@ -1,4 +1,4 @@
-"""The definition of halting, KV fills, fusion, shortcuts and skipping in attention: all is computed, masks decide.
+"""The definition of halting, KV fills, coded entries, fusion, shortcuts and skipping: all is computed, masks decide.
 
 Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
@@ -57,6 +57,7 @@ class OracleRun(NamedTuple):
         attended: (query, key) pairs scored in each layer.
         skipped: (query, key, head) values left out in each layer.
         unscored: (query component, key) products left out in each layer.
+        again: (query, key, head) scores that took both steps of screening in each layer.
         masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
         sizes: sizes of the groups formed after each layer, ascending.
         past: in each layer, running tokens that went past each sublayer.
@@ -67,6 +68,7 @@ class OracleRun(NamedTuple):
     attended: list[int]
     skipped: list[int]
     unscored: list[int]
+    again: list[int]
     masses: Tensor
     sizes: list[list[int]]
     past: list[dict[str, int]]
@@ -94,12 +96,16 @@ def run(
     skip_below: Sequence[float] | None = None,
     query_below: Sequence[float] | None = None,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    coded: bool = False,
+    screen: Sequence[tuple[float, float]] | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
     `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
     `query_below` has that of a query's components, in multiples of their root mean square; `maps` gives, by layer, what
-    is added to the state of a token that stopped there before it predicts.
+    is added to the state of a token that stopped there before it predicts; `coded` says whether keys and values are
+    kept as whole numbers up to 127; `screen` has, for each layer, the threshold below which keys are left out by what
+    the large components of a query say, and from what magnitude on those are large, in the same multiples.
     """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
@@ -108,7 +114,7 @@ def run(
     shift = torch.zeros_like(hidden)
     depths = torch.zeros(len(ids), dtype=torch.long)
     newest_key = newest_value = previous_update = None
-    attended, skipped, unscored, all_masses, sizes, past = [], [], [], [], [], []
+    attended, skipped, unscored, again, all_masses, sizes, past = [], [], [], [], [], [], []
     num_layers = len(parts.layers)
     for layer_idx, layer in enumerate(parts.layers):
         query = layer.qkv(hidden)[0]  # [H, T, D]
@@ -129,13 +135,26 @@ def run(
         past_attention, mapped = bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
         asking = running & ~past_attention
         attended.append(int(mask[asking].sum()))
+        whole_query = query
         if query_below is not None:
             query, small = _leave_out(query, query_below[layer_idx])
             unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
+        if coded:
+            key, value = _code(key), _code(value)
         weights = _weights(query, key, mask, layer.scaling, masses)
+        if screen is not None and screen[layer_idx][0] > 0:
+            later = _leave_out(whole_query, screen[layer_idx][1])[1] & (query != 0)
+            first = _weights(torch.where(later, 0.0, query), key, mask, layer.scaling, masses)
+            screened = _screened(first, mask, screen[layer_idx][0])
+            weights = torch.where(screened, 0.0, weights) / torch.where(screened, 0.0, weights).sum(-1, keepdim=True)
+            weights = weights.nan_to_num(0.0)
+            unscored[-1] += int((later.sum(-1) * screened.sum(-1))[:, asking].sum())
+            again.append(int((mask & ~screened)[:, asking].sum()))
+        else:
+            screened = torch.zeros_like(weights, dtype=torch.bool)
         if skip_below is not None:
             weights, left_out = _skip(weights, mask, skip_below[layer_idx])
-            skipped.append(int(left_out[:, asking].sum()))
+            skipped.append(int((left_out | screened)[:, asking].sum()))
         added = layer.attn_output(_weigh(weights, value))
         after = hidden + torch.where(past_attention[:, None], mapped, added)
         normed = layer.mlp_norm(after)
@@ -162,7 +181,7 @@ def run(
         stopped = depths == layer_idx + 1
         hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
     logits = model.lm_head(parts.final_norm(hidden))
-    return OracleRun(logits, depths, attended, skipped, unscored, torch.stack(all_masses), sizes, past)
+    return OracleRun(logits, depths, attended, skipped, unscored, again, torch.stack(all_masses), sizes, past)
 
 
 def _fuse(
@@ -193,6 +212,17 @@ def _fuse(
     return new_hidden, new_shift, new_masses, sizes
 
 
+def _code(entries: Tensor) -> Tensor:
+    """Return keys or values [Hkv, T, D] as they are kept: whole multiples of a float32, the largest 127 times it."""
+    kept = torch.zeros_like(entries)
+    for head in range(entries.shape[0]):
+        for t in range(entries.shape[1]):
+            scale = float((entries[head, t].abs().max() / 127).float())
+            if scale > 0:
+                kept[head, t] = torch.round(entries[head, t] / scale) * scale
+    return kept
+
+
 def _leave_out(query: Tensor, query_below: float) -> tuple[Tensor, Tensor]:
     """Return queries [H, T, D] without their small components, and which of all components those are."""
     small = query.abs() < query_below * query.norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
@@ -205,6 +235,16 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, masses: T
     scores = (query @ key.transpose(1, 2)) * scaling + masses.clamp(min=1).float().log()
     scores = scores.masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
+
+
+def _screened(weights: Tensor, mask: Tensor, below: float) -> Tensor:
+    """Return which of the keys that `mask` shows weigh too little, [H, T, T], by weights of the first step."""
+    screened = torch.zeros_like(weights, dtype=torch.bool)
+    for t, seen in enumerate(mask):
+        for head in range(len(weights)):
+            largest = weights[head, t].max()
+            screened[head, t] = seen & (weights[head, t] < largest * min(below / int(seen.sum().clamp(min=1)), 1.0))
+    return screened
 
 
 def _skip(weights: Tensor, mask: Tensor, skip_below: float) -> tuple[Tensor, Tensor]:

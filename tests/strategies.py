@@ -134,6 +134,18 @@ skipping_plans = _with_fitted(
 )
 """Run these in float64: in float32 what is near its threshold may fall on either side of it, in float64 hardly."""
 
+screening_plans = st.builds(
+    lambda plan, screening: replace(plan, screening=screening),
+    st.one_of(plans, fusing_plans, skipping_plans),
+    st.builds(rules.ScreeningConfig, _thresholds(0.0, 4.0), _thresholds(0.0, 2.0)),
+)
+"""These too."""
+
+coded_plans = st.one_of(plans, fusing_plans, skipping_plans, screening_plans).map(
+    lambda plan: replace(plan, entries=rules.EntryConfig())
+)
+"""These too: what is near the middle between two codes may be rounded to either."""
+
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
     """Widths, and as many descending thresholds as they need, for scores of a few units."""

@@ -13,7 +13,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.runtime.decoder import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
-from tests.strategies import fusing_plans, plans, precise_plans, skipping_plans
+from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, screening_plans, skipping_plans
 
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:
@@ -98,8 +98,13 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
 
 
 @settings(max_examples=40, deadline=None)
-@given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
-def test_later_tokens_change_nothing_where_attention_skips(
+@given(
+    plan=skipping_plans | screening_plans | coded_plans,
+    family=st.sampled_from(tiny.FAMILIES),
+    length=st.integers(2, 24),
+    data=st.data(),
+)
+def test_later_tokens_change_nothing_where_attention_skips_or_reads_codes(
     plan: Plan, family: str, length: int, data: st.DataObject
 ) -> None:
     engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])

@@ -172,7 +172,7 @@ def test_of_equal_weights_all_are_kept(dtype: torch.dtype) -> None:
     values = torch.randn(99, 1, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     for n in range(1, 100):
         query, keys, positions = torch.zeros(1, 2, 4, dtype=dtype), values.new_ones(n, 1, 4), torch.arange(n)
-        out, pairs, skipped, _ = ragged_attention(
+        out, pairs, skipped, *_ = ragged_attention(
             query, keys, values[:n], positions[-1:], positions, 1.0, True, skip_below=1.0
         )
         assert (pairs, int(skipped)) == (n, 0)
@@ -186,7 +186,7 @@ def test_by_hand() -> None:
     query, positions = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0] * 4]]), torch.arange(4)
 
     def attend(position: int, skip_below: float, newest: bool = False, masses: torch.Tensor | None = None):
-        out, pairs, skipped, _ = ragged_attention(
+        out, pairs, skipped, *_ = ragged_attention(
             query, keys, values, positions[[position]], positions, 1.0, newest, masses=masses, skip_below=skip_below
         )
         assert int(out[0, 1].count_nonzero()) == int(pairs) == position + 1

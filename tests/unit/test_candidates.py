@@ -14,15 +14,24 @@ from transformers import LlamaConfig
 from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, static_exit
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
+from quicksilver.calibrate.sensitivity import SCREENING_THRESHOLDS
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, CosineFusionRule, DropFill, FittedRule, PropagateFill, ShareFill
+from quicksilver.core.rules import (
+    ChannelWidthRule,
+    CosineFusionRule,
+    DropFill,
+    EntryConfig,
+    FittedRule,
+    PropagateFill,
+    ShareFill,
+)
 from quicksilver.core.trace import Trace
 from quicksilver.models.cost import dense_cost, executed_cost
 from quicksilver.models.registry import adapt
 from tests import tiny
 from tests.engines import decoder, run_whole
 
-ALL = ("halting", "shortcuts", "values", "channels")
+ALL = ("halting", "shortcuts", "values", "screening", "channels")
 WIDTHS = (8, 4, 2, 0)
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(4)]
 PRICES = (1e-3, 0.1, 0.5, 2.0, 10.0, 50.0)
@@ -100,6 +109,25 @@ def test_the_threshold_of_values_grows_with_the_price(fits: Fits) -> None:
     assert thresholds[-1] == 1.0
 
 
+def test_the_threshold_of_screening_grows_with_the_price(fits: Fits) -> None:
+    found = [make(fits, price, ["screening"]).screening for price in (*PRICES, 1e6)]
+    thresholds = [0.0 if each is None else each.threshold_in(0) for each in found]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[-1] == SCREENING_THRESHOLDS[-1]
+
+
+def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -> None:
+    """In bit operations: a product with a code is worth a quarter, and so leaving it out is."""
+    priced = replace(fits, units=units_of(tiny.nested("llama"), "bitops"))
+    assert priced.units.pair == pytest.approx(4 * priced.units.entry)
+    on, off = (make(priced, price, names) for price, names in ((2.0, ["values", "entries"]), (0.5, ["values"])))
+    assert on.entries == EntryConfig()
+    assert on.attention == off.attention
+    assert off.entries is None
+    assert make(fits, 2.0, ["values", "entries"]).attention == make(fits, 2.0, ["values"]).attention  # as many FLOPs
+    assert make(fits, 1e-9, ["entries"]).entries == EntryConfig()
+
+
 def test_fusion_has_a_cosine_instead_of_a_price(fits: Fits) -> None:
     plans = [build(Knobs(price, {"fusion": 0.7}), fits, "mine", WIDTHS) for price in PRICES]
     assert all(plan == plans[0] for plan in plans)
@@ -127,7 +155,13 @@ def test_a_price_of_nothing_saves_nothing(fits: Fits) -> None:
 def test_a_mechanism_left_out_is_off_and_nothing_else_changes(fits: Fits, mechanism: Any) -> None:
     knobs = Knobs(5.0, {**dict.fromkeys(ALL, 1.0), "fusion": 0.9})
     whole, plan = (build(each, fits, "mine", WIDTHS) for each in (knobs, knobs.without(mechanism)))
-    names = {"halting": "halting", "shortcuts": "shortcuts", "values": "attention", "channels": "precision"}
+    names = {
+        "halting": "halting",
+        "shortcuts": "shortcuts",
+        "values": "attention",
+        "screening": "screening",
+        "channels": "precision",
+    }
     for name in (*names.values(), "fusion"):
         left_out = name == names[mechanism]
         assert getattr(whole, name) is not None

@@ -30,7 +30,7 @@ from tests import tiny
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(16)]
 UNSEEN = [tiny.token_ids(60, seed=seed) for seed in range(100, 104)]
 LAYERS = (1, 2)
-UNITS = UnitCosts(1e-6, 0.0, 1e-6, 0.2)
+UNITS = UnitCosts(1e-6, 0.0, 1e-6, 1e-6, 0.2)
 
 
 class Line(nn.Module):
@@ -189,7 +189,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         fit_units(spoilt, [(1, "mlp")], WINDOWS, Plan.dense())
 
 
-ALL = ("halting", "shortcuts", "values", "channels")
+ALL = ("halting", "shortcuts", "values", "screening", "entries", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,8 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
         "halting": bool(fits.halt_layers),
         "shortcuts": bool(fits.shortcuts),
         "values": bool(fits.value_prices.points),
+        "screening": bool(fits.screening_prices.points),
+        "entries": fits.entry_nats > 0.0,
         "channels": bool(fits.map_scores),
     }
     assert there == {name: name == mechanism for name in ALL}
@@ -230,7 +232,16 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Pa
     fits_file.write(path, "key", fits)
     again = fits_file.read(path, "key", fits.spec)
     assert again is not None
-    for name in ("spec", "units", "halt_layers", "shortcuts", "map_weights", "value_prices"):
+    for name in (
+        "spec",
+        "units",
+        "halt_layers",
+        "shortcuts",
+        "map_weights",
+        "value_prices",
+        "screening_prices",
+        "entry_nats",
+    ):
         assert getattr(again, name) == getattr(fits, name), name
     assert list(again.shortcuts) == list(fits.shortcuts)
     assert set(again.tensors) == set(fits.tensors)

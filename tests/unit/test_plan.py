@@ -104,6 +104,18 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"attention": {"query_threshold": float("inf")}}, "attention: query_threshold must be a number"),
         ({"attention": {"query_threshold": [2, -0.1]}}, "query_threshold must be 0 or more, got -0.1"),
         ({"attention": {"threshold": 0.5, "heads": 2}}, "attention: unknown key 'heads'"),
+        ({"screening": 0.5}, "screening must be an object"),
+        ({"screening": {}}, "screening: .*threshold"),
+        ({"screening": {"threshold": -0.1}}, "screening: threshold must be 0 or more, got -0.1"),
+        ({"screening": {"threshold": 1, "query_threshold": "low"}}, "screening: query_threshold must be a number"),
+        ({"screening": {"threshold": 1, "query_threshold": [1, -2]}}, "query_threshold must be 0 or more, got -2.0"),
+        ({"screening": {"threshold": 1, "keys": 2}}, "screening: unknown key 'keys'"),
+        ({"entries": 8}, "entries must be an object"),
+        ({"entries": {"bits": 4}}, "entries: bits must be 8, got 4"),
+        ({"entries": {"bits": 8.0}}, "entries: bits must be 8, got 8.0"),
+        ({"entries": {"bits": True}}, "entries: bits must be 8, got True"),
+        ({"entries": {"bits": None}}, "entries: bits must be 8, got None"),
+        ({"entries": {"bits": 8, "scale": 1}}, "entries: unknown key 'scale'"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
         ({"halting": []}, "halting must be an object"),
@@ -157,6 +169,28 @@ def test_so_is_leaving_out_components_of_queries() -> None:
     with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
         plan.check_model(4, 0, 32)
     assert rules.AttentionConfig() == rules.AttentionConfig(0.0, 0.0)
+
+
+def test_screening_is_a_mechanism_with_two_thresholds() -> None:
+    plan = Plan.from_dict({"version": 1, "screening": {"threshold": [0, 0.5, 7]}})
+    assert plan.screening == rules.ScreeningConfig((0.0, 0.5, 7.0), 1.0)
+    assert plan.to_dict()["screening"] == {"threshold": [0.0, 0.5, 7.0], "query_threshold": 1.0}
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert not plan.is_dense
+    assert "screening" not in Plan.dense().to_dict()
+    with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
+        plan.check_model(4, 0, 32)
+
+
+def test_entries_in_eight_bits_are_a_mechanism_too() -> None:
+    plan = Plan.from_dict({"version": 1, "entries": {}})
+    assert plan.entries == rules.EntryConfig(8)
+    assert plan.to_dict()["entries"] == {"bits": 8}
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert not plan.is_dense
+    assert plan.hash != Plan.dense().hash
+    assert "entries" not in Plan.dense().to_dict()
+    plan.check_model(4, 0, 32)
 
 
 def test_rules_nested_without_end_are_refused() -> None:

@@ -21,7 +21,7 @@ from quicksilver.measure.statistics import PairedDelta
 BUDGET = Budget(0.2, "nll")
 MECHANISMS = ("halting", "channels")
 GUIDED = len(MECHANISMS) * len(ALONE) + len(TOGETHER)
-NEAR = 2 * 2 + 2  # each mechanism dearer, cheaper and left out
+NEAR = 2 * 2  # each mechanism dearer and cheaper
 COUNT = GUIDED + NEAR + 4
 MANY = 10**6  # trials planned, so that the last ones, which polish, are never reached
 Score = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -95,8 +95,8 @@ def test_the_same_seed_gives_the_same_trials(whole: Found, tmp_path: Path) -> No
 def test_guided_candidates_come_first(tmp_path: Path) -> None:
     mechanisms = (*MECHANISMS, "fusion")
     n = len(mechanisms) * len(ALONE)
-    found = search_in(tmp_path, count=n + 6 + 7 + 1, mechanisms=mechanisms)
-    bounds = ((0, n), (n, n + 6), (n + 6, n + 13), (n + 13, n + 14))
+    found = search_in(tmp_path, count=n + 6 + 4 + 1, mechanisms=mechanisms)
+    bounds = ((0, n), (n, n + 6), (n + 6, n + 10), (n + 10, n + 11))
     alone, together, near, last = (found.parameters[a:b] for a, b in bounds)
     for i, parameters in enumerate(alone):
         assert [name for name in mechanisms if parameters[f"use_{name}"]] == [mechanisms[i // len(ALONE)]]
@@ -109,7 +109,7 @@ def test_guided_candidates_come_first(tmp_path: Path) -> None:
     assert TOGETHER[0] / 2 < base < TOGETHER[-1]
     steps = [(each["halting"], each["channels"]) for each in near[:4]]
     assert steps == [(0.4, 1.0), (2.5, 1.0), (1.0, 0.4), (1.0, 2.5)]  # a cosine is not stepped
-    assert [[name for name in mechanisms if not each[f"use_{name}"]] for each in near[4:]] == [[m] for m in mechanisms]
+    assert all(each[f"use_{name}"] for each in near for name in mechanisms)
     assert "level" in last[0]
 
 
@@ -212,6 +212,26 @@ def test_the_time_limit_ends_the_search(tmp_path: Path) -> None:
     assert len(trials.finished) == len(counted)
 
 
+def test_a_switch_is_not_tried_alone_nor_at_prices(tmp_path: Path) -> None:
+    mechanisms = (*MECHANISMS, "entries")
+    found = search_in(tmp_path, count=GUIDED + NEAR + 2, mechanisms=mechanisms)
+    assert not any("entries" in each for each in found.parameters)
+    alone, near = found.parameters[: len(MECHANISMS) * len(ALONE)], found.parameters[GUIDED : GUIDED + NEAR]
+    assert not any(each["use_entries"] for each in alone)
+    assert all(each["use_entries"] for each in near)
+    assert all("entries" in each.knobs.factors for each in found.scored if each.knobs and each.knobs.price == 0.05)
+
+
+def test_what_is_always_on_is_so_in_candidates_of_several_mechanisms(tmp_path: Path) -> None:
+    search = Search(MECHANISMS, BUDGET, "flops", True, MANY, always=("entries",))
+    trials = Trials(tmp_path / "study.log", "key", "flops", 0)
+    score = made_up(search, trials)
+    trials.run(search.propose, score, COUNT)
+    for each in search.scored(trials.finished):
+        assert each.knobs is not None
+        assert ("entries" in each.knobs.factors) == (set(MECHANISMS) <= set(each.knobs.factors))
+
+
 @pytest.mark.parametrize("mechanisms", [("halting",), ("fusion",), ("channels",), ("values", "fusion")])
 def test_few_mechanisms_are_searched_too(tmp_path: Path, mechanisms: Any) -> None:
     count = 4 * len(mechanisms) + 2
@@ -264,6 +284,11 @@ def test_budgets_hold_for_the_upper_end(unit: str, upper: float) -> None:
     one = {"delta_by_text": {"one": better, "two": {"nll_ci95": None, "ppl_ci95": None}}}
     assert Budget(1e9, unit).upper(one) == math.inf
     assert not Budget(1e9, unit).holds(one)
+
+
+def test_a_budget_of_perplexity_is_one_of_nats() -> None:
+    assert Budget(0.01, "nll").nats(3.0) == 0.01
+    assert math.exp(3.0 + Budget(0.2, "ppl").nats(3.0)) == pytest.approx(math.exp(3.0) + 0.2)
 
 
 def test_hopeless_is_what_is_sure_to_lose_twice_the_limit() -> None:

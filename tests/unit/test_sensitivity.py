@@ -15,15 +15,19 @@ from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.sensitivity import (
     QUERY_THRESHOLDS,
+    SCREENING_THRESHOLDS,
     VALUE_THRESHOLDS,
     Probe,
     attention_prices,
+    leaving_out,
     map_weights,
+    screening,
+    skipping,
     threshold_at_price,
 )
 from quicksilver.calibrate.widths import MapScores, collect_scores, unprotected
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig
+from quicksilver.core.rules import ChannelWidthRule, PrecisionConfig
 from quicksilver.models.registry import adapt
 from tests import tiny
 from tests.engines import skipping_plan
@@ -40,13 +44,19 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-@pytest.mark.parametrize("kind", ["values", "queries"])
+KINDS = {
+    "values": (skipping, VALUE_THRESHOLDS),
+    "queries": (leaving_out, QUERY_THRESHOLDS),
+    "screening": (screening, SCREENING_THRESHOLDS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_prices_of_attention_ascend(family: str, kind: str) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
-    thresholds = VALUE_THRESHOLDS if kind == "values" else QUERY_THRESHOLDS
-    config = AttentionConfig if kind == "values" else lambda threshold: AttentionConfig(query_threshold=threshold)
-    prices = attention_prices(probe, config, thresholds, lambda: counted.append(None))
+    part, thresholds = KINDS[kind]
+    prices = attention_prices(probe, part, thresholds, lambda: counted.append(None))
     assert [threshold for threshold, _ in prices.points] == list(thresholds)
     assert len(counted) == len(thresholds) + tiny.NUM_LAYERS
     assert all(before <= after for (_, before), (_, after) in pairwise(prices.points))

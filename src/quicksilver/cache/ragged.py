@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer
 from quicksilver.cache.stores import EntryStore, OwnedEntries, SharedEntries
 from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
@@ -19,13 +22,29 @@ from quicksilver.core.ragged import RaggedLayout
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What the cache must know of a model."""
+    """What the cache must know of a model and its plan.
+
+    Attributes:
+        num_layers: layers.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of each.
+        dtype: of keys and values as they are written and read.
+        device: where they live.
+        coded: they are kept as int8 codes with a scale for each entry and head.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    coded: bool = False
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        bytes_of_head = self.head_dim + SCALE_BYTES if self.coded else self.head_dim * self.dtype.itemsize
+        return 2 * self.num_kv_heads * bytes_of_head
 
 
 class Entries(NamedTuple):
@@ -78,8 +97,9 @@ class RaggedKVCache:
         self.columns = 0
         self.in_pass = False
         self.tails = FusionTails(fusion_layers, batch_size)
-        row_shape = (shape.num_kv_heads, shape.head_dim)
-        self._stores = [store(shape.num_layers, row_shape, shape.dtype, shape.device) for _ in range(batch_size)]
+        rows = CodedRowBuffer if shape.coded else RowBuffer
+        new_rows = partial(rows, (shape.num_kv_heads, shape.head_dim), shape.dtype, shape.device)
+        self._stores = [store(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)]
 
     @property
     def batch_size(self) -> int:
@@ -137,6 +157,18 @@ class RaggedKVCache:
                 listed.positions[listed_rows],
                 None if masses is None else masses[listed_rows],
             )
+
+    def extend(self, layers: range, lengths: Sequence[int]) -> list[int]:
+        """Add entries that a kernel is about to write: `lengths[b]` of each sequence in each layer.
+
+        Returns:
+            For each layer and sequence, one after another, what `EntryStore.extend` gives.
+        """
+        places: list[int] = []
+        for layer_idx in layers:
+            for store, length in zip(self._stores, lengths, strict=True):
+                places.extend(store.extend(layer_idx, length))
+        return places
 
     def take_back(self, after_layer: int, seq: int, position: int) -> list[TakenBack]:
         """Forget the sequence's entries and tails at `position` in the layers after `after_layer`.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.coded import CodedRowBuffer
+
+EntryRows = RowBuffer | CodedRowBuffer
+"""Holds keys, or values."""
 
 
 class EntryStore(ABC):
@@ -15,12 +20,11 @@ class EntryStore(ABC):
 
     Args:
         num_layers: layers of the model.
-        row_shape: (num_kv_heads, head_dim).
-        dtype: of keys and values.
+        new_rows: returns an empty buffer of keys or values.
         device: where they live.
     """
 
-    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
         self._positions = [RowBuffer((), torch.int32, device) for _ in range(num_layers)]
         self._masses: dict[int, RowBuffer] = {}  # of layers that hold an entry for several tokens
 
@@ -38,7 +42,7 @@ class EntryStore(ABC):
 
     @property
     @abstractmethod
-    def _key_value_buffers(self) -> tuple[RowBuffer, ...]:
+    def _key_value_buffers(self) -> tuple[EntryRows, ...]:
         """What is allocated for keys, values and where to find them."""
 
     def append(
@@ -62,6 +66,25 @@ class EntryStore(ABC):
             self._masses[layer_idx].append(torch.ones_like(listed) if masses is None else masses)
         self._positions[layer_idx].append(listed)
 
+    def extend(self, layer_idx: int, count: int) -> tuple[int, ...]:
+        """Add entries that a kernel is about to write after those held.
+
+        Returns:
+            Addresses of all keys, values, scales of keys, scales of values, positions and masses (0 for scales or
+            masses that there are not), and how many entries the layer held.
+
+        Raises:
+            NotImplementedError: the layer has no keys and values of its own.
+        """
+        positions, masses = self._positions[layer_idx], self._masses.get(layer_idx)
+        held = positions.length
+        (keys, key_scales), (values, value_scales) = self._extend(layer_idx, count)
+        of_masses = 0 if masses is None else masses.extend(count)
+        return keys, values, key_scales, value_scales, positions.extend(count), of_masses, held
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        raise NotImplementedError(f"{type(self).__name__} refers to entries")
+
     def drop_last(self, layers: list[int]) -> None:
         """Forget the last entry of each of these layers."""
         self._drop_last(layers)
@@ -83,7 +106,7 @@ class EntryStore(ABC):
         return self._positions[layer_idx].length
 
     @property
-    def buffers(self) -> tuple[RowBuffer, ...]:
+    def buffers(self) -> tuple[EntryRows, ...]:
         """Everything that is allocated."""
         return (*self._key_value_buffers, *self._positions, *self._masses.values())
 
@@ -106,14 +129,17 @@ class EntryStore(ABC):
 class OwnedEntries(EntryStore):
     """Each layer holds the keys and values of the tokens that wrote there."""
 
-    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(num_layers, row_shape, dtype, device)
-        self._keys = [RowBuffer(row_shape, dtype, device) for _ in range(num_layers)]
-        self._values = [RowBuffer(row_shape, dtype, device) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
+        super().__init__(num_layers, new_rows, device)
+        self._keys = [new_rows() for _ in range(num_layers)]
+        self._values = [new_rows() for _ in range(num_layers)]
 
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:
         self._keys[layer_idx].append(keys)
         self._values[layer_idx].append(values)
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self._keys[layer_idx].extend_coded(count), self._values[layer_idx].extend_coded(count)
 
     def _drop_last(self, layers: list[int]) -> None:
         for layer_idx in layers:
@@ -121,21 +147,21 @@ class OwnedEntries(EntryStore):
             self._values[layer_idx].length -= 1
 
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return views of a layer's keys and values."""
+        """Return a layer's keys and values, views where they are kept as they are."""
         return self._keys[layer_idx].rows, self._values[layer_idx].rows
 
     @property
-    def _key_value_buffers(self) -> tuple[RowBuffer, ...]:
+    def _key_value_buffers(self) -> tuple[EntryRows, ...]:
         return (*self._keys, *self._values)
 
 
 class SharedEntries(EntryStore):
     """One pool of keys and values for all layers; a layer is a list of slots in it."""
 
-    def __init__(self, num_layers: int, row_shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(num_layers, row_shape, dtype, device)
-        self._keys = RowBuffer(row_shape, dtype, device)
-        self._values = RowBuffer(row_shape, dtype, device)
+    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
+        super().__init__(num_layers, new_rows, device)
+        self._keys = new_rows()
+        self._values = new_rows()
         self._newest = RowBuffer((), torch.int64, device)  # slot of each position's newest entry
         self._slots = [RowBuffer((), torch.int64, device) for _ in range(num_layers)]
         self._free = torch.empty(0, dtype=torch.int64, device=device)  # slots of the pool that nobody lists any more
@@ -153,8 +179,8 @@ class SharedEntries(EntryStore):
         count, first = keys.shape[0], self._keys.length
         if 0 < count <= self._free.shape[0]:
             slots, self._free = self._free[:count], self._free[count:]
-            self._keys.rows.index_copy_(0, slots, keys)
-            self._values.rows.index_copy_(0, slots, values)
+            self._keys.put(slots, keys)
+            self._values.put(slots, values)
             return slots
         self._keys.append(keys)
         self._values.append(values)
@@ -171,14 +197,13 @@ class SharedEntries(EntryStore):
     @property
     def used_nbytes(self) -> int:
         """Bytes of what is held, without room to grow and free slots."""
-        row = 2 * self._keys.rows.element_size() * self._keys.rows[:1].numel()
-        return super().used_nbytes - self._free.shape[0] * row
+        return super().used_nbytes - self._free.shape[0] * (self._keys.row_nbytes + self._values.row_nbytes)
 
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, gathered."""
         slots = self._slots[layer_idx].rows
-        return self._keys.rows.index_select(0, slots), self._values.rows.index_select(0, slots)
+        return self._keys.take(slots), self._values.take(slots)
 
     @property
-    def _key_value_buffers(self) -> tuple[RowBuffer, ...]:
+    def _key_value_buffers(self) -> tuple[EntryRows, ...]:
         return (self._keys, self._values, self._newest, *self._slots)

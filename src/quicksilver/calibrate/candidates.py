@@ -23,6 +23,7 @@ from quicksilver.core.rules import (
     ChannelWidthRule,
     CosineFusionRule,
     DropFill,
+    EntryConfig,
     FittedRule,
     ForcedRule,
     FusionConfig,
@@ -30,6 +31,7 @@ from quicksilver.core.rules import (
     MapConfig,
     PrecisionConfig,
     PropagateFill,
+    ScreeningConfig,
     ShareFill,
     Shortcut,
     ShortcutConfig,
@@ -37,7 +39,7 @@ from quicksilver.core.rules import (
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import ModelSpec
 
-Mechanism = Literal["halting", "shortcuts", "values", "queries", "fusion", "channels"]
+Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
 
 FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
 
@@ -48,7 +50,8 @@ class Knobs:
 
     Attributes:
         price: nats that the whole of a dense token's work is worth.
-        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead.
+        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead;
+            for entries, which have no price, anything.
         fill: what a halted token leaves in deeper layers.
     """
 
@@ -78,6 +81,8 @@ class Fits:
         centred: channels that are left out stand at their mean.
         value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
         query_prices: of leaving components of queries out.
+        screening_prices: of screening keys.
+        entry_nats: what keeping keys and values as codes costs.
     """
 
     spec: ModelSpec
@@ -91,6 +96,8 @@ class Fits:
     centred: bool = False
     value_prices: AttentionPrices = field(default_factory=AttentionPrices)
     query_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    screening_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    entry_nats: float = 0.0
 
 
 def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
@@ -104,6 +111,7 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
     """
     parts: dict[str, Any] = {}
     attention: dict[str, tuple[float, ...]] = {}
+    product = fits.units.entry if "entries" in knobs.factors else fits.units.pair
     for mechanism, factor in knobs.factors.items():
         price = knobs.price * factor
         if mechanism == "halting":
@@ -111,9 +119,13 @@ def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
         elif mechanism == "shortcuts":
             parts["shortcuts"] = shortcuts_at(price, fits)
         elif mechanism == "values":
-            attention["threshold"] = fits.value_prices.thresholds(price * fits.units.pair)
+            attention["threshold"] = fits.value_prices.thresholds(price * product)
         elif mechanism == "queries":
-            attention["query_threshold"] = fits.query_prices.thresholds(price * fits.units.pair)
+            attention["query_threshold"] = fits.query_prices.thresholds(price * product)
+        elif mechanism == "screening":
+            parts["screening"] = _screening(fits.screening_prices.thresholds(price * product))
+        elif mechanism == "entries":
+            parts["entries"] = EntryConfig()
         elif mechanism == "fusion":
             parts["fusion"] = FusionConfig(CosineFusionRule(factor))
         else:
@@ -176,6 +188,10 @@ def _halting(price: float, fits: Fits, fill: str) -> dict[str, Any]:
     limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
     config = HaltingConfig(FittedRule(limits), min_layer=fits.halt_layers[0] + 1)
     return {"halting": config, "kv": FILLS[fill], "maps": MapConfig()}
+
+
+def _screening(limits: tuple[float, ...]) -> ScreeningConfig | None:
+    return ScreeningConfig(limits) if max(limits, default=0.0) > 0 else None
 
 
 def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:

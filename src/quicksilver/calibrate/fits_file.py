@@ -39,6 +39,8 @@ def write(path: Path, key: str, fits: Fits) -> None:
         "centred": fits.centred,
         "value_prices": asdict(fits.value_prices),
         "query_prices": asdict(fits.query_prices),
+        "screening_prices": asdict(fits.screening_prices),
+        "entry_nats": fits.entry_nats,
     }
     tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
     tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(fits.map_scores)}
@@ -75,6 +77,7 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
         facts["centred"],
         *(
             AttentionPrices(tuple(map(tuple, facts[kind]["points"])), tuple(facts[kind]["layers"]))
-            for kind in ("value_prices", "query_prices")
+            for kind in ("value_prices", "query_prices", "screening_prices")
         ),
+        entry_nats=facts["entry_nats"],
     )

@@ -13,7 +13,7 @@ from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig, ChannelWidthRule, PrecisionConfig, ShortcutConfig
+from quicksilver.core.rules import ChannelWidthRule, EntryConfig, PrecisionConfig, ShortcutConfig
 from quicksilver.core.rules.maps import Shortcut
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import Adapter
@@ -35,6 +35,10 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
         total += len(sensitivity.VALUE_THRESHOLDS) + spec.num_layers
     if "queries" in mechanisms:
         total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
+    if "screening" in mechanisms:
+        total += len(sensitivity.SCREENING_THRESHOLDS) + spec.num_layers
+    if "entries" in mechanisms:
+        total += 1
     if "channels" in mechanisms:
         total += 3 * num_windows + sum(len(layer.nested) for layer in adapter.layers)
     return total
@@ -68,12 +72,16 @@ def fit(
         fits.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
         fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
         fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
+    prices = sensitivity.attention_prices
     if "values" in mechanisms:
-        fits.value_prices = sensitivity.attention_prices(probe, AttentionConfig, sensitivity.VALUE_THRESHOLDS, on_step)
+        fits.value_prices = prices(probe, sensitivity.skipping, sensitivity.VALUE_THRESHOLDS, on_step)
     if "queries" in mechanisms:
-        fits.query_prices = sensitivity.attention_prices(
-            probe, lambda threshold: AttentionConfig(query_threshold=threshold), sensitivity.QUERY_THRESHOLDS, on_step
-        )
+        fits.query_prices = prices(probe, sensitivity.leaving_out, sensitivity.QUERY_THRESHOLDS, on_step)
+    if "screening" in mechanisms:
+        fits.screening_prices = prices(probe, sensitivity.screening, sensitivity.SCREENING_THRESHOLDS, on_step)
+    if "entries" in mechanisms:
+        fits.entry_nats = probe.nats(Plan("entries", entries=EntryConfig()))
+        on_step()
     if "channels" in mechanisms:
         text = unprotected(adapter, PrecisionConfig(ChannelWidthRule(target=8.0)), windows, special_ids)
         _fit_channels(fits, adapter, probe, text, widths, on_step)

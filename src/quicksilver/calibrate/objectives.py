@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from quicksilver.core.rules import ENTRY_BITS
 from quicksilver.models.cost import Cost
 from quicksilver.models.spec import ModelSpec
 from quicksilver.quant.planes import MAX_WIDTH
@@ -21,12 +22,14 @@ class UnitCosts:
         mac: of one multiply-add with a weight, whatever its bits.
         bit: of one bit of a weight read for one multiply-add.
         pair: of one multiply-add of two activations.
+        entry: of one multiply-add of an activation and a cache entry kept as codes.
         layer: of one layer of the dense model.
     """
 
     mac: float
     bit: float
     pair: float
+    entry: float
     layer: float
 
     def weight(self, bits: int = MAX_WIDTH) -> float:
@@ -49,9 +52,9 @@ def unit_costs(objective: Objective, spec: ModelSpec, dense: Cost, tokens: int) 
     if objective == "bitops":
         total = dense.bitops / tokens
         bit, pair = activation_bits / total, activation_bits**2 / total
-        return UnitCosts(0.0, bit, pair, spec.layer_macs * spec.weight_bits * bit)
+        return UnitCosts(0.0, bit, pair, ENTRY_BITS * bit, spec.layer_macs * spec.weight_bits * bit)
     if objective == "weight_bytes":
         total = dense.weight_bytes / tokens
-        return UnitCosts(0.0, 1 / (8 * total), 0.0, spec.layer_macs * spec.weight_bits / (8 * total))
+        return UnitCosts(0.0, 1 / (8 * total), 0.0, 0.0, spec.layer_macs * spec.weight_bits / (8 * total))
     total = dense.flops / 2 / tokens
-    return UnitCosts(1 / total, 0.0, 1 / total, spec.layer_macs / total)
+    return UnitCosts(1 / total, 0.0, 1 / total, 1 / total, spec.layer_macs / total)

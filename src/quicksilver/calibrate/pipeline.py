@@ -12,7 +12,7 @@ from typing import Any
 from typing import Protocol as Shape
 
 from quicksilver.calibrate import choosing, fits_file, fitting
-from quicksilver.calibrate.candidates import Fits, Mechanism, build, static_exit
+from quicksilver.calibrate.candidates import Fits, Knobs, Mechanism, build, static_exit
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer
@@ -27,6 +27,7 @@ from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
 _PAPER_TRIALS = 10
+_FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them
 _EXITS_TO = 4.0  # times the budget: deeper exits that lose more are not looked for
 
 
@@ -156,19 +157,38 @@ class Calibrator:
 
     def _search(self, fits: Fits) -> Iterator[Scored]:
         settings = self._settings
-        search = Search(settings.mechanisms, settings.budget, settings.objective, settings.fills, settings.trials)
+        searched, always = self._switches(fits)
+        search = Search(searched, settings.budget, settings.objective, settings.fills, settings.trials, always)
         key = self._key(
             "together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed, settings.trials
         )
+        if "entries" in settings.mechanisms:
+            alone = Knobs(0.0, {"entries": 1.0})
+            plan = build(alone, fits, "entries", settings.widths)
+            yield Scored("entries", self._kept("search", plan, self._scorers[0].score), alone)
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths)
-            return self._scorers[0].score(plan, settings.budget)
+            return self._searched(build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths))
 
         with self._progress("searching", settings.trials) as advance:
             trials.run(search.propose, score, settings.trials, self._deadline(), advance)
         yield from search.scored(trials.finished)
+
+    def _switches(self, fits: Fits) -> tuple[list[Mechanism], list[Mechanism]]:
+        """Return the mechanisms to search, and those that every candidate has.
+
+        Coded entries are searched where they save what is asked for. Elsewhere they are taken where they cost next to
+        nothing: the cache holds a fraction of its bytes then.
+        """
+        settings = self._settings
+        searched = [name for name in settings.mechanisms if name != "entries"]
+        if "entries" not in settings.mechanisms:
+            return searched, []
+        if settings.objective in ("bitops", "kv_bytes"):
+            return [*searched, "entries"], []
+        free = fits.entry_nats <= _FREE * settings.budget.nats(self._scorers[0].dense_nll)
+        return searched, ["entries"] if free else []
 
     def _baselines(self, fits: Fits) -> Iterator[Scored]:
         """Score the published rules with tuned thresholds, and every token's exit at one layer."""
@@ -179,7 +199,7 @@ class Calibrator:
         with self._progress("tuning the published rules", _PAPER_TRIALS) as advance:
             trials.run(
                 paper.propose,
-                lambda parameters: score(paper.plan(parameters), settings.budget),
+                lambda parameters: self._searched(paper.plan(parameters)),
                 _PAPER_TRIALS,
                 self._deadline(),
                 advance,
@@ -214,15 +234,28 @@ class Calibrator:
         depth = candidate.row["plan"]["halting"]["min_layer"] if candidate.group == "exit" else None
         return static_exit(depth - 1, fits) if depth else Plan.from_dict(candidate.row["plan"])
 
+    def _searched(self, plan: Plan) -> dict[str, Any] | None:
+        """Return a candidate's figures on the searched part, None where it is given up; other budgets may know it."""
+        path = self._path("search", plan)
+        if not path.is_file():
+            row = self._scorers[0].score(plan, self._settings.budget)
+            if row is None:
+                return None
+            write_atomically(path, json.dumps(row))
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> dict[str, Any]:
         """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
-        path = self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
+        path = self._path(part, plan)
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         row = score(plan)
         assert row is not None  # it was not scored for a budget
         write_atomically(path, json.dumps(row))
         return row
+
+    def _path(self, part: str, plan: Plan) -> Path:
+        return self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
 
     def _key(self, *facts: Any) -> str:
         return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]

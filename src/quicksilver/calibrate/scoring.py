@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +47,10 @@ class Budget:
         """
         intervals = [delta[f"{self.unit}_ci95"] for delta in row["delta_by_text"].values()]
         return max(float("inf") if interval is None else interval[1] for interval in intervals)
+
+    def nats(self, loss: float) -> float:
+        """Return the limit in nats per token, for a model that loses `loss` nats per token as it is."""
+        return self.limit if self.unit == "nll" else math.log1p(self.limit / math.exp(loss))
 
     def holds(self, row: dict[str, Any]) -> bool:
         """Whether a row's loss is inside the budget with its whole interval."""
@@ -118,6 +123,11 @@ class Scorer:
             deltas[name] = asdict(paired_delta(dense[rows], plan[rows], counts[rows]))
             start += size
         return deltas
+
+    @property
+    def dense_nll(self) -> float:
+        """What the model as it is loses on the text, nats per token."""
+        return sum(self._dense.nll) / sum(window.num_scored for window in self._text.windows)
 
     def dense_cost(self, adapter: Adapter) -> tuple[Cost, int]:
         """Return what the dense model with an adapter's weights spends on all windows, and how many tokens it feeds."""

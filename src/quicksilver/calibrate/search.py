@@ -15,11 +15,14 @@ from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
 from quicksilver.calibrate.trials import Space
 
-ALONE = (0.08, 0.35, 1.5)
+ALONE = (0.15, 1.0)
 """Prices that each mechanism is tried at alone: nats that all of a dense token's work is worth."""
 
 TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Prices that all of them are tried at together."""
+
+SWITCHES: tuple[Mechanism, ...] = ("entries",)
+"""Mechanisms that are on or off and have no price; what they do alone is known before the search."""
 
 _STEPS = (0.4, 2.5)  # that one mechanism's price is multiplied by, at the price that meets the budget
 _PRICES = (1e-4, 1e2)
@@ -53,13 +56,21 @@ class Search:
         objective: what is to be saved.
         fills: whether what a halted token leaves in deeper layers is to be chosen too.
         trials: how many there will be; the last few polish the best.
+        always: mechanisms beside these that every candidate of several mechanisms has.
     """
 
     def __init__(
-        self, mechanisms: Sequence[Mechanism], budget: Budget, objective: Objective, fills: bool, trials: int
+        self,
+        mechanisms: Sequence[Mechanism],
+        budget: Budget,
+        objective: Objective,
+        fills: bool,
+        trials: int,
+        always: Sequence[Mechanism] = (),
     ) -> None:
         self._mechanisms, self._budget, self._objective = tuple(mechanisms), budget, objective
-        self._trials = trials
+        self._alone = [name for name in self._mechanisms if name not in SWITCHES]
+        self._trials, self._always = trials, tuple(always)
         self._fills = fills and "halting" in self._mechanisms
 
     def propose(self, finished: Sequence[FrozenTrial]) -> tuple[Space, dict[str, Any] | None]:
@@ -71,7 +82,9 @@ class Search:
 
     def knobs(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Knobs:
         """Return the knobs of a trial's parameters, given at least the guided trials before it."""
-        factors = {name: parameters[name] for name in self._mechanisms if parameters[f"use_{name}"]}
+        factors = {name: parameters.get(name, 1.0) for name in self._mechanisms if parameters[f"use_{name}"]}
+        if len(factors) > 1:
+            factors |= dict.fromkeys(self._always, 1.0)
         level = parameters.get("level")
         price = parameters["price"] if level is None else level * self._base_price(finished)
         return Knobs(price, factors, parameters.get("fill", "propagate"))
@@ -88,21 +101,20 @@ class Search:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
-        mechanism dearer, cheaper and left out. (The last trials are `_polished`.)
+        mechanism dearer and cheaper. (The last trials are `_polished`, and leave mechanisms out.)
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
         candidates = [
             Knobs(price, {mechanism: _cosine_at(i) if mechanism == "fusion" else 1.0})
-            for mechanism in self._mechanisms
+            for mechanism in self._alone
             for i, price in enumerate(ALONE)
         ]
         if len(whole) > 1:
             candidates += [Knobs(price, whole) for price in TOGETHER]
         if len(finished) >= len(candidates) and len(whole) > 1:
             base = Knobs(self._base_price(finished), whole)
-            priced = [name for name in self._mechanisms if name != "fusion"]
+            priced = [name for name in self._alone if name != "fusion"]
             candidates += [replace(base, factors=whole | {name: step}) for name in priced for step in _STEPS]
-            candidates += [base.without(name) for name in self._mechanisms]
         return candidates[len(finished)] if len(finished) < len(candidates) else None
 
     def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
@@ -120,7 +132,7 @@ class Search:
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
-        first, prices = (0, ALONE) if len(self._mechanisms) == 1 else (len(self._mechanisms) * len(ALONE), TOGETHER)
+        first, prices = (0, ALONE) if len(self._mechanisms) == 1 else (len(self._alone) * len(ALONE), TOGETHER)
         below, at_below = prices[0] / 2, 0.0
         for trial, price in zip(finished[first:], prices, strict=False):
             row = trial.user_attrs.get("row")
@@ -134,8 +146,9 @@ class Search:
     def _space(self) -> Space:
         space: Space = {}
         for mechanism in self._mechanisms:
-            least, most = _COSINES if mechanism == "fusion" else _FACTORS
-            space[mechanism] = FloatDistribution(least, most, log=mechanism != "fusion")
+            if mechanism not in SWITCHES:
+                least, most = _COSINES if mechanism == "fusion" else _FACTORS
+                space[mechanism] = FloatDistribution(least, most, log=mechanism != "fusion")
             space[f"use_{mechanism}"] = CategoricalDistribution((True, False))
         if self._fills:
             space["fill"] = CategoricalDistribution(tuple(FILLS))
@@ -145,7 +158,8 @@ class Search:
         parameters: dict[str, Any] = {"price": knobs.price}
         for mechanism in self._mechanisms:
             parameters[f"use_{mechanism}"] = mechanism in knobs.factors
-            parameters[mechanism] = knobs.factors.get(mechanism, 0.9 if mechanism == "fusion" else 1.0)
+            if mechanism not in SWITCHES:
+                parameters[mechanism] = knobs.factors.get(mechanism, 0.9 if mechanism == "fusion" else 1.0)
         if self._fills:
             parameters["fill"] = knobs.fill
         return parameters

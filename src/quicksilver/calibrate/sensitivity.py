@@ -18,7 +18,7 @@ from quicksilver.calibrate.observe import PROTECTED, run_window
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig, Threshold
+from quicksilver.core.rules import AttentionConfig, ScreeningConfig, Threshold
 from quicksilver.models.cost import executed_cost
 from quicksilver.models.spec import Adapter
 from quicksilver.quant import NestedLinear
@@ -27,6 +27,7 @@ from quicksilver.runtime.decoder import Decoder
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
 VALUE_THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 QUERY_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)
+SCREENING_THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 class Probe:
@@ -130,7 +131,7 @@ class AttentionPrices:
 
 def attention_prices(
     probe: Probe,
-    config: Callable[[Threshold], AttentionConfig],
+    part: Callable[[Threshold], dict[str, Any]],
     thresholds: Sequence[float],
     on_point: Callable[[], None] = lambda: None,
 ) -> AttentionPrices:
@@ -138,14 +139,14 @@ def attention_prices(
 
     Args:
         probe: on the model.
-        config: from a threshold to what it is the threshold of.
+        part: from a threshold to the part of a plan that it is the threshold of.
         thresholds: ascending.
         on_point: called after each measurement, `len(thresholds)` and the number of layers in all.
     """
     dense = probe.macs(Plan.dense())
 
     def measure(threshold: Threshold) -> tuple[float, float]:
-        plan = Plan("attention", attention=config(threshold))
+        plan = Plan("attention", **part(threshold))
         measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()
         return measured
@@ -162,6 +163,21 @@ def attention_prices(
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
     return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
+
+
+def skipping(threshold: Threshold) -> dict[str, Any]:
+    """Return a plan's part under which values are left unread."""
+    return {"attention": AttentionConfig(threshold)}
+
+
+def leaving_out(threshold: Threshold) -> dict[str, Any]:
+    """Return a plan's part under which components of queries are left out."""
+    return {"attention": AttentionConfig(query_threshold=threshold)}
+
+
+def screening(threshold: Threshold) -> dict[str, Any]:
+    """Return a plan's part under which keys are screened."""
+    return {"screening": ScreeningConfig(threshold)}
 
 
 def threshold_at_price(prices: Sequence[tuple[float, float]], price: float) -> float:

@@ -15,7 +15,7 @@ from quicksilver.errors import InputError
 NOTHING_HELD = 3
 MECHANISMS = {
     "halting": ("halting", "shortcuts"),
-    "kv": ("values", "queries"),
+    "kv": ("values", "queries", "screening", "entries"),
     "fusion": ("fusion",),
     "precision": ("channels",),
 }
@@ -40,6 +40,9 @@ MECHANISMS = {
 @click.option("--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt.")
 @click.option(
     "--search-tokens", type=click.IntRange(min=64), default=12288, show_default=True, help="Scored per candidate."
+)
+@click.option(
+    "--verify-tokens", type=click.IntRange(min=64), help="Held out to verify (default: half as many again as searched)."
 )
 @click.option("--work", type=click.Path(file_okay=False), help="Folder that keeps what was found (default: PLAN.work).")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The plan file to write.")

@@ -47,7 +47,7 @@ def run(
     """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
     texts, protocol = _texts(model, tokenizer, corpora, options)
     search_tokens = options["search_tokens"]
-    parts = split_all(texts, _FIT_TOKENS, search_tokens, int(search_tokens * _HELD_OUT_FACTOR))
+    parts = split_all(texts, _FIT_TOKENS, search_tokens, _held_out(options))
     folder = _folder(output, options["work"])
     runner = nested_copy(model) if "precision" in mechanisms else model
     settings = Settings(
@@ -94,12 +94,17 @@ def _texts(
 
 def _sampled(model: Any, tokenizer: Any, protocol: Protocol, options: dict[str, Any]) -> WindowedText:
     seed, tokens = options["seed"], options["search_tokens"]
-    wanted = int(tokens * (1 + _HELD_OUT_FACTOR)) + _FIT_TOKENS
+    wanted = tokens + _held_out(options) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
     windows = [window for ids in sequences for window in slide(ids[: protocol.context], protocol)]
     size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
     return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)
+
+
+def _held_out(options: dict[str, Any]) -> int:
+    """Return how many tokens are held out for verification."""
+    return options["verify_tokens"] or int(options["search_tokens"] * _HELD_OUT_FACTOR)
 
 
 def _tokens(parts: Split) -> int:

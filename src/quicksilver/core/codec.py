@@ -95,6 +95,16 @@ def decode_attention(data: object, source: str) -> rules.AttentionConfig:
     return _construct(rules.AttentionConfig, _object(data, f"{source}: attention"), f"{source}: attention")
 
 
+def decode_screening(data: object, source: str) -> rules.ScreeningConfig:
+    """Build a configuration of screening; `source` names the plan in errors."""
+    return _construct(rules.ScreeningConfig, _object(data, f"{source}: screening"), f"{source}: screening")
+
+
+def decode_entries(data: object, source: str) -> rules.EntryConfig:
+    """Build a configuration of cache entries; `source` names the plan in errors."""
+    return _construct(rules.EntryConfig, _object(data, f"{source}: entries"), f"{source}: entries")
+
+
 def decode_shortcuts(data: object, source: str) -> rules.ShortcutConfig:
     """Build a configuration of shortcuts; `source` names the plan in errors."""
     where = f"{source}: shortcuts"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from quicksilver.core.rules import (
     DriftRule,
     DropFill,
     EntropyRule,
+    EntryConfig,
     FusionConfig,
     HaltingConfig,
     KVFill,
@@ -32,6 +34,7 @@ from quicksilver.core.rules import (
     PrecisionConfig,
     PropagateFill,
     RelativeDriftRule,
+    ScreeningConfig,
     Shortcut,
     ShortcutConfig,
     UniformWidthRule,
@@ -41,6 +44,19 @@ from quicksilver.core.tensors import AffineMap, PlanTensors, named_vector
 from quicksilver.errors import PlanError
 
 PLAN_VERSION = 1
+
+_DECODERS: dict[str, Callable[[object, str], Any]] = {
+    "halting": codec.decode_halting,
+    "kv": codec.decode_fill,
+    "fusion": codec.decode_fusion,
+    "precision": codec.decode_precision,
+    "maps": codec.decode_maps,
+    "shortcuts": codec.decode_shortcuts,
+    "attention": codec.decode_attention,
+    "screening": codec.decode_screening,
+    "entries": codec.decode_entries,
+}
+"""Of each part of a plan, from its JSON value and what names the plan in errors."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class Plan:
         maps: where fitted maps to the last layer's state are used, or None for nowhere.
         shortcuts: which sublayers fitted maps stand in for, or None for none.
         attention: which values and components of queries attention does not read, or None where it reads all.
+        screening: which keys meet a query with its large components alone, or None where all meet the whole of it.
+        entries: in how many bits keys and values are kept, or None for the model's own.
         tensors: what was fitted, or None for nothing.
         fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
             the hash, which is of what the plan does.
@@ -69,6 +87,8 @@ class Plan:
     maps: MapConfig | None = None
     shortcuts: ShortcutConfig | None = None
     attention: AttentionConfig | None = None
+    screening: ScreeningConfig | None = None
+    entries: EntryConfig | None = None
     tensors: PlanTensors | None = None
     fitted_to: FittedTo | None = None
 
@@ -109,10 +129,8 @@ class Plan:
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
-        halting, kv, fusion, precision, maps, shortcuts, attention, declared = (
-            data.pop(key, None)
-            for key in ("halting", "kv", "fusion", "precision", "maps", "shortcuts", "attention", "tensors")
-        )
+        parts = {key: data.pop(key, None) for key in _DECODERS}
+        declared = data.pop("tensors", None)
         _check_tensors(declared, tensors, source)
         fitted_to = data.pop("fitted_to", None)
         name = data.pop("name", "plan")
@@ -122,13 +140,7 @@ class Plan:
             raise PlanError(f"{source}: name must be a string, got {name!r}")
         plan = cls(
             name=name,
-            halting=None if halting is None else codec.decode_halting(halting, source),
-            kv=DropFill() if kv is None else codec.decode_fill(kv, source),
-            fusion=None if fusion is None else codec.decode_fusion(fusion, source),
-            precision=None if precision is None else codec.decode_precision(precision, source),
-            maps=None if maps is None else codec.decode_maps(maps, source),
-            shortcuts=None if shortcuts is None else codec.decode_shortcuts(shortcuts, source),
-            attention=None if attention is None else codec.decode_attention(attention, source),
+            **{key: _DECODERS[key](part, source) for key, part in parts.items() if part is not None},
             tensors=tensors,
             fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
         )
@@ -174,7 +186,15 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        mechanisms = (self.halting, self.fusion, self.precision, self.shortcuts, self.attention)
+        mechanisms = (
+            self.halting,
+            self.fusion,
+            self.precision,
+            self.shortcuts,
+            self.attention,
+            self.screening,
+            self.entries,
+        )
         return all(each is None for each in mechanisms)
 
     @property
@@ -203,8 +223,9 @@ class Plan:
                 self._check_precision(self.precision, num_layers, num_maps)
             if self.shortcuts is not None:
                 self.shortcuts.check_depth(num_layers)
-            if self.attention is not None:
-                self.attention.check_depth(num_layers)
+            for config in (self.attention, self.screening):
+                if config is not None:
+                    config.check_depth(num_layers)
             self.fitted_maps(num_layers, hidden_size)
             self.shortcut_gates(hidden_size)
             self.fitted_gates(num_layers, hidden_size)
@@ -279,7 +300,7 @@ class Plan:
         halting = None if self.halting is None else codec.encode_fields(self.halting)
         body = {"halting": halting, "kv": codec.encode(self.kv)}
         # plans without one keep the hash they always had
-        for part in ("fusion", "precision", "maps", "shortcuts", "attention"):
+        for part in ("fusion", "precision", "maps", "shortcuts", "attention", "screening", "entries"):
             if (config := getattr(self, part)) is not None:
                 body[part] = codec.encode_fields(config)
         if self.tensors is not None:

@@ -14,7 +14,7 @@ from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
 from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
-from quicksilver.models.cost import executed_cost
+from quicksilver.models.cost import executed_cost, kv_read_bytes
 from quicksilver.models.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.runtime.decoder import Decoder
@@ -138,7 +138,7 @@ def _side(record: EngineRecord, counts: list[int], scored_bytes: int) -> dict[st
         "flops_body_per_token": cost.body_flops / fed,
         "bitops_per_token": cost.bitops / fed,
         "weight_bytes_per_token": cost.weight_bytes / fed,
-        "kv_read_bytes_per_token": record.trace.entries_read * spec.entry_bytes / fed,
+        "kv_read_bytes_per_token": kv_read_bytes(spec, record.trace) / fed,
         "kv_bytes": statistics.fmean(record.kv_bytes),
         "kv_used_bytes": statistics.fmean(record.kv_used_bytes),
         "seconds": seconds,

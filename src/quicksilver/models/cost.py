@@ -2,13 +2,16 @@
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, residual additions and what the softmax does to weights (leaving some out included) count on neither side.
-The mean square of a query by which components of it are left out is a signal.
+The mean square of a query by which components of it are left out is a signal. Keys and values kept as codes are
+multiplied as codes: their scales take one multiplication for each score, for each score completed in a second step, and
+for each value read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quicksilver.core.rules import ENTRY_BITS
 from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.spec import ModelSpec
 
@@ -51,6 +54,8 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
         return 2 * spec.num_kv_heads * spec.head_dim + 4 * spec.head_dim  # means over heads, then their cosine
     if signal == "score":
         return 1  # of one channel
+    if signal == "entry":
+        return 2 * 2 * spec.num_kv_heads * spec.head_dim  # of key and value: the largest magnitude, then the codes
     if signal == "query":
         return spec.num_heads * spec.head_dim
     return {"norm": 2, "cosine": 4, "mean": 1, "softmax": 2}[signal] * spec.hidden_size
@@ -59,6 +64,7 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
 def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     """Return what the traced run computed."""
     activation_bits = 8 * spec.dtype.itemsize
+    entry_bits = ENTRY_BITS if trace.coded_entries else activation_bits
     macs = weight_bytes = bitops = 0
     for layer in trace.layers:
         past_mlp, past_attention = layer.shortcut_rows["mlp"], layer.shortcut_rows["attention"]
@@ -73,10 +79,13 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         of_head = signals.get("head", 0)
         attention = layer.attended.value * spec.attention_macs_per_pair
         attention -= layer.values_skipped.value * spec.head_dim + layer.scores_skipped.value
-        other = attention + sum(signals.values()) - of_head
-        other += layer.fitted_macs
-        macs += linear + of_head + other
-        bitops += (read + of_head * spec.head_bits + other * activation_bits) * activation_bits
+        other = sum(signals.values()) - of_head + layer.fitted_macs
+        if trace.coded_entries:
+            other += 2 * spec.num_heads * layer.attended.value - layer.values_skipped.value
+            other += layer.scored_twice.value
+        macs += linear + of_head + attention + other
+        read += of_head * spec.head_bits + attention * entry_bits + other * activation_bits
+        bitops += read * activation_bits
         weight_bytes += _weight_bytes(spec, layer)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     head_macs = trace.head_rows * spec.head_macs
@@ -102,3 +111,8 @@ def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     read = linear * spec.weight_bits + attention * activation_bits + head_macs * spec.head_bits
     return Cost(linear + attention, head_macs, weight_bytes, read * activation_bits)
+
+
+def kv_read_bytes(spec: ModelSpec, trace: Trace) -> int:
+    """Return the bytes of keys and values, and of their scales, that attention read in the traced run."""
+    return trace.entries_read * spec.cache_shape(trace.coded_entries).entry_bytes

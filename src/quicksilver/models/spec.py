@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +80,9 @@ class ModelSpec:
         """Multiply-adds of one (query, key) pair: the score and the weighted value."""
         return 2 * self.num_heads * self.head_dim
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one cache entry's key and value."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def cache_shape(self) -> CacheShape:
-        """What a cache for this model must know."""
-        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device)
+    def cache_shape(self, coded: bool = False) -> CacheShape:
+        """Return what a cache for this model must know, whether it keeps codes among that."""
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device, coded)
 
 
 class QKV(NamedTuple):
@@ -97,6 +91,30 @@ class QKV(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
+
+
+MapRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """A nested layer's modules by role, for kernels that run the whole layer.
+
+    Attributes:
+        attn_norm: norm before attention.
+        mlp_norm: norm before the MLP.
+        query_norm: of each query head, None where there is none.
+        key_norm: likewise.
+        roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
+        activation: of the MLP, by transformers' name.
+    """
+
+    attn_norm: nn.Module
+    mlp_norm: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    roles: tuple[MapRole, ...]
+    activation: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class LayerOps:
         mlp: the MLP.
         scaling: factor of the attention scores.
         nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
+        leaves: the layer's modules by role.
     """
 
     attn_norm: Map
@@ -126,6 +145,7 @@ class LayerOps:
     mlp: Callable[[Tensor, Apply], Tensor]
     scaling: float
     nested: tuple[NestedLinear, ...]
+    leaves: Leaves
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ One sequence at a time; who the queries and the entries are is the caller's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,8 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 AttentionBackend = Literal["sdpa", "eager"]
-_Result = tuple[Tensor, Tensor | None]
-"""Weighted values, and how many of the (query, key, head) values were kept, None where all were."""
+_BLOCK = 128  # queries whose weights are held at a time, where they must be seen
+
+
+class Screen(NamedTuple):
+    """Scores in two steps; see `ragged_attention`.
+
+    Attributes:
+        below: keys are left out below this, in multiples of `1 / n`, of the largest weight known after the first step.
+        large_from: magnitude of the components of the first step, in multiples of a query's root mean square.
+    """
+
+    below: float
+    large_from: float
 
 
 class Attended(NamedTuple):
@@ -26,12 +37,44 @@ class Attended(NamedTuple):
         pairs: (query, key) pairs scored causally.
         values_skipped: of their (query, key, head) values, those that were not read.
         scores_skipped: multiply-adds of their scores that were left out.
+        scored_twice: (query, key, head) scores that took two steps.
     """
 
     output: Tensor
     pairs: int | Tensor
     values_skipped: int | Tensor
     scores_skipped: int | Tensor
+    scored_twice: int | Tensor = 0
+
+
+class _Result(NamedTuple):
+    """What the plain or the fused products give, in their layout [Hkv, heads, queries, ...].
+
+    Attributes:
+        output: weighted values.
+        kept: how many of the (query, key, head) values were kept, None where all were.
+        left: keys that screening left to each query, None where all were.
+    """
+
+    output: Tensor
+    kept: Tensor | None = None
+    left: Tensor | None = None
+
+
+class _Queries(NamedTuple):
+    """What of queries [M, H, D] meets which keys.
+
+    Attributes:
+        kept: their components but for those that are left out.
+        large: those of the first step, None where there is one step.
+        left_out: [M, H] components left out, None where all stay.
+        later: [M, H] components of the second step, None where there is one.
+    """
+
+    kept: Tensor
+    large: Tensor | None = None
+    left_out: Tensor | None = None
+    later: Tensor | None = None
 
 
 def ragged_attention(
@@ -46,6 +89,7 @@ def ragged_attention(
     masses: Tensor | None = None,
     skip_below: float = 0.0,
     query_below: float = 0.0,
+    screen: Screen | None = None,
 ) -> Attended:
     """Attend from each query to the keys at its own and earlier positions.
 
@@ -66,6 +110,10 @@ def ragged_attention(
         query_below: components of a head's query of magnitude below `query_below` times their root mean square are
             left out of its products with the keys. At 0 nothing is; above, they are set to 0 before the backend runs:
             this too is the definition. A kernel that saves would not read those components of the keys.
+        screen: scores are made in two steps: first of a query's components from `large_from` times their root mean
+            square on, with all keys that it sees; then of the others, with the keys alone whose score lies at most
+            `log(n / below)` below the largest so far, or is the largest. The others weigh 0, and their values are not
+            read. None is for one step; as with `skip_below` the products are plain and masked.
 
     Returns:
         The attended values and the counts.
@@ -75,65 +123,161 @@ def ragged_attention(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
-    attend = partial(_skipping, skip_below=skip_below) if skip_below > 0.0 else _BACKENDS[backend]
-    queries, left_out = _large(queries, query_below)
+    options = _Options(backend, scaling, skip_below, query_below, screen)
+    sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses)
+    if not options.plain or len(queries) <= _BLOCK:
+        return _attend(sequence, newest, options)
+    blocks = [_attend(block, newest, options) for block in sequence.blocks(newest)]
+    output, *counts = zip(*blocks, strict=True)
+    return Attended(torch.cat(output), *map(sum, counts))
+
+
+class _Options(NamedTuple):
+    """What is asked of attention; see `ragged_attention`."""
+
+    backend: AttentionBackend
+    scaling: float
+    skip_below: float
+    query_below: float
+    screen: Screen | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights must be seen, so that the fused kernels will not do."""
+        return self.skip_below > 0.0 or self.screen is not None
+
+
+class _Sequence(NamedTuple):
+    """A sequence's queries and entries; see `ragged_attention`."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    masses: Tensor | None
+
+    def blocks(self, newest: bool) -> Iterator[_Sequence]:
+        """Yield the queries a few at a time, with all entries or, of the newest, those up to the last of them."""
+        before = len(self.keys) - len(self.queries)
+        for start in range(0, len(self.queries), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            upto = slice(before + start + _BLOCK if newest else None)
+            masses = None if self.masses is None else self.masses[upto]
+            yield _Sequence(
+                self.queries[rows],
+                self.keys[upto],
+                self.values[upto],
+                self.query_positions[rows],
+                self.key_positions[upto],
+                masses,
+            )
+
+
+def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
+    queries, keys, values, query_positions, key_positions, masses = sequence
+    split = _split(queries, options.query_below, options.screen)
     num_queries, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
     # K/V heads are the batch; the heads that share one are its inner heads, or its queries when M is 1.
     key, value = (t.transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
-    bias = None if masses is None else masses.float().log().to(queries.dtype)[None, :]  # [1, n]
-    if newest and num_queries == 1:
-        out, kept = attend(queries.view(num_kv_heads, 1, group, head_dim), key, value, bias, False, scaling)
-        out, skipped = out.reshape(1, num_heads, head_dim), _skipped(num_keys * num_heads, kept)
-        return Attended(out, num_keys, skipped, _scores_skipped(left_out, None, num_keys))
-    query = queries.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, M, D]
-    if group > 1:
+    single = newest and num_queries == 1
+    if group > 1 and not single:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
-    mask = seen = None
-    pairs: int | Tensor = num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2
-    square = newest and num_queries == num_keys and bias is None
-    if not square:
-        mask = key_positions[None, :] <= query_positions[:, None]  # [M, n]
-        if not newest:
-            seen = mask.sum(-1)
-            pairs = seen.sum()
-        if bias is not None:
-            mask = bias.expand(num_queries, -1).masked_fill(~mask, float("-inf"))
-    out, kept = attend(query, key, value, mask, square, scaling)
-    out = out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
-    return Attended(out, pairs, _skipped(pairs * num_heads, kept), _scores_skipped(left_out, seen, num_keys))
+
+    def arrange(rows: Tensor) -> Tensor:  # [M, H, D] to [Hkv, 1, G, D] or [Hkv, G, M, D]
+        if single:
+            return rows.view(num_kv_heads, 1, group, head_dim)
+        return rows.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+
+    attend = _BACKENDS[options.backend]
+    if options.plain:
+        large = None if split.large is None else arrange(split.large)
+        attend = partial(_skipping, skip_below=options.skip_below, large=large, screen=options.screen)
+    bias = None if masses is None else masses.float().log().to(queries.dtype)[None, :]  # [1, n]
+    sight = _sight(query_positions, key_positions, newest, bias)
+    out, kept, left = attend(arrange(split.kept), key, value, sight.mask, sight.causal, options.scaling)
+    out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim)
+    if left is not None:
+        left = (left if single else left.permute(2, 0, 1)).reshape(num_queries, num_heads)
+    return Attended(
+        out,
+        sight.pairs,
+        0 if kept is None else sight.pairs * num_heads - kept,
+        _scores_skipped(split, sight.seen, left, num_keys),
+        0 if left is None else left.sum(),
+    )
 
 
-def _large(queries: Tensor, query_below: float) -> tuple[Tensor, Tensor | None]:
-    """Return queries [M, H, D] without their small components, and how many those are, [M]; None where all stay."""
-    if query_below == 0.0:
-        return queries, None
+class _Sight(NamedTuple):
+    """Which keys queries see.
+
+    Attributes:
+        mask: [M, n], or [1, n], what to add to scores, or where keys are seen; None where all are, or `causal`.
+        causal: the queries are the keys, each sees those up to itself, and no mask is needed to say so.
+        pairs: (query, key) pairs.
+        seen: [M] keys that each query sees, None where the last sees all and each before it one less.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    pairs: int | Tensor
+    seen: Tensor | None = None
+
+
+def _sight(query_positions: Tensor, key_positions: Tensor, newest: bool, bias: Tensor | None) -> _Sight:
+    """Compare positions, [M] and [n], where they must be; `bias` is [1, n]."""
+    num_queries, num_keys = len(query_positions), len(key_positions)
+    pairs = num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2
+    if newest and num_queries == 1:
+        return _Sight(bias, False, pairs)
+    if newest and num_queries == num_keys and bias is None:
+        return _Sight(None, True, pairs)
+    visible = key_positions[None, :] <= query_positions[:, None]  # [M, n]
+    mask = visible if bias is None else bias.expand(num_queries, -1).masked_fill(~visible, float("-inf"))
+    if newest:
+        return _Sight(mask, False, pairs)
+    seen = visible.sum(-1)
+    return _Sight(mask, False, seen.sum(), seen)
+
+
+def _split(queries: Tensor, query_below: float, screen: Screen | None) -> _Queries:
+    """Divide the components of queries [M, H, D] by their magnitude."""
+    if query_below == 0.0 and screen is None:
+        return _Queries(queries)
     exact = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    small = exact.abs() < query_below * exact.square().mean(-1, keepdim=True).sqrt()
-    return queries.masked_fill(small, 0.0), small.sum((1, 2))
+    scale = exact.square().mean(-1, keepdim=True).sqrt()
+    small = exact.abs() < query_below * scale
+    kept = queries.masked_fill(small, 0.0) if query_below > 0.0 else queries
+    left_out = small.sum(-1) if query_below > 0.0 else None
+    if screen is None:
+        return _Queries(kept, None, left_out)
+    later = ~small & (exact.abs() < screen.large_from * scale)
+    return _Queries(kept, kept.masked_fill(later, 0.0), left_out, later.sum(-1))
 
 
-def _scores_skipped(left_out: Tensor | None, seen: Tensor | None, num_keys: int) -> int | Tensor:
-    """Return components left out, [M], times keys seen, [M]; None is for the newest, who see all up to themselves."""
-    if left_out is None:
+def _scores_skipped(split: _Queries, seen: Tensor | None, left: Tensor | None, num_keys: int) -> int | Tensor:
+    """Return the multiply-adds left out: `seen` [M] keys, None for the newest queries'; `left` [M, H] by screening."""
+    if split.left_out is None and split.later is None:
         return 0
     if seen is None:
-        seen = torch.arange(num_keys - len(left_out) + 1, num_keys + 1, device=left_out.device)
-    return (left_out * seen).sum()
-
-
-def _skipped(values: int | Tensor, kept: Tensor | None) -> int | Tensor:
-    return 0 if kept is None else values - kept
+        seen = torch.arange(num_keys - len(split.kept) + 1, num_keys + 1, device=split.kept.device)
+    skipped: int | Tensor = 0
+    if split.left_out is not None:
+        skipped = (split.left_out * seen[:, None]).sum()
+    if split.later is not None and left is not None:
+        skipped = skipped + (split.later * (seen[:, None] - left)).sum()
+    return skipped
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling), None
+    return _Result(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling))
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
     weights = _softmax(_scores(query, key, mask, causal, scaling))
-    return torch.matmul(weights.to(value.dtype), value), None
+    return _Result(torch.matmul(weights.to(value.dtype), value))
 
 
 def _skipping(
@@ -144,33 +288,45 @@ def _skipping(
     causal: bool,
     scaling: float,
     skip_below: float,
+    large: Tensor | None,
+    screen: Screen | None,
 ) -> _Result:
-    weights = _softmax(_scores(query, key, mask, causal, scaling))  # [Hkv, G, M, n]
-    limits = skip_below / _num_seen(weights, mask, causal)
+    seen, left = _num_seen(query, key, mask, causal), None  # [M, 1] or [1, 1]
+    if large is not None and screen is not None:
+        first = _scores(large, key, mask, causal, scaling)  # [Hkv, G, M, n]
+        limits = first.amax(-1, keepdim=True) + (screen.below / seen).log().clamp(max=0.0)
+        screened = first < limits.clamp(min=torch.finfo(limits.dtype).min)  # what is not seen, too
+        left = first.shape[-1] - screened.sum(-1)
+        bias = None if mask is None or mask.dtype == torch.bool else mask
+        scores = _scores(query, key, bias, False, scaling).masked_fill_(screened, float("-inf"))
+    else:
+        scores = _scores(query, key, mask, causal, scaling)
+    weights = _softmax(scores)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
-    weights.masked_fill_(weights < torch.minimum(limits, weights.amax(-1, keepdim=True)), 0.0)
+    weights.masked_fill_(weights < torch.minimum(skip_below / seen, weights.amax(-1, keepdim=True)), 0.0)
     output = torch.matmul(weights.to(value.dtype), value) / weights.sum(-1, keepdim=True).to(value.dtype)
-    return output, weights.count_nonzero()
+    return _Result(output, weights.count_nonzero(), left)
 
 
-def _num_seen(weights: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Return how many keys each query sees, [M, 1] or [1, 1] in the weights' dtype."""
-    num_queries, num_keys = weights.shape[-2:]
+def _num_seen(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Return how many keys each query sees, [M, 1] or [1, 1] in float32 at least."""
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
     if causal:
-        return torch.arange(1, num_queries + 1, dtype=weights.dtype, device=weights.device)[:, None]
+        return torch.arange(1, num_queries + 1, dtype=dtype, device=query.device)[:, None]
     if mask is None:
-        return torch.full((1, 1), num_keys, dtype=weights.dtype, device=weights.device)
+        return torch.full((1, 1), num_keys, dtype=dtype, device=query.device)
     seen = mask if mask.dtype == torch.bool else mask > float("-inf")
-    return seen.sum(-1, keepdim=True, dtype=weights.dtype)
+    return seen.sum(-1, keepdim=True, dtype=dtype)
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
     """Return the scores, minus infinity where a query does not see a key."""
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     return scores
 
 

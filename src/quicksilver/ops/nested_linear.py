@@ -89,6 +89,18 @@ def prepared(stored: StoredMatrix) -> Any:
     return found.matrix
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16."""
+    return native.extension().multiplies_bfloat16()
+
+
+def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
+    """Return a matrix that `prepared` gave as `width` bits tell it, [in, out] float32 or bfloat16."""
+    weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
+    native.extension().expand(matrix, width, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
+    return weight
+
+
 def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
     """Multiply rows by a matrix in nested codes.
 

@@ -42,7 +42,7 @@ def run_layer(
     added, keys = _attention(layer, layer_idx, running, skipped, context)
     hidden = state.hidden + added
     hidden = hidden + _mlp(layer, layer_idx, hidden, state.layout.origin, skipped.status, context)
-    context.trace.layers[layer_idx].query_rows += hidden.shape[0]
+    context.trace.at(layer_idx).query_rows += hidden.shape[0]
     state = TokenState(hidden, state.layout, state.mass, state.shift)
     return Running(state, running.rotation, running.update, keys if keeps_keys else None)
 
@@ -92,7 +92,7 @@ def _detour(
     layer_idx: int, part: Part, normed: Tensor, state: Tensor, origins: Tensor, context: PassContext
 ) -> Detour | None:
     """Return which rows go past a sublayer by its shortcut, None where all run it."""
-    trace = context.trace.layers[layer_idx]
+    trace = context.trace.at(layer_idx)
     return context.shortcuts.decide(layer_idx, part, normed, state, origins, context.unshortened, trace)
 
 
@@ -108,7 +108,8 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
 
 def _linear(layer_idx: int, origins: Tensor, status: TokenStatus, context: PassContext) -> Apply:
     """Return the function that applies a layer's maps to rows of the tokens `origins` ([M])."""
-    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, context.trace.layers[layer_idx])
+    trace = context.trace.at(layer_idx)
+    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, trace, context.of_prompt)
 
 
 def _project_shifted(
@@ -131,7 +132,7 @@ def _project_shifted(
         own.index_copy(0, rows, merged)
         for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means), apply), strict=True)
     )
-    context.trace.layers[layer_idx].fill_rows += rows.shape[0]
+    context.trace.at(layer_idx).fill_rows += rows.shape[0]
     return key, value
 
 
@@ -146,6 +147,9 @@ def _write(
     """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
     cache, chunk, status, layout = context.cache, context.chunk, skipped.status, state.layout
     key, value = running
+    layer_trace = context.trace.at(layer_idx)
+    if cache.shape.coded:
+        layer_trace.signal_rows["entry"] += key.shape[0]
     if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
         cache.append(layer_idx, layout, key, value, masses=state.mass)
     elif skipped.fill is Fill.REFER:
@@ -164,7 +168,9 @@ def _write(
                 frozen_key = context.rotation.select(status.halted).apply(frozen_key)
             keys.index_copy_(0, status.halted, frozen_key)
             values.index_copy_(0, status.halted, frozen_value)
-            context.trace.layers[layer_idx].fill_rows += frozen.shape[0]
+            layer_trace.fill_rows += frozen.shape[0]
+            if cache.shape.coded:
+                layer_trace.signal_rows["entry"] += frozen.shape[0]
         if status.present is not chunk:
             keys, values = (t.index_select(0, status.present.origin) for t in (keys, values))
         cache.append(layer_idx, status.present, keys, values, masses=status.present_masses)
@@ -184,8 +190,8 @@ def _attend(
     written = running if skipped.fill is Fill.NONE else skipped.status.present
     skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
     query_below = 0.0 if context.attention is None else context.attention.query_threshold_in(layer_idx)
-    layer_trace = context.trace.layers[layer_idx]
-    if query_below > 0.0:
+    screen, layer_trace = context.screen(layer_idx), context.trace.at(layer_idx)
+    if query_below > 0.0 or screen is not None:
         layer_trace.signal_rows["query"] += query.shape[0]
     for seq, length in enumerate(layout.lengths):
         if length == 0:
@@ -204,10 +210,12 @@ def _attend(
             masses=entries.masses,
             skip_below=skip_below,
             query_below=query_below,
+            screen=screen,
         )
         layer_trace.attended.add(attended.pairs)
         layer_trace.values_skipped.add(attended.values_skipped)
         layer_trace.scores_skipped.add(attended.scores_skipped)
+        layer_trace.scored_twice.add(attended.scored_twice)
         layer_trace.entries_read += entries.keys.shape[0]
         outputs.append(attended.output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

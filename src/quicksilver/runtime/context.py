@@ -8,10 +8,10 @@ from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.ragged import RaggedLayout
-from quicksilver.core.rules import AttentionConfig
+from quicksilver.core.rules import AttentionConfig, ScreeningConfig
 from quicksilver.core.trace import Trace
 from quicksilver.models.rotary import Rotation
-from quicksilver.ops import AttentionBackend
+from quicksilver.ops import AttentionBackend, Screen
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 
@@ -25,6 +25,7 @@ class PassContext:
         token_ids: [N] of all tokens of the pass.
         protected: [N] tokens that may never halt, None where nothing can halt.
         rotation: of all tokens of the pass, None where positions are embedded.
+        of_prompt: nobody asks what the pass's tokens predict, but for the last of each sequence.
         fuses: for each sequence, whether its tokens may fuse in this pass.
         precision: applies linear maps, at the widths it chooses.
         exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
@@ -34,12 +35,14 @@ class PassContext:
         trace: counts what runs.
         backend: attention implementation.
         attention: what attention does not read, None where it reads all.
+        screening: which keys meet a query with its large components alone, None where none do.
     """
 
     chunk: RaggedLayout
     token_ids: Tensor
     protected: Tensor | None
     rotation: Rotation | None
+    of_prompt: bool
     fuses: tuple[bool, ...]
     precision: PrecisionStep
     exempt: Tensor | None
@@ -49,3 +52,11 @@ class PassContext:
     trace: Trace
     backend: AttentionBackend
     attention: AttentionConfig | None
+    screening: ScreeningConfig | None
+
+    def screen(self, layer_idx: int) -> Screen | None:
+        """Return how keys are screened in a layer, None where they are not."""
+        config = self.screening
+        if config is None or config.threshold_in(layer_idx) == 0.0:
+            return None
+        return Screen(config.threshold_in(layer_idx), config.query_threshold_in(layer_idx))

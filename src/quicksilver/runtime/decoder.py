@@ -27,6 +27,7 @@ from quicksilver.runtime.halting import HaltingStep
 from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
+from quicksilver.runtime.spans import LayerSpans
 from quicksilver.runtime.status import Running, TokenStatus
 
 
@@ -61,6 +62,7 @@ class Decoder:
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
+        self._spans = self._native_spans()
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -74,11 +76,12 @@ class Decoder:
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
         shared = isinstance(self.plan.kv, ShareFill) and self.plan.halting is not None
-        return RaggedKVCache(self.spec.cache_shape, batch_size, shared, self._owner, self._fusion.layers)
+        shape = self.spec.cache_shape(coded=self.plan.entries is not None)
+        return RaggedKVCache(shape, batch_size, shared, self._owner, self._fusion.layers)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
-        return Trace(self.spec.num_layers, per_token)
+        return Trace(self.spec.num_layers, per_token, coded_entries=self.plan.entries is not None)
 
     @torch.no_grad()
     def run(
@@ -111,7 +114,7 @@ class Decoder:
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
-        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
+        context = self._context(chunk, token_ids, all(of_prompt), self._fusion.takes_part(of_prompt), cache, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         running, status = self._run_layers(
             0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
@@ -125,13 +128,19 @@ class Decoder:
         self, first: int, running: Running, status: TokenStatus, context: PassContext
     ) -> tuple[Running, TokenStatus]:
         """Run the layers from `first` on."""
-        for layer_idx, layer in enumerate(self.adapter.layers[first:], first):
-            skipped = Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
+        layer_idx = first - 1
+        while (layer_idx := layer_idx + 1) < self.spec.num_layers:
+            layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                span = None if self._spans is None else self._spans.span(layer_idx, running, status, context)
+                if span is None:
+                    running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                else:  # several layers at once, up to the next that must be asked about
+                    running = self._spans.run(span, running, status, context)
+                    layer_idx = span[-1]
                 split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
                 if self._halting.keeps_updates:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
@@ -144,12 +153,19 @@ class Decoder:
                 running, status = fused.running, fused.status
         return running, status
 
+    def _native_spans(self) -> LayerSpans | None:
+        """Return what runs spans of layers by the native kernels, None where that cannot be."""
+        if LayerSpans.obstacle(self.adapter, self.plan) is not None:
+            return None
+        asked = {*self._halting.layers, *self._fusion.layers, *self._precision.layers}
+        return LayerSpans(self.adapter, self.plan, self._precision, self._shortcuts, asked)
+
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
         hidden, origins, layer_trace = (
             running.state.hidden,
             running.state.layout.origin,
-            context.trace.layers[layer_idx],
+            context.trace.at(layer_idx),
         )
         count = context.chunk.num_tokens
         caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, layer_trace)
@@ -159,7 +175,7 @@ class Decoder:
         """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
         chunk = rerun.state.layout
         fuses = tuple(fuses and length > 0 for fuses, length in zip(outer.fuses, chunk.lengths, strict=True))
-        context = self._context(chunk, rerun.token_ids, fuses, outer.cache, outer.trace)
+        context = self._context(chunk, rerun.token_ids, outer.of_prompt, fuses, outer.cache, outer.trace)
         with outer.trace.rerun(chunk.num_tokens, self.spec.device):
             self._run_layers(
                 first,
@@ -178,7 +194,13 @@ class Decoder:
         return flags
 
     def _context(
-        self, chunk: RaggedLayout, token_ids: Tensor, fuses: tuple[bool, ...], cache: RaggedKVCache, trace: Trace
+        self,
+        chunk: RaggedLayout,
+        token_ids: Tensor,
+        of_prompt: bool,
+        fuses: tuple[bool, ...],
+        cache: RaggedKVCache,
+        trace: Trace,
     ) -> PassContext:
         rotate = self.adapter.rotation
         rotation = None if rotate is None else rotate(chunk.positions)
@@ -190,6 +212,7 @@ class Decoder:
             token_ids=token_ids,
             protected=protected,
             rotation=rotation,
+            of_prompt=of_prompt,
             fuses=fuses,
             precision=self._precision,
             exempt=exempt,
@@ -199,6 +222,7 @@ class Decoder:
             trace=trace,
             backend=self.backend,
             attention=self.plan.attention,
+            screening=self.plan.screening,
         )
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quicksilver.core.trace import Trace
-from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.models.cost import dense_cost, executed_cost, kv_read_bytes
 from quicksilver.models.spec import ModelSpec
 
 
@@ -61,7 +61,7 @@ class RunStats:
             kv_bytes=trace.kv_bytes,
             kv_used_bytes=trace.kv_used_bytes,
             kv_entries=trace.kv_entries,
-            kv_read_bytes=trace.entries_read * spec.entry_bytes,
+            kv_read_bytes=kv_read_bytes(spec, trace),
         )
 
     @property

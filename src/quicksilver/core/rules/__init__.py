@@ -2,6 +2,7 @@
 
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
+from quicksilver.core.rules.entries import ENTRY_BITS, EntryConfig
 from quicksilver.core.rules.fusion import (
     CosineFusionRule,
     ForcedFusionRule,
@@ -40,8 +41,10 @@ from quicksilver.core.rules.precision import (
     PrecisionRule,
     UniformWidthRule,
 )
+from quicksilver.core.rules.screening import ScreeningConfig
 
 __all__ = [
+    "ENTRY_BITS",
     "AllRule",
     "AnyRule",
     "AttentionConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "DropFill",
     "EntropyRule",
     "EntropyWidthRule",
+    "EntryConfig",
     "FittedRule",
     "FixedPointRule",
     "ForcedFusionRule",
@@ -74,6 +78,7 @@ __all__ = [
     "RandomFusionRule",
     "RandomRule",
     "RelativeDriftRule",
+    "ScreeningConfig",
     "ShareFill",
     "Shortcut",
     "ShortcutConfig",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from quicksilver.core.rules.checks import Threshold, check_count, check_threshold, threshold_at
-from quicksilver.errors import PlanError
+from quicksilver.core.rules.checks import Threshold, check_bounded, check_count, threshold_at
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,9 @@ class AttentionConfig:
     query_threshold: Threshold = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", _checked("threshold", self.threshold, 1.0))
-        object.__setattr__(self, "query_threshold", _checked("query_threshold", self.query_threshold, math.inf))
+        object.__setattr__(self, "threshold", check_bounded("attention", "threshold", self.threshold, 1.0))
+        limit = check_bounded("attention", "query_threshold", self.query_threshold, math.inf)
+        object.__setattr__(self, "query_threshold", limit)
 
     def threshold_in(self, layer_idx: int) -> float:
         """Return the threshold of values in layer `layer_idx`."""
@@ -43,12 +42,3 @@ class AttentionConfig:
         """Raise PlanError where a list of thresholds is not as long as the model is deep."""
         check_count(self.threshold, num_layers)
         check_count(self.query_threshold, num_layers)
-
-
-def _checked(name: str, value: Any, most: float) -> Threshold:
-    threshold = check_threshold("attention", value, name)
-    for each in threshold if isinstance(threshold, tuple) else (threshold,):
-        if not 0.0 <= each <= most:
-            allowed = "be 0 or more" if math.isinf(most) else f"lie in [0, {most:g}]"
-            raise PlanError(f"attention: {name} must {allowed}, got {each!r}")
-    return threshold

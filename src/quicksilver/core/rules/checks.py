@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeGuard
 
 from quicksilver.errors import PlanError
@@ -30,6 +31,16 @@ def check_threshold(owner: str, value: Any, name: str = "threshold") -> Threshol
         if isinstance(item, bool) or not isinstance(item, (int, float)) or item != item or abs(item) > 1e300:
             raise PlanError(f"{owner}: {name} must be a number or a list of numbers, got {repr(item)[:40]}")
     return tuple(map(float, values)) if isinstance(value, (tuple, list)) else float(value)
+
+
+def check_bounded(owner: str, name: str, value: Any, most: float) -> Threshold:
+    """Return thresholds from 0 to `most`; `owner` and `name` say which they are in the PlanError raised for others."""
+    threshold = check_threshold(owner, value, name)
+    for each in threshold if isinstance(threshold, tuple) else (threshold,):
+        if not 0.0 <= each <= most:
+            allowed = "be 0 or more" if math.isinf(most) else f"lie in [0, {most:g}]"
+            raise PlanError(f"{owner}: {name} must {allowed}, got {each!r}")
+    return threshold
 
 
 def check_count(threshold: Threshold, num_layers: int) -> None:

@@ -1,0 +1,227 @@
+"""Keys and values kept in 8 bits: what attention reads equals the definition, the cache shrinks, costs add up.
+
+Runs that are compared with another way of computing the same are in float64, where nothing is so near the middle
+between two codes that rounding decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quicksilver.cache.coded import CodedRowBuffer, decode, encode
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+from quicksilver.models.cost import dense_cost, executed_cost, kv_read_bytes
+from tests import oracle, tiny, tolerances
+from tests.engines import (
+    Run,
+    decoder,
+    fusion_plan,
+    halting_plan,
+    run_batch,
+    run_chunks,
+    run_steps,
+    run_whole,
+    skipping_plan,
+)
+from tests.strategies import coded_plans
+
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+ATOL = tolerances.LOGITS[torch.float64]
+LENGTH = 40
+LIMITS = [0.0, 0.5, 0.5, 0.0], [0.7, 0.0, 0.7, 0.0]
+"""Of values and of queries' components, by layer."""
+CODED = Plan("coded", entries=rules.EntryConfig())
+
+
+def coded(plan: Plan) -> Plan:
+    return replace(plan, entries=rules.EntryConfig())
+
+
+def check(name: str, seed: int, plan: Plan, halts=oracle.never, fusion: oracle.Fusion | None = None) -> Run:
+    """Compare the engine with the oracle, alone and with values and components of queries left out too."""
+    model, ids, plan = tiny.model(name, torch.float64), tiny.token_ids(LENGTH, seed), coded(plan)
+    run = run_whole(decoder(model, plan), ids)
+    expected = oracle.run(model, ids, plan.kv, halts, fusion, coded=True)
+    torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
+    plain = run_whole(decoder(model, replace(plan, entries=None)), ids)
+    assert not torch.allclose(run.logits, plain.logits, atol=ATOL, rtol=0)
+    values, queries = LIMITS
+    skipping = run_whole(decoder(model, skipping_plan(tuple(values), plan, tuple(queries))), ids)
+    expected = oracle.run(model, ids, plan.kv, halts, fusion, skip_below=values, query_below=queries, coded=True)
+    torch.testing.assert_close(skipping.logits, expected.logits, atol=ATOL, rtol=0)
+    assert [layer.values_skipped.value for layer in skipping.trace.layers] == expected.skipped
+    assert [layer.scores_skipped.value for layer in skipping.trace.layers] == expected.unscored
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_alone_it_equals_the_oracle(name: str) -> None:
+    check(name, 0, Plan("test"))
+
+
+@pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_halting_it_equals_the_oracle(name: str, fill: rules.KVFill) -> None:
+    depths = torch.randint(1, 6, (LENGTH,), generator=torch.Generator().manual_seed(3))
+    plan = halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill)
+    run = check(name, 1, plan, lambda layer_idx, *_: depths <= layer_idx + 1)
+    written = [layer.signal_rows["entry"] for layer in run.trace.layers]
+    project = isinstance(fill, rules.PropagateFill)
+    assert written == [LENGTH if project else layer.query_rows for layer in run.trace.layers]
+
+
+@pytest.mark.parametrize("fill", [None, *FILLS], ids=lambda f: "no halting" if f is None else type(f).__name__)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.KVFill | None) -> None:
+    generator = torch.Generator().manual_seed(7)
+    joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())
+    depths = torch.randint(1, 6, (LENGTH,), generator=generator)
+    halting = None if fill is None else rules.ForcedRule(tuple(depths.tolist()))
+    plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="kv")
+    fusion = oracle.Fusion((0, 1), 3, "kv", lambda layer_idx, hidden, keys, earlier, later: joins[later])
+    halts = oracle.never if fill is None else lambda layer_idx, *_: depths <= layer_idx + 1
+    check(name, 5, plan, halts, fusion)
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
+    engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])
+    ids, cut = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    whole = run_whole(engine, ids)
+    for parts in (run_steps(engine, ids), run_chunks(engine, ids, [cut, length - cut])):
+        torch.testing.assert_close(whole.logits, parts.logits, atol=ATOL, rtol=0)
+        assert executed_cost(engine.spec, whole.trace) == executed_cost(engine.spec, parts.trace)
+        assert whole.cache.used_nbytes == parts.cache.used_nbytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
+def test_the_cache_does_not_depend_on_how_tokens_were_fed(
+    plan: Plan, family: str, length: int, data: st.DataObject
+) -> None:
+    engine = decoder(tiny.model(family, torch.float64), plan, special_ids=[7])
+    ids, cut = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
+    whole = run_chunks(engine, ids, [length], prompt=True)
+    for sizes in ([cut, length - cut], [1] * length):
+        parts = run_chunks(engine, ids, sizes, prompt=True)
+        torch.testing.assert_close(whole.logits[-1], parts.logits[-1], atol=ATOL, rtol=0)
+        for layer_idx in range(tiny.NUM_LAYERS):
+            one, other = whole.cache.entries(layer_idx, 0), parts.cache.entries(layer_idx, 0)
+            assert torch.equal(one.positions, other.positions)
+            torch.testing.assert_close(one.keys, other.keys, atol=ATOL, rtol=0)
+            torch.testing.assert_close(one.values, other.values, atol=ATOL, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), lengths=st.lists(st.integers(1, 20), min_size=2))
+def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: list[int]) -> None:
+    engine = decoder(tiny.model(family, torch.float64), plan)
+    sequences = [tiny.token_ids(n, seed=n) for n in lengths[:4]]
+    batch, alone = run_batch(engine, sequences), [run_whole(engine, ids) for ids in sequences]
+    torch.testing.assert_close(batch.logits, torch.cat([run.logits for run in alone]), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
+def test_prefill_equals_decode_in_bfloat16(family: str, fill: rules.KVFill) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
+    engine = decoder(model, coded(halting_plan(rules.RandomRule(0.35, seed=2), fill)))
+    ids = tiny.token_ids(24)
+    whole, steps = (run.logits.float() for run in (run_whole(engine, ids), run_steps(engine, ids, prompt=9)))
+    assert (whole - steps).abs().max() / whole.abs().max() < tolerances.LOGITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_cache_shrinks_and_its_bytes_are_those_of_the_tensors(family: str) -> None:
+    engine, ids = decoder(tiny.model(family), CODED), tiny.token_ids(20)
+    spec, run = engine.spec, run_whole(engine, ids)
+    entry = 2 * spec.num_kv_heads * (spec.head_dim + 4)
+    assert run.cache.nbytes == run.cache.used_nbytes == run.trace.kv_bytes == 4 * 20 * (entry + 4)
+    assert kv_read_bytes(spec, run.trace) == 4 * 20 * entry
+    plain = decoder(tiny.model(family), Plan.dense())
+    assert run_whole(plain, ids).cache.nbytes == 4 * 20 * (2 * spec.num_kv_heads * spec.head_dim * 4 + 4)
+
+
+def test_shared_entries_are_counted_as_codes() -> None:
+    """Of five tokens two run the second of two layers: seven entries, ten places, and the newest slot of each token."""
+    plan = coded(halting_plan(rules.ForcedRule((1, 4, 1, 4, 1)), rules.ShareFill()))
+    engine = decoder(tiny.model("llama"), plan)
+    spec, run = engine.spec, run_whole(engine, tiny.token_ids(5))
+    entries = 5 + 3 * 2
+    assert run.cache.used_nbytes == entries * 2 * spec.num_kv_heads * (spec.head_dim + 4) + 4 * 5 * (4 + 8) + 5 * 8
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_products_with_codes_count_their_bits_and_scales_are_counted(family: str) -> None:
+    """By hand: layers x heads x pairs multiplications by scales of keys, and of the values that are read."""
+    plan, ids = skipping_plan((0.5, 0.0, 0.8, 1.0), CODED, query_threshold=(0.0, 0.7, 0.0, 0.0)), tiny.token_ids(20)
+    engine = decoder(tiny.model(family), plan)
+    spec, trace = engine.spec, run_steps(engine, ids).trace
+    values, components = (
+        sum(getattr(layer, name).value for layer in trace.layers) for name in ("values_skipped", "scores_skipped")
+    )
+    assert min(values, components) > 0
+    pairs = 4 * 4 * 20 * 21 // 2  # layers, heads
+    products = 2 * pairs * spec.head_dim - values * spec.head_dim - components
+    others = 2 * pairs - values + 20 * 4 * spec.head_dim  # scales; mean squares of queries in one layer
+    others += 4 * 20 * 4 * spec.num_kv_heads * spec.head_dim  # keys and values coded: magnitudes, codes
+    cost, dense = executed_cost(spec, trace), dense_cost(spec, trace)
+    weights = dense.flops // 2 - 2 * pairs * spec.head_dim
+    assert cost.flops // 2 == weights + products + others
+    assert cost.bitops == 32 * (32 * (weights + others) + 8 * products)
+    assert cost.weight_bytes == dense.weight_bytes
+
+
+def test_codes_by_hand() -> None:
+    rows = torch.tensor([[1.0, -127.0, 0.4, 63.6], [0.0, 0.0, 0.0, 0.0], [3e38, -3e38, 1.0, 0.0], [-2e-3, 1e-3, 0, 0]])
+    codes, scales = encode(rows)
+    assert codes.dtype == torch.int8
+    assert codes.tolist() == [[1, -127, 0, 64], [0, 0, 0, 0], [127, -127, 0, 0], [-127, 64, 0, 0]]
+    assert scales.tolist() == pytest.approx([1.0, 0.0, 3e38 / 127, 2e-3 / 127])
+    assert decode(codes, scales, torch.float32)[0].tolist() == [1.0, -127.0, 0.0, 64.0]
+    assert decode(codes, scales, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_entry_is_off_by_half_a_step_at_most(dtype: torch.dtype) -> None:
+    rows = (torch.randn(50, 3, 16, generator=torch.Generator().manual_seed(0)) * 5).to(dtype)
+    rows[7], rows[8, 1, 4] = 0.0, 3e4  # nothing, and one component far above the others
+    codes, scales = encode(rows)
+    assert scales.dtype == torch.float32
+    exact = decode(codes, scales, torch.float64)
+    step = rows.double().abs().amax(-1, keepdim=True) / 127
+    assert ((exact - rows.double()).abs() <= step * (0.5 + 1e-4)).all()
+    read = decode(codes, scales, dtype)
+    assert read.dtype == dtype
+    assert (read[7] == 0).all()
+    assert float(read[8, 1, 4]) == pytest.approx(float(rows[8, 1, 4]), rel=1e-2)
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    rows = torch.tensor([[1.0, float("inf")], [float("nan"), 1.0], [1.0, 2.0]])
+    assert decode(*encode(rows), torch.float32).isnan().all(-1).tolist() == [True, True, False]
+    assert encode(torch.tensor([[1e-46, 0.0]], dtype=torch.float64))[0].tolist() == [[0, 0]]  # below a float32 scale
+
+
+def test_a_buffer_of_codes_is_like_any_other() -> None:
+    buffer = CodedRowBuffer((2, 4), torch.float32, torch.device("cpu"))
+    rows = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    buffer.append(rows[:3])
+    buffer.append(rows[3:])
+    kept = decode(*encode(rows), torch.float32)
+    assert torch.equal(buffer.rows, kept)
+    buffer.put(torch.tensor([1, 4]), rows[:2])
+    assert torch.equal(buffer.take(torch.tensor([4, 1, 0])), kept[[1, 0, 0]])
+    buffer.length -= 1
+    assert buffer.rows.shape == (4, 2, 4)
+    assert buffer.used_nbytes == 4 * buffer.row_nbytes == 4 * 2 * (4 + 4)
+    buffer.trim()
+    assert buffer.nbytes == buffer.used_nbytes
