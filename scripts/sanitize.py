@@ -61,7 +61,7 @@ def run_tests(extension: str, arguments: list[str]) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules[NAME] = module
     spec.loader.exec_module(module)
-    return int(pytest.main(arguments))
+    return int(pytest.main(["--capture=sys", *arguments]))  # what a sanitizer writes as it ends the process is seen
 
 
 def main() -> int:
