@@ -80,9 +80,9 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float fraction = (p * r) * r + r + 1.0f;
-  std::int32_t bits;
+  std::uint32_t bits;
   std::memcpy(&bits, &fraction, sizeof bits);
-  bits += static_cast<std::int32_t>(whole) << 23;
+  bits += static_cast<std::uint32_t>(static_cast<std::int32_t>(whole)) << 23;  // unsigned: negative ones shift, too
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return x < -87.0f ? 0.0f : (x == x ? value : x);

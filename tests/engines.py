@@ -76,8 +76,8 @@ def screening_plan(threshold: Threshold, large: Threshold = 1.0, plan: Plan | No
     return replace(plan or Plan("test"), screening=ScreeningConfig(threshold, large))
 
 
-def decoder(model: Any, plan: Plan, kernels: KernelChoice = "auto", **options: Any) -> Decoder:
-    """Return the engine for a transformers model."""
+def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: Any) -> Decoder:
+    """Return the engine for a transformers model; unless kernels are asked for, by the definition throughout."""
     return Decoder(adapt(model, kernels), plan, **options)
 
 

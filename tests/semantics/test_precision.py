@@ -259,7 +259,7 @@ def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
     """Token by token nothing is multiplied that is not counted, so PyTorch's counter agrees to the last FLOP."""
     ids = tiny.token_ids(3)
     for rule in (CHANNEL, UniformWidthRule(4)):
-        engine = decoder(tiny.nested(family), precision_plan(rule), kernels="torch", backend="eager")
+        engine = decoder(tiny.nested(family), precision_plan(rule), backend="eager")
         run = run_steps(engine, ids)
         cost, dense = executed_cost(engine.spec, run.trace), dense_cost(engine.spec, run.trace)
         with FlopCounterMode(display=False) as counter:
