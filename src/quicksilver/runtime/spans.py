@@ -73,7 +73,7 @@ class LayerSpans:
         self._precision, self._shortcuts = precision_step, shortcut_step
         self._fill = kv.decide(plan.kv, 0).fill
         self._kept: list[Any] = []  # what the kernels hold addresses of
-        self._ends = _span_ends(spec.num_layers, asked)
+        self._ends = span_ends(spec.num_layers, asked)
         layers = [self._layer(i, layer) for i, layer in enumerate(adapter.layers)]
         down = adapter.layers[0].nested[-1]
         activation = _ACTIVATIONS[adapter.layers[0].leaves.activation]
@@ -329,7 +329,7 @@ def _unknown(leaves: Leaves) -> bool:
     return not known or leaves.activation not in _ACTIVATIONS
 
 
-def _span_ends(num_layers: int, asked: Collection[int]) -> list[int]:
+def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:
     """Return for each layer up to where a span that begins with it goes; a layer that is asked about is a span."""
     ends, end = [0] * num_layers, num_layers
     for layer_idx in reversed(range(num_layers)):
