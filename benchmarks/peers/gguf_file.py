@@ -5,7 +5,9 @@ Token ids go in and logits come out, so the file holds no tokenizer.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,14 +70,21 @@ def quantize(source: Path, file_type: int, threads: int, target: Path) -> None:
     Raises:
         RuntimeError: llama.cpp refused.
     """
-    import ctypes
-
-    from llama_cpp import llama_cpp as lib
-
+    lib, _ = library()
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type, threads
     if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp did not quantize {source}")
+
+
+@cache
+def library() -> tuple[Any, Any]:
+    """Return llama-cpp-python's low-level calls, and the logger that C calls from then on, which says nothing."""
+    from llama_cpp import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    return lib, quiet
 
 
 def bytes_read_per_token(path: Path) -> int:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.gguf_file import bytes_read_per_token
+from benchmarks.peers.gguf_file import bytes_read_per_token, library
+from benchmarks.timing import Case, interleaved
 
-_TRIALS, _TRIAL_TOKENS = 3, 8
+_TRIALS, _TRIAL_PROMPT, _TRIAL_TOKENS = 2, 64, 8
 
 
 class LlamaCpp:
@@ -31,13 +30,10 @@ class LlamaCpp:
     """
 
     def __init__(self, name: str, baseline: str, path: Path, threads: int, context: int) -> None:
-        from llama_cpp import llama_cpp as lib
-
+        lib, _ = library()
         self.name, self.baseline = name, baseline
         self.weight_bytes = float(bytes_read_per_token(path))
         self._lib, self._size = lib, context
-        self._quiet = lib.llama_log_callback(lambda level, text, data: None)  # kept, since C calls it
-        lib.llama_log_set(self._quiet, ctypes.c_void_p(0))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
@@ -52,22 +48,14 @@ class LlamaCpp:
         self.details: dict[str, Any] = {"system": lib.llama_print_system_info().decode().strip()}
 
     def choose(self, prompt: Sequence[int]) -> None:
-        """Time a prompt and a few tokens after it with flash attention and without; keep what is faster for each."""
-        seconds: dict[str, dict[bool, float]] = {"prefill": {}, "decode": {}}
-        for flash in (False, True):
-            self._flash = dict.fromkeys(self._flash, flash)
-            prefill, decode = [], []
-            for _ in range(_TRIALS):
-                begin = time.perf_counter()
-                self.prefill(prompt)
-                prefill.append(time.perf_counter() - begin)
-                state = self.start(prompt[:-_TRIAL_TOKENS])
-                begin = time.perf_counter()
-                self.decode(state, prompt[-_TRIAL_TOKENS:])
-                decode.append(time.perf_counter() - begin)
-            seconds["prefill"][flash] = statistics.median(prefill)
-            seconds["decode"][flash] = statistics.median(decode)
-        self._flash = {task: min(each, key=lambda flash: each[flash]) for task, each in seconds.items()}
+        """Time a prompt, and a few tokens after its start, with flash attention and without; keep the faster for each.
+
+        Args:
+            prompt: as long as those that will be timed.
+        """
+        cases = [case for flash in (False, True) for case in self._trials(flash, prompt)]
+        seconds = interleaved(cases, _TRIALS, warmup=1)
+        self._flash = {task: min(seconds[f"{task} True"]) < min(seconds[f"{task} False"]) for task in self._flash}
         self.details["flash_attention"] = dict(self._flash)
 
     def logits(self, ids: Sequence[int], singly: int) -> np.ndarray:
@@ -105,6 +93,19 @@ class LlamaCpp:
             self._feed_one(context, tokens[-1], position + len(tokens) - 1)
             tokens.append(self._lib.llama_sampler_sample(self._sampler, context, -1))
         return tokens
+
+    def _trials(self, flash: bool, prompt: Sequence[int]) -> tuple[Case, Case]:
+        """Return a prefill and some decoding to time, with flash attention or without."""
+
+        def switched(prepare: Callable[[], Any] = lambda: None) -> Any:
+            self._flash = dict.fromkeys(self._flash, flash)
+            return prepare()
+
+        start, fed = prompt[:_TRIAL_PROMPT], prompt[:_TRIAL_TOKENS]
+        return (
+            Case(f"prefill {flash}", switched, lambda _: self.prefill(prompt)),
+            Case(f"decode {flash}", lambda: switched(lambda: self.start(start)), lambda state: self.decode(state, fed)),
+        )
 
     def _context(self, threads: int, flash: bool) -> Any:
         lib = self._lib
