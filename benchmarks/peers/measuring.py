@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -57,8 +58,10 @@ def measure(
     reference = files.reference_logits(subject, ids[: settings.quality_tokens], settings.threads, say)
     with torch.inference_mode():
         engines = roster.load(subject, names, settings.threads, settings.context)
+        limits.check({engine.name: _quality(engine, settings, ids, reference) for engine in engines})
         for engine in engines:
-            _ready(engine, settings, ids, reference)
+            if isinstance(engine, TorchEngine) and ours.is_ours(engine.name):
+                ours.count_work(engine, ids, settings.prompt_tokens)
         seconds = measure_seconds(engines, settings, ids, end_to_end=not subject.is_random)
     weight_bytes = {engine.name: engine.weight_bytes for engine in engines}
     measurements = [*seconds, *(_with_details(m, engines) for m in memory)]
@@ -136,18 +139,14 @@ def load_and_decode(subject: Subject, name: str, settings: Settings, ids: list[i
         engine.decode(state, ids[:_DECODED_ALONE])
 
 
-def _ready(engine: Engine, settings: Settings, ids: list[int], reference: Any) -> None:
-    """Hold an engine's logits against the float model's, and find out of it what goes into its rows."""
-    say(f"gate: {engine.name}")
+def _quality(engine: Engine, settings: Settings, ids: list[int], reference: np.ndarray) -> quality.Quality:
+    """Hold an engine's logits against the float model's, and keep the figures for its rows."""
     if isinstance(engine, LlamaCpp):
         engine.choose(ids[: settings.prefill_tokens])
     found = quality.compare(reference, engine.logits(ids[: settings.quality_tokens], _SINGLY))
     engine.details["quality"] = found.to_dict()
-    say(f"  {found}")
-    limits.check(engine.name, found)
-    if ours.is_ours(engine.name):
-        assert isinstance(engine, TorchEngine)
-        ours.count_work(engine, ids, settings.prompt_tokens)
+    say(f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g}")
+    return found
 
 
 def _details(engine: Engine) -> dict[str, Any]:
