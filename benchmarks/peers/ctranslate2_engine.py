@@ -24,14 +24,20 @@ def convert(folder: Path, target: Path) -> None:
     import torch
     from ctranslate2.converters import TransformersConverter
 
-    vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
     class Converter(TransformersConverter):
         def load_model(self, model_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
             return model_class.from_pretrained(model_name_or_path, **{**kwargs, "dtype": torch.float32})
 
         def load_tokenizer(self, tokenizer_class: Any, model_name_or_path: str, **kwargs: Any) -> Any:
-            return _Ids(vocab_size)
+            return _Ids(config["vocab_size"])
+
+        def _load(self) -> Any:  # what converters are made by overriding
+            spec = super()._load()
+            for layer in spec.decoder.layer if "head_dim" in config else ():  # its Llama loader takes hidden / heads
+                vars(layer.self_attention)["head_dim"] = np.dtype("int32").type(config["head_dim"])
+            return spec
 
     Converter(str(folder)).convert(str(target), quantization="int8")
 
