@@ -36,8 +36,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         *heading(rows[0]),
         f"| plan | Δnll [95 % CI] | Δppl | KL | top-1 | {' | '.join(label for _, label in _COLUMNS)}"
-        " | bits read | channels skipped | values read | layers |",
-        "|---" * (len(_COLUMNS) + 9) + "|",
+        " | bits read | channels skipped | scores computed | values read | layers |",
+        "|---" * (len(_COLUMNS) + 10) + "|",
         *(_table_row(row) for row in rows),
         "",
     ]
@@ -50,12 +50,14 @@ def _table_row(row: dict[str, Any]) -> str:
     return (
         f"| {row['plan']['name']} | {interval(delta)} | {delta['ppl']:+.3f} | {delta['kl']:.4f}"
         f" | {delta['top1_agreement']:.1%} | {saved} | {side['mean_bits']:.2f}"
-        f" | {side['width_histogram'].get('0', 0.0):.1%} | {side['values_read']:.1%} | {side['mean_depth']:.2f} |"
+        f" | {side['width_histogram'].get('0', 0.0):.1%} | {side['query_components_read']:.1%}"
+        f" | {side['values_read']:.1%} | {side['mean_depth']:.2f} |"
     )
 
 
 @click.command()
 @click.argument("model")
+@click.option("--baseline", help="Where MODEL is nested, the model that losses are against (default: MODEL).")
 @click.option("--plan", "plans", multiple=True, required=True, help="A plan file, or NAME=FILE; may be repeated.")
 @click.option("--text", type=click.Path(), help="One long UTF-8 text.")
 @click.option("--documents", type=click.Path(), help='JSON lines with a "text" field.')
@@ -64,6 +66,7 @@ def _table_row(row: dict[str, Any]) -> str:
 @click.option("-o", "--output", required=True, help="Results: OUTPUT.json and OUTPUT.md.")
 def main(
     model: str,
+    baseline: str | None,
     plans: tuple[str, ...],
     text: str | None,
     documents: str | None,
@@ -71,21 +74,22 @@ def main(
     context: int | None,
     output: str,
 ) -> None:
-    """Measure calibrated plans on MODEL against the dense model, and against 8 bits throughout.
+    """Measure calibrated plans on MODEL against the dense model, bits and weight bytes against 8 bits throughout.
 
     \b
     Example:
       python -m benchmarks.calibrated ref-llama --plan mild=mild.json --text test.txt -o calibrated
     """
     try:
-        loaded, tokenizer = load(model), load_tokenizer(model)
+        loaded, tokenizer = load(baseline or model), load_tokenizer(model)
+        runner = load(model) if baseline else loaded
         context = context or min(loaded.adapter.spec.max_positions, 2048)
         protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
         measured = cut(read_corpus(text, documents), tokenizer, protocol)
         given = [_read(plan) for plan in plans]
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
-    runner = nested_copy(loaded) if any(plan.precision is not None for plan in given) else loaded
+    runner = nested_copy(runner) if any(plan.precision is not None for plan in given) else runner
     part = Part(measured, ((measured.name, len(measured.windows)),))
     scorer = Scorer(loaded, runner, part, protocol, Path(model).name)
     with keeping_expanded(runner.model):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from quicksilver.calibrate.observe import PROTECTED
-from quicksilver.calibrate.splits import Split, split, split_all
+from quicksilver.calibrate.splits import Part, Split, split, split_all
 from quicksilver.errors import InputError
 from quicksilver.measure.windows import Protocol, Window, WindowedText, slide
 
@@ -141,3 +141,14 @@ def test_the_least_text_that_will_do() -> None:
         elif count < 20:
             with pytest.raises(InputError):
                 split(some, ALL, ALL, ALL)
+
+
+def test_a_part_is_thinned_text_by_text() -> None:
+    windows = tuple(Window(tuple(range(10)), 10 - n, 0) for n in (1, 2, 3, 4, 5))
+    part = Part(WindowedText("two texts", windows, 150), (("one", 3), ("two", 2)))
+    thin = part.thinned(2)
+    assert thin.text.windows == (windows[0], windows[2], windows[3])
+    assert thin.sections == (("one", 2), ("two", 1))
+    assert thin.tokens == 8
+    assert thin.text.scored_bytes == 80
+    assert part.thinned(1) == part

@@ -16,7 +16,7 @@ from quicksilver.calibrate.candidates import Fits, Knobs, Mechanism, build, stat
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer
-from quicksilver.calibrate.search import Scored, Search
+from quicksilver.calibrate.search import ROUGH, Scored, Search
 from quicksilver.calibrate.splits import Split
 from quicksilver.calibrate.trials import Trials
 from quicksilver.core.files import write_atomically
@@ -28,6 +28,7 @@ from quicksilver.runtime.generation import QuickSilverForCausalLM
 WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
 _PAPER_TRIALS = 10
 _FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them
+_ROUGH_STEP = 4  # of the searched windows every fourth is enough to see which way to step
 _EXITS_TO = 4.0  # times the budget: deeper exits that lose more are not looked for
 
 
@@ -117,6 +118,7 @@ class Calibrator:
         self._scorers = [
             Scorer(model, runner, part, protocol, name, interleaved) for part in (parts.search, parts.held_out)
         ]
+        self._rough = Scorer(model, runner, parts.search.thinned(_ROUGH_STEP), protocol, name, interleaved)
 
     def run(self) -> Calibration:
         """Fit, search, choose and verify."""
@@ -169,7 +171,8 @@ class Calibrator:
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-            return self._searched(build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths))
+            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths)
+            return self._kept("rough", plan, self._rough.score) if ROUGH in parameters else self._searched(plan)
 
         with self._progress("searching", settings.trials) as advance:
             trials.run(search.propose, score, settings.trials, self._deadline(), advance)

@@ -15,19 +15,24 @@ from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
 from quicksilver.calibrate.trials import Space
 
-ALONE = (0.15, 1.0)
+ALONE = (0.35,)
 """Prices that each mechanism is tried at alone: nats that all of a dense token's work is worth."""
 
-TOGETHER = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+TOGETHER = (0.05, 0.12, 0.25, 0.5, 1.0)
 """Prices that all of them are tried at together."""
+
+ROUGH = "rough"
+"""Parameter of trials that are scored on a few windows only: they say where to look, and are no candidates."""
 
 SWITCHES: tuple[Mechanism, ...] = ("entries",)
 """Mechanisms that are on or off and have no price; what they do alone is known before the search."""
 
 _STEPS = (0.4, 2.5)  # that one mechanism's price is multiplied by, at the price that meets the budget
+_BALANCED = (0.75, 1.0)  # of that price, tried where every mechanism is stepped as far as it pays
+_GIVEN_UP = 3.0  # times the budget that a trial is taken to lose which was given up
 _PRICES = (1e-4, 1e2)
 _LEVELS = (0.6, 2.0)  # of that price, tried by Optuna
-_RAISES = (1.25, 1.12, 1.06, 1.03)  # of the best candidate's price, tried last
+_NEARBY = (1.06, 1.03, 0.97, 0.94)  # of the best candidate's price, tried last: to gain a little, to fall back to
 _FACTORS = (0.125, 8.0)
 _COSINES = (0.6, 0.99)
 
@@ -78,7 +83,10 @@ class Search:
         guided = self._guided(finished) or self._polished(finished)
         if guided is None:
             return {"level": FloatDistribution(*_LEVELS, log=True), **self._space()}, None
-        return {"price": FloatDistribution(*_PRICES, log=True), **self._space()}, self._parameters(guided)
+        space: Space = {"price": FloatDistribution(*_PRICES, log=True), **self._space()}
+        if len(finished) in self._steps:
+            space[ROUGH] = CategoricalDistribution((True,))
+        return space, self._parameters(guided)
 
     def knobs(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Knobs:
         """Return the knobs of a trial's parameters, given at least the guided trials before it."""
@@ -90,18 +98,29 @@ class Search:
         return Knobs(price, factors, parameters.get("fill", "propagate"))
 
     def scored(self, finished: Sequence[FrozenTrial]) -> Iterator[Scored]:
-        """Return all candidates that were scored in full, in the order of the trials."""
+        """Return all candidates that were scored in full, on all windows, in the order of the trials."""
         for trial in finished:
-            if trial.state == TrialState.COMPLETE:
+            if trial.state == TrialState.COMPLETE and ROUGH not in trial.params:
                 knobs = self.knobs(trial.params, finished)
                 group = next(iter(knobs.factors), "together") if len(knobs.factors) == 1 else "together"
                 yield Scored(group, trial.user_attrs["row"], knobs)
+
+    @property
+    def _priced(self) -> list[Mechanism]:
+        return [name for name in self._alone if name != "fusion"]
+
+    @property
+    def _steps(self) -> range:
+        """Which trials make one mechanism cheaper, or dearer."""
+        first = len(self._alone) * len(ALONE) + len(TOGETHER)
+        return range(first, first + len(_STEPS) * len(self._priced)) if len(self._mechanisms) > 1 else range(0)
 
     def _guided(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
-        mechanism dearer and cheaper. (The last trials are `_polished`, and leave mechanisms out.)
+        mechanism cheaper and dearer, and all of them where those steps say. (The last trials are `_polished`, and leave
+        mechanisms out.)
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
         candidates = [
@@ -113,33 +132,61 @@ class Search:
             candidates += [Knobs(price, whole) for price in TOGETHER]
         if len(finished) >= len(candidates) and len(whole) > 1:
             base = Knobs(self._base_price(finished), whole)
-            priced = [name for name in self._alone if name != "fusion"]
-            candidates += [replace(base, factors=whole | {name: step}) for name in priced for step in _STEPS]
+            candidates += [replace(base, factors=whole | {name: step}) for name in self._priced for step in _STEPS]
+            if len(finished) >= len(candidates):
+                factors = whole | self._balanced(finished[self._steps.start : self._steps.stop])
+                prices = [base.price * level for level in _BALANCED]
+                candidates += [Knobs(price, factors) for price in prices]
+                if len(finished) >= len(candidates):
+                    candidates.append(Knobs(self._meeting(finished[self._steps.stop :], prices), factors))
         return candidates[len(finished)] if len(finished) < len(candidates) else None
 
+    def _balanced(self, stepped: Sequence[FrozenTrial]) -> dict[Mechanism, float]:
+        """Return a factor for each mechanism from the trials that made it cheaper and dearer, one pair after another.
+
+        Nats are those of divergence, which is known well from few windows. Where a mechanism saves more for a nat
+        between its two steps than all of them together, its price rises by as much; where it saves less, it falls.
+        """
+        gained, lost = {}, {}
+        for i, name in enumerate(self._priced):
+            cheaper, dearer = (trial.user_attrs.get("row") for trial in stepped[2 * i : 2 * i + 2])
+            if cheaper is not None and dearer is not None:
+                gained[name] = saved(dearer, self._objective) - saved(cheaper, self._objective)
+                lost[name] = max(dearer["delta"]["kl"] - cheaper["delta"]["kl"], 1e-9)
+        if not gained:
+            return {}
+        mean = max(sum(gained.values()) / sum(lost.values()), 1e-9)
+        low, high = _STEPS
+        return {name: min(max(gained[name] / lost[name] / mean, low), high) for name in gained}
+
     def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
-        """Return the best candidate so far without one of its mechanisms, or at a higher price; None before the end."""
-        step = len(finished) - (self._trials - len(self._mechanisms) - len(_RAISES))
+        """Return the best candidate so far at a price nearby, or without one of its mechanisms; None before the end."""
+        step = len(finished) - (self._trials - len(self._mechanisms) - len(_NEARBY))
         inside = [each for each in self.scored(finished) if self._budget.holds(each.row) and each.knobs is not None]
         if step < 0 or not inside:
             return None
         best = max(inside, key=lambda each: saved(each.row, self._objective)).knobs
         assert best is not None
-        if step < len(self._mechanisms):
-            without = best.without(self._mechanisms[step])
-            return without if without.factors and without != best else replace(best, price=best.price * _RAISES[-1])
-        return replace(best, price=best.price * _RAISES[step - len(self._mechanisms)])
+        if step < len(_NEARBY):
+            return replace(best, price=best.price * _NEARBY[step])
+        without = best.without(self._mechanisms[min(step - len(_NEARBY), len(self._mechanisms) - 1)])
+        return without if without.factors and without != best else replace(best, price=best.price * _NEARBY[-1] ** 2)
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
-        first, prices = (0, ALONE) if len(self._mechanisms) == 1 else (len(self._alone) * len(ALONE), TOGETHER)
+        if len(self._mechanisms) == 1:
+            return self._meeting(finished, ALONE)
+        return self._meeting(finished[len(self._alone) * len(ALONE) :], TOGETHER)
+
+    def _meeting(self, trials: Sequence[FrozenTrial], prices: Sequence[float]) -> float:
+        """Return the price at which the budget is met, between ascending prices that were tried one after another."""
         below, at_below = prices[0] / 2, 0.0
-        for trial, price in zip(finished[first:], prices, strict=False):
+        for trial, price in zip(trials, prices, strict=False):
             row = trial.user_attrs.get("row")
-            lost = math.inf if row is None else self._budget.upper(row)
+            lost = _GIVEN_UP * self._budget.limit if row is None else self._budget.upper(row)
             if lost > self._budget.limit:
-                share = (self._budget.limit - at_below) / (lost - at_below)  # 0 where the trial was given up
-                return below * (price / below) ** max(share, 0.0)
+                share = (self._budget.limit - at_below) / (lost - at_below)
+                return below * (price / below) ** min(max(share, 0.0), 1.0)
             below, at_below = price, lost
         return below
 
@@ -168,7 +215,7 @@ class Search:
 def _cosine_at(step: int) -> float:
     """Return a threshold of fusion for a step of the prices tried alone: the dearer, the more alike tokens must be."""
     low, high = _COSINES
-    return high - (high - low) * step / (len(ALONE) - 1)
+    return high - (high - low) * (step + 1) / (len(ALONE) + 1)
 
 
 def pareto(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:

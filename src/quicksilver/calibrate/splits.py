@@ -33,6 +33,18 @@ class Part:
         """Tokens scored."""
         return sum(window.num_scored for window in self.text.windows)
 
+    def thinned(self, step: int) -> Part:
+        """Return every `step`-th window of each text; bytes are estimated."""
+        windows: list[Window] = []
+        sections, start = [], 0
+        for name, count in self.sections:
+            kept = self.text.windows[start : start + count : step]
+            windows += kept
+            sections.append((name, len(kept)))
+            start += count
+        size = round(self.text.scored_bytes * sum(window.num_scored for window in windows) / self.tokens)
+        return Part(WindowedText(self.text.name, tuple(windows), size), tuple(sections))
+
 
 @dataclass(frozen=True)
 class Split:
