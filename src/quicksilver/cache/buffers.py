@@ -13,6 +13,21 @@ from torch import Tensor
 _SLACK_ROWS = 32
 
 
+class Account:
+    """Bytes of several buffers together.
+
+    Attributes:
+        allocated: room to grow included.
+        used: of the rows held.
+    """
+
+    __slots__ = ("allocated", "used")
+
+    def __init__(self) -> None:
+        self.allocated = 0
+        self.used = 0
+
+
 class RowBuffer:
     """Rows of one shape in one allocation; the first append allocates exactly what it needs.
 
@@ -20,17 +35,31 @@ class RowBuffer:
         row_shape: shape of one row.
         dtype: element type.
         device: where the rows live.
+        account: of what the buffer's bytes are part, None for nothing.
 
     Attributes:
-        length: rows held; rows may be taken off the end by making it less.
         row_nbytes: bytes of one row.
         nbytes: bytes allocated, room to grow included.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
+    def __init__(
+        self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, account: Account | None = None
+    ) -> None:
+        self._account = Account() if account is None else account
+        self._length = 0
+        self.nbytes = 0
         self.row_nbytes = math.prod(row_shape) * dtype.itemsize
         self._hold(torch.empty((0, *row_shape), dtype=dtype, device=device))
+
+    @property
+    def length(self) -> int:
+        """Rows held; rows may be taken off the end by making it less."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._account.used += (length - self._length) * self.row_nbytes
+        self._length = length
 
     def append(self, rows: Tensor) -> None:
         """Add rows [M, *row_shape]; amortised cost O(M)."""
@@ -42,7 +71,7 @@ class RowBuffer:
 
     def extend(self, count: int) -> int:
         """Add `count` rows that a kernel is about to write; return the address of the first row of all."""
-        end = self.length + count
+        end = self._length + count
         if end > self._capacity:
             self._grow(end)
         self.length = end
@@ -83,4 +112,6 @@ class RowBuffer:
 
     def _hold(self, storage: Tensor) -> None:
         self._storage, self._capacity, self._address = storage, storage.shape[0], storage.data_ptr()
-        self.nbytes = self._capacity * self.row_nbytes
+        nbytes = self._capacity * self.row_nbytes
+        self._account.allocated += nbytes - self.nbytes
+        self.nbytes = nbytes

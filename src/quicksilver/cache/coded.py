@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.buffers import Account, RowBuffer
 
 LARGEST_CODE = 127
 SCALE_BYTES = 4  # float32
@@ -40,11 +40,14 @@ class CodedRowBuffer:
         row_shape: shape of one row.
         dtype: of rows as they are given and read back.
         device: where the rows live.
+        account: of what the buffer's bytes are part, None for nothing.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._codes = RowBuffer(row_shape, torch.int8, device)
-        self._scales = RowBuffer(row_shape[:-1], torch.float32, device)
+    def __init__(
+        self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, account: Account | None = None
+    ) -> None:
+        self._codes = RowBuffer(row_shape, torch.int8, device, account)
+        self._scales = RowBuffer(row_shape[:-1], torch.float32, device, account)
         self._dtype = dtype
 
     @property

@@ -30,6 +30,8 @@ from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.spans import LayerSpans
 from quicksilver.runtime.status import Running, TokenStatus
 
+_FEW = 16  # tokens that are looked at one by one
+
 
 class Decoder:
     """A frozen model under a plan. Holds no state between calls; the cache and the trace are the caller's.
@@ -255,6 +257,7 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
     """Raise InputError where an id is not in [0, vocab_size)."""
     if token_ids.numel() == 0:
         raise InputError("no tokens were given")
-    low, high = torch.stack(token_ids.aminmax()).tolist()
+    few = token_ids.tolist() if token_ids.numel() <= _FEW else torch.stack(token_ids.aminmax()).tolist()
+    low, high = min(few), max(few)
     if low < 0 or high >= vocab_size:
         raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

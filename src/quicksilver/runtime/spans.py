@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
 from quicksilver.core.rules import ShareFill, UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.core.trace import LayerTrace, Trace
+from quicksilver.core.trace import LayerTrace
 from quicksilver.models.gpt2 import TANH_GELUS
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
 from quicksilver.ops import native
@@ -129,7 +128,7 @@ class LayerSpans:
         storage = context.cache.extend(layers, layout.lengths)
         rotation = running.rotation if halted is None else context.rotation
         cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
-        counts = self._counts(context.trace)
+        counts = context.trace.pending(self, self._new_counts)
         self._runner.run(
             layers.start,
             layers.stop,
@@ -139,7 +138,7 @@ class LayerSpans:
             sin,
             storage,
             len(layout.lengths),
-            counts[layers.start].data_ptr(),
+            counts.address(layers.start),
             torch.get_num_threads(),
         )
         if halted is not None:
@@ -180,10 +179,8 @@ class LayerSpans:
                 row += 1
         return fields
 
-    def _counts(self, trace: Trace) -> Tensor:
-        """Return where the kernels count for a trace, [layers, counts]."""
-        made = partial(KernelCounts, self._spec, self._plan, self._layers, self._precision, self._shortcuts)
-        return trace.pending(self, made).counts
+    def _new_counts(self) -> KernelCounts:
+        return KernelCounts(self._spec, self._plan, self._layers, self._precision, self._shortcuts)
 
     def _layer(self, layer_idx: int, ops: LayerOps) -> Any:
         layer, leaves = native.extension().Layer(), ops.leaves
@@ -275,6 +272,11 @@ class KernelCounts:
         self._spec, self._plan, self._layers = spec, plan, layers
         self._precision, self._shortcuts = precision_step, shortcut_step
         self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
+        self._start, self._step = self.counts.data_ptr(), self.counts.stride(0) * self.counts.element_size()
+
+    def address(self, layer_idx: int) -> int:
+        """Return where a layer's counts lie."""
+        return self._start + layer_idx * self._step
 
     def settle(self, layers: Sequence[LayerTrace]) -> None:
         """Add what has been counted since the last call."""
