@@ -202,10 +202,10 @@ void run_layers(LayerRunner& runner, int first, int last, std::uintptr_t hidden,
 }
 
 LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
-                        float scaling, const std::string& activation) {
+                        const std::string& activation) {
   if (activation != "silu" && activation != "gelu_tanh") throw std::invalid_argument("no such activation");
-  Shape shape{hidden,  inner, heads, kv_heads, head_dim,
-              scaling, activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
+  const Shape shape{hidden, inner, heads, kv_heads, head_dim,
+                    activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
   return new LayerRunner(shape, std::move(layers));
 }
 
@@ -232,13 +232,13 @@ NB_MODULE(_native, m) {
            "log_threshold"_a)
       .def(
           "set_attention",
-          [](Layer& layer, float skip_below, float query_below, float screen_below, float large_from) {
-            layer.attention = {1.0f, skip_below, query_below, screen_below, large_from};
+          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from) {
+            layer.attention = {scaling, skip_below, query_below, screen_below, large_from};
           },
-          "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
+          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "scaling"_a, "activation"_a)
+           "activation"_a)
       .def("run", &run_layers);
   m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
   m.attr("ROW_LIMIT") = 16;

@@ -236,8 +236,6 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
                                int layer_idx, int thread) {
   const int size = shape->head_dim, group = shape->heads / shape->kv_heads;
   std::vector<float>& room = threads[thread].scores;
-  Attention attention = layer.attention;
-  attention.scaling = shape->scaling;
   std::int64_t* counted = counts(layer_idx, thread);
   for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
     const Row& row = (*rows)[asking[i]];
@@ -248,7 +246,7 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
       if (!mine(i * shape->kv_heads + h, thread)) continue;
       const std::size_t at = std::size_t(h) * group * size;
       const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
-                                             attention, room.data(), attended.row(i) + at);
+                                             layer.attention, room.data(), attended.row(i) + at);
       counted[kValuesSkipped] += skipped.values;
       counted[kScoresSkipped] += skipped.scores;
       counted[kScoredTwice] += skipped.scored_twice;

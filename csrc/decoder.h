@@ -48,12 +48,11 @@ struct Layer {
   Norm query_norm{}, key_norm{};  // weight null where heads are not normed
   LinearMap maps[kMaps];
   Shortcut attention_shortcut, mlp_shortcut;
-  Attention attention{};  // but for the scaling
+  Attention attention{};
 };
 
 struct Shape {
   int hidden = 0, inner = 0, heads = 0, kv_heads = 0, head_dim = 0;
-  float scaling = 1.0f;
   Activation activation = Activation::kSilu;
 };
 

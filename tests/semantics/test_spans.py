@@ -218,3 +218,13 @@ def test_a_state_that_is_no_number_stays_none() -> None:
     logits = run_steps(engine, torch.tensor([1, 7, 2])).logits
     assert bool(logits[0].isfinite().all())
     assert bool(logits[1].isnan().all())
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
+    """Scaling by layer, other activations, biases and rotary scaling: run by the kernels, or left to PyTorch."""
+    model = tiny.from_config(tiny.VARIANTS[name]())
+    nest(model, QuantizationConfig())
+    engines = (decoder(model, Plan.dense(), kernels=kernels) for kernels in ("torch", "native"))
+    one, other = (run_steps(engine, tiny.token_ids(9)).logits for engine in engines)
+    torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)

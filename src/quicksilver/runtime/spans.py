@@ -83,7 +83,6 @@ class LayerSpans:
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            adapter.layers[0].scaling,
             activation,
         )
 
@@ -199,6 +198,7 @@ class LayerSpans:
             self._set_shortcut(layer, layer_idx, part)
         attention, screening = self._plan.attention, self._plan.screening
         layer.set_attention(
+            ops.scaling,
             0.0 if attention is None else attention.threshold_in(layer_idx),
             0.0 if attention is None else attention.query_threshold_in(layer_idx),
             0.0 if screening is None else screening.threshold_in(layer_idx),
@@ -327,7 +327,10 @@ class KernelCounts:
 
 def _unknown(leaves: Leaves) -> bool:
     norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
-    known = all(norm is None or isinstance(norm, nn.LayerNorm) or hasattr(norm, "variance_epsilon") for norm in norms)
+    known = all(
+        norm is None or (isinstance(norm, nn.LayerNorm) and norm.bias is not None) or hasattr(norm, "variance_epsilon")
+        for norm in norms
+    )
     return not known or leaves.activation not in _ACTIVATIONS
 
 
