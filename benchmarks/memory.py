@@ -1,4 +1,4 @@
-"""Peak memory of a function's calls, each in a process of its own.
+"""A function's calls, each in a process of its own, and their peak memory.
 
 What the function does is the caller's.
 """
@@ -37,6 +37,12 @@ def peak_rss_bytes(function: Callable[..., None], calls: Sequence[tuple[Any, ...
     if min(peaks) <= _own_peak():
         raise RuntimeError("this process has used more memory than one it measured; measure memory first")
     return peaks
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process and return what it returns; all memory that it took is given back."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _run(function: Callable[..., None], arguments: tuple[Any, ...]) -> int:

@@ -1,6 +1,6 @@
 """Rows of a results file: one JSON object per task and engine, with all that is needed to judge its figure.
 
-How the figures were obtained is `timing.py`'s and `memory.py`'s; what they must reach is `bars.py`'s.
+How the figures were obtained is `timing.py`'s and `memory.py`'s; what they must reach is `verdicts.py`'s.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Measurement:
         task: what was done.
         engine: by whom.
         baseline: the engine it is compared with; itself where it is the baseline.
-        unit: of the values: "seconds", "seconds per token" or "bytes".
+        unit: of the values: "seconds", "seconds per token", "bytes" or "bytes per second".
         values: one per repetition, in the order they were taken.
         details: further facts of this engine on this task.
     """

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import Verdict
 from benchmarks.contenders import DENSE
 from benchmarks.rows import Measurement, find, ratio_to_baseline
 from benchmarks.timing import Summary, summarise
+from benchmarks.verdicts import Verdict
 
 _WIDTH = 160
 _SCALES = {"seconds": (1e3, "ms"), "seconds per token": (1e3, "ms/token"), "bytes": (1e-6, "MB")}

@@ -28,6 +28,7 @@ from quicksilver.core.rules import (
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.registry import adapt
+from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from tests import tiny
 
@@ -75,9 +76,9 @@ def screening_plan(threshold: Threshold, large: Threshold = 1.0, plan: Plan | No
     return replace(plan or Plan("test"), screening=ScreeningConfig(threshold, large))
 
 
-def decoder(model: Any, plan: Plan, **options: Any) -> Decoder:
-    """Return the engine for a transformers model."""
-    return Decoder(adapt(model), plan, **options)
+def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: Any) -> Decoder:
+    """Return the engine for a transformers model; unless kernels are asked for, by the definition throughout."""
+    return Decoder(adapt(model, kernels), plan, **options)
 
 
 def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int], prompt: bool = False) -> Run:

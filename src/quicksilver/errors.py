@@ -30,3 +30,11 @@ class UnsupportedFeatureError(QuickSilverError, NotImplementedError):
 
 class FittedElsewhereWarning(UserWarning):
     """A plan is run on another model than the one its thresholds were fitted to."""
+
+
+class KernelsUnavailableError(QuickSilverError, RuntimeError):
+    """Compiled kernels, or an instruction set of theirs, that were asked for and cannot be used."""
+
+
+class KernelsMissingWarning(UserWarning):
+    """Nested weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""

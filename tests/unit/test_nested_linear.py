@@ -130,7 +130,7 @@ def test_compensation_helps_four_bits_and_spares_eight() -> None:
     def error(codes, width: int) -> float:
         return float((x @ (codes.dequantize(width) - weight)).norm() / (x @ weight).norm())
 
-    assert error(compensated, 4) < 0.7 * error(plain, 4)
+    assert error(compensated, 4) < 0.8 * error(plain, 4)
     assert error(compensated, 8) < 0.2 * error(compensated, 4)
     within = (compensated.codes().float() - plain.codes().float()).abs().max()
     assert 1 < within <= 5  # steps of 8 bits: out of its cell, and what the second walk makes up for
@@ -156,17 +156,18 @@ def test_a_hessian_that_cannot_be_factored_is_refused() -> None:
         quantize(draw(8, 32), 32, hessian=-torch.eye(8))
 
 
-def test_levels_of_narrow_prefixes_are_least_squares() -> None:
+def test_levels_of_narrow_prefixes_are_the_best_whole_codes() -> None:
     weight = draw(40, 96)
     codes = quantize(weight, 32, refit=False)
     for width in (4, 2):
         table = fit_table(weight, codes, width)
         fitted = quantize(weight, 32)
         assert torch.equal(fitted.tables[width], table)
+        assert torch.equal(table, table.round().clamp(0, 255))
         best = float((fitted.dequantize(width) - weight).square().sum())
         assert best <= float((codes.dequantize(width) - weight).square().sum())
         for prefix in range(2**width):
-            for step in (-0.5, 0.5):
+            for step in (-1.0, 1.0):
                 moved = table.clone()
                 moved[prefix] += step
                 worse = type(fitted)(fitted.planes, fitted.grid, fitted.num_outputs, {width: moved})

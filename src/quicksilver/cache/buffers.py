@@ -5,10 +5,27 @@ A buffer knows nothing of layers, sequences or attention.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _SLACK_ROWS = 32
+
+
+class Account:
+    """Bytes of several buffers together.
+
+    Attributes:
+        allocated: room to grow included.
+        used: of the rows held.
+    """
+
+    __slots__ = ("allocated", "used")
+
+    def __init__(self) -> None:
+        self.allocated = 0
+        self.used = 0
 
 
 class RowBuffer:
@@ -18,19 +35,51 @@ class RowBuffer:
         row_shape: shape of one row.
         dtype: element type.
         device: where the rows live.
+        account: of what the buffer's bytes are part, None for nothing.
+
+    Attributes:
+        row_nbytes: bytes of one row.
+        nbytes: bytes allocated, room to grow included.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._storage = torch.empty((0, *row_shape), dtype=dtype, device=device)
-        self.length = 0
+    def __init__(
+        self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, account: Account | None = None
+    ) -> None:
+        self._account = Account() if account is None else account
+        self._length = 0
+        self.nbytes = 0
+        self.row_nbytes = math.prod(row_shape) * dtype.itemsize
+        self._hold(torch.empty((0, *row_shape), dtype=dtype, device=device))
+
+    @property
+    def length(self) -> int:
+        """Rows held; rows may be taken off the end by making it less."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._account.used += (length - self._length) * self.row_nbytes
+        self._length = length
 
     def append(self, rows: Tensor) -> None:
         """Add rows [M, *row_shape]; amortised cost O(M)."""
         end = self.length + rows.shape[0]
-        if end > self._storage.shape[0]:
+        if end > self._capacity:
             self._grow(end)
         self._storage[self.length : end] = rows
         self.length = end
+
+    def extend(self, count: int) -> int:
+        """Add `count` rows that a kernel is about to write; return the address of the first row of all."""
+        end = self._length + count
+        if end > self._capacity:
+            self._grow(end)
+        self.length = end
+        return self._address
+
+    def extend_coded(self, count: int) -> tuple[int, int]:
+        """Like `extend`; return where scales lie too, which floats have not: 0."""
+        return self.extend(count), 0
 
     def put(self, slots: Tensor, rows: Tensor) -> None:
         """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
@@ -46,27 +95,23 @@ class RowBuffer:
         return self._storage[: self.length]
 
     @property
-    def row_nbytes(self) -> int:
-        """Bytes of one row."""
-        return self._storage.shape[1:].numel() * self._storage.element_size()
-
-    @property
     def used_nbytes(self) -> int:
         """Bytes of the rows held."""
         return self.length * self.row_nbytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, room to grow included."""
-        return self._storage.numel() * self._storage.element_size()
-
     def trim(self) -> None:
         """Give back the room to grow."""
-        if self.length < self._storage.shape[0]:
-            self._storage = self.rows.clone()
+        if self.length < self._capacity:
+            self._hold(self.rows.clone())
 
     def _grow(self, needed: int) -> None:
         slack = max(_SLACK_ROWS, self.length // 4) if self.length else 0
         storage = self._storage.new_empty((needed + slack, *self._storage.shape[1:]))
         storage[: self.length] = self.rows
-        self._storage = storage
+        self._hold(storage)
+
+    def _hold(self, storage: Tensor) -> None:
+        self._storage, self._capacity, self._address = storage, storage.shape[0], storage.data_ptr()
+        nbytes = self._capacity * self.row_nbytes
+        self._account.allocated += nbytes - self.nbytes
+        self.nbytes = nbytes

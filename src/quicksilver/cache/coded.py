@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.buffers import Account, RowBuffer
 
 LARGEST_CODE = 127
 SCALE_BYTES = 4  # float32
@@ -40,11 +40,14 @@ class CodedRowBuffer:
         row_shape: shape of one row.
         dtype: of rows as they are given and read back.
         device: where the rows live.
+        account: of what the buffer's bytes are part, None for nothing.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._codes = RowBuffer(row_shape, torch.int8, device)
-        self._scales = RowBuffer(row_shape[:-1], torch.float32, device)
+    def __init__(
+        self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, account: Account | None = None
+    ) -> None:
+        self._codes = RowBuffer(row_shape, torch.int8, device, account)
+        self._scales = RowBuffer(row_shape[:-1], torch.float32, device, account)
         self._dtype = dtype
 
     @property
@@ -61,6 +64,10 @@ class CodedRowBuffer:
         codes, scales = encode(rows)
         self._codes.append(codes)
         self._scales.append(scales)
+
+    def extend_coded(self, count: int) -> tuple[int, int]:
+        """Add `count` rows that a kernel is about to write; return the addresses of all codes and of their scales."""
+        return self._codes.extend(count), self._scales.extend(count)
 
     def put(self, slots: Tensor, rows: Tensor) -> None:
         """Overwrite the rows at slots [M] by rows [M, *row_shape]."""

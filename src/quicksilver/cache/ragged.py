@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.buffers import Account, RowBuffer
 from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer
-from quicksilver.cache.stores import EntryStore, OwnedEntries, SharedEntries
+from quicksilver.cache.stores import EntryRows, EntryStore, OwnedEntries, SharedEntries
 from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
 
@@ -98,7 +97,11 @@ class RaggedKVCache:
         self.in_pass = False
         self.tails = FusionTails(fusion_layers, batch_size)
         rows = CodedRowBuffer if shape.coded else RowBuffer
-        new_rows = partial(rows, (shape.num_kv_heads, shape.head_dim), shape.dtype, shape.device)
+        row_shape = (shape.num_kv_heads, shape.head_dim)
+
+        def new_rows(account: Account) -> EntryRows:
+            return rows(row_shape, shape.dtype, shape.device, account)
+
         self._stores = [store(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)]
 
     @property
@@ -158,6 +161,18 @@ class RaggedKVCache:
                 None if masses is None else masses[listed_rows],
             )
 
+    def extend(self, layers: range, lengths: Sequence[int]) -> list[int]:
+        """Add entries that a kernel is about to write: `lengths[b]` of each sequence in each layer.
+
+        Returns:
+            For each layer and sequence, one after another, what `EntryStore.extend` gives.
+        """
+        places: list[int] = []
+        for layer_idx in layers:
+            for store, length in zip(self._stores, lengths, strict=True):
+                places.extend(store.extend(layer_idx, length))
+        return places
+
     def take_back(self, after_layer: int, seq: int, position: int) -> list[TakenBack]:
         """Forget the sequence's entries and tails at `position` in the layers after `after_layer`.
 
@@ -192,7 +207,7 @@ class RaggedKVCache:
     @property
     def num_entries(self) -> int:
         """Entries listed, over all layers and sequences."""
-        return sum(sum(self.entry_counts(i)) for i in range(self.shape.num_layers))
+        return sum(store.num_entries for store in self._stores)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns seen, padding included, by which transformers slices what it feeds next."""

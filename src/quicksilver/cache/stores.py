@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quicksilver.cache.buffers import RowBuffer
+from quicksilver.cache.buffers import Account, RowBuffer
 from quicksilver.cache.coded import CodedRowBuffer
 
 EntryRows = RowBuffer | CodedRowBuffer
@@ -20,12 +20,14 @@ class EntryStore(ABC):
 
     Args:
         num_layers: layers of the model.
-        new_rows: returns an empty buffer of keys or values.
+        new_rows: returns an empty buffer of keys or values, part of an account.
         device: where they live.
     """
 
-    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
-        self._positions = [RowBuffer((), torch.int32, device) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, new_rows: Callable[[Account], EntryRows], device: torch.device) -> None:
+        self._account = Account()
+        self._listed = Account()  # of positions alone
+        self._positions = [RowBuffer((), torch.int32, device, self._listed) for _ in range(num_layers)]
         self._masses: dict[int, RowBuffer] = {}  # of layers that hold an entry for several tokens
 
     @abstractmethod
@@ -60,11 +62,30 @@ class EntryStore(ABC):
         """
         self._append(layer_idx, positions, keys, values, listed)
         if masses is not None and layer_idx not in self._masses:
-            self._masses[layer_idx] = RowBuffer((), torch.int32, listed.device)
+            self._masses[layer_idx] = RowBuffer((), torch.int32, listed.device, self._account)
             self._masses[layer_idx].append(torch.ones_like(self._positions[layer_idx].rows))
         if layer_idx in self._masses:
             self._masses[layer_idx].append(torch.ones_like(listed) if masses is None else masses)
         self._positions[layer_idx].append(listed)
+
+    def extend(self, layer_idx: int, count: int) -> tuple[int, ...]:
+        """Add entries that a kernel is about to write after those held.
+
+        Returns:
+            Addresses of all keys, values, scales of keys, scales of values, positions and masses (0 for scales or
+            masses that there are not), and how many entries the layer held.
+
+        Raises:
+            NotImplementedError: the layer has no keys and values of its own.
+        """
+        positions, masses = self._positions[layer_idx], self._masses.get(layer_idx)
+        held = positions.length
+        (keys, key_scales), (values, value_scales) = self._extend(layer_idx, count)
+        of_masses = 0 if masses is None else masses.extend(count)
+        return keys, values, key_scales, value_scales, positions.extend(count), of_masses, held
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        raise NotImplementedError(f"{type(self).__name__} refers to entries")
 
     def drop_last(self, layers: list[int]) -> None:
         """Forget the last entry of each of these layers."""
@@ -94,12 +115,17 @@ class EntryStore(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, room to grow included."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        return self._account.allocated + self._listed.allocated
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of what is held, without room to grow."""
-        return sum(buffer.used_nbytes for buffer in self.buffers)
+        return self._account.used + self._listed.used
+
+    @property
+    def num_entries(self) -> int:
+        """Entries listed, over all layers."""
+        return self._listed.used // self._positions[0].row_nbytes
 
     def trim(self) -> None:
         """Give back the room to grow."""
@@ -110,14 +136,17 @@ class EntryStore(ABC):
 class OwnedEntries(EntryStore):
     """Each layer holds the keys and values of the tokens that wrote there."""
 
-    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
+    def __init__(self, num_layers: int, new_rows: Callable[[Account], EntryRows], device: torch.device) -> None:
         super().__init__(num_layers, new_rows, device)
-        self._keys = [new_rows() for _ in range(num_layers)]
-        self._values = [new_rows() for _ in range(num_layers)]
+        self._keys = [new_rows(self._account) for _ in range(num_layers)]
+        self._values = [new_rows(self._account) for _ in range(num_layers)]
 
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:
         self._keys[layer_idx].append(keys)
         self._values[layer_idx].append(values)
+
+    def _extend(self, layer_idx: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self._keys[layer_idx].extend_coded(count), self._values[layer_idx].extend_coded(count)
 
     def _drop_last(self, layers: list[int]) -> None:
         for layer_idx in layers:
@@ -136,12 +165,12 @@ class OwnedEntries(EntryStore):
 class SharedEntries(EntryStore):
     """One pool of keys and values for all layers; a layer is a list of slots in it."""
 
-    def __init__(self, num_layers: int, new_rows: Callable[[], EntryRows], device: torch.device) -> None:
+    def __init__(self, num_layers: int, new_rows: Callable[[Account], EntryRows], device: torch.device) -> None:
         super().__init__(num_layers, new_rows, device)
-        self._keys = new_rows()
-        self._values = new_rows()
-        self._newest = RowBuffer((), torch.int64, device)  # slot of each position's newest entry
-        self._slots = [RowBuffer((), torch.int64, device) for _ in range(num_layers)]
+        self._keys = new_rows(self._account)
+        self._values = new_rows(self._account)
+        self._newest = RowBuffer((), torch.int64, device, self._account)  # slot of each position's newest entry
+        self._slots = [RowBuffer((), torch.int64, device, self._account) for _ in range(num_layers)]
         self._free = torch.empty(0, dtype=torch.int64, device=device)  # slots of the pool that nobody lists any more
 
     def _append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, listed: Tensor) -> None:

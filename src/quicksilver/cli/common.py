@@ -31,6 +31,17 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def kernels_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --kernels."""
+    return click.option(
+        "--kernels",
+        type=click.Choice(["auto", "native", "torch"]),
+        default="auto",
+        show_default=True,
+        help="What reads nested weights: compiled kernels where they can, these or nothing, or PyTorch.",
+    )(function)
+
+
 def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --text, --documents and --dataset."""
     options = (
@@ -77,21 +88,37 @@ def window_protocol(
     return Protocol(context, stride, bos_id, max_tokens, prompt)
 
 
-def open_model(model: str, plan: Any, dtype: str | None, device: str, threads: int | None) -> tuple[Any, Any]:
+def open_model(
+    model: str, plan: Any, dtype: str | None, device: str, threads: int | None, kernels: Any = "auto"
+) -> tuple[Any, Any]:
     """Load a model under a plan, and its tokenizer; say where the plan was fitted to another model."""
     quiet_transformers()
     import torch
 
-    from quicksilver.errors import FittedElsewhereWarning
     from quicksilver.runtime.loading import load, load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FittedElsewhereWarning)  # said on a line of our own instead
-        loaded = load(model, plan, dtype, device)
+    with own_lines():
+        loaded = load(model, plan, dtype, device, kernels=kernels)
     warn_fitted_elsewhere(loaded.plan, loaded)
     return loaded, load_tokenizer(model)
+
+
+@contextmanager
+def own_lines() -> Iterator[None]:
+    """Say on lines of our own, on stderr, what the library warns of as a model is made ready; others' pass through."""
+    from quicksilver.errors import FittedElsewhereWarning, KernelsMissingWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KernelsMissingWarning)
+        warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
+        yield
+    for warning in caught:
+        if issubclass(warning.category, KernelsMissingWarning):
+            print(f"quicksilver: note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def resolve_plans(given: Sequence[str], model: str) -> list[Any]:

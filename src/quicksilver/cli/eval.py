@@ -10,6 +10,7 @@ import click
 
 from quicksilver.cli.common import (
     display_name,
+    kernels_option,
     model_options,
     open_model,
     progress,
@@ -40,6 +41,7 @@ from quicksilver.errors import InputError
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
 @model_options
+@kernels_option
 def command(
     model: str,
     text: str | None,
@@ -56,6 +58,7 @@ def command(
     dtype: str | None,
     device: str,
     threads: int | None,
+    kernels: Any,
 ) -> None:
     """Measure plans against the dense MODEL, in the same run, on the same windows.
 
@@ -81,7 +84,7 @@ def command(
         raise InputError("give exactly one of --text, --documents and --dataset")
     (corpus,) = read_texts(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
-    loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
+    loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
     protocol = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
     windowed, name = cut(corpus, tokenizer, protocol), display_name(model)

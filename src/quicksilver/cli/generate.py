@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import model_options, open_model
+from quicksilver.cli.common import kernels_option, model_options, open_model
 from quicksilver.errors import InputError
 
 _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
@@ -24,6 +24,7 @@ _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is gre
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of sampling.")
 @click.option("--stats", is_flag=True, help="Print what ran, on stderr.")
 @model_options
+@kernels_option
 def command(
     model: str,
     prompt: str,
@@ -37,6 +38,7 @@ def command(
     dtype: str | None,
     device: str,
     threads: int | None,
+    kernels: Any,
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin); the text goes to stdout, statistics to stderr.
 
@@ -51,7 +53,7 @@ def command(
     text = _read_stdin() if prompt == "-" else prompt
     if not is_encodable(text):
         raise InputError("the prompt is not UTF-8 text")
-    loaded, tokenizer = open_model(model, plan, dtype, device, threads)
+    loaded, tokenizer = open_model(model, plan, dtype, device, threads, kernels)
     encoded = tokenizer(text, return_tensors="pt")
     room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
     if encoded.input_ids.shape[1] == 0:

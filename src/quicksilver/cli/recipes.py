@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quicksilver.cli.common import calibration_windows, progress, warn_fitted_elsewhere
+from quicksilver.cli.common import calibration_windows, own_lines, progress, warn_fitted_elsewhere
 from quicksilver.errors import InputError
 
 CALIBRATION_HELP = "UTF-8 text that width thresholds are fitted to (default: text sampled from the model)."
@@ -84,7 +84,8 @@ def nested_copy(model: Any) -> Any:
         f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose widths;\n"
         "`quicksilver quantize` with --calibration does better"
     )
-    return accelerate(plain, "dense", model.special_ids)
+    with own_lines():
+        return accelerate(plain, "dense", model.special_ids, model.kernels)
 
 
 def _windows(model: Any, tokenizer: Any, corpus: Any) -> tuple[list[Any], str, int]:

@@ -6,8 +6,9 @@ FLOPs, tables, pictures and the oracle tests all read this; it computes no cost 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -147,6 +148,17 @@ class LayerTrace:
         self.fitted_bytes += rows * nbytes
 
 
+Counts = TypeVar("Counts", bound="PendingCounts")
+
+
+class PendingCounts(Protocol):
+    """Counts kept elsewhere, in a form that is cheap to add to."""
+
+    def settle(self, layers: Sequence[LayerTrace]) -> None:
+        """Add what has been counted since the last call."""
+        ...
+
+
 class Trace:
     """Counts of a run: one forward pass, or all passes of one `generate`.
 
@@ -157,7 +169,8 @@ class Trace:
     """
 
     def __init__(self, num_layers: int, per_token: bool = False, coded_entries: bool = False) -> None:
-        self.layers = [LayerTrace() for _ in range(num_layers)]
+        self._layers = [LayerTrace() for _ in range(num_layers)]
+        self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
         self.head_rows = 0
         self.dense_attended = 0
@@ -168,18 +181,35 @@ class Trace:
         self.coded_entries = coded_entries
         self.depths: list[Tensor] = []
 
+    @property
+    def layers(self) -> Sequence[LayerTrace]:
+        """Counts of each layer, complete."""
+        for counts in self._pending.values():
+            counts.settle(self._layers)
+        return self._layers
+
+    def at(self, layer_idx: int) -> LayerTrace:
+        """Return one layer's counts to add to; what kernels have counted may not be in them yet."""
+        return self._layers[layer_idx]
+
+    def pending(self, owner: object, make: Callable[[], Counts]) -> Counts:
+        """Return an owner's counts that are added whenever layers are read; made at the first call."""
+        if owner not in self._pending:
+            self._pending[owner] = make()
+        return self._pending[owner]  # type: ignore[return-value]
+
     def begin_pass(self, starts: list[int], layout: RaggedLayout) -> None:
         """Count the tokens entering a pass and the pairs that dense causal attention would score."""
         self.tokens += layout.num_tokens
         for start, length in zip(starts, layout.lengths, strict=True):
             self.dense_attended += length * start + length * (length + 1) // 2
         if self.per_token:
-            depth = torch.full((layout.num_tokens,), len(self.layers), device=layout.origin.device)
+            depth = torch.full((layout.num_tokens,), len(self._layers), device=layout.origin.device)
             self.depths.append(depth)
 
     def record_halt(self, layer_idx: int, origin: Tensor, signal_rows: Mapping[str, int]) -> None:
         """Record the tokens ([M] origins) that halted after a layer and the signals computed there."""
-        layer = self.layers[layer_idx]
+        layer = self._layers[layer_idx]
         layer.halted += origin.shape[0]
         layer.signal_rows.update(signal_rows)
         self._record_depth(layer_idx, origin)
@@ -193,7 +223,7 @@ class Trace:
             fused: tokens absorbed, those of earlier passes included.
             sizes: groups by size, to be added; negative where one has grown.
         """
-        layer = self.layers[layer_idx]
+        layer = self._layers[layer_idx]
         layer.fused += fused
         layer.group_sizes.update(sizes)
         self._record_depth(layer_idx, origin)

@@ -16,6 +16,7 @@ from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
 from quicksilver.models.cost import executed_cost, kv_read_bytes
 from quicksilver.models.spec import ModelSpec
+from quicksilver.ops import native
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 
@@ -59,13 +60,15 @@ def evaluate(
 
 
 def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:
-    """Return which weights dense and plan read, how they were nested, and what thresholds were fitted to."""
+    """Return which weights dense and plan read, how they were nested, by what, and what thresholds were fitted to."""
     stored = getattr(model.model.config, "quantization_config", None)
     nesting = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
     fitted = plan.fitted_to
     return {
         "baseline": "nested" if dense.adapter.spec.is_nested else "plain",
         "nesting": nesting and {**nesting, "in_memory": model is not dense},
+        "kernels": model.adapter.kernels,
+        "instruction_set": native.instruction_set() if model.adapter.kernels == "native" else None,
         "calibration": fitted and {"source": fitted.calibration, "tokens": fitted.tokens, "model": fitted.model},
     }
 

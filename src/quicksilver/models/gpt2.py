@@ -15,7 +15,9 @@ from quicksilver.models.spec import (
     Adapter,
     Apply,
     LayerOps,
+    Leaves,
     Map,
+    MapRole,
     ModelSpec,
     head_bits,
     nested_bytes,
@@ -25,7 +27,8 @@ from quicksilver.models.spec import (
 )
 from quicksilver.quant import NestedSplit
 
-_TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_ROLES: tuple[MapRole, ...] = ("query", "key", "value", "output", "up", "down")
+TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 def adapt(model: Any) -> Adapter:
@@ -95,12 +98,13 @@ def _layer_ops(block: Any, activation: str) -> LayerOps:
         mlp=partial(_mlp, block.mlp, _activation(block.mlp, activation)),
         scaling=attention.scaling,
         nested=nested_maps(block),
+        leaves=Leaves(block.ln_1, block.ln_2, None, None, _ROLES, activation),
     )
 
 
 def _activation(mlp: Any, name: str) -> Map:
     """Return the activation; the tanh GELUs as PyTorch's fused one, the same formula in one pass."""
-    return partial(F.gelu, approximate="tanh") if name in _TANH_GELUS else mlp.act
+    return partial(F.gelu, approximate="tanh") if name in TANH_GELUS else mlp.act
 
 
 def _mlp(mlp: Any, activation: Map, x: Tensor, apply: Apply) -> Tensor:

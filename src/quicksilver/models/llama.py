@@ -14,6 +14,8 @@ from quicksilver.models.spec import (
     Adapter,
     Apply,
     LayerOps,
+    Leaves,
+    MapRole,
     ModelSpec,
     head_bits,
     nested_bytes,
@@ -22,6 +24,7 @@ from quicksilver.models.spec import (
     weight_bytes,
 )
 
+_ROLES: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "down")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -35,7 +38,7 @@ def adapt(model: Any) -> Adapter:
     body = model.model
     return Adapter(
         spec=_spec(model),
-        layers=tuple(_layer_ops(layer) for layer in body.layers),
+        layers=tuple(_layer_ops(layer, model.config.hidden_act) for layer in body.layers),
         embed=lambda ids, positions: body.embed_tokens(ids),
         rotation=partial(_rotation, _rotary_module(model), body.norm.weight),
         final_norm=body.norm,
@@ -99,7 +102,7 @@ def _spec(model: Any) -> ModelSpec:
     )
 
 
-def _layer_ops(layer: nn.Module) -> LayerOps:
+def _layer_ops(layer: nn.Module, activation: str) -> LayerOps:
     attention: Any = layer.self_attn
     return LayerOps(
         attn_norm=layer.input_layernorm,
@@ -111,6 +114,14 @@ def _layer_ops(layer: nn.Module) -> LayerOps:
         mlp=partial(_mlp, layer.mlp),
         scaling=attention.scaling,
         nested=nested_maps(layer),
+        leaves=Leaves(
+            attn_norm=layer.input_layernorm,
+            mlp_norm=layer.post_attention_layernorm,
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            roles=_ROLES,
+            activation=activation,
+        ),
     )
 
 

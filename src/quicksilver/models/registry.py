@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
+from quicksilver.models.kernels import resolve
 from quicksilver.models.spec import Adapter
+from quicksilver.ops.native import KernelChoice
+from quicksilver.quant import NestedLinear
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "gpt2": gpt2.adapt,
@@ -26,11 +31,17 @@ def check_family(config: Any) -> None:
         raise UnsupportedModelError(f"model type {family!r} is not supported; supported: {known}")
 
 
-def adapt(model: Any) -> Adapter:
+def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     """Return the adapter of a loaded transformers causal language model; no weight is copied.
+
+    Args:
+        model: the model.
+        kernels: which kernels read its nested weights.
 
     Raises:
         UnsupportedModelError: the family, or an option of its configuration, is not supported.
+        InputError: no such kernels.
+        KernelsUnavailableError: "native" kernels are asked for and cannot be used.
     """
     check_family(model.config)
     devices = {p.device for p in model.parameters()}
@@ -40,7 +51,10 @@ def adapt(model: Any) -> Adapter:
     if not hasattr(model, "lm_head"):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head (lm_head)")
     _check_shape(model.config)
-    return FAMILIES[model.config.model_type](model)
+    adapter = FAMILIES[model.config.model_type](model)
+    resolved = resolve(kernels, model, adapter.spec)
+    head = partial(model.lm_head, kernels=resolved) if isinstance(model.lm_head, NestedLinear) else adapter.head
+    return replace(adapter, kernels=resolved, head=head)
 
 
 def _check_shape(config: Any) -> None:

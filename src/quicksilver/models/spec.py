@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape
 from quicksilver.models.rotary import Rotation
+from quicksilver.ops.native import Kernels
 from quicksilver.quant import NestedLinear, NestedWeight
 from quicksilver.quant.planes import MAX_WIDTH
 
@@ -92,6 +93,30 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+MapRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """A nested layer's modules by role, for kernels that run the whole layer.
+
+    Attributes:
+        attn_norm: norm before attention.
+        mlp_norm: norm before the MLP.
+        query_norm: of each query head, None where there is none.
+        key_norm: likewise.
+        roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
+        activation: of the MLP, by transformers' name.
+    """
+
+    attn_norm: nn.Module
+    mlp_norm: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    roles: tuple[MapRole, ...]
+    activation: str
+
+
 @dataclass(frozen=True)
 class LayerOps:
     """One pre-norm decoder layer's leaf operations over flat rows [N, d].
@@ -108,6 +133,7 @@ class LayerOps:
         mlp: the MLP.
         scaling: factor of the attention scores.
         nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
+        leaves: the layer's modules by role.
     """
 
     attn_norm: Map
@@ -119,6 +145,7 @@ class LayerOps:
     mlp: Callable[[Tensor, Apply], Tensor]
     scaling: float
     nested: tuple[NestedLinear, ...]
+    leaves: Leaves
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,7 @@ class Adapter:
         rotation: positions [N] to the rotation of queries and keys, or None where positions are embedded.
         final_norm: norm before the head.
         head: normed states [N, d] to logits [N, vocab].
+        kernels: which kernels read nested weights.
     """
 
     spec: ModelSpec
@@ -140,6 +168,7 @@ class Adapter:
     rotation: Callable[[Tensor], Rotation] | None
     final_norm: Map
     head: Map
+    kernels: Kernels = "torch"
 
 
 def weight_bytes(*modules: nn.Module) -> int:

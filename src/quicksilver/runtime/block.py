@@ -42,7 +42,7 @@ def run_layer(
     added, keys = _attention(layer, layer_idx, running, skipped, context)
     hidden = state.hidden + added
     hidden = hidden + _mlp(layer, layer_idx, hidden, state.layout.origin, skipped.status, context)
-    context.trace.layers[layer_idx].query_rows += hidden.shape[0]
+    context.trace.at(layer_idx).query_rows += hidden.shape[0]
     state = TokenState(hidden, state.layout, state.mass, state.shift)
     return Running(state, running.rotation, running.update, keys if keeps_keys else None)
 
@@ -92,7 +92,7 @@ def _detour(
     layer_idx: int, part: Part, normed: Tensor, state: Tensor, origins: Tensor, context: PassContext
 ) -> Detour | None:
     """Return which rows go past a sublayer by its shortcut, None where all run it."""
-    trace = context.trace.layers[layer_idx]
+    trace = context.trace.at(layer_idx)
     return context.shortcuts.decide(layer_idx, part, normed, state, origins, context.unshortened, trace)
 
 
@@ -108,7 +108,8 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
 
 def _linear(layer_idx: int, origins: Tensor, status: TokenStatus, context: PassContext) -> Apply:
     """Return the function that applies a layer's maps to rows of the tokens `origins` ([M])."""
-    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, context.trace.layers[layer_idx])
+    trace = context.trace.at(layer_idx)
+    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, trace, context.of_prompt)
 
 
 def _project_shifted(
@@ -131,7 +132,7 @@ def _project_shifted(
         own.index_copy(0, rows, merged)
         for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means), apply), strict=True)
     )
-    context.trace.layers[layer_idx].fill_rows += rows.shape[0]
+    context.trace.at(layer_idx).fill_rows += rows.shape[0]
     return key, value
 
 
@@ -146,7 +147,7 @@ def _write(
     """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
     cache, chunk, status, layout = context.cache, context.chunk, skipped.status, state.layout
     key, value = running
-    layer_trace = context.trace.layers[layer_idx]
+    layer_trace = context.trace.at(layer_idx)
     if cache.shape.coded:
         layer_trace.signal_rows["entry"] += key.shape[0]
     if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
@@ -189,7 +190,7 @@ def _attend(
     written = running if skipped.fill is Fill.NONE else skipped.status.present
     skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
     query_below = 0.0 if context.attention is None else context.attention.query_threshold_in(layer_idx)
-    screen, layer_trace = context.screen(layer_idx), context.trace.layers[layer_idx]
+    screen, layer_trace = context.screen(layer_idx), context.trace.at(layer_idx)
     if query_below > 0.0 or screen is not None:
         layer_trace.signal_rows["query"] += query.shape[0]
     for seq, length in enumerate(layout.lengths):

@@ -27,7 +27,10 @@ from quicksilver.runtime.halting import HaltingStep
 from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
+from quicksilver.runtime.spans import LayerSpans
 from quicksilver.runtime.status import Running, TokenStatus
+
+_FEW = 16  # tokens that are looked at one by one
 
 
 class Decoder:
@@ -61,6 +64,7 @@ class Decoder:
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
+        self._spans = self._native_spans()
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:
@@ -112,7 +116,7 @@ class Decoder:
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
-        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
+        context = self._context(chunk, token_ids, all(of_prompt), self._fusion.takes_part(of_prompt), cache, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         running, status = self._run_layers(
             0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
@@ -126,13 +130,19 @@ class Decoder:
         self, first: int, running: Running, status: TokenStatus, context: PassContext
     ) -> tuple[Running, TokenStatus]:
         """Run the layers from `first` on."""
-        for layer_idx, layer in enumerate(self.adapter.layers[first:], first):
-            skipped = Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
+        layer_idx = first - 1
+        while (layer_idx := layer_idx + 1) < self.spec.num_layers:
+            layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                span = None if self._spans is None else self._spans.span(layer_idx, running, status, context)
+                if span is None:
+                    running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                else:  # several layers at once, up to the next that must be asked about
+                    running = self._spans.run(span, running, status, context)
+                    layer_idx = span[-1]
                 split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
                 if self._halting.keeps_updates:
                     running = replace(running, update=running.state.hidden - before.state.hidden)
@@ -145,12 +155,19 @@ class Decoder:
                 running, status = fused.running, fused.status
         return running, status
 
+    def _native_spans(self) -> LayerSpans | None:
+        """Return what runs spans of layers by the native kernels, None where that cannot be."""
+        if LayerSpans.obstacle(self.adapter, self.plan) is not None:
+            return None
+        asked = {*self._halting.layers, *self._fusion.layers, *self._precision.layers}
+        return LayerSpans(self.adapter, self.plan, self._precision, self._shortcuts, asked)
+
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
         hidden, origins, layer_trace = (
             running.state.hidden,
             running.state.layout.origin,
-            context.trace.layers[layer_idx],
+            context.trace.at(layer_idx),
         )
         count = context.chunk.num_tokens
         caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, layer_trace)
@@ -160,7 +177,7 @@ class Decoder:
         """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
         chunk = rerun.state.layout
         fuses = tuple(fuses and length > 0 for fuses, length in zip(outer.fuses, chunk.lengths, strict=True))
-        context = self._context(chunk, rerun.token_ids, fuses, outer.cache, outer.trace)
+        context = self._context(chunk, rerun.token_ids, outer.of_prompt, fuses, outer.cache, outer.trace)
         with outer.trace.rerun(chunk.num_tokens, self.spec.device):
             self._run_layers(
                 first,
@@ -179,7 +196,13 @@ class Decoder:
         return flags
 
     def _context(
-        self, chunk: RaggedLayout, token_ids: Tensor, fuses: tuple[bool, ...], cache: RaggedKVCache, trace: Trace
+        self,
+        chunk: RaggedLayout,
+        token_ids: Tensor,
+        of_prompt: bool,
+        fuses: tuple[bool, ...],
+        cache: RaggedKVCache,
+        trace: Trace,
     ) -> PassContext:
         rotate = self.adapter.rotation
         rotation = None if rotate is None else rotate(chunk.positions)
@@ -191,6 +214,7 @@ class Decoder:
             token_ids=token_ids,
             protected=protected,
             rotation=rotation,
+            of_prompt=of_prompt,
             fuses=fuses,
             precision=self._precision,
             exempt=exempt,
@@ -233,6 +257,7 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
     """Raise InputError where an id is not in [0, vocab_size)."""
     if token_ids.numel() == 0:
         raise InputError("no tokens were given")
-    low, high = torch.stack(token_ids.aminmax()).tolist()
+    few = token_ids.tolist() if token_ids.numel() <= _FEW else torch.stack(token_ids.aminmax()).tolist()
+    low, high = min(few), max(few)
     if low < 0 or high >= vocab_size:
         raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")

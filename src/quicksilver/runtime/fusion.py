@@ -90,7 +90,7 @@ class FusionStep:
         joined = self._join(layer_idx, arrivals, config, context)
         rerun = self._rerun(layer_idx, joined, config, context)
         stop, keep = _split(joined)
-        context.trace.layers[layer_idx].fusion_rows += len(running)
+        context.trace.at(layer_idx).fusion_rows += len(running)
         origins = running.state.layout.origin.index_select(0, stop)
         _record(layer_idx, joined, origins, context)
         _keep_tails(layer_idx, joined, context)
@@ -117,7 +117,7 @@ class FusionStep:
             rows.token_ids.index_select(0, later),
         )
         decision = fusion.decide(config.rule, view)
-        context.trace.layers[layer_idx].signal_rows.update(decision.signal_rows)
+        context.trace.at(layer_idx).signal_rows.update(decision.signal_rows)
         alike = torch.zeros_like(rows.mass, dtype=torch.bool).index_copy_(0, later, decision.alike)
         joins = fusion.chain(alike, rows.mass, config.max_group)
         groups = Groups.from_joins(joins)
@@ -146,7 +146,7 @@ class FusionStep:
         rows = FusionRows.concatenate([tails[seq].row for seq in alone])
         lengths = tuple(int(seq in alone) for seq in range(len(context.fuses)))
         layout = RaggedLayout(lengths, rows.seq_ids, rows.positions, torch.arange(len(rows), device=rows.mass.device))
-        context.trace.layers[layer_idx].fused -= len(alone)
+        context.trace.at(layer_idx).fused -= len(alone)
         return Rerun(group_state(rows, layout, config.weights), rows.token_ids, rows.update, rows.caps)
 
 
@@ -171,12 +171,12 @@ def _record(layer_idx: int, joined: _Joined, origins: Tensor, context: PassConte
             continue
         fused += 1
         for change in context.cache.take_back(layer_idx, seq, tail.position):
-            deeper = trace.layers[change.layer_idx]
+            deeper = trace.at(change.layer_idx)
             deeper.fused -= not change.taken.ran  # absorbed, then uncovered: it is no row there any more
             deeper.group_sizes.subtract(_size(change.taken))
             deeper.group_sizes.update(_size(change.uncovered))
     if joined.merged.mean is not None:
-        trace.layers[layer_idx].signal_rows["mean"] += sum(joined.host_joins)
+        trace.at(layer_idx).signal_rows["mean"] += sum(joined.host_joins)
     trace.record_fusion(layer_idx, origins, fused, sizes)
 
 

@@ -22,6 +22,7 @@ from quicksilver.errors import InputError, UnsupportedFeatureError
 from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
+from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.grids import grid_logits, real_tokens, shifted_loss
 from quicksilver.runtime.stats import RunStats
@@ -40,6 +41,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         plan: what may be saved.
         special_ids: token ids that a plan with `protect_special` never halts or fuses.
         backend: attention implementation, "sdpa" or "eager".
+        kernels: which kernels were asked for to read nested weights; the adapter says which do.
     """
 
     main_input_name = "input_ids"
@@ -56,6 +58,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         plan: Plan,
         special_ids: Sequence[int] = (),
         backend: AttentionBackend = "sdpa",
+        kernels: KernelChoice = "auto",
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,6 +67,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         self._adapter = adapter
         self._special_ids = tuple(special_ids)
         self._backend: AttentionBackend = backend
+        self._kernels: KernelChoice = kernels
         self._decoder = Decoder(adapter, plan, self._special_ids, backend)
         self._trace = self._decoder.new_trace()
 
@@ -92,6 +96,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         return self._special_ids
 
     @property
+    def kernels(self) -> KernelChoice:
+        """Which kernels were asked for to read nested weights; `adapter.kernels` says which do."""
+        return self._kernels
+
+    @property
     def stats(self) -> RunStats:
         """What the last call of the model, or the last `generate`, ran."""
         return RunStats.from_trace(self._adapter.spec, self._trace)
@@ -109,7 +118,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
         super()._apply(fn, recurse)
-        self._adapter = adapt(self.model)
+        self._adapter = adapt(self.model, self._kernels)
         self.plan = self.plan
         return self
 

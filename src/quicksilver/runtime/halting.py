@@ -44,6 +44,18 @@ class HaltingStep:
         self._protection = None if config is None else Protection(config, special_ids, spec.device)
         self.keeps_updates = config is not None and halting.needs_previous_update(config.rule)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers after which the rule is asked, or whose update it will ask for."""
+        config, num_layers = self._config, self._adapter.spec.num_layers
+        if config is None:
+            return ()
+        first = config.first_halt(num_layers)
+        asked = [i for i in range(first, num_layers - 1) if halting.may_halt(config.rule, i)]
+        if self.keeps_updates and asked:
+            return tuple(range(max(min(asked) - 1, 0), num_layers - 1))
+        return tuple(asked)
+
     def protected(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass may never halt, [N] bool; None where nothing can halt."""
         return None if self._protection is None else self._protection.covers(token_ids, positions)
@@ -62,7 +74,7 @@ class HaltingStep:
             return None
         if layer_idx < config.first_halt(num_layers) or not halting.may_halt(config.rule, layer_idx):
             return None
-        layout, trace, gate = after.layout, context.trace.layers[layer_idx], self._gates.get(layer_idx)
+        layout, trace, gate = after.layout, context.trace.at(layer_idx), self._gates.get(layer_idx)
         token_ids, protected = (t.index_select(0, layout.origin) for t in (context.token_ids, context.protected))
         view = LayerView(
             layer_idx,

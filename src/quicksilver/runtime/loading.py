@@ -20,6 +20,8 @@ from quicksilver.models import registry
 from quicksilver.models.fingerprint import fingerprint
 from quicksilver.models.nesting import nest
 from quicksilver.models.spec import Adapter
+from quicksilver.ops import native
+from quicksilver.ops.native import KernelChoice
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.presets import resolve_plan
@@ -31,7 +33,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def accelerate(
-    model: Any, plan: Plan | str | os.PathLike[str] = "dense", special_ids: Sequence[int] | None = None
+    model: Any,
+    plan: Plan | str | os.PathLike[str] = "dense",
+    special_ids: Sequence[int] | None = None,
+    kernels: KernelChoice = "auto",
 ) -> QuickSilverForCausalLM:
     """Run a transformers model that is already loaded under a plan; no weight is copied or changed.
 
@@ -40,24 +45,28 @@ def accelerate(
         plan: a `Plan`, a preset's name, or the path of a plan file.
         special_ids: token ids never halted or fused where the plan protects them (default: the configuration's
             BOS, EOS and padding ids).
+        kernels: which kernels read nested weights: the compiled ones where they can be used ("auto"), these or an error
+            ("native"), or PyTorch's own ("torch").
 
     Raises:
         UnsupportedModelError: the family or an option of it is not supported.
         ModelError: a weight is NaN or infinite.
         PlanError: the plan is unknown, malformed, or does not fit the model.
+        KernelsUnavailableError: "native" kernels are asked for and cannot be used.
 
     Warns:
         FittedElsewhereWarning: the plan says that it was fitted to another model.
+        KernelsMissingWarning: the compiled kernels would have been used and cannot be.
     """
     if isinstance(model, QuickSilverForCausalLM):
         model = model.model
     resolved = resolve_plan(plan)
-    adapter = registry.adapt(model)
+    adapter = registry.adapt(model, kernels)
     check_finite(model)
     if (problem := check_fitted_to(resolved, model, adapter)) is not None:
         warnings.warn(problem, FittedElsewhereWarning, stacklevel=2)
     ids = configured_special_ids(model) if special_ids is None else special_ids
-    return QuickSilverForCausalLM(model, adapter, resolved, ids)
+    return QuickSilverForCausalLM(model, adapter, resolved, ids, kernels=kernels)
 
 
 def load(
@@ -66,6 +75,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     special_ids: Sequence[int] | None = None,
+    kernels: KernelChoice = "auto",
 ) -> QuickSilverForCausalLM:
     """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
 
@@ -78,13 +88,22 @@ def load(
         device: "cpu", "cuda", "cuda:1", ...
         special_ids: token ids never halted where the plan protects them (default: the configuration's BOS, EOS
             and padding ids, and the special tokens of the tokenizer where there is one).
+        kernels: which kernels read nested weights: the compiled ones where they can be used ("auto"), these or an error
+            ("native"), or PyTorch's own ("torch").
 
     Raises:
         ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
         UnsupportedModelError: the family or an option of it is not supported.
         PlanError: the plan is unknown, malformed, or does not fit the model.
+        KernelsUnavailableError: "native" kernels are asked for and cannot be used.
+
+    Warns:
+        FittedElsewhereWarning: the plan says that it was fitted to another model.
+        KernelsMissingWarning: the compiled kernels would have been used and cannot be.
     """
     resolved = resolve_plan(plan, path_or_id)  # before the slow part
+    if native.check_choice(kernels) == "native":
+        native.extension()
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = _local_only(source)
     model = _read_model(source, resolve_dtype(dtype, target), local)
@@ -93,7 +112,7 @@ def load(
     try:
         if special_ids is None:
             special_ids = {*configured_special_ids(model), *_tokenizer_special_ids(source, local)}
-        return accelerate(model.eval().to(target), resolved, sorted(special_ids))
+        return accelerate(model.eval().to(target), resolved, sorted(special_ids), kernels)
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
 

@@ -50,7 +50,7 @@ class OutputMaps:
         for stop in stops:
             if stop.layer_idx in self._of_output:
                 layer_map, rows = self._of_output[stop.layer_idx], hidden.index_select(0, stop.origins)
-                hidden.index_copy_(0, stop.origins, _mapped(rows, layer_map, trace.layers[stop.layer_idx]))
+                hidden.index_copy_(0, stop.origins, _mapped(rows, layer_map, trace.at(stop.layer_idx)))
         return hidden
 
     def before_head(self, layer_idx: int, hidden: Tensor, trace: LayerTrace) -> Tensor:

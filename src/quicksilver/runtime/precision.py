@@ -29,7 +29,7 @@ def apply_plain(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
-class _Centre:
+class Centre:
     """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
 
     Args:
@@ -72,6 +72,7 @@ class PrecisionStep:
     ) -> None:
         spec, config = adapter.spec, plan.precision
         self._is_nested = spec.is_nested
+        self._kernels = adapter.kernels
         self._rule = None if config is None else config.rule
         self._protection = Protection(config, special_ids, spec.device)
         self._head_entropy = head_entropy
@@ -82,12 +83,27 @@ class PrecisionStep:
         channels = precision.channel_rule(self._rule)
         self._centres = {} if channels is None or not channels.centred else _centres(adapter, plan.tensors or {})
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers after which tokens decide how many bits they read."""
+        return () if self._token_layer is None else (self._token_layer,)
+
+    def centre(self, module: NestedLinear) -> Centre | None:
+        """Return the mean of a map's inputs, None where they are taken as they are."""
+        return self._centres.get(id(module))
+
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass read all bits, [N] bool; None where none does by protection."""
         return self._protection.covers(token_ids, positions) if self._protection.is_on else None
 
     def linear(
-        self, layer_idx: int, origins: Tensor, caps: Tensor | None, exempt: Tensor | None, trace: LayerTrace
+        self,
+        layer_idx: int,
+        origins: Tensor,
+        caps: Tensor | None,
+        exempt: Tensor | None,
+        trace: LayerTrace,
+        coarse: bool = False,
     ) -> Apply:
         """Return the function that applies this layer's maps to rows.
 
@@ -97,13 +113,14 @@ class PrecisionStep:
             caps: [N] uint8, the most bits that each token of the pass may read; None for no limit.
             exempt: [N] tokens that read all bits.
             trace: of the layer.
+            coarse: nobody asks what the rows predict, but for the last (see `NestedLinear.forward`).
         """
         if not self._is_nested:
             return apply_plain
         if self._rule is None:
-            return partial(self._apply, trace, lambda module, x: MAX_WIDTH)
+            return partial(self._apply, trace, coarse, lambda module, x: MAX_WIDTH)
         caps, exempt = (None if t is None else t.index_select(0, origins) for t in (caps, exempt))
-        return partial(self._apply, trace, partial(self._choose, layer_idx, caps, exempt, trace))
+        return partial(self._apply, trace, coarse, partial(self._choose, layer_idx, caps, exempt, trace))
 
     def decide_tokens(
         self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: LayerTrace
@@ -137,33 +154,38 @@ class PrecisionStep:
         return widths.masked_fill(exempt if widths.dim() == 1 else exempt[:, None], MAX_WIDTH)
 
     def _apply(
-        self, trace: LayerTrace, choose: Callable[[NestedLinear, Tensor], int | Tensor], module: NestedLinear, x: Tensor
+        self,
+        trace: LayerTrace,
+        coarse: bool,
+        choose: Callable[[NestedLinear, Tensor], int | Tensor],
+        module: NestedLinear,
+        x: Tensor,
     ) -> Tensor:
         centre = self._centres.get(id(module))
         if centre is None:
-            return self._read(trace, choose(module, x), module, x)
+            return self._read(trace, coarse, choose(module, x), module, x)
         mean, product = centre.bind(x)
         trace.record_fitted(x.shape[0], 0, mean.nbytes + product.nbytes)
         x = x - mean
-        return self._read(trace, choose(module, x), module, x) + product
+        return self._read(trace, coarse, choose(module, x), module, x) + product
 
-    @staticmethod
-    def _read(trace: LayerTrace, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
+    def _read(self, trace: LayerTrace, coarse: bool, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
         """Apply a map at chosen widths, and count what is read."""
         counts = _channels_by_width(widths, x)
         trace.widths.add(counts, module.num_outputs, module.channel_bytes)
         if isinstance(counts, list):
-            return module(x, widths)
-        return module(x, widths, [width for width, count in enumerate(counts.tolist()) if width and count])
+            return module(x, widths, kernels=self._kernels, coarse=coarse)
+        present = [width for width, count in enumerate(counts.tolist()) if width and count]
+        return module(x, widths, present, self._kernels, coarse)
 
 
-def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, _Centre]:
+def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centre]:
     """Return the means of the inputs of a model's nested maps, by the map's identity."""
     centres = {}
     for layer_idx, layer in enumerate(adapter.layers):
         for map_idx, module in enumerate(layer.nested):
             name = ChannelWidthRule.mean_name(layer_idx, map_idx)
-            centres[id(module)] = _Centre(module, named_vector(tensors, name, module.num_inputs))
+            centres[id(module)] = Centre(module, named_vector(tensors, name, module.num_inputs))
     return centres
 
 

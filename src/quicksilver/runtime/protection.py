@@ -27,6 +27,7 @@ class Protection:
     ) -> None:
         self._first = 0 if config is None else config.protect_first
         ids = sorted(set(special_ids)) if config is not None and config.protect_special else []
+        self._known = frozenset(ids)
         self._special_ids = torch.tensor(ids, dtype=torch.int64, device=device)
 
     @property
@@ -36,6 +37,8 @@ class Protection:
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return which tokens are protected, [N] bool."""
+        if token_ids.shape[0] == 1 and token_ids.device.type == "cpu":  # a decoded token, for which tensors are slow
+            return torch.tensor([int(positions) < self._first or int(token_ids) in self._known])
         protected = positions < self._first
         if self._special_ids.numel():
             protected = protected | torch.isin(token_ids, self._special_ids)

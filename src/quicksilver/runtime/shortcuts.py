@@ -22,12 +22,21 @@ from quicksilver.runtime.protection import Protection
 
 
 @dataclass(frozen=True)
-class _Bound:
+class BoundShortcut:
     """A shortcut with its tensors on the model's device: the map in the model's dtype, the gate in float32 or wider."""
 
     fitted: AffineMap
     gate: Tensor | None
     threshold: float | None
+
+    def record(self, trace: LayerTrace, part: Part, past: int, asked: int) -> None:
+        """Count `past` rows that took the shortcut and `asked` rows that its gate was asked about."""
+        if self.gate is not None:
+            size = self.fitted.bias.shape[0]  # of the state, whose norm is taken
+            nbytes = self.gate.numel() * self.gate.element_size()
+            trace.record_fitted(asked, self.gate.numel() + size, nbytes)
+        trace.shortcut_rows[part] += past
+        trace.record_fitted(past, self.fitted.macs, self.fitted.nbytes)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class ShortcutStep:
     def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int]) -> None:
         spec, config = adapter.spec, plan.shortcuts
         self._protection = Protection(config, special_ids, spec.device)
-        self._bound: dict[tuple[int, Part], _Bound] = {}
+        self._bound: dict[tuple[int, Part], BoundShortcut] = {}
         if config is None:
             return
         maps, gates = plan.fitted_maps(spec.num_layers, spec.hidden_size), plan.shortcut_gates(spec.hidden_size)
@@ -70,7 +79,11 @@ class ShortcutStep:
         for shortcut in config.shortcuts:
             fitted, gate = maps[shortcut.name].to(spec.device, spec.dtype), gates.get(shortcut)
             gate = None if gate is None else gate.to(spec.device, wide)
-            self._bound[shortcut.layer, shortcut.part] = _Bound(fitted, gate, shortcut.threshold)
+            self._bound[shortcut.layer, shortcut.part] = BoundShortcut(fitted, gate, shortcut.threshold)
+
+    def bound(self, layer_idx: int, part: Part) -> BoundShortcut | None:
+        """Return the shortcut past a sublayer, None where there is none."""
+        return self._bound.get((layer_idx, part))
 
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass run every sublayer, [N] bool; None where none must."""
@@ -105,14 +118,10 @@ class ShortcutStep:
             return None
         protected = None if exempt is None else exempt.index_select(0, origins)
         decision = shortcuts.decide(bound.gate, bound.threshold, ShortcutView(normed, state, protected))
-        if bound.gate is not None:
-            macs = bound.gate.numel() + state.shape[1]  # the product, and the state's norm
-            trace.record_fitted(decision.gate_rows, macs, bound.gate.numel() * bound.gate.element_size())
         past = decision.take.nonzero().squeeze(-1)
+        bound.record(trace, part, past.shape[0], decision.gate_rows)
         if past.shape[0] == 0:
             return None
         through = decision.take.argsort(stable=True)[: normed.shape[0] - past.shape[0]]  # False first
         mapped = bound.fitted(normed if through.shape[0] == 0 else normed.index_select(0, past))
-        trace.shortcut_rows[part] += past.shape[0]
-        trace.record_fitted(past.shape[0], bound.fitted.macs, bound.fitted.nbytes)
         return Detour(past, through, mapped)

@@ -1,0 +1,169 @@
+"""One subject measured: engines loaded and checked, then timed in turn, and weighed in processes of their own.
+
+Which engines there are is `roster.py`'s, what they must reach `limits.py`'s.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from benchmarks import rows, timing
+from benchmarks.memory import peak_rss_bytes
+from benchmarks.peers import bandwidth, files, limits, ours, quality, roster
+from benchmarks.peers.engines import Engine, TorchEngine
+from benchmarks.peers.llama_cpp_engine import LlamaCpp
+from benchmarks.peers.subjects import Subject
+from benchmarks.rows import Measurement
+
+_WARMUP = 1
+_SINGLY = 16  # tokens compared that are fed one by one
+_DECODED_ALONE = 8  # tokens, where memory is measured
+_SETTLE_SECONDS = 0.3  # before each turn: threads of the engine before it spin for up to 0.2 s
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a run, in tokens, and how it is repeated."""
+
+    threads: int
+    rounds: int
+    new_tokens: int
+    prompt_tokens: int
+    prefill_tokens: int
+    quality_tokens: int
+    quick: bool
+
+    @property
+    def context(self) -> int:
+        """Tokens that must fit."""
+        return max(self.prefill_tokens, self.prompt_tokens, self.quality_tokens) + self.new_tokens
+
+
+def measure(
+    subject: Subject, names: Sequence[str], settings: Settings, ids: list[int], memory: list[Measurement]
+) -> list[dict[str, Any]]:
+    """Load a subject's engines, check them, time them in turn, and return the rows.
+
+    Raises:
+        GateError: an engine computes something else than it should.
+    """
+    reference = files.reference_logits(subject, ids[: settings.quality_tokens], settings.threads, say)
+    with torch.inference_mode():
+        engines = roster.load(subject, names, settings.threads, settings.context)
+        limits.check({engine.name: _quality(engine, settings, ids, reference) for engine in engines})
+        for engine in engines:
+            if isinstance(engine, TorchEngine) and ours.is_ours(engine.name):
+                ours.count_work(engine, ids, settings.prompt_tokens)
+        seconds = measure_seconds(engines, settings, ids, end_to_end=not subject.is_random)
+    weight_bytes = {engine.name: engine.weight_bytes for engine in engines}
+    measurements = [*seconds, *(_with_details(m, engines) for m in memory)]
+    shared = {
+        "model": subject.describe(),
+        "peers": roster.versions(),
+        "warmup": _WARMUP,
+        "settings": asdict(settings),
+    }
+    measured = rows.to_rows("peers", measurements, shared, torch.device("cpu"))
+    verdicts = limits.judge(subject.name, measurements, weight_bytes)
+    for row in measured:
+        mine = [v for v in verdicts if (v.bar.task, v.bar.engine) == (row["task"], row["engine"])]
+        row["bars"] = [{"task": v.bar.task, **v.to_dict()} for v in mine]
+        if row["task"] == "decode":
+            row["tokens_per_second"] = 1 / row["median"]
+            row["bandwidth_fraction"] = limits.bandwidth_fraction(row["engine"], measurements, weight_bytes)
+    return measured
+
+
+def measure_seconds(
+    engines: Sequence[Engine], settings: Settings, ids: list[int], end_to_end: bool
+) -> list[Measurement]:
+    """Time every task on every engine, in turn, and the memory's bandwidth in each round of decoding."""
+    prompt, prefill = ids[: settings.prompt_tokens], ids[: settings.prefill_tokens]
+    new = settings.new_tokens
+    fed = ids[settings.prompt_tokens : settings.prompt_tokens + new]
+    read = bandwidth.StreamingRead(bandwidth.QUICK_BYTES if settings.quick else bandwidth.BYTES)
+
+    def timed(
+        task: str, prepare: Callable[[Engine], Any], work: Callable[[Engine, Any], Any]
+    ) -> dict[str, list[float]]:
+        say(task)
+        cases = [
+            timing.Case(e.name, lambda e=e: _settled(lambda: prepare(e)), lambda state, e=e: work(e, state))
+            for e in engines
+        ]
+        if task == "decode":
+            cases.insert(0, timing.Case(limits.STREAMING_READ, lambda: _settled(lambda: None), lambda _: read.run()))
+        return timing.interleaved(cases, settings.rounds, _WARMUP)
+
+    prefilled = timed("prefill", lambda e: None, lambda e, _: e.prefill(prefill))
+    decoded = timed("decode", lambda e: e.start(prompt), lambda e, state: e.decode(state, fed))
+    generated = timed("generate", lambda e: None, lambda e, _: e.generate(prompt, new)) if end_to_end else {}
+    rates = tuple(read.nbytes / seconds for seconds in decoded.pop(limits.STREAMING_READ))
+    name = limits.STREAMING_READ
+    measurements = [Measurement("bandwidth", name, name, "bytes per second", rates, {"method": read.method})]
+    for engine in engines:
+        figures = [("prefill", "seconds", prefilled, 1), ("decode", "seconds per token", decoded, new)]
+        figures += [("generate", "seconds", generated, 1)] if generated else []
+        for task, unit, seconds, divisor in figures:
+            values = tuple(value / divisor for value in seconds[engine.name])
+            measurements.append(Measurement(task, engine.name, engine.baseline, unit, values, _details(engine)))
+    return measurements
+
+
+def measure_memory(subject: Subject, names: Sequence[str], settings: Settings, ids: list[int]) -> list[Measurement]:
+    """Return each engine's peak memory: it loads the model, prefills and decodes in a process of its own."""
+    measurements = []
+    for name in names:
+        say(f"memory of {subject.name} in {name}")
+        (peak,) = peak_rss_bytes(load_and_decode, [(subject, name, settings, ids)])
+        measurements.append(Measurement("memory", name, name, "bytes", (peak,), {}))
+    return measurements
+
+
+def load_and_decode(subject: Subject, name: str, settings: Settings, ids: list[int]) -> None:
+    """Load one engine, prefill, and decode a few tokens."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(settings.threads)
+    with torch.inference_mode():
+        (engine,) = roster.load(subject, [name], settings.threads, settings.context)
+        state = engine.start(ids[: settings.prefill_tokens])
+        engine.decode(state, ids[:_DECODED_ALONE])
+
+
+def _quality(engine: Engine, settings: Settings, ids: list[int], reference: np.ndarray) -> quality.Quality:
+    """Hold an engine's logits against the float model's, and keep the figures for its rows."""
+    if isinstance(engine, LlamaCpp):
+        engine.choose(ids[: settings.prefill_tokens])
+    found = quality.compare(reference, engine.logits(ids[: settings.quality_tokens], _SINGLY))
+    engine.details["quality"] = found.to_dict()
+    say(f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g}")
+    return found
+
+
+def _details(engine: Engine) -> dict[str, Any]:
+    return {**engine.details, "weight_bytes_per_token": engine.weight_bytes}
+
+
+def _with_details(memory: Measurement, engines: Sequence[Engine]) -> Measurement:
+    (engine,) = (e for e in engines if e.name == memory.engine)
+    details = {"quality": engine.details["quality"]}
+    return Measurement(memory.task, memory.engine, engine.baseline, memory.unit, memory.values, details)
+
+
+def _settled(prepare: Callable[[], Any]) -> Any:
+    time.sleep(_SETTLE_SECONDS)
+    return prepare()
+
+
+def say(progress: str) -> None:
+    """Show on stderr what is being done."""
+    print(progress, file=sys.stderr, flush=True)

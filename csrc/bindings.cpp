@@ -1,0 +1,250 @@
+// What Python sees: prepared matrices, and calls on raw float32 rows. Checks of shapes are the Python side's.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "decoder.h"
+#include "isa.h"
+#include "matrix.h"
+#include "pool.h"
+#include "product.h"
+#include "selection.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace quicksilver {
+namespace {
+
+using Bytes2 = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
+                     Floats1 table2, int group_size, int num_outputs) {
+  if (planes.size() != kPlanes) throw std::invalid_argument("codes must have four planes");
+  const std::size_t inputs = exponents.shape(0), run = (std::size_t(num_outputs) + 3) / 4;
+  const std::size_t groups = (std::size_t(num_outputs) + group_size - 1) / group_size;
+  for (const Bytes2& plane : planes) {
+    if (plane.shape(0) != inputs || plane.shape(1) != run) throw std::invalid_argument("a plane has another shape");
+  }
+  if (exponents.shape(1) != groups || zeros.shape(0) != inputs || zeros.shape(1) != groups || table4.shape(0) != 16 ||
+      table2.shape(0) != 4) {
+    throw std::invalid_argument("scales or levels have another shape");
+  }
+  const StoredCodes codes{{planes[0].data(), planes[1].data(), planes[2].data(), planes[3].data()},
+                          exponents.data(),
+                          zeros.data(),
+                          group_size,
+                          largest,
+                          table4.data(),
+                          table2.data()};
+  return NestedMatrix(codes, static_cast<int>(inputs), num_outputs);
+}
+
+struct Rooms {
+  std::vector<ThreadRoom> threads;
+  std::vector<Selection> rows;
+  std::vector<float> y;
+};
+
+Rooms& rooms_of_caller() {
+  thread_local Rooms rooms;
+  return rooms;
+}
+
+void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object widths, int uniform, int threads) {
+  const int num_rows = static_cast<int>(x.shape(0)), inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
+  if (x.shape(1) != std::size_t(inputs) || y.shape(0) != x.shape(0) || y.shape(1) != std::size_t(outputs)) {
+    throw std::invalid_argument("rows do not fit the matrix");
+  }
+  const std::uint8_t* each = nullptr;
+  Bytes2 given;
+  if (!widths.is_none()) {
+    given = nb::cast<Bytes2>(widths);
+    if (given.shape(0) != x.shape(0) || given.shape(1) != std::size_t(inputs)) {
+      throw std::invalid_argument("widths do not fit the rows");
+    }
+    each = given.data();
+  }
+  nb::gil_scoped_release release;
+  Rooms& rooms = rooms_of_caller();
+  if (rooms.threads.size() < std::size_t(threads)) rooms.threads.resize(threads);
+  if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
+  const int stride = matrix.padded_outputs();
+  const bool direct = stride == outputs;
+  if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
+  for (int r = 0; r < num_rows; ++r) {
+    Widths row;
+    row.uniform = uniform;
+    if (each) row.each = each + std::size_t(r) * inputs;
+    rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, inputs, row);
+  }
+  float* out = direct ? y.data() : rooms.y.data();
+  const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
+  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+    multiply(products, thread, threads, rooms.threads.data(), barrier);
+  });
+  if (direct) return;
+  for (int r = 0; r < num_rows; ++r) {
+    std::copy_n(out + std::size_t(r) * stride, outputs, y.data() + std::size_t(r) * outputs);
+  }
+}
+
+// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address.
+void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool bfloat16, int threads) {
+  if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
+  nb::gil_scoped_release release;
+  const int outputs = matrix.num_outputs();
+  Pool::shared().run(threads, [&](int thread, Barrier&) {
+    const Kernels& kernels = current_kernels();
+    const int begin = static_cast<int>(std::int64_t{matrix.num_inputs()} * thread / threads);
+    const int end = static_cast<int>(std::int64_t{matrix.num_inputs()} * (thread + 1) / threads);
+    float weights[kTileOutputs];
+    for (int j = begin; j < end; ++j) {
+      for (int t = 0; t < matrix.num_tiles(); ++t) {
+        kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
+        const std::size_t at = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
+        const int count = std::min(matrix.tile(t).outputs(), outputs - t * kTileOutputs);
+        if (bfloat16) {
+          kernels.to_bfloat16(weights, count, reinterpret_cast<std::uint16_t*>(address) + at);
+        } else {
+          std::copy_n(weights, count, reinterpret_cast<float*>(address) + at);
+        }
+      }
+    }
+  });
+}
+
+// Addresses come from tensors that the Python side keeps alive; 0 is null.
+const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t bias, std::uintptr_t mean, int width) {
+  LinearMap& linear = layer.maps[map];
+  linear.matrix = &matrix;
+  linear.bias = floats_at(bias);
+  linear.mean = floats_at(mean);
+  linear.width = width;
+}
+
+void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
+               std::uintptr_t norms) {
+  if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
+  LinearMap& linear = layer.maps[map];
+  linear.thresholds = std::move(thresholds);
+  linear.levels = std::move(levels);
+  linear.norms = floats_at(norms);
+}
+
+void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintptr_t up, std::uintptr_t bias, int rank,
+                  std::uintptr_t gate, float log_threshold) {
+  Shortcut& shortcut = attention ? layer.attention_shortcut : layer.mlp_shortcut;
+  shortcut.present = true;
+  shortcut.map = {floats_at(down), floats_at(up), floats_at(bias), rank};
+  shortcut.gate = floats_at(gate);
+  shortcut.log_threshold = log_threshold;
+}
+
+void set_norm(Layer& layer, const std::string& which, std::uintptr_t weight, std::uintptr_t bias, float epsilon) {
+  const Norm norm{floats_at(weight), floats_at(bias), epsilon};
+  if (which == "attention") {
+    layer.attention_norm = norm;
+  } else if (which == "mlp") {
+    layer.mlp_norm = norm;
+  } else if (which == "query") {
+    layer.query_norm = norm;
+  } else if (which == "key") {
+    layer.key_norm = norm;
+  } else {
+    throw std::invalid_argument("no such norm: " + which);
+  }
+}
+
+constexpr int kRowFields = 7, kStorageFields = 7;
+
+std::vector<Row> rows_of(const std::vector<std::int64_t>& fields) {
+  std::vector<Row> rows;
+  for (std::size_t i = 0; i + kRowFields <= fields.size(); i += kRowFields) {
+    const std::int64_t* f = fields.data() + i;
+    rows.push_back({static_cast<int>(f[0]), static_cast<int>(f[1]), static_cast<int>(f[2]), f[3] != 0, f[4] != 0,
+                    f[5] != 0, static_cast<int>(f[6])});
+  }
+  return rows;
+}
+
+std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
+  std::vector<Storage> storage;
+  for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
+    const std::int64_t* f = fields.data() + i;
+    storage.push_back({reinterpret_cast<void*>(f[0]), reinterpret_cast<void*>(f[1]), reinterpret_cast<float*>(f[2]),
+                       reinterpret_cast<float*>(f[3]), reinterpret_cast<std::int32_t*>(f[4]),
+                       reinterpret_cast<std::int32_t*>(f[5]), static_cast<int>(f[6])});
+  }
+  return storage;
+}
+
+void run_layers(LayerRunner& runner, int first, int last, std::uintptr_t hidden, std::vector<std::int64_t> rows,
+                std::uintptr_t cos, std::uintptr_t sin, std::vector<std::int64_t> storage, int num_sequences,
+                std::uintptr_t counts, int threads) {
+  const std::vector<Row> of_pass = rows_of(rows);
+  const std::vector<Storage> places = storage_of(storage);
+  if (first < 0 || last > runner.num_layers() || places.size() != std::size_t(last - first) * num_sequences) {
+    throw std::invalid_argument("storage does not fit the layers");
+  }
+  nb::gil_scoped_release release;
+  runner.run(first, last, reinterpret_cast<float*>(hidden), of_pass, floats_at(cos), floats_at(sin), places,
+             num_sequences, reinterpret_cast<std::int64_t*>(counts), threads);
+}
+
+LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
+                        const std::string& activation) {
+  if (activation != "silu" && activation != "gelu_tanh") throw std::invalid_argument("no such activation");
+  const Shape shape{hidden, inner, heads, kv_heads, head_dim,
+                    activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
+  return new LayerRunner(shape, std::move(layers));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Kernels over nested weights.";
+  nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
+  nb::class_<NestedMatrix>(m, "NestedMatrix")
+      .def_prop_ro("num_inputs", &NestedMatrix::num_inputs)
+      .def_prop_ro("num_outputs", &NestedMatrix::num_outputs)
+      .def_prop_ro("nbytes", &NestedMatrix::nbytes);
+  m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
+        "num_outputs"_a);
+  m.def("multiply_rows", &multiply_rows, "matrix"_a, "x"_a, "y"_a, "widths"_a.none(), "uniform"_a, "threads"_a);
+  m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
+  m.def("multiplies_bfloat16", &multiplies_bfloat16);
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<>())
+      .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
+      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "width"_a)
+      .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
+      .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
+           "log_threshold"_a)
+      .def(
+          "set_attention",
+          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from) {
+            layer.attention = {scaling, skip_below, query_below, screen_below, large_from};
+          },
+          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
+  nb::class_<LayerRunner>(m, "LayerRunner")
+      .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "activation"_a)
+      .def("run", &run_layers);
+  m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
+  m.attr("ROW_LIMIT") = 16;
+  m.def("instruction_sets", &available_instruction_sets);
+  m.def("instruction_set", [] { return std::string(current_kernels().name); });
+  m.def("use_instruction_set", &use_instruction_set, "name"_a);
+}
+
+}  // namespace quicksilver

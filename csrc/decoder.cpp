@@ -1,0 +1,355 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+#include "pool.h"
+
+namespace quicksilver {
+namespace {
+
+// Rows of floats at a stride, in memory that is kept.
+struct Grid {
+  std::vector<float> values;
+  int stride = 0;
+
+  void resize(int rows, int width) {
+    stride = width;
+    if (values.size() < std::size_t(rows) * width) values.resize(std::size_t(rows) * width);
+  }
+  float* row(int index) { return values.data() + std::size_t(index) * stride; }
+};
+
+void apply(const FloatKernels& floats, const AffineMap& map, const float* x, int size, std::vector<float>& room,
+           float* y) {
+  std::copy(map.bias, map.bias + size, y);
+  if (!map.down) return floats.add_rows(x, size, map.up, size, size, y);
+  room.assign(map.rank, 0.0f);
+  floats.add_rows(x, size, map.down, map.rank, map.rank, room.data());
+  floats.add_rows(room.data(), map.rank, map.up, size, size, y);
+}
+
+struct ThreadState {
+  std::vector<float> centred, scores, low_rank;
+  std::vector<std::int64_t> counts;
+};
+
+}  // namespace
+
+// What one run works on. Every thread walks through the same stages; barriers lie between them.
+struct LayerRunner::Pass {
+  std::vector<ThreadState> threads;
+  std::vector<ThreadRoom> rooms;
+  std::array<std::vector<Selection>, kMaps> selections;
+  std::array<Grid, kMaps> products;
+  Grid normed, attended, mapped;
+  std::vector<char> past;  // of each row: it goes past the sublayer at hand
+  std::vector<int> all, running, through;
+
+  // Of the run at hand.
+  const Shape* shape;
+  const FloatKernels* floats;
+  const std::vector<Row>* rows;
+  float* hidden;
+  const float *cos, *sin;
+  int num_threads;
+
+  float* state(int row) { return hidden + std::size_t(row) * shape->hidden; }
+  bool mine(int task, int thread) const { return task % num_threads == thread; }
+  std::int64_t* counts(int layer, int thread) { return threads[thread].counts.data() + layer * kLayerCounts; }
+
+  void prepare(const std::vector<Layer>& layers, int num_layers);
+  void norm_rows(const std::vector<int>& of, const Norm& norm, const Shortcut& shortcut, bool attention, int layer,
+                 int thread);
+  bool takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread);
+  std::vector<int> not_past(const std::vector<int>& of) const;
+  void choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact, int layer_idx, int thread);
+  Product product(const Layer& layer, int map, int num_rows);
+  void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, int thread, Barrier& barrier);
+  void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
+  Entries entries_of(const Storage& place, int head, int count) const;
+  void attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx, int thread);
+  void count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences, int layer_idx);
+  void add(const std::vector<int>& through, int map, int thread);
+  void run_layer(const Layer& layer, int layer_idx, const Storage* storage, int num_sequences, int thread,
+                 Barrier& barrier);
+};
+
+void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers) {
+  const int n = static_cast<int>(rows->size());
+  threads.resize(std::max<std::size_t>(threads.size(), num_threads));
+  rooms.resize(threads.size());
+  for (ThreadState& state : threads) state.counts.assign(std::size_t(num_layers) * kLayerCounts, 0);
+  all.clear();
+  running.clear();
+  for (int r = 0; r < n; ++r) {
+    all.push_back(r);
+    if (!(*rows)[r].fills) running.push_back(r);
+  }
+  past.assign(n, 0);
+  normed.resize(n, shape->hidden);
+  mapped.resize(n, shape->hidden);
+  attended.resize(n, shape->heads * shape->head_dim);
+  for (int m = 0; m < kMaps; ++m) {
+    int width = 0;
+    for (const Layer& layer : layers) {
+      if (layer.maps[m].matrix) width = std::max(width, layer.maps[m].matrix->padded_outputs());
+    }
+    products[m].resize(n, width);
+    if (selections[m].size() < std::size_t(n)) selections[m].resize(n);
+  }
+}
+
+bool LayerRunner::Pass::takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread) {
+  const Row& entry = (*rows)[row];
+  if (!shortcut.present || entry.fills || entry.unshortened) return false;
+  if (shortcut.gate) {
+    ++counts(layer, thread)[attention ? kGatedAttention : kGatedMlp];
+    const int d = shape->hidden;
+    const float length = std::max(std::sqrt(floats->dot(state(row), state(row), d)), FLT_MIN);
+    const float predicted =
+        floats->dot(normed.row(row), shortcut.gate, d) + shortcut.gate[d] * std::log(length) + shortcut.gate[d + 1];
+    if (!(predicted < shortcut.log_threshold)) return false;
+  }
+  ++counts(layer, thread)[attention ? kPastAttention : kPastMlp];
+  return true;
+}
+
+// Norms rows, lets those past the sublayer that take its shortcut, and applies the map to them.
+void LayerRunner::Pass::norm_rows(const std::vector<int>& of, const Norm& norm, const Shortcut& shortcut,
+                                  bool attention, int layer, int thread) {
+  for (int row : of) {
+    if (!mine(row, thread)) continue;
+    floats->norm(state(row), shape->hidden, norm, normed.row(row));
+    past[row] = takes(shortcut, row, attention, layer, thread);
+    if (past[row]) {
+      apply(*floats, shortcut.map, normed.row(row), shape->hidden, threads[thread].low_rank, mapped.row(row));
+    }
+  }
+}
+
+std::vector<int> LayerRunner::Pass::not_past(const std::vector<int>& of) const {
+  std::vector<int> through;
+  for (int row : of) {
+    if (!past[row]) through.push_back(row);
+  }
+  return through;
+}
+
+// Chooses the channels of a map's inputs: the normed rows `of`, or rows 0, 1, ... of `compact`, which stand for them.
+void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact,
+                               int layer_idx, int thread) {
+  const LinearMap& linear = layer.maps[map];
+  const int inputs = linear.matrix->num_inputs();
+  std::int64_t* counted = counts(layer_idx, thread) + kWidthCounts + map * (kMaxWidth + 1);
+  for (int i = 0; i < static_cast<int>(of.size()); ++i) {
+    if (!mine(i + map, thread)) continue;
+    const float* x = compact ? const_cast<Grid*>(compact)->row(i) : normed.row(of[i]);
+    if (linear.mean) {
+      std::vector<float>& centred = threads[thread].centred;
+      centred.resize(inputs);
+      for (int j = 0; j < inputs; ++j) centred[j] = x[j] - linear.mean[j];
+      x = centred.data();
+    }
+    const Row& row = (*rows)[of[i]];
+    const Grades grades{linear.thresholds.data(), linear.levels.data(), static_cast<int>(linear.levels.size()),
+                        linear.norms, row.cap};
+    Widths widths;
+    if (!row.exempt) {
+      widths.uniform = std::min(linear.width, row.cap);
+      widths.grades = linear.levels.empty() ? nullptr : &grades;
+    }
+    selections[map][i].choose(*floats, x, inputs, widths);
+    for (int width = 0; width <= kMaxWidth; ++width) counted[width] += selections[map][i].counts()[width];
+  }
+}
+
+Product LayerRunner::Pass::product(const Layer& layer, int map, int num_rows) {
+  return {layer.maps[map].matrix, selections[map].data(), num_rows,
+          products[map].row(0),   products[map].stride,   layer.maps[map].bias};
+}
+
+void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, int thread,
+                                      Barrier& barrier) {
+  std::vector<Product> list;
+  for (const auto& [map, num_rows] : maps) {
+    if (num_rows) list.push_back(product(layer, map, num_rows));
+  }
+  barrier.wait();
+  multiply(list, thread, num_threads, rooms.data(), barrier);
+}
+
+// Norms and rotates queries and keys, and writes the rows' entries.
+void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
+                                      int thread) {
+  const int size = shape->head_dim;
+  const auto turn = [&](float* heads, int count, const Norm& norm, int row) {
+    for (int h = 0; norm.weight && h < count; ++h) floats->norm(heads + h * size, size, norm, heads + h * size);
+    if (cos) floats->rotate(heads, count, size, cos + std::size_t(row) * size, sin + std::size_t(row) * size);
+  };
+  const auto keep = [&](const float* x, void* base, float* scales, std::size_t slot) {
+    const std::size_t first = slot * shape->kv_heads;
+    if (!scales) {
+      std::copy_n(x, shape->kv_heads * size, static_cast<float*>(base) + first * size);
+      return;
+    }
+    for (int h = 0; h < shape->kv_heads; ++h) {
+      scales[first + h] = floats->encode(x + h * size, size, static_cast<std::int8_t*>(base) + (first + h) * size);
+    }
+  };
+  for (int row : all) {
+    if (!mine(row, thread)) continue;
+    const Row& entry = (*rows)[row];
+    const Storage& place = storage[entry.sequence];
+    const std::size_t slot = std::size_t(place.held) + entry.offset;
+    turn(products[kKey].row(row), shape->kv_heads, layer.key_norm, row);
+    keep(products[kKey].row(row), place.keys, place.key_scales, slot);
+    keep(products[kValue].row(row), place.values, place.value_scales, slot);
+    place.positions[slot] = entry.position;
+    if (place.masses) place.masses[slot] = 1;
+  }
+  for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
+    if (!mine(i + 1, thread)) continue;  // another thread than wrote a lone row's entry
+    turn(products[kQuery].row(i), shape->heads, layer.query_norm, asking[i]);
+  }
+}
+
+// One head's entries up to the count-th.
+Entries LayerRunner::Pass::entries_of(const Storage& place, int head, int count) const {
+  const std::size_t bytes = place.key_scales ? 1 : sizeof(float);
+  const std::size_t offset = std::size_t(head) * shape->head_dim * bytes;
+  return {static_cast<const char*>(place.keys) + offset,
+          static_cast<const char*>(place.values) + offset,
+          place.key_scales ? place.key_scales + head : nullptr,
+          place.value_scales ? place.value_scales + head : nullptr,
+          place.masses,
+          std::int64_t{shape->kv_heads} * shape->head_dim,
+          shape->kv_heads,
+          count};
+}
+
+void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
+                               int layer_idx, int thread) {
+  const int size = shape->head_dim, group = shape->heads / shape->kv_heads;
+  std::vector<float>& room = threads[thread].scores;
+  std::int64_t* counted = counts(layer_idx, thread);
+  for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
+    const Row& row = (*rows)[asking[i]];
+    const Storage& place = storage[row.sequence];
+    const int count = place.held + row.offset + 1;
+    if (room.size() < std::size_t(count) + size) room.resize(std::size_t(count) + size + 256);
+    for (int h = 0; h < shape->kv_heads; ++h) {
+      if (!mine(i * shape->kv_heads + h, thread)) continue;
+      const std::size_t at = std::size_t(h) * group * size;
+      const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
+                                             layer.attention, room.data(), attended.row(i) + at);
+      counted[kValuesSkipped] += skipped.values;
+      counted[kScoresSkipped] += skipped.scores;
+      counted[kScoredTwice] += skipped.scored_twice;
+    }
+  }
+}
+
+void LayerRunner::Pass::count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences,
+                                   int layer_idx) {
+  std::int64_t* counted = counts(layer_idx, 0);
+  counted[kQueryRows] += running.size();
+  counted[kFillRows] += all.size() - running.size();
+  counted[kAskingRows] += asking.size();
+  std::vector<int> written(num_sequences, 0);
+  std::vector<char> asks(num_sequences, 0);
+  for (int row : all) ++written[(*rows)[row].sequence];
+  for (int row : asking) {
+    const Row& entry = (*rows)[row];
+    counted[kPairs] += storage[entry.sequence].held + entry.offset + 1;
+    asks[entry.sequence] = 1;
+  }
+  for (int s = 0; s < num_sequences; ++s) counted[kEntriesRead] += asks[s] ? storage[s].held + written[s] : 0;
+}
+
+// Adds to the running rows what the sublayer gives: its last map's products, or the shortcut's.
+void LayerRunner::Pass::add(const std::vector<int>& ran, int map, int thread) {
+  for (int i = 0; i < static_cast<int>(ran.size()); ++i) {
+    if (!mine(ran[i], thread)) continue;
+    const float* added = products[map].row(i);
+    for (int d = 0; d < shape->hidden; ++d) state(ran[i])[d] += added[d];
+  }
+  for (int row : running) {
+    if (!past[row] || !mine(row, thread)) continue;
+    for (int d = 0; d < shape->hidden; ++d) state(row)[d] += mapped.row(row)[d];
+  }
+}
+
+void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Storage* storage, int num_sequences,
+                                  int thread, Barrier& barrier) {
+  norm_rows(all, layer.attention_norm, layer.attention_shortcut, true, layer_idx, thread);
+  barrier.wait();
+  const std::vector<int> asking = not_past(running);
+  const int n = static_cast<int>(all.size()), asked = static_cast<int>(asking.size());
+  choose(layer, kQuery, asking, nullptr, layer_idx, thread);
+  choose(layer, kKey, all, nullptr, layer_idx, thread);
+  choose(layer, kValue, all, nullptr, layer_idx, thread);
+  multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, thread, barrier);
+  write_entries(layer, asking, storage, thread);
+  if (thread == 0) count_rows(asking, storage, num_sequences, layer_idx);
+  barrier.wait();
+  attend(layer, asking, storage, layer_idx, thread);
+  barrier.wait();
+  choose(layer, kOutput, asking, &attended, layer_idx, thread);
+  multiply_maps(layer, {{kOutput, asked}}, thread, barrier);
+  add(asking, kOutput, thread);  // a row's own thread adds to it and norms it, here and in the next layer
+  norm_rows(running, layer.mlp_norm, layer.mlp_shortcut, false, layer_idx, thread);
+  barrier.wait();
+  const std::vector<int> through = not_past(running);
+  const int ran = static_cast<int>(through.size());
+  const bool gated = layer.maps[kGate].matrix != nullptr;
+  if (gated) choose(layer, kGate, through, nullptr, layer_idx, thread);
+  choose(layer, kUp, through, nullptr, layer_idx, thread);
+  multiply_maps(layer, {{kGate, gated ? ran : 0}, {kUp, ran}}, thread, barrier);
+  Grid& inner = products[gated ? kGate : kUp];
+  const int begin = shape->inner * thread / num_threads, end = shape->inner * (thread + 1) / num_threads;
+  for (int i = 0; i < ran; ++i) {
+    floats->activate(shape->activation, inner.row(i) + begin, gated ? products[kUp].row(i) + begin : nullptr,
+                     end - begin);
+  }
+  barrier.wait();
+  choose(layer, kDown, through, &inner, layer_idx, thread);
+  multiply_maps(layer, {{kDown, ran}}, thread, barrier);
+  add(through, kDown, thread);
+}
+
+LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
+    : shape_(shape), layers_(std::move(layers)), pass_(new Pass) {}
+
+LayerRunner::~LayerRunner() = default;
+
+void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos,
+                      const float* sin, const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts,
+                      int threads) {
+  std::lock_guard<std::mutex> one_at_a_time(mutex_);
+  Pass& pass = *pass_;
+  pass.shape = &shape_;
+  pass.floats = &current_kernels().floats;
+  pass.rows = &rows;
+  pass.hidden = hidden;
+  pass.cos = cos;
+  pass.sin = sin;
+  pass.num_threads = threads;
+  pass.prepare(layers_, last - first);
+  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+    for (int i = first; i < last; ++i) {
+      pass.run_layer(layers_[i], i - first, storage.data() + std::size_t(i - first) * num_sequences, num_sequences,
+                     thread, barrier);
+    }
+  });
+  const std::size_t size = std::size_t(last - first) * kLayerCounts;
+  for (int t = 0; t < threads; ++t) {
+    for (std::size_t i = 0; i < size; ++i) counts[i] += pass.threads[t].counts[i];
+  }
+}
+
+}  // namespace quicksilver

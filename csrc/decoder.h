@@ -1,0 +1,119 @@
+// Whole decoder layers over a few rows: norms, projections, attention over the cache, the MLP, shortcuts past either.
+// Which rows run, who halts and what is counted is decided on the Python side.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "floats.h"
+#include "matrix.h"
+#include "product.h"
+#include "selection.h"
+
+namespace quicksilver {
+
+// A linear map, and how its widths are chosen.
+struct LinearMap {
+  const NestedMatrix* matrix = nullptr;
+  const float* bias = nullptr;  // [out]; the mean's product included
+  const float* mean = nullptr;  // [in], taken from the input first
+  int width = kMaxWidth;        // of rows that are not exempt, where nothing below is given
+  std::vector<float> thresholds;
+  std::vector<std::uint8_t> levels;  // empty where widths are uniform
+  const float* norms = nullptr;      // [in]; null where |x| alone is the score
+};
+
+// x @ weight + bias, or x @ down @ up + bias; both row-major.
+struct AffineMap {
+  const float* down = nullptr;  // [in, rank], null where the map is full
+  const float* up = nullptr;    // [rank or in, out]
+  const float* bias = nullptr;  // [out]
+  int rank = 0;
+};
+
+// A fitted map that stands in for a sublayer, where a gate predicts a small error or, without one, always.
+struct Shortcut {
+  bool present = false;
+  AffineMap map;
+  const float* gate = nullptr;  // [d + 2]
+  float log_threshold = 0.0f;
+};
+
+enum MapIndex { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kMaps };  // a plain MLP has no kGate
+
+struct Layer {
+  Norm attention_norm{}, mlp_norm{};
+  Norm query_norm{}, key_norm{};  // weight null where heads are not normed
+  LinearMap maps[kMaps];
+  Shortcut attention_shortcut, mlp_shortcut;
+  Attention attention{};
+};
+
+struct Shape {
+  int hidden = 0, inner = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  Activation activation = Activation::kSilu;
+};
+
+// One row of a pass.
+struct Row {
+  int sequence;
+  int offset;      // its entry's place after those that the cache holds, in every layer of the run
+  int position;
+  bool fills;      // it has halted: only its key and value are projected
+  bool exempt;     // reads all bits
+  bool unshortened;
+  int cap;         // the most bits it reads
+};
+
+// One sequence's storage in one layer, with room for this run's entries.
+struct Storage {
+  void* keys;
+  void* values;
+  float* key_scales;  // null where keys and values are float32, else they are int8
+  float* value_scales;
+  std::int32_t* positions;
+  std::int32_t* masses;  // null where every entry stands for one token
+  int held;                    // entries before this run
+};
+
+// Counts of one layer, added to. Python reads them as int64 [kLayerCounts].
+enum Count {
+  kWidthCounts = 0,  // [kMaps, 9] channels read at each width
+  kQueryRows = kMaps * (kMaxWidth + 1),
+  kFillRows,
+  kAskingRows,  // that attend
+  kEntriesRead,
+  kPairs,
+  kValuesSkipped,
+  kScoresSkipped,
+  kScoredTwice,
+  kPastMlp,
+  kPastAttention,
+  kGatedMlp,
+  kGatedAttention,
+  kLayerCounts
+};
+
+class LayerRunner {
+ public:
+  LayerRunner(const Shape& shape, std::vector<Layer> layers);
+  ~LayerRunner();
+
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+
+  // Runs layers [first, last) for rows [rows, hidden], in place. cos, sin: [rows, head_dim] or null.
+  // storage: [last - first, sequences]. counts: [last - first, kLayerCounts].
+  void run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos, const float* sin,
+           const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts, int threads);
+
+ private:
+  struct Pass;
+  Shape shape_;
+  std::vector<Layer> layers_;
+  std::unique_ptr<Pass> pass_;
+  std::mutex mutex_;
+};
+
+}  // namespace quicksilver

@@ -1,0 +1,51 @@
+// Included once by each kernels_*.cpp: codes expanded to the weights that they mean, as the package's definition does.
+#include "kernels.h"
+
+namespace quicksilver {
+namespace {
+
+// Levels of a channel's codes, [outputs], as `width` bits tell them but for the offset.
+[[maybe_unused]] void unpack_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int width,
+                                     std::uint8_t* codes) {
+  const std::uint8_t* table = width == 4 ? levels.table4 : width == 2 ? levels.table2 : nullptr;
+  const int outputs = tile.outputs(), dropped = 2 * planes_of(width) - width;
+  for (int o = 0; o < outputs; o += 4) {  // four neighbours share a byte
+    const Place place = place_of(o, tile.halves);
+    for (int e = 0; e < 4; ++e) {
+      int code = 0;
+      for (int p = 0; p < planes_of(width); ++p) {
+        const std::uint8_t* run = tile.planes[p] + std::size_t{channel} * tile.line + place.byte;
+        code = code << 2 | ((run[0] >> (place.bit + e)) & 1) << 1 | ((run[1] >> (place.bit + e)) & 1);
+      }
+      code >>= dropped;
+      codes[o + e] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxWidth - width));
+    }
+  }
+}
+
+// Weights of one input channel, [outputs].
+[[maybe_unused]] void expand_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int width,
+                                     float* weights) {
+  const std::uint8_t* record = tile.records + std::size_t{channel} * kRecordBytes;
+  std::uint8_t codes[kTileOutputs];
+  unpack_channel(tile, levels, channel, width, codes);
+  for (int g = 0; g < 4 * tile.halves; ++g) {
+    const float scale = levels.largest * factor_of(record[g]);
+    const float zero = static_cast<float>(record[kTileGroups + g]) - levels.offset[width];
+    for (int o = g * kLaneOutputs; o < (g + 1) * kLaneOutputs; ++o) {
+      weights[o] = scale * (static_cast<float>(codes[o]) - zero);
+    }
+  }
+}
+
+// Rounds to bfloat16, to nearest and even.
+void to_bfloat16(const float* x, int size, std::uint16_t* y) {
+  for (int i = 0; i < size; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    y[i] = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+}  // namespace
+}  // namespace quicksilver

@@ -1,0 +1,70 @@
+// Operations on float32 rows that every instruction set is compiled for: floats.inl, one source for all.
+#pragma once
+
+#include <cstdint>
+
+namespace quicksilver {
+
+struct Norm {
+  const float* weight;
+  const float* bias;  // null: root mean square; else LayerNorm
+  float epsilon;
+};
+
+enum class Activation { kSilu, kGeluTanh };
+
+// One K/V head's entries of one sequence in one layer: vector i lies `i * stride` elements, its scale
+// `i * scale_stride` floats on. Without scales the elements are float32, with them int8.
+struct Entries {
+  const void* keys;
+  const void* values;
+  const float* key_scales;
+  const float* value_scales;
+  const std::int32_t* masses;  // tokens that each entry stands for; null where each stands for one
+  std::int64_t stride, scale_stride;
+  int count;
+};
+
+// What a head leaves out; see ops/attention.py and core/rules.
+struct Attention {
+  float scaling;
+  float skip_below;    // values weighed below this / count
+  float query_below;   // components of queries below this many times their root mean square
+  float screen_below;  // keys screened out below this / count of the largest weight; 0 screens none
+  float large_from;    // components of the first step, in multiples of the root mean square
+};
+
+// Of the heads attended from.
+struct Skipped {
+  std::int64_t values, scores, scored_twice;
+};
+
+// Thresholds, descending, between widths: the first whose threshold a score |x| * norm reaches, else the last.
+struct Grades {
+  const float* thresholds;     // [num_levels - 1]
+  const std::uint8_t* levels;  // [num_levels]
+  int num_levels;
+  const float* norms;  // [size]; null where |x| alone is the score
+  int cap;             // no width is larger
+};
+
+struct FloatKernels {
+  void (*norm)(const float* x, int size, const Norm&, float* y);
+  // Rotates heads [count, size] in place; halves are paired. cos and sin: [size].
+  void (*rotate)(float* heads, int count, int size, const float* cos, const float* sin);
+  // Attends from `group` queries [group, size] that share a K/V head; changes them. Room for count + size floats.
+  Skipped (*attend)(float* queries, int group, int size, const Entries&, const Attention&, float* room, float* out);
+  // Codes [size] and the scale of a vector that is kept in 8 bits.
+  float (*encode)(const float* x, int size, std::int8_t* codes);
+  // gate = activation(gate) * up, or activation(gate) where up is null.
+  void (*activate)(Activation, float* gate, const float* up, int size);
+  void (*grade)(const float* x, int size, const Grades&, std::uint8_t* widths);
+  // Appends the channels of one width and their values; returns how many. Room for 16 more is needed.
+  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                 float* values);
+  float (*dot)(const float* a, const float* b, int size);
+  // y[0 .. outputs) += sum over inputs of x[i] * weight[i * stride ..]
+  void (*add_rows)(const float* x, int inputs, const float* weight, std::int64_t stride, int outputs, float* y);
+};
+
+}  // namespace quicksilver

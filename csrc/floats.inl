@@ -1,0 +1,305 @@
+// Included once by each kernels_*.cpp, compiled for its instruction set. Sums have a fixed order, 16 lanes and then a
+// tree, and nothing is contracted, so that all give the same bits.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "floats.h"
+
+namespace quicksilver {
+namespace {
+
+constexpr int kLanes = 16;
+
+// Vectors of the compiler's, in as many registers as the instruction set needs; loaded from anywhere.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
+
+inline Lanes load(const float* x) {
+  Lanes lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
+}
+
+inline Lanes load(const std::int8_t* x) {
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return __builtin_convertvector(bytes, Lanes);
+}
+
+// The first `count` values, then zeros.
+template <typename T>
+inline Lanes load_some(const T* x, int count) {
+  float values[kLanes] = {};
+  for (int l = 0; l < count; ++l) values[l] = static_cast<float>(x[l]);
+  return load(values);
+}
+
+inline float tree_sum(const Lanes& x) {
+  Eight eight[2];
+  std::memcpy(eight, &x, sizeof eight);
+  const Eight half = eight[0] + eight[1];
+  Four four[2];
+  std::memcpy(four, &half, sizeof four);
+  const Four quarter = four[0] + four[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+template <typename T>
+inline float product(const float* a, const T* b, int size) {
+  Lanes lanes = {};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) lanes += load(a + i) * load(b + i);
+  if (i < size) lanes += load_some(a + i, size - i) * load_some(b + i, size - i);
+  return tree_sum(lanes);
+}
+
+float dot(const float* a, const float* b, int size) { return product(a, b, size); }
+
+float sum(const float* a, int size) {
+  Lanes lanes = {};
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) lanes += load(a + i);
+  if (i < size) lanes += load_some(a + i, size - i);
+  return tree_sum(lanes);
+}
+
+// exp by reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial (Cephes' expf); 0 below -87.
+inline float exponential(float x) {
+  const float bounded = std::min(std::max(x, -87.0f), 88.0f);
+  const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2 ** 23 rounds to a whole number
+  const float whole = shifted - 12582912.0f;
+  const float r = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float fraction = (p * r) * r + r + 1.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &fraction, sizeof bits);
+  bits += static_cast<std::uint32_t>(static_cast<std::int32_t>(whole)) << 23;  // unsigned: negative ones shift, too
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return x < -87.0f ? 0.0f : (x == x ? value : x);
+}
+
+void norm(const float* x, int size, const Norm& norm, float* y) {
+  if (norm.bias == nullptr) {
+    const float scale = 1.0f / std::sqrt(dot(x, x, size) / static_cast<float>(size) + norm.epsilon);
+    for (int i = 0; i < size; ++i) y[i] = norm.weight[i] * (x[i] * scale);
+    return;
+  }
+  const float mean = sum(x, size) / static_cast<float>(size);
+  for (int i = 0; i < size; ++i) y[i] = x[i] - mean;
+  const float scale = 1.0f / std::sqrt(dot(y, y, size) / static_cast<float>(size) + norm.epsilon);
+  for (int i = 0; i < size; ++i) y[i] = (y[i] * scale) * norm.weight[i] + norm.bias[i];
+}
+
+void rotate(float* heads, int count, int size, const float* cos, const float* sin) {
+  const int half = size / 2;
+  for (int h = 0; h < count; ++h) {
+    float *first = heads + h * size, *second = first + half;
+    for (int i = 0; i < half; ++i) {
+      const float a = first[i], b = second[i];
+      first[i] = a * cos[i] - b * sin[i];
+      second[i] = b * cos[half + i] + a * sin[half + i];
+    }
+  }
+}
+
+float root_mean_square(const float* x, int size) { return std::sqrt(dot(x, x, size) / static_cast<float>(size)); }
+
+// Sets components below `limit` to zero; returns how many.
+int drop_small(float* query, int size, float limit) {
+  int dropped = 0;
+  for (int i = 0; i < size; ++i) {
+    const bool small = std::fabs(query[i]) < limit;
+    dropped += small;
+    query[i] = small ? 0.0f : query[i];
+  }
+  return dropped;
+}
+
+float encode(const float* x, int size, std::int8_t* codes) {
+  float largest = 0.0f;
+  for (int i = 0; i < size; ++i) largest = std::fabs(x[i]) > largest || x[i] != x[i] ? std::fabs(x[i]) : largest;
+  const float scale = largest / 127.0f;
+  for (int i = 0; i < size; ++i) {
+    const float level = scale > 0.0f && scale < INFINITY ? std::nearbyint(x[i] / scale) : 0.0f;
+    codes[i] = static_cast<std::int8_t>(std::min(std::max(level, -127.0f), 127.0f));
+  }
+  return scale;
+}
+
+// Entries as floats or as codes.
+struct Floats {
+  static const float* at(const void* base, std::int64_t offset) { return static_cast<const float*>(base) + offset; }
+  static float scale(const float*, std::int64_t) { return 1.0f; }
+};
+
+struct Codes {
+  static const std::int8_t* at(const void* base, std::int64_t offset) {
+    return static_cast<const std::int8_t*>(base) + offset;
+  }
+  static float scale(const float* scales, std::int64_t offset) { return scales[offset]; }
+};
+
+// The score of key i.
+template <typename Kept>
+float score(const float* query, int size, const Entries& entries, float scaling, int i) {
+  const float scale = Kept::scale(entries.key_scales, i * entries.scale_stride);
+  const float of_key = product(query, Kept::at(entries.keys, i * entries.stride), size) * scale;
+  return of_key * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
+}
+
+float largest_of(const float* scores, int count) {
+  float largest = -INFINITY;
+  for (int i = 0; i < count; ++i) largest = scores[i] > largest || scores[i] != scores[i] ? scores[i] : largest;
+  return largest;
+}
+
+// Sets weights to zero that, normalised, lie below `limit` and below the largest.
+void drop_light(float* weights, int count, float total, float limit) {
+  const float least = std::min(limit, 1.0f / total);  // the largest weight is 1 before it is normalised
+  for (int i = 0; i < count; ++i) weights[i] = weights[i] / total < least ? 0.0f : weights[i];
+}
+
+// Adds weight * value over the entries that weigh something; returns how many do.
+template <typename Kept>
+int weigh(const Entries& entries, const float* weights, int size, float total, float* out) {
+  int read = 0;
+  for (int d = 0; d < size; ++d) out[d] = 0.0f;
+  for (int i = 0; i < entries.count; ++i) {
+    if (weights[i] == 0.0f) continue;
+    ++read;
+    const auto* value = Kept::at(entries.values, i * entries.stride);
+    const float weight = weights[i] * Kept::scale(entries.value_scales, i * entries.scale_stride);
+    for (int d = 0; d < size; ++d) out[d] += weight * static_cast<float>(value[d]);
+  }
+  for (int d = 0; d < size; ++d) out[d] /= total;
+  return read;
+}
+
+// Scores in two steps: with the large components first, then with all for the keys that these leave.
+template <typename Kept>
+void screen(const float* query, int size, const Entries& entries, const Attention& attention, float limit, float* scores,
+            float* large, Skipped& skipped) {
+  int later = 0;
+  for (int d = 0; d < size; ++d) {
+    const bool small = std::fabs(query[d]) < limit;
+    large[d] = small ? 0.0f : query[d];
+    later += small && query[d] != 0.0f;
+  }
+  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention.scaling, i);
+  const float margin = std::log(attention.screen_below / static_cast<float>(entries.count));
+  const float least = largest_of(scores, entries.count) + std::min(margin, 0.0f);
+  int left = 0;
+  for (int i = 0; i < entries.count; ++i) {
+    const bool out = scores[i] < least;
+    left += !out;
+    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention.scaling, i);
+  }
+  skipped.scores += std::int64_t{later} * (entries.count - left);
+  skipped.scored_twice += left;
+}
+
+template <typename Kept>
+Skipped attend_to(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
+                  float* out) {
+  const int count = entries.count;
+  Skipped skipped{0, 0, 0};
+  float* weights = room;
+  for (int g = 0; g < group; ++g) {
+    float* query = queries + g * size;
+    const float scale = root_mean_square(query, size);
+    if (attention.query_below > 0.0f) {
+      skipped.scores += std::int64_t{count} * drop_small(query, size, attention.query_below * scale);
+    }
+    if (attention.screen_below > 0.0f) {
+      screen<Kept>(query, size, entries, attention, attention.large_from * scale, weights, room + count, skipped);
+    } else {
+      for (int i = 0; i < count; ++i) weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+    }
+    const float largest = largest_of(weights, count);
+    for (int i = 0; i < count; ++i) weights[i] = exponential(weights[i] - largest);
+    float total = sum(weights, count);
+    if (attention.skip_below > 0.0f) {
+      drop_light(weights, count, total, attention.skip_below / static_cast<float>(count));
+      total = sum(weights, count);
+    }
+    const int read = weigh<Kept>(entries, weights, size, total, out + g * size);
+    if (attention.skip_below > 0.0f || attention.screen_below > 0.0f) skipped.values += count - read;
+  }
+  return skipped;
+}
+
+Skipped attend(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
+               float* out) {
+  return entries.key_scales ? attend_to<Codes>(queries, group, size, entries, attention, room, out)
+                            : attend_to<Floats>(queries, group, size, entries, attention, room, out);
+}
+
+inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+void activate(Activation activation, float* gate, const float* up, int size) {
+  if (activation == Activation::kSilu) {
+    for (int i = 0; i < size; ++i) gate[i] = gate[i] * logistic(gate[i]);
+  } else {  // 1 + tanh(u) = 2 logistic(2 u)
+    for (int i = 0; i < size; ++i) {
+      const float x = gate[i];
+      gate[i] = x * logistic(2.0f * 0.7978845608f * (x + 0.044715f * x * x * x));
+    }
+  }
+  if (up) {
+    for (int i = 0; i < size; ++i) gate[i] *= up[i];
+  }
+}
+
+void add_rows(const float* x, int inputs, const float* weight, std::int64_t stride, int outputs, float* y) {
+  for (int i = 0; i < inputs; ++i) {
+    const float* row = weight + i * stride;
+    const float factor = x[i];
+    for (int o = 0; o < outputs; ++o) y[o] += factor * row[o];
+  }
+}
+
+void grade(const float* x, int size, const Grades& grades, std::uint8_t* widths) {
+  constexpr int kBlock = 64;
+  const int last = grades.levels[grades.num_levels - 1];
+  for (int begin = 0; begin < size; begin += kBlock) {
+    const int count = std::min(kBlock, size - begin);
+    float scores[kBlock];
+    std::int32_t chosen[kBlock];
+    for (int j = 0; j < count; ++j) {
+      scores[j] = std::fabs(x[begin + j]) * (grades.norms ? grades.norms[begin + j] : 1.0f);
+      chosen[j] = last;
+    }
+    for (int i = 0; i + 1 < grades.num_levels; ++i) {
+      const float limit = grades.thresholds[i];
+      const std::int32_t step = grades.levels[i] - grades.levels[i + 1];
+      for (int j = 0; j < count; ++j) chosen[j] += scores[j] >= limit ? step : 0;
+    }
+    for (int j = 0; j < count; ++j) widths[begin + j] = static_cast<std::uint8_t>(std::min(chosen[j], grades.cap));
+  }
+}
+
+[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                             float* values) {
+  int count = 0;
+  for (int j = 0; j < size; ++j) {
+    channels[count] = j;
+    values[count] = x[j];
+    count += widths[j] == width;
+  }
+  return count;
+}
+
+constexpr FloatKernels kFloats = {norm, rotate, attend, encode, activate, grade, collect, dot, add_rows};
+
+}  // namespace
+}  // namespace quicksilver

@@ -1,0 +1,122 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <chrono>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace quicksilver {
+namespace {
+
+constexpr int kSpinsBeforeYield = 4096;
+constexpr auto kSpinTime = std::chrono::microseconds(200);  // how long a worker waits awake for the next run
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+Pool*& instance() {
+  static Pool* pool = nullptr;
+  return pool;
+}
+
+std::mutex& instance_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+void forget_in_child() {  // threads do not survive a fork; the old pool is left alone, its memory with it
+  instance() = nullptr;
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  if (count_ == 1) return;
+  const unsigned phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+Pool& Pool::shared() {
+  std::lock_guard<std::mutex> lock(instance_mutex());
+  if (instance() == nullptr) {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_in_child);
+    (void)registered;
+    instance() = new Pool;  // never deleted: workers may outlive static destruction
+  }
+  return *instance();
+}
+
+Pool::~Pool() = default;
+
+void Pool::grow(int workers) {
+  while (static_cast<int>(workers_.size()) < workers) {
+    const int thread = static_cast<int>(workers_.size()) + 1;
+    workers_.emplace_back(&Pool::work, this, thread, round_.load());
+    workers_.back().detach();
+  }
+}
+
+void Pool::run(int threads, const std::function<void(int, Barrier&)>& task) {
+  Barrier barrier(threads);
+  if (threads <= 1) {
+    task(0, barrier);
+    return;
+  }
+  std::lock_guard<std::mutex> only(one_run_);
+  grow(threads - 1);
+  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    task_ = &task;
+    barrier_ = &barrier;
+    active_ = threads;
+    round_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  task(0, barrier);
+  for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void Pool::work(int thread, unsigned seen) {
+  for (;;) {
+    const auto until = std::chrono::steady_clock::now() + kSpinTime;
+    for (int spins = 1; round_.load(std::memory_order_acquire) == seen; ++spins) {
+      pause();
+      if (spins % 64 == 0 && std::chrono::steady_clock::now() > until) break;
+    }
+    if (round_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+    }
+    seen = round_.load(std::memory_order_acquire);
+    if (thread < active_) (*task_)(thread, *barrier_);
+    running_.fetch_sub(1, std::memory_order_acq_rel);
+  }
+}
+
+}  // namespace quicksilver

@@ -1,0 +1,50 @@
+// The threads that kernels share: one pool a process, beside PyTorch's own, which is idle while kernels run.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace quicksilver {
+
+// Lets `count` threads wait for one another, again and again; they spin, since stages are short.
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait();
+
+ private:
+  const int count_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
+
+class Pool {
+ public:
+  static Pool& shared();
+
+  // Runs task(thread, barrier) on `threads` threads, the caller's among them as thread 0; one run at a time.
+  void run(int threads, const std::function<void(int, Barrier&)>& task);
+
+ private:
+  Pool() = default;
+  ~Pool();
+  void grow(int workers);
+  void work(int thread, unsigned seen);
+
+  std::mutex one_run_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  const std::function<void(int, Barrier&)>* task_ = nullptr;
+  Barrier* barrier_ = nullptr;
+  int active_ = 0;
+  std::atomic<unsigned> round_{0};
+  std::atomic<int> running_{0};
+  std::atomic<bool> ending_{false};
+};
+
+}  // namespace quicksilver

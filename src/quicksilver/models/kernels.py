@@ -1,0 +1,77 @@
+"""Whether the compiled kernels read a model's nested weights: what was asked for, and what is possible.
+
+Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/nested_linear.py`'s.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import nn
+
+from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
+from quicksilver.models.spec import ModelSpec
+from quicksilver.ops import native
+from quicksilver.ops.native import KernelChoice, Kernels
+from quicksilver.ops.nested_linear import has_whole_levels
+from quicksilver.quant import NestedLinear
+
+
+def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
+    """Return which kernels read a model's nested weights.
+
+    Args:
+        choice: "native" wants the compiled kernels or an error; "auto" uses them where they are there, map by map.
+        model: a transformers model.
+        spec: its declared facts.
+
+    Raises:
+        InputError: no such choice.
+        KernelsUnavailableError: "native" is asked for and is not possible, or an instruction set that is not there.
+
+    Warns:
+        KernelsMissingWarning: once for each reason why "auto" does not use the compiled kernels.
+    """
+    choice = native.check_choice(choice)
+    if choice == "torch" or not spec.is_nested:
+        if choice == "native":
+            native.extension()
+        return "torch"
+    missing = native.why_unavailable() or _unfit(spec)
+    problem = missing or _unreadable(model)
+    if problem is not None and choice == "native":
+        raise KernelsUnavailableError(f"native kernels cannot be used: {problem}")
+    if problem is not None:
+        _warn_once(problem)
+    return "native" if missing is None else "torch"
+
+
+def _unfit(spec: ModelSpec) -> str | None:
+    """Return why no activation of a model can be what the kernels multiply, None where it can."""
+    if spec.device.type == "cpu" and spec.dtype == torch.float32:
+        return None
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"they read float32 on the CPU, and the model runs in {dtype} on {spec.device.type}"
+
+
+def _unreadable(model: nn.Module) -> str | None:
+    """Return which nested maps the kernels cannot read, and why; None where they read all."""
+    odd = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, NestedLinear) and not has_whole_levels(module.stored)
+    ]
+    if not odd:
+        return None
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return (
+        f"the levels of 4 or 2 bits of {odd[0]!r}{more} are not whole codes (nested by an earlier version);"
+        " nest the model again"
+    )
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"PyTorch reads nested weights here, slowly: {problem}", KernelsMissingWarning, stacklevel=4)

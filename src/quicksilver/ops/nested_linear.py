@@ -1,0 +1,190 @@
+"""The operator `torch.ops.quicksilver.nested_linear`: rows times a matrix in nested codes, by the compiled kernels.
+
+Importing this module registers the operator. What codes mean, and the product that defines it, is `quicksilver.quant`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quicksilver.ops import native
+
+MAX_ROWS = 16
+"""Rows up to which the kernels are used: they read codes again for every row, and PyTorch expands them once for all."""
+
+_MAX_WIDTH = 8
+_LIBRARY = torch.library.Library("quicksilver", "DEF")
+_LIBRARY.define(
+    "nested_linear(Tensor x, Tensor[] planes, Tensor exponents, Tensor zeros, Tensor constants, Tensor? widths,"
+    " int uniform, int group_size, int num_outputs) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class StoredMatrix(NamedTuple):
+    """A matrix [in, out] in nested codes, as modules keep it.
+
+    Attributes:
+        planes: four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits.
+        exponents: [in, groups] uint8.
+        zeros: [in, groups] uint8.
+        constants: [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits.
+        group_size: outputs of one group.
+        num_outputs: out.
+    """
+
+    planes: Sequence[Tensor]
+    exponents: Tensor
+    zeros: Tensor
+    constants: Tensor
+    group_size: int
+    num_outputs: int
+
+
+class _Prepared(NamedTuple):
+    """A matrix as the kernels want it (None where they cannot read it), what of, and what ends it."""
+
+    matrix: Any
+    state: tuple[Any, ...]
+    owners: tuple[weakref.ref[Any], ...]
+
+
+_entries: dict[int, _Prepared] = {}
+"""By the address of the exponents. An entry goes when any of its tensors' memory does."""
+
+
+def accepts(rows: Tensor) -> bool:
+    """Whether rows [N, in] are such that the kernels are used: few, float32, on the CPU, without a gradient."""
+    return (
+        0 < rows.shape[0] <= MAX_ROWS
+        and rows.dtype == torch.float32
+        and rows.device.type == "cpu"
+        and not (rows.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def has_whole_levels(stored: StoredMatrix) -> bool:
+    """Whether the levels of a matrix's narrow widths are whole 8-bit codes, which is what the kernels can read."""
+    levels = stored.constants.view(torch.float32)[1:]
+    return bool(((levels == levels.round()) & (levels >= 0) & (levels <= 255)).all())
+
+
+def prepared(stored: StoredMatrix) -> Any:
+    """Return a matrix as the kernels want it, None where they cannot read it; made when it is first asked for.
+
+    Raises:
+        KernelsUnavailableError: there are no kernels.
+    """
+    tensors = (*stored.planes, *stored[1:4])
+    state = (*map(_state, tensors), *stored[4:])
+    key = stored.exponents.data_ptr()
+    found = _entries.get(key)
+    if found is None or found.state != state:
+        found = _entries[key] = _prepare(stored, state, tensors)
+    return found.matrix
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16."""
+    return native.extension().multiplies_bfloat16()
+
+
+def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
+    """Return a matrix that `prepared` gave as `width` bits tell it, [in, out] float32 or bfloat16."""
+    weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
+    native.extension().expand(matrix, width, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
+    return weight
+
+
+def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
+    """Multiply rows by a matrix in nested codes.
+
+    Coefficients are rounded to 16 bits for each chunk of 64 channels, so results differ from the float product by
+    about 3e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN.
+
+    Args:
+        x: [N, in] float32 on the CPU.
+        stored: the matrix; it is packed for the kernels when it is first met, and again when a tensor of it changes.
+        widths: bits to read: one number, or [N, in] uint8 for the channels of each row; 0 leaves a channel out.
+
+    Returns:
+        [N, out] float32.
+
+    Raises:
+        KernelsUnavailableError: there are no kernels.
+        ValueError: shapes or types that do not fit, or a matrix that is not readable.
+    """
+    each, uniform = (None, widths) if isinstance(widths, int) else (widths, _MAX_WIDTH)
+    return torch.ops.quicksilver.nested_linear.default(x, list(stored.planes), *stored[1:4], each, uniform, *stored[4:])
+
+
+def _run(
+    x: Tensor,
+    planes: list[Tensor],
+    exponents: Tensor,
+    zeros: Tensor,
+    constants: Tensor,
+    widths: Tensor | None,
+    uniform: int,
+    group_size: int,
+    num_outputs: int,
+) -> Tensor:
+    stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
+    _check(x, stored, widths, uniform)
+    matrix = prepared(stored)
+    if matrix is None:
+        raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
+    y = x.new_empty((x.shape[0], num_outputs))
+    each = None if widths is None else widths.contiguous().numpy()
+    rows = x.detach().contiguous().numpy()
+    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
+    return y
+
+
+def _fake(
+    x: Tensor,
+    planes: list[Tensor],
+    exponents: Tensor,
+    zeros: Tensor,
+    constants: Tensor,
+    widths: Tensor | None,
+    uniform: int,
+    group_size: int,
+    num_outputs: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], num_outputs))
+
+
+_LIBRARY.impl("nested_linear", _run, "CPU")
+torch.library.register_fake("quicksilver::nested_linear", _fake, lib=_LIBRARY)
+
+
+def _check(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:
+    """Raise ValueError where what is multiplied does not fit."""
+    if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] != stored.exponents.shape[0]:
+        raise ValueError(f"rows must be [N, {stored.exponents.shape[0]}] float32, got {list(x.shape)} {x.dtype}")
+    if widths is not None and (widths.shape != x.shape or widths.dtype != torch.uint8):
+        raise ValueError(f"widths must be {list(x.shape)} uint8, got {list(widths.shape)} {widths.dtype}")
+    if not 0 <= uniform <= _MAX_WIDTH:
+        raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor is and how often it was written to; inference tensors do not count that."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _prepare(stored: StoredMatrix, state: tuple[Any, ...], tensors: Sequence[Tensor]) -> _Prepared:
+    key, module = stored.exponents.data_ptr(), native.extension()
+    owners = tuple(weakref.ref(tensor.untyped_storage(), lambda _: _entries.pop(key, None)) for tensor in tensors)
+    if not has_whole_levels(stored):
+        return _Prepared(None, state, owners)
+    largest, *tables = stored.constants.view(torch.float32).split([1, 16, 4])
+    *planes, exponents, zeros = (tensor.contiguous() for tensor in tensors[:-1])
+    matrix = module.prepare(planes, exponents, zeros, float(largest), *tables, stored.group_size, stored.num_outputs)
+    return _Prepared(matrix, state, owners)

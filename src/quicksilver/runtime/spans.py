@@ -1,0 +1,345 @@
+"""Spans of whole layers by the native kernels, where nobody need be asked between two layers.
+
+What a layer is, is `block.py`'s; this makes the same happen in one call, for few rows of a nested model on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.core.decisions import Fill
+from quicksilver.core.plan import Plan
+from quicksilver.core.ragged import TokenState
+from quicksilver.core.rules import ShareFill, UniformWidthRule
+from quicksilver.core.rules.precision import MAX_WIDTH
+from quicksilver.core.trace import LayerTrace
+from quicksilver.models.gpt2 import TANH_GELUS
+from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
+from quicksilver.ops import native
+from quicksilver.ops.nested_linear import MAX_ROWS, has_whole_levels, prepared
+from quicksilver.policies import kv, precision
+from quicksilver.quant import NestedLinear
+from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.precision import PrecisionStep
+from quicksilver.runtime.shortcuts import ShortcutStep
+from quicksilver.runtime.status import Running, TokenStatus
+
+_MAPS: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # the kernels' order
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
+_WIDTHS = MAX_WIDTH + 1
+(
+    _QUERY_ROWS,
+    _FILL_ROWS,
+    _ASKING_ROWS,
+    _ENTRIES_READ,
+    _PAIRS,
+    _VALUES_SKIPPED,
+    _SCORES_SKIPPED,
+    _SCORED_TWICE,
+    _PAST_MLP,
+    _PAST_ATTENTION,
+    _GATED_MLP,
+    _GATED_ATTENTION,
+) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 12)
+
+
+class LayerSpans:
+    """A model's layers and a plan's rules as the kernels see them.
+
+    Args:
+        adapter: the model.
+        plan: the plan.
+        precision_step: holds the means of maps' inputs.
+        shortcut_step: holds fitted maps and gates.
+        asked: layers after which a policy must be asked; each is a span of its own.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        precision_step: PrecisionStep,
+        shortcut_step: ShortcutStep,
+        asked: Collection[int],
+    ) -> None:
+        spec = adapter.spec
+        self._plan, self._spec, self._layers = plan, spec, adapter.layers
+        self._precision, self._shortcuts = precision_step, shortcut_step
+        self._fill = kv.decide(plan.kv, 0).fill
+        self._kept: list[Any] = []  # what the kernels hold addresses of
+        self._ends = span_ends(spec.num_layers, asked)
+        layers = [self._layer(i, layer) for i, layer in enumerate(adapter.layers)]
+        down = adapter.layers[0].nested[-1]
+        activation = _ACTIVATIONS[adapter.layers[0].leaves.activation]
+        self._runner = native.extension().LayerRunner(
+            layers,
+            spec.hidden_size,
+            down.num_inputs,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            activation,
+        )
+
+    @staticmethod
+    def obstacle(adapter: Adapter, plan: Plan) -> str | None:
+        """Return why the kernels cannot run a model's layers under a plan, None where they can."""
+        if adapter.kernels != "native":
+            return "the kernels do not read its weights"
+        if isinstance(plan.kv, ShareFill) and plan.halting is not None:
+            return "the share fill has layers refer to entries"
+        if any(_unknown(layer.leaves) for layer in adapter.layers):
+            return "it has norms or an activation that the kernels do not know"
+        if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
+            return "levels of its narrow widths are not whole codes"
+        return None
+
+    def span(self, first: int, running: Running, status: TokenStatus, context: PassContext) -> range | None:
+        """Return the layers that the kernels can run from layer `first` on, None where they cannot run it."""
+        rows = len(running) if status.halted is None else context.chunk.num_tokens
+        merged = running.state.mass is not None or running.state.shift is not None or status.masses is not None
+        if (
+            self._layers[0].nested[0].is_expanded
+            or rows > MAX_ROWS
+            or merged
+            or status.present is not context.chunk
+            or any(context.fuses)
+        ):
+            return None
+        if status.halted is not None and self._fill not in (Fill.NONE, Fill.PROJECT):
+            return None
+        return range(first, self._ends[first])
+
+    def run(self, layers: range, running: Running, status: TokenStatus, context: PassContext) -> Running:
+        """Run layers for the running tokens, write their entries, count; as `run_layer` does one by one.
+
+        Where halted tokens' keys and values are projected, their states go along and leave as they came.
+        """
+        halted = status.halted if self._fill is Fill.PROJECT else None
+        layout = running.state.layout if halted is None else context.chunk
+        hidden = self._rows(running, status, halted)
+        fields = self._fields(layout, halted, status, context)
+        storage = context.cache.extend(layers, layout.lengths)
+        rotation = running.rotation if halted is None else context.rotation
+        cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
+        counts = context.trace.pending(self, self._new_counts)
+        self._runner.run(
+            layers.start,
+            layers.stop,
+            hidden.data_ptr(),
+            fields,
+            cos,
+            sin,
+            storage,
+            len(layout.lengths),
+            counts.address(layers.start),
+            torch.get_num_threads(),
+        )
+        if halted is not None:
+            hidden = hidden.index_select(0, running.state.layout.origin)
+        return Running(TokenState(hidden, running.state.layout), running.rotation)
+
+    @staticmethod
+    def _rows(running: Running, status: TokenStatus, halted: Tensor | None) -> Tensor:
+        """Return the states of all rows of a run, a tensor of their own."""
+        hidden = running.state.hidden
+        if halted is None or status.frozen is None:
+            return hidden.clone(memory_format=torch.contiguous_format)
+        return running.state.scatter_into(status.frozen.clone())
+
+    @staticmethod
+    def _fields(layout: Any, halted: Tensor | None, status: TokenStatus, context: PassContext) -> list[int]:
+        """Return for each row: sequence, place among its sequence's new entries, position, flags, bits at most."""
+        origins = layout.origin.tolist()
+        stopped = set() if halted is None else set(halted.tolist())
+        exempt, unshortened, caps = (
+            None if t is None else t.tolist() for t in (context.exempt, context.unshortened, status.caps)
+        )
+        fields: list[int] = []
+        row = 0
+        positions = layout.positions.tolist()
+        for sequence, length in enumerate(layout.lengths):
+            for offset in range(length):
+                origin = origins[row]
+                fields += (
+                    sequence,
+                    offset,
+                    positions[row],
+                    origin in stopped,
+                    exempt is not None and exempt[origin],
+                    unshortened is not None and unshortened[origin],
+                    MAX_WIDTH if caps is None else caps[origin],
+                )
+                row += 1
+        return fields
+
+    def _new_counts(self) -> KernelCounts:
+        return KernelCounts(self._spec, self._plan, self._layers, self._precision, self._shortcuts)
+
+    def _layer(self, layer_idx: int, ops: LayerOps) -> Any:
+        layer, leaves = native.extension().Layer(), ops.leaves
+        norms = {
+            "attention": leaves.attn_norm,
+            "mlp": leaves.mlp_norm,
+            "query": leaves.query_norm,
+            "key": leaves.key_norm,
+        }
+        for name, norm in norms.items():
+            if norm is not None:
+                layer.set_norm(name, *self._norm(norm))
+        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
+            self._set_map(layer, layer_idx, map_idx, role, module)
+        for part in ("attention", "mlp"):
+            self._set_shortcut(layer, layer_idx, part)
+        attention, screening = self._plan.attention, self._plan.screening
+        layer.set_attention(
+            ops.scaling,
+            0.0 if attention is None else attention.threshold_in(layer_idx),
+            0.0 if attention is None else attention.query_threshold_in(layer_idx),
+            0.0 if screening is None else screening.threshold_in(layer_idx),
+            0.0 if screening is None else screening.query_threshold_in(layer_idx),
+        )
+        return layer
+
+    def _norm(self, norm: Any) -> tuple[int, int, float]:
+        bias = getattr(norm, "bias", None)
+        epsilon = norm.variance_epsilon if bias is None else norm.eps
+        return self._address(norm.weight), self._address(bias), epsilon
+
+    def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: NestedLinear) -> None:
+        mean, bias = None, module.bias
+        centre = self._precision.centre(module)
+        if centre is not None:
+            mean, product = centre.bind(module.channel_norms)
+            bias = product if bias is None else bias + product
+        index, matrix = _MAPS.index(role), prepared(module.stored)
+        self._kept.append(matrix)
+        rule = None if self._plan.precision is None else self._plan.precision.rule
+        width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
+        layer.set_map(index, matrix, self._address(bias), self._address(mean), width)
+        channels = precision.channel_rule(rule)
+        if channels is not None:
+            norms = module.channel_norms if channels.score == "weighted" else None
+            thresholds = channels.thresholds_at(layer_idx, map_idx, len(self._layers[0].nested))
+            layer.grade_map(index, list(thresholds), list(channels.widths), self._address(norms))
+
+    def _set_shortcut(self, layer: Any, layer_idx: int, part: Any) -> None:
+        bound = self._shortcuts.bound(layer_idx, part)
+        if bound is None:
+            return
+        weights = bound.fitted.weights
+        down, up = (None, weights[0]) if len(weights) == 1 else weights
+        rank = 0 if down is None else down.shape[1]
+        layer.set_shortcut(
+            part == "attention",
+            self._address(down),
+            self._address(up),
+            self._address(bound.fitted.bias),
+            rank,
+            self._address(bound.gate),
+            0.0 if bound.threshold is None else math.log(bound.threshold),
+        )
+
+    def _address(self, tensor: Tensor | None) -> int:
+        """Return where a tensor's values lie, contiguous, 0 for none; it is kept."""
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class KernelCounts:
+    """What the kernels counted for one trace, until somebody reads it.
+
+    Attributes:
+        counts: [layers, counts] int64.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: Plan,
+        layers: Sequence[LayerOps],
+        precision_step: PrecisionStep,
+        shortcut_step: ShortcutStep,
+    ) -> None:
+        self._spec, self._plan, self._layers = spec, plan, layers
+        self._precision, self._shortcuts = precision_step, shortcut_step
+        self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
+        self._start, self._step = self.counts.data_ptr(), self.counts.stride(0) * self.counts.element_size()
+
+    def address(self, layer_idx: int) -> int:
+        """Return where a layer's counts lie."""
+        return self._start + layer_idx * self._step
+
+    def settle(self, layers: Sequence[LayerTrace]) -> None:
+        """Add what has been counted since the last call."""
+        if not bool(self.counts.any()):
+            return
+        for layer_idx, (trace, counted) in enumerate(zip(layers, self.counts.tolist(), strict=True)):
+            self._settle_rows(trace, counted)
+            self._settle_maps(layer_idx, trace, counted)
+            self._settle_shortcuts(layer_idx, trace, counted)
+        self.counts.zero_()
+
+    def _settle_rows(self, trace: LayerTrace, counted: list[int]) -> None:
+        trace.query_rows += counted[_QUERY_ROWS]
+        trace.fill_rows += counted[_FILL_ROWS]
+        trace.entries_read += counted[_ENTRIES_READ]
+        trace.attended.add(counted[_PAIRS])
+        trace.values_skipped.add(counted[_VALUES_SKIPPED])
+        trace.scores_skipped.add(counted[_SCORES_SKIPPED])
+        trace.scored_twice.add(counted[_SCORED_TWICE])
+        if self._plan.entries is not None:
+            trace.signal_rows["entry"] += counted[_QUERY_ROWS] + counted[_FILL_ROWS]
+
+    def _settle_maps(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
+        rule = None if self._plan.precision is None else self._plan.precision.rule
+        channels, ops = precision.channel_rule(rule), self._layers[layer_idx]
+        for role, module in zip(ops.leaves.roles, ops.nested, strict=True):
+            at = _MAPS.index(role) * _WIDTHS
+            by_width = counted[at : at + _WIDTHS]
+            trace.widths.add(by_width, module.num_outputs, module.channel_bytes)
+            if channels is not None and channels.score == "weighted":
+                trace.signal_rows["score"] += sum(by_width)
+            centre = self._precision.centre(module)
+            if centre is not None:
+                nbytes = sum(t.nbytes for t in centre.bind(module.channel_norms))
+                trace.record_fitted(sum(by_width) // module.num_inputs, 0, nbytes)
+        attention, screening = self._plan.attention, self._plan.screening
+        leaves_out = attention is not None and attention.query_threshold_in(layer_idx) > 0.0
+        if leaves_out or (screening is not None and screening.threshold_in(layer_idx) > 0.0):
+            trace.signal_rows["query"] += counted[_ASKING_ROWS]
+
+    def _settle_shortcuts(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
+        rows = {"mlp": (_PAST_MLP, _GATED_MLP), "attention": (_PAST_ATTENTION, _GATED_ATTENTION)}
+        for part, (past, gated) in rows.items():
+            bound = self._shortcuts.bound(layer_idx, part)  # type: ignore[arg-type]
+            if bound is not None:
+                bound.record(trace, part, counted[past], counted[gated])
+
+
+def _unknown(leaves: Leaves) -> bool:
+    norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
+    known = all(
+        norm is None or (isinstance(norm, nn.LayerNorm) and norm.bias is not None) or hasattr(norm, "variance_epsilon")
+        for norm in norms
+    )
+    return not known or leaves.activation not in _ACTIVATIONS
+
+
+def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:
+    """Return for each layer up to where a span that begins with it goes; a layer that is asked about is a span."""
+    ends, end = [0] * num_layers, num_layers
+    for layer_idx in reversed(range(num_layers)):
+        if layer_idx in asked:
+            ends[layer_idx], end = layer_idx + 1, layer_idx
+        else:
+            ends[layer_idx] = end
+    return ends

@@ -1,0 +1,1 @@
+"""Operations of `quicksilver.ops`, against their definitions."""

@@ -1,0 +1,113 @@
+"""Products with nested weights as the tests of the kernels need them: matrices, what they should give, how far off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from quicksilver.ops import native
+from quicksilver.ops.nested_linear import StoredMatrix
+from quicksilver.quant import NestedLinear
+from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.quant.rounding import quantize
+
+INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
+
+_CHUNK = 64  # channels whose coefficients share a scale
+_STEPS = 127 * 256  # the largest coefficient, in integers
+_FLOATS = 2e-6  # of the sum of magnitudes: roundings of float32 on the way
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_widths(*shape: int, seed: int = 0) -> Tensor:
+    """Return widths from 0 to 8, uint8."""
+    return torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def module(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 1, spread: float = 1.0) -> NestedLinear:
+    """Return a map without bias whose channels differ in size by up to `spread`, so that its scales do too."""
+    weight = draw(num_inputs, num_outputs, seed=seed) * torch.logspace(0.0, spread, num_inputs)[:, None]
+    return NestedLinear(quantize(weight, group_size), None)
+
+
+def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 0) -> NestedLinear:
+    """Return a map of random codes, scales and zeros, extremes among them; no matrix was rounded to it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bytes_of(*shape: int) -> Tensor:
+        drawn = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        return torch.where(torch.rand(shape, generator=generator) < 0.2, torch.where(drawn < 128, 0, 255), drawn)
+
+    groups = -(-num_outputs // group_size)
+    grid = Grid(bytes_of(num_inputs, groups), bytes_of(num_inputs, groups), torch.tensor(0.37), group_size)
+    tables = {width: centres(width).round().clamp(0, 255) for width in (4, 2)}
+    return NestedLinear(NestedCodes.pack(bytes_of(num_inputs, num_outputs).to(torch.uint8), grid, tables), None)
+
+
+def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
+    """Return the product that defines the operator, [N, out] float64."""
+    y = torch.zeros(x.shape[0], linear.num_outputs, dtype=torch.float64)
+    for width in range(1, 9):
+        y += torch.where(widths == width, x, 0.0).double() @ linear.codes.dequantize(width).double()
+    return y
+
+
+def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
+    """Return how far the kernels may be from the definition, [N, out] float64.
+
+    A coefficient, activation times scale, is off by half a step at most; a step is the largest of its chunk and group
+    over 32512. What it multiplies is a level less a zero.
+    """
+    grid, out = linear.codes.grid, linear.num_outputs
+    scales, zeros = (grid.spread(t, out).double() for t in (grid.scales, grid.zeros.float()))
+    limit = torch.zeros(x.shape[0], out, dtype=torch.float64)
+    for row in range(x.shape[0]):
+        for width in range(8, 0, -1):
+            levels = linear.codes.dequantize(width).double() / scales + zeros
+            for channels in (widths[row] == width).nonzero().squeeze(-1).split(_CHUNK):
+                coefficients = (x[row, channels].double()[:, None] * scales[channels]).abs()
+                reach = (levels - zeros)[channels].abs().sum(0) if len(channels) else torch.zeros(out)
+                if len(channels):
+                    limit[row] += 0.5001 * coefficients.amax(0) / _STEPS * reach
+                    limit[row] += _FLOATS * 256 * coefficients.sum(0)
+    return limit
+
+
+def assert_close(y: Tensor, linear: NestedLinear, x: Tensor, widths: Tensor) -> None:
+    """Fail where a product is further from its definition than the kernels' rounding explains."""
+    excess = (y.double() - expected(linear, x, widths)).abs() - bounds(linear, x, widths)
+    assert bool((excess <= 0).all()), f"beyond the bound by up to {float(excess.nan_to_num(float('inf')).max()):.3g}"
+
+
+@contextmanager
+def using(isa: str) -> Iterator[None]:
+    """Use an instruction set as long as the context lasts."""
+    before = native.instruction_set()
+    try:
+        native.use_instruction_set(isa)
+        yield
+    finally:
+        native.use_instruction_set(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch, and so the kernels, use some threads as long as the context lasts."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def arguments(stored: StoredMatrix, x: Tensor, widths: Tensor | None = None, uniform: int = 8) -> tuple[object, ...]:
+    """Return the operator's arguments in its order."""
+    return x, list(stored.planes), *stored[1:4], widths, uniform, *stored[4:]

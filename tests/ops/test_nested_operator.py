@@ -1,0 +1,193 @@
+"""The operator as PyTorch sees it, and when the matrices packed for the kernels are made, made anew and let go."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from quicksilver.ops import native, nested_linear
+from quicksilver.quant import NestedLinear
+from quicksilver.quant.codes import NestedCodes
+from quicksilver.quant.linear import keeping_expanded
+from tests.ops.nested import arguments, assert_close, draw, draw_widths, module
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+
+def operator() -> torch._ops.OpOverload:
+    return torch.ops.quicksilver.nested_linear.default
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["widths", "uniform"])
+def test_opcheck_accepts_the_operator(each: bool) -> None:
+    linear, x = module(70, 100), draw(3, 70)
+    widths = draw_widths(3, 70) if each else None
+    torch.library.opcheck(operator(), arguments(linear.stored, x, widths, 5))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_it_gives_the_same(backend: str) -> None:
+    linear, x, widths = module(70, 100), draw(3, 70), draw_widths(3, 70)
+    stored = linear.stored
+
+    def doubled(x: Tensor, widths: Tensor) -> Tensor:
+        return 2 * operator()(*arguments(stored, x, widths))
+
+    compiled = torch.compile(doubled, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, widths), doubled(x, widths))
+        assert torch.equal(compiled(x + 1, widths), doubled(x + 1, widths))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    linear, x = module(70, 100), draw(3, 70)
+    stored, widths = linear.stored, draw_widths(3, 70)
+    wrong = {
+        "rows": (x[:, :69], widths),
+        "rows must be": (x.double(), widths),
+        "widths must be": (x, widths[:2]),
+        "uint8": (x, widths.int()),
+        "not 9": (x, 9),
+    }
+    for message, (rows, given) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            nested_linear.nested_linear(rows, stored, given)
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    linear, x, widths = module(70, 100), draw(3, 140)[:, ::2], draw_widths(70, 3).T
+    y = nested_linear.nested_linear(x, linear.stored, widths)
+    assert torch.equal(y, nested_linear.nested_linear(x.contiguous(), linear.stored, widths.contiguous()))
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    with torch.inference_mode():
+        linear, x = module(70, 100), draw(3, 70)
+        assert_close(linear(x, kernels="native"), linear, x, torch.full(x.shape, 8))
+
+
+def with_tables(linear: NestedLinear, shift: float) -> NestedLinear:
+    codes = linear.codes
+    tables = {width: table + shift for width, table in codes.tables.items()}
+    return NestedLinear(NestedCodes(codes.planes, codes.grid, codes.num_outputs, tables), None)
+
+
+def test_a_matrix_whose_levels_are_not_whole_is_left_to_pytorch() -> None:
+    linear, x = with_tables(module(70, 100), 0.25), draw(3, 70)
+    assert not nested_linear.has_whole_levels(linear.stored)
+    assert nested_linear.prepared(linear.stored) is None
+    with pytest.raises(ValueError, match="whole 8-bit code"):
+        nested_linear.nested_linear(x, linear.stored, 4)
+    assert torch.equal(linear(x, 4, kernels="native"), linear(x, 4))
+
+
+def check(linear: NestedLinear) -> None:
+    x, widths = draw(3, linear.num_inputs), draw_widths(3, linear.num_inputs)
+    assert_close(linear(x, widths, kernels="native"), linear, x, widths)
+
+
+def test_a_matrix_is_packed_once_and_anew_where_its_tensors_change() -> None:
+    linear, other = module(70, 100), module(70, 100, seed=9, spread=0.5)
+    check(linear)
+    first = nested_linear.prepared(linear.stored)
+    check(linear)
+    assert nested_linear.prepared(linear.stored) is first
+    linear.load_state_dict(other.state_dict())  # in place
+    check(linear)
+    assert nested_linear.prepared(linear.stored) is not first
+    linear.load_state_dict(module(70, 100, seed=10).state_dict(), assign=True)
+    check(linear)
+    linear.plane_0 = torch.zeros_like(linear.get_buffer("plane_0"))
+    check(linear)
+    linear.get_buffer("exponents")[3] = 17
+    check(linear)
+    check(copy.deepcopy(linear))
+    check(linear.to(torch.float64).to(torch.float32))
+
+
+def test_a_packed_matrix_goes_when_any_of_its_tensors_goes() -> None:
+    linear, before = module(70, 100), len(nested_linear._entries)
+    check(linear)
+    assert len(nested_linear._entries) == before + 1
+    linear.plane_3 = linear.get_buffer("plane_3").clone()
+    assert len(nested_linear._entries) == before
+    check(linear)
+    check(linear)
+    assert len(nested_linear._entries) == before + 1
+    del linear
+    assert len(nested_linear._entries) == before
+
+
+def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, calls = module(70, 100), []
+    run = nested_linear.nested_linear
+    monkeypatch.setattr("quicksilver.quant.linear.nested_linear", lambda *args: calls.append(1) or run(*args))
+
+    def uses_kernels(x: Tensor, kernels: native.Kernels = "native") -> bool:
+        calls.clear()
+        rows, y = x.reshape(-1, 70), linear(x, 4, kernels=kernels)
+        assert y.shape == (*x.shape[:-1], 100)
+        assert y.dtype == x.dtype
+        assert_close(y.reshape(-1, 100), linear, rows, torch.full(rows.shape, 4))
+        return bool(calls)
+
+    most = nested_linear.MAX_ROWS
+    assert uses_kernels(draw(1, 70))
+    assert uses_kernels(draw(2, most // 2, 70))
+    assert not uses_kernels(draw(most + 1, 70))
+    assert not uses_kernels(draw(0, 70))
+    assert not uses_kernels(draw(1, 70).double())
+    assert not uses_kernels(draw(1, 70), "torch")
+    assert not uses_kernels(draw(1, 70).requires_grad_())
+    with torch.no_grad():
+        assert uses_kernels(draw(1, 70).requires_grad_())
+    with keeping_expanded(linear):
+        assert not uses_kernels(draw(1, 70))
+
+
+def test_widths_by_row_and_bias() -> None:
+    linear, x = module(70, 100), draw(4, 70)
+    linear.bias = torch.nn.Parameter(draw(100, seed=8), requires_grad=False)
+    widths = torch.tensor([8, 0, 3, 4], dtype=torch.uint8)
+    y = linear(x, widths, kernels="native") - linear.bias
+    assert_close(y, linear, x, widths[:, None].expand(4, 70))
+    assert torch.equal(linear(x, 0, kernels="native"), linear(x, 0))
+
+
+def test_threads_of_python_do_not_disturb_one_another() -> None:
+    linears = [module(90, 300, seed=seed) for seed in range(4)]
+    rows = [(draw(4, 90, seed=seed), draw_widths(4, 90, seed=seed)) for seed in range(4)]
+    alone = [linear(x, widths, kernels="native") for linear, (x, widths) in zip(linears, rows, strict=True)]
+
+    def again(i: int) -> bool:
+        torch.set_num_threads(1)
+        return torch.equal(linears[i](*rows[i], kernels="native"), alone[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(again, [i % 4 for i in range(400)]))
+
+
+FORKED = """
+import os, torch
+from tests.ops.nested import draw, draw_widths, module
+torch.set_num_threads(2)
+linear, x, widths = module(130, 700), draw(4, 130), draw_widths(4, 130)
+before = linear(x, widths, kernels="native")  # the pool has threads now
+child = os.fork()
+if child == 0:
+    same = all(torch.equal(linear(x, widths, kernels="native"), before) for _ in range(20))
+    os._exit(0 if same else 1)
+assert all(torch.equal(linear(x, widths, kernels="native"), before) for _ in range(20))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_forked_process_multiplies_too() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

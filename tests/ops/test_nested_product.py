@@ -1,0 +1,153 @@
+"""The kernels' products at every width equal their definition within the bound of their rounding, on every set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quicksilver.ops import native
+from quicksilver.ops.nested_linear import nested_linear, prepared
+from quicksilver.quant import NestedLinear
+from quicksilver.quant.rounding import quantize
+from tests.ops.nested import (
+    INSTRUCTION_SETS,
+    assert_close,
+    draw,
+    draw_widths,
+    expected,
+    module,
+    random_codes,
+    threads,
+    using,
+)
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+SHAPES = ((1, 1), (3, 5), (7, 64), (64, 129), (65, 200), (129, 256), (130, 300), (63, 513))  # in, out
+ISAS = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+
+
+def product(linear: NestedLinear, x: Tensor, widths: int | Tensor) -> Tensor:
+    return nested_linear(x, linear.stored, widths)
+
+
+@ISAS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_every_width_equals_the_definition(isa: str, shape: tuple[int, int], group_size: int) -> None:
+    linear, x = module(*shape, group_size), draw(3, shape[0], seed=3)
+    with using(isa):
+        for width in range(1, 9):
+            assert_close(product(linear, x, width), linear, x, torch.full(x.shape, width))
+        assert torch.equal(product(linear, x, 0), torch.zeros(3, shape[1]))
+
+
+@ISAS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("make", [module, random_codes])
+def test_widths_channel_by_channel_equal_the_definition(isa: str, shape: tuple[int, int], make) -> None:
+    linear, x, widths = make(*shape), draw(4, shape[0], seed=3), draw_widths(4, shape[0], seed=5)
+    with using(isa):
+        assert_close(product(linear, x, widths), linear, x, widths)
+        for width in range(9):  # one width for all, said channel by channel
+            each = torch.full_like(widths, width)
+            assert torch.equal(product(linear, x, each), product(linear, x, width))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_all_instruction_sets_give_the_same_bits(shape: tuple[int, int], group_size: int) -> None:
+    linear, x = random_codes(*shape, group_size), draw(4, shape[0], seed=3)
+    for widths in (*range(9), draw_widths(4, shape[0], seed=5)):
+        results = []
+        for isa in INSTRUCTION_SETS:
+            with using(isa):
+                results.append(product(linear, x, widths))
+        assert all(torch.equal(results[0], each) for each in results)
+
+
+@ISAS
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (65, 200), (130, 700)], ids=str)
+def test_any_number_of_threads_gives_the_product_and_always_the_same(
+    isa: str, count: int, shape: tuple[int, int]
+) -> None:
+    linear, x, widths = module(*shape), draw(5, shape[0], seed=3), draw_widths(5, shape[0], seed=5)
+    with using(isa), threads(count):
+        y = product(linear, x, widths)
+        assert_close(y, linear, x, widths)
+        assert all(torch.equal(product(linear, x, widths), y) for _ in range(5))
+
+
+@ISAS
+def test_a_row_is_the_same_alone_and_among_others(isa: str) -> None:
+    linear, x, widths = module(130, 300), draw(16, 130, seed=3), draw_widths(16, 130, seed=5)
+    with using(isa), threads(1):
+        together = product(linear, x, widths)
+        for row in range(16):
+            one = slice(row, row + 1)
+            assert torch.equal(product(linear, x[one], widths[one]), together[one])
+
+
+@ISAS
+@pytest.mark.parametrize("num_outputs", [1, 5, 64, 200, 256, 513])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_output_is_written_and_nothing_else(isa: str, num_outputs: int, count: int) -> None:
+    linear, x, widths = module(70, num_outputs), draw(2, 70), draw_widths(2, 70)
+    product(linear, x, 8)
+    room = torch.full((4, num_outputs), float("nan"))
+    with using(isa):
+        matrix = prepared(linear.stored)
+        native.extension().multiply_rows(matrix, x.numpy(), room[1:3].numpy(), widths.numpy(), 8, count)
+    assert_close(room[1:3], linear, x, widths)
+    assert bool(room[0].isnan().all() & room[3].isnan().all())
+
+
+@ISAS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_gives_nan_and_spoils_no_other(isa: str, bad: float) -> None:
+    linear, x, widths = module(70, 100), draw(3, 70), draw_widths(3, 70)
+    with using(isa):
+        clean = product(linear, x, widths)
+        x[1, 69] = bad
+        spoilt = product(linear, x, widths)
+    assert bool(spoilt[1].isnan().all())
+    assert torch.equal(spoilt[::2], clean[::2])
+
+
+@ISAS
+def test_zeros_give_zeros(isa: str) -> None:
+    linear = random_codes(70, 100)
+    with using(isa):
+        for width in range(1, 9):
+            assert torch.equal(product(linear, torch.zeros(2, 70), width), torch.zeros(2, 100))
+
+
+@ISAS
+@pytest.mark.parametrize("size", [1e-44, 1e-36, 1e-33, 1e-30, 1e-10, 1e10, 1e28])
+def test_small_and_large_activations(isa: str, size: float) -> None:
+    linear, x = module(70, 100, spread=4.0), draw(2, 70) * size
+    with using(isa):
+        y = product(linear, x, 8)
+    wanted = expected(linear, x, torch.full(x.shape, 8))
+    below = 70 * 1e-34 * 256 * float(linear.codes.grid.largest)  # coefficients below 1e-34 count as zero
+    assert float((y - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()) + below
+
+
+@ISAS
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e6, 1e30])
+def test_small_and_large_weights(isa: str, size: float) -> None:
+    weight, x = draw(70, 100) * size, draw(2, 70)
+    weight[::7] = 0.0
+    linear = NestedLinear(quantize(weight, 32), None)
+    with using(isa):
+        assert_close(product(linear, x, 8), linear, x, torch.full(x.shape, 8))
+
+
+@ISAS
+def test_one_large_activation_costs_the_others_no_more_than_the_bound(isa: str) -> None:
+    linear, x, widths = module(200, 100), draw(2, 200), draw_widths(2, 200)
+    x[:, 11] = 1e4
+    with using(isa):
+        assert_close(product(linear, x, widths), linear, x, widths)

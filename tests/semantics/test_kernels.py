@@ -1,0 +1,95 @@
+"""With compiled kernels the engine gives what its definition gives, as far as their rounding lets it differ.
+
+What one product may be off by is tested in `tests/ops`; here it has gone through every layer of a model with random
+weights, which are rougher than a trained model's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.models.nesting import nest
+from quicksilver.ops import native, nested_linear
+from quicksilver.quant.config import QuantizationConfig
+from quicksilver.runtime.loading import accelerate
+from tests import tiny, tolerances
+from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+PLANS = {
+    "dense": Plan.dense(),
+    "uniform": precision_plan(UniformWidthRule(4)),
+    "by token": precision_plan(EntropyWidthRule((7.1, 6.6), layer=2)),
+}
+CHANNEL = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+ATOL = tolerances.KERNEL_LOGITS
+
+
+def close(one: Run, other: Run, atol: float = ATOL) -> None:
+    torch.testing.assert_close(one.logits, other.logits, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_however_tokens_are_fed_the_definition_is_met(family: str, name: str) -> None:
+    model, plan, ids = tiny.nested(family), PLANS[name], tiny.token_ids(30)
+    definition, engine = decoder(model, plan), decoder(model, plan, kernels="native")
+    whole = run_whole(definition, ids)
+    assert torch.equal(run_whole(engine, ids).logits, whole.logits)  # more rows than the kernels take
+    for fed in (run_steps(engine, ids), run_chunks(engine, ids, [9, 16, 5])):
+        close(fed, whole)
+        assert not torch.equal(fed.logits, whole.logits)  # they were used
+        assert fed.trace.macs_by_width == whole.trace.macs_by_width
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_widths_that_depend_on_activations_lose_as_much(family: str) -> None:
+    """An activation that lies on a threshold may fall to either side, so logits differ, and losses hardly do."""
+    model, ids = tiny.nested(family), tiny.token_ids(60)
+    losses, macs = [], []
+    for run in (run_whole(decoder(model, CHANNEL), ids), run_steps(decoder(model, CHANNEL, kernels="native"), ids)):
+        losses.append(float(torch.nn.functional.cross_entropy(run.logits[:-1], ids[1:])))
+        macs.append(torch.tensor(run.trace.macs_by_width, dtype=torch.float64))
+    assert losses[0] == pytest.approx(losses[1], abs=tolerances.KERNEL_LOSS)
+    assert float((macs[0] - macs[1]).abs().max()) < 1e-3 * float(macs[0].sum())
+
+
+@pytest.mark.parametrize("plan", [PLANS["uniform"], CHANNEL], ids=["uniform", "channel"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_later_tokens_change_nothing(family: str, plan: Plan) -> None:
+    engine, ids, changed = decoder(tiny.nested(family), plan, kernels="native"), tiny.token_ids(24), tiny.token_ids(24)
+    changed[12:] = tiny.token_ids(12, seed=5)
+    assert torch.equal(run_steps(engine, ids).logits[:12], run_steps(engine, changed).logits[:12])
+    assert torch.equal(run_whole(engine, ids[:14]).logits[:12], run_whole(engine, changed[:14]).logits[:12])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_batch_is_its_sequences_alone(family: str) -> None:
+    engine = decoder(tiny.nested(family), PLANS["uniform"], kernels="native")
+    sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 9)]
+    alone = torch.cat([run_whole(engine, each).logits for each in sequences])
+    torch.testing.assert_close(run_batch(engine, sequences).logits, alone, atol=ATOL, rtol=0)
+
+
+def test_a_nested_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.from_config(tiny.CONFIGS["llama"]())
+    nest(model, QuantizationConfig(head=True))
+    seen, run = [], nested_linear.nested_linear
+    monkeypatch.setattr("quicksilver.quant.linear.nested_linear", lambda x, *rest: seen.append(rest) or run(x, *rest))
+    ids = tiny.token_ids(3)
+    close(run_steps(decoder(model, Plan.dense(), kernels="native"), ids), run_whole(decoder(model, Plan.dense()), ids))
+    assert any(stored.num_outputs == tiny.VOCAB for stored, _ in seen)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_generation_gives_the_same_tokens(family: str) -> None:
+    ids = tiny.token_ids(8)[None]
+    made = [
+        accelerate(tiny.nested(family), PLANS["uniform"], kernels=kernels).generate(ids, max_new_tokens=20)
+        for kernels in ("torch", "native")
+    ]
+    assert torch.equal(*made)

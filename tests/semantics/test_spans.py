@@ -1,0 +1,230 @@
+"""Spans of layers run by the compiled kernels are the layers run one by one by PyTorch: states, entries and counts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import (
+    CappedWidthRule,
+    ChannelWidthRule,
+    DropFill,
+    EntropyWidthRule,
+    EntryConfig,
+    ForcedFusionRule,
+    ForcedRule,
+    PropagateFill,
+    RelativeDriftRule,
+    ShareFill,
+    Shortcut,
+    UniformWidthRule,
+    ZeroFill,
+)
+from quicksilver.models.cost import executed_cost
+from quicksilver.models.nesting import nest
+from quicksilver.ops import native
+from quicksilver.quant.config import QuantizationConfig
+from quicksilver.quant.linear import keeping_expanded
+from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.spans import span_ends
+from tests import tiny, tolerances
+from tests.engines import (
+    Run,
+    decoder,
+    fusion_plan,
+    halting_plan,
+    precision_plan,
+    run_batch,
+    run_chunks,
+    run_steps,
+    run_whole,
+    screening_plan,
+    shortcut_plan,
+    skipping_plan,
+)
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+FORCED = ForcedRule((2, 99, 3, 99, 99))
+CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
+EXACT = {  # nothing that the kernels' rounding could decide otherwise
+    "dense": Plan.dense(),
+    "uniform": precision_plan(UniformWidthRule(4)),
+    "drop": halting_plan(FORCED, DropFill(), min_layer=1),
+    "propagate": halting_plan(FORCED, PropagateFill(), min_layer=1),
+    "zero": halting_plan(FORCED, ZeroFill(), min_layer=1),
+    "share": halting_plan(FORCED, ShareFill(), min_layer=1),
+    "all halt": halting_plan(ForcedRule((2,)), PropagateFill(), min_layer=1, protect_first=0),
+    "previous update": halting_plan(RelativeDriftRule(1e-9), PropagateFill(), min_layer=1),
+    "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention")),
+    "low rank": shortcut_plan(Shortcut(2, "mlp"), rank=3),
+    "fused prompt": fusion_plan(ForcedFusionRule((True, False)), layers=(1,)),
+}
+ROUGH = {  # thresholds that a value may lie on, and codes
+    "channels": precision_plan(CHANNEL),
+    "activations": precision_plan(replace(CHANNEL, score="activation")),
+    "capped": precision_plan(CappedWidthRule(EntropyWidthRule((7.1, 6.6), layer=2), CHANNEL)),
+    "values": skipping_plan(0.8),
+    "queries": skipping_plan(0.0, query_threshold=0.4),
+    "screened": screening_plan(0.8),
+    "entries": replace(Plan("test"), entries=EntryConfig()),
+    "all": replace(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), entries=EntryConfig()),
+}
+
+
+@pytest.fixture
+def sets() -> Iterator[None]:
+    """Leave the instruction set as it was."""
+    before = native.instruction_set()
+    yield
+    native.use_instruction_set(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """How products are shared among threads depends on how many rows there are; here that is not asked about."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def engines(family: str, plan: Plan) -> tuple[Decoder, Decoder]:
+    model = tiny.nested(family)
+    return decoder(model, plan), decoder(model, plan, kernels="native")
+
+
+def entries(run: Run, engine: Decoder) -> list[Any]:
+    return [run.cache.entries(i, 0) for i in range(engine.spec.num_layers)]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_states_entries_and_counts_are_those_of_single_layers(family: str, name: str) -> None:
+    definition, engine = engines(family, EXACT[name])
+    ids = tiny.token_ids(26)
+    for feed in (lambda e: run_steps(e, ids, prompt=12), lambda e: run_chunks(e, ids, [20, 4, 2])):
+        wanted, run = feed(definition), feed(engine)
+        torch.testing.assert_close(run.logits, wanted.logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+        assert executed_cost(engine.spec, run.trace) == executed_cost(engine.spec, wanted.trace)
+        assert run.cache.used_nbytes == wanted.cache.used_nbytes
+        assert [layer.entries_read for layer in run.trace.layers] == [x.entries_read for x in wanted.trace.layers]
+        for one, other in zip(entries(run, engine), entries(wanted, engine), strict=True):
+            assert torch.equal(one.positions, other.positions)
+            assert one.masses is None if other.masses is None else torch.equal(one.masses, other.masses)
+            torch.testing.assert_close(one.keys, other.keys, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("name", ROUGH)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, name: str) -> None:
+    definition, engine = engines(family, ROUGH[name])
+    ids = tiny.token_ids(60)
+    wanted, run = run_steps(definition, ids, prompt=20), run_steps(engine, ids, prompt=20)
+    losses = [float(torch.nn.functional.cross_entropy(r.logits[:-1], ids[1:])) for r in (wanted, run)]
+    assert losses[0] == pytest.approx(losses[1], abs=tolerances.KERNEL_LOSS)
+    costs = [executed_cost(engine.spec, r.trace) for r in (wanted, run)]
+    assert costs[1].body_macs == pytest.approx(costs[0].body_macs, rel=1e-3)
+    assert costs[1].bitops == pytest.approx(costs[0].bitops, rel=1e-3)
+    assert run.cache.used_nbytes == wanted.cache.used_nbytes
+
+
+@pytest.mark.parametrize("name", ["dense", "propagate", "all", "shortcuts"])
+def test_instruction_sets_give_the_same_bits(name: str, sets: None, one_thread: None) -> None:
+    _, engine = engines("llama", (EXACT | ROUGH)[name])
+    ids = tiny.token_ids(20)
+    logits = []
+    for instruction_set in native.instruction_sets():
+        native.use_instruction_set(instruction_set)
+        logits.append(run_steps(engine, ids, prompt=5).logits)
+    for other in logits[1:]:
+        assert torch.equal(other, logits[0])
+
+
+@pytest.mark.parametrize("name", ["uniform", "propagate", "all"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_batch_is_its_sequences_alone(family: str, name: str, one_thread: None) -> None:
+    _, engine = engines(family, (EXACT | ROUGH)[name])
+    sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 7)]
+    alone = torch.cat([run_whole(engine, each).logits for each in sequences])
+    atol = tolerances.LOGITS[torch.float32]  # of the head alone, which is PyTorch's
+    torch.testing.assert_close(run_batch(engine, sequences).logits, alone, atol=atol, rtol=0)
+
+
+def test_later_tokens_change_nothing() -> None:
+    _, engine = engines("llama", ROUGH["all"])
+    ids, changed = tiny.token_ids(24), tiny.token_ids(24)
+    changed[12:] = tiny.token_ids(12, seed=5)
+    chunks = [6, 10, 8]
+    assert torch.equal(run_chunks(engine, ids, chunks).logits[:12], run_chunks(engine, changed, chunks).logits[:12])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_rounding_alone(threads: int) -> None:
+    definition, engine = engines("gpt2", EXACT["uniform"])
+    ids, before = tiny.token_ids(10), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        logits = run_steps(engine, ids).logits
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(logits, run_steps(definition, ids).logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+def test_python_threads_take_turns() -> None:
+    _, engine = engines("llama", EXACT["dense"])
+    ids = [tiny.token_ids(12, seed=seed) for seed in range(4)]
+    alone, found = [run_steps(engine, each).logits for each in ids], {}
+    workers = [
+        threading.Thread(target=lambda i=i: found.update({i: run_steps(engine, ids[i]).logits})) for i in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(found[i], alone[i]) for i in range(4))
+
+
+def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is() -> None:
+    calls: list[range] = []
+    _, engine = engines("llama", EXACT["dense"])
+    run = engine._spans.run
+    engine._spans.run = lambda layers, *rest: calls.append(layers) or run(layers, *rest)  # type: ignore[union-attr]
+    run_steps(engine, tiny.token_ids(3))
+    assert calls == [range(engine.spec.num_layers)] * 3
+    assert span_ends(6, ()) == [6] * 6
+    assert span_ends(6, (2, 3)) == [2, 2, 3, 4, 6, 6]
+
+
+def test_kept_floats_come_first() -> None:
+    model = tiny.nested("llama")
+    engine, ids = decoder(model, Plan.dense(), kernels="native"), tiny.token_ids(6)
+    with keeping_expanded(model):
+        kept = run_steps(engine, ids).logits
+    assert torch.equal(kept, run_steps(decoder(model, Plan.dense()), ids).logits)
+
+
+def test_a_state_that_is_no_number_stays_none() -> None:
+    model = tiny.from_config(tiny.CONFIGS["llama"]())
+    nest(model, QuantizationConfig())
+    engine = decoder(model, Plan.dense(), kernels="native")
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    logits = run_steps(engine, torch.tensor([1, 7, 2])).logits
+    assert bool(logits[0].isfinite().all())
+    assert bool(logits[1].isnan().all())
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
+    """Scaling by layer, other activations, biases and rotary scaling: run by the kernels, or left to PyTorch."""
+    model = tiny.from_config(tiny.VARIANTS[name]())
+    nest(model, QuantizationConfig())
+    engines = (decoder(model, Plan.dense(), kernels=kernels) for kernels in ("torch", "native"))
+    one, other = (run_steps(engine, tiny.token_ids(9)).logits for engine in engines)
+    torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)
