@@ -248,7 +248,7 @@ def test_a_model_called_while_generating_does_not_count() -> None:
     model = quicksilver.accelerate(tiny.model("gpt2"))
 
     def second_call(ids: Tensor, scores: Tensor) -> Tensor:
-        model(ids)
+        model(ids[:, :2])
         return scores
 
     model.generate(tiny.token_ids(5)[None], max_new_tokens=3, eos_token_id=None, pad_token_id=0)

@@ -25,6 +25,7 @@ from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.grids import grid_logits, real_tokens, shifted_loss
+from quicksilver.runtime.sampling import Ending, TokenChoice, extend
 from quicksilver.runtime.stats import RunStats
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -217,7 +218,10 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
-        return super().generate(*args, trace=self._decoder.new_trace(), **kwargs)
+        trace = self._decoder.new_trace()
+        output = super().generate(*args, trace=trace, **kwargs)
+        self._trace = trace  # a processor may have called the model in between
+        return output
 
     def prepare_inputs_for_generation(
         self,
@@ -288,6 +292,38 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             return
         sequences = batch_size * (generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self._decoder.new_cache(sequences)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the prompt as transformers does, and what follows in our own loop, which costs much less a token.
+
+        Without a cache, or where a record of every step is asked for, all is transformers'.
+        """
+        if synced_gpus or generation_config.return_dict_in_generate or not model_kwargs["use_cache"]:
+            return super()._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        decoder, cache, trace = self._decoder, model_kwargs["past_key_values"], model_kwargs["trace"]
+        lengths = [1] * input_ids.shape[0]
+
+        def step(tokens: Tensor) -> Tensor:
+            hidden = decoder.run(tokens.to(self.device), lengths, cache, trace)
+            cache.columns += 1
+            return decoder.logits(hidden, trace)
+
+        padding = generation_config._pad_token_tensor
+        ending = Ending(stopping_criteria, None if padding is None else padding.to(input_ids.device))
+        choice = TokenChoice(logits_processor, generation_config.do_sample)
+        logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+        return extend(input_ids, logits, step, choice, ending, streamer)
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         """Leave the wrapped model as it is while decoding; its mixture-of-experts switches do not apply."""
