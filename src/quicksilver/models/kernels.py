@@ -1,4 +1,4 @@
-"""Whether the compiled kernels read a model's nested weights: what was asked for, and what is possible.
+"""Whether the compiled kernels read a model's nested weights: what was asked for, what is possible; and the head's way.
 
 Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/nested_linear.py`'s.
 """
@@ -9,13 +9,13 @@ import warnings
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
 from quicksilver.models.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice, Kernels
-from quicksilver.ops.nested_linear import has_whole_levels
+from quicksilver.ops.nested_linear import accepts, has_whole_levels, multiply, prepared
 from quicksilver.quant import NestedLinear
 
 
@@ -46,6 +46,19 @@ def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
     if problem is not None:
         _warn_once(problem)
     return "native" if missing is None else "torch"
+
+
+def head(module: NestedLinear, hidden: Tensor) -> Tensor:
+    """Apply a nested head to normed states [M, d]; few rows go to the compiled kernels by the shortest way.
+
+    A decoded token's head is short beside PyTorch's dispatcher. Where states or weights are not the kernels', and for
+    more rows, it is `NestedLinear.forward`.
+    """
+    matrix = prepared(module.stored) if accepts(hidden) and not module.is_expanded else None
+    if matrix is None:
+        return module(hidden, kernels="native")
+    logits = multiply(hidden, matrix)
+    return logits if module.bias is None else logits + module.bias
 
 
 def _unfit(spec: ModelSpec) -> str | None:

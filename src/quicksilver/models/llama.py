@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.models.rotary import Rotation
+from quicksilver.models.rotary import Rotation, RotationTable
 from quicksilver.models.spec import (
     QKV,
     Adapter,
@@ -35,12 +35,12 @@ def adapt(model: Any) -> Adapter:
         UnsupportedModelError: the configuration asks for something not implemented here.
     """
     _check(model.config)
-    body = model.model
+    body, spec = model.model, _spec(model)
     return Adapter(
-        spec=_spec(model),
+        spec=spec,
         layers=tuple(_layer_ops(layer, model.config.hidden_act) for layer in body.layers),
         embed=lambda ids, positions: body.embed_tokens(ids),
-        rotation=partial(_rotation, _rotary_module(model), body.norm.weight),
+        rotation=RotationTable(partial(_rotation, _rotary_module(model), body.norm.weight), spec.max_positions),
         final_norm=body.norm,
         head=model.lm_head,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
-from quicksilver.models.kernels import resolve
+from quicksilver.models.kernels import head, resolve
 from quicksilver.models.spec import Adapter
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
@@ -53,8 +53,8 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     _check_shape(model.config)
     adapter = FAMILIES[model.config.model_type](model)
     resolved = resolve(kernels, model, adapter.spec)
-    head = partial(model.lm_head, kernels=resolved) if isinstance(model.lm_head, NestedLinear) else adapter.head
-    return replace(adapter, kernels=resolved, head=head)
+    by_kernels = resolved == "native" and isinstance(model.lm_head, NestedLinear)
+    return replace(adapter, kernels=resolved, head=partial(head, model.lm_head) if by_kernels else adapter.head)
 
 
 def _check_shape(config: Any) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_FEW = 16  # rows up to which rotations are looked up
+_FIRST = 256  # positions known to begin with
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,25 @@ class Rotation:
         """Rotate x [N, heads, head_dim]; halves are paired as in transformers' Llama."""
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+class RotationTable:
+    """Rotations by position. Those of few rows on the CPU are looked up: what computes them is many small operations.
+
+    Args:
+        compute: positions [N] to their rotation.
+        num_positions: of the model; beyond them `compute` may change its frequencies, so none are looked ahead.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Rotation], num_positions: int) -> None:
+        self._compute, self._num_positions = compute, num_positions
+        self._known = Rotation(torch.empty(0), torch.empty(0))
+
+    def __call__(self, positions: Tensor) -> Rotation:
+        """Return the rotation of positions [N]."""
+        if positions.shape[0] > _FEW or positions.device.type != "cpu":
+            return self._compute(positions)
+        known, needed = self._known, max(positions.tolist(), default=0) + 1
+        if needed > known.cos.shape[0]:
+            known = self._known = self._compute(torch.arange(min(max(_FIRST, 2 * needed), self._num_positions)))
+        return known.select(positions)

@@ -101,6 +101,15 @@ def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
     return weight
 
 
+def multiply(x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int = _MAX_WIDTH) -> Tensor:
+    """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks."""
+    y = x.new_empty((x.shape[0], matrix.num_outputs))
+    each = None if widths is None else widths.contiguous().numpy()
+    rows = x.detach().contiguous().numpy()
+    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
+    return y
+
+
 def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
     """Multiply rows by a matrix in nested codes.
 
@@ -139,11 +148,7 @@ def _run(
     matrix = prepared(stored)
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
-    y = x.new_empty((x.shape[0], num_outputs))
-    each = None if widths is None else widths.contiguous().numpy()
-    rows = x.detach().contiguous().numpy()
-    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
-    return y
+    return multiply(x, matrix, widths, uniform)
 
 
 def _fake(

@@ -94,7 +94,7 @@ class PrecisionStep:
 
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass read all bits, [N] bool; None where none does by protection."""
-        return self._protection.covers(token_ids, positions) if self._protection.is_on else None
+        return self._protection.found(token_ids, positions)
 
     def linear(
         self,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from quicksilver.core.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
 
+_FEW = 16  # tokens that are looked at one by one
+
 
 class Protection:
     """What a configuration protects, bound to a model's special tokens.
@@ -37,9 +39,27 @@ class Protection:
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return which tokens are protected, [N] bool."""
-        if token_ids.shape[0] == 1 and token_ids.device.type == "cpu":  # a decoded token, for which tensors are slow
-            return torch.tensor([int(positions) < self._first or int(token_ids) in self._known])
+        if _are_few(token_ids):
+            return torch.tensor(self._listed(token_ids, positions), dtype=torch.bool)
         protected = positions < self._first
         if self._special_ids.numel():
             protected = protected | torch.isin(token_ids, self._special_ids)
         return protected
+
+    def found(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return which tokens are protected, [N] bool; None where none is, as far as that is known without waiting."""
+        if not self.is_on:
+            return None
+        if _are_few(token_ids):
+            listed = self._listed(token_ids, positions)
+            return torch.tensor(listed) if any(listed) else None
+        return self.covers(token_ids, positions)
+
+    def _listed(self, token_ids: Tensor, positions: Tensor) -> list[bool]:
+        rows = zip(token_ids.tolist(), positions.tolist(), strict=True)
+        return [position < self._first or token in self._known for token, position in rows]
+
+
+def _are_few(token_ids: Tensor) -> bool:
+    """Whether tokens are few, in the host's memory: decoded ones, for which tensor operations are slow."""
+    return token_ids.shape[0] <= _FEW and token_ids.device.type == "cpu"

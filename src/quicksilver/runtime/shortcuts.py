@@ -87,10 +87,10 @@ class ShortcutStep:
 
     def exempt(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass run every sublayer, [N] bool; None where none must."""
-        if not self._bound or not self._protection.is_on:
+        covered = self._protection.found(token_ids, positions) if self._bound else None
+        if covered is None or not bool(covered.any()):  # the device is asked once, not in every layer
             return None
-        covered = self._protection.covers(token_ids, positions)
-        return covered if bool(covered.any()) else None  # the device is asked once, not in every layer
+        return covered
 
     def decide(
         self,

@@ -1,0 +1,37 @@
+"""Rotations that are looked up are those that the model's own module computes, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quicksilver.models.registry import adapt
+from quicksilver.models.rotary import Rotation, RotationTable
+from tests import tiny
+
+ROTATED = [name for name in (*tiny.FAMILIES, *tiny.VARIANTS) if not name.startswith("gpt2")]
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_few_positions_are_looked_up(name: str) -> None:
+    rotation = adapt(tiny.model(name)).rotation
+    assert rotation is not None
+    whole = rotation(torch.arange(tiny.MAX_POSITIONS))  # more than are looked up
+    for positions in (torch.tensor([0]), torch.tensor([63]), torch.tensor([5, 6, 7, 40, 2])):
+        found = rotation(positions)
+        assert torch.equal(found.cos, whole.cos[positions])
+        assert torch.equal(found.sin, whole.sin[positions])
+
+
+def test_the_table_grows_up_to_the_model() -> None:
+    asked = []
+
+    def compute(positions: torch.Tensor) -> Rotation:
+        asked.append(len(positions))
+        return Rotation(positions[:, None, None].float(), -positions[:, None, None].float())
+
+    table = RotationTable(compute, 1000)
+    for position in (3, 255, 256, 400, 600, 999):
+        found = table(torch.tensor([position]))
+        assert (found.cos.item(), found.sin.item()) == (position, -position)
+    assert asked == [256, 514, 1000]
