@@ -202,6 +202,21 @@ def test_forward_continues_from_past_key_values(plan: Plan) -> None:
     assert rest.past_key_values.get_seq_length() == 12
 
 
+def test_the_cache_has_two_names(model: Any) -> None:
+    """Transformers called it `past_key_values` up to 5.23, and calls it `cache`."""
+    ids = torch.cat((PROMPT, PROMPT), 1)
+    expected = model.generate(ids, max_new_tokens=3, eos_token_id=None, pad_token_id=0)
+    for name in ("past_key_values", "cache"):
+        first = model(PROMPT)
+        assert model(PROMPT, **{name: first.past_key_values}).past_key_values is first.past_key_values
+        options = {name: model(PROMPT).past_key_values, "max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **options), expected)
+    both = dict.fromkeys(("past_key_values", "cache"), first.past_key_values)
+    for call in (model, model.generate):
+        with pytest.raises(InputError, match="two names"):
+            call(PROMPT, **both)
+
+
 def test_a_cache_is_not_continued_under_another_plan(model: Any) -> None:
     cache = model(PROMPT).past_key_values
     model.plan = HALTING

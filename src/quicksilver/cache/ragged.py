@@ -79,7 +79,8 @@ class RaggedKVCache:
         tails: where each sequence's last group stands at each fusion layer.
     """
 
-    is_compileable = False
+    is_compileable = False  # as are `is_linear` and `get_seq_length`, for transformers' `generate`
+    is_linear = (False,)
 
     def __init__(
         self,

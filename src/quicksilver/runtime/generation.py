@@ -29,6 +29,8 @@ from quicksilver.runtime.sampling import Ending, TokenChoice, extend
 from quicksilver.runtime.stats import RunStats
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache: `cache` from 5.24 on. Callers may use either name."""
 
 
 class QuickSilverForCausalLM(nn.Module, GenerationMixin):
@@ -151,6 +153,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         return_dict: bool | None = None,
         trace: Trace | None = None,
         prompt: bool | None = None,
+        cache: RaggedKVCache | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on a grid of tokens.
@@ -167,17 +170,18 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             trace: counts to add to (default: a new one, which `stats` then reads).
             prompt: the tokens belong to a prompt, so that a plan may fuse them (default: where only the last of
                 several columns' logits are asked for).
+            cache: another name of `past_key_values`.
             **unsupported: transformers' other arguments; anything but None or False is refused.
 
         Returns:
             Logits [B, K, vocab] (zeros at padding), the loss where labels are given, and the cache.
 
         Raises:
-            InputError: token ids out of range, no real token, or a context longer than the model's.
+            InputError: token ids out of range, no real token, a context longer than the model's, or two caches.
             UnsupportedFeatureError: an argument this runtime does not implement.
         """
         input_ids = self._check_call(input_ids, unsupported, prompt, labels)
-        cache = self._check_cache(past_key_values, input_ids.shape[0])
+        cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
         grid = real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
@@ -192,7 +196,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, grid)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache if use_cache else None})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 
     @staticmethod
@@ -214,10 +218,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
-            InputError: prompts padded on the right, or more tokens asked for than the model's context holds.
+            InputError: prompts padded on the right, more new tokens than the model's context holds, or two caches.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
+        kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         trace = self._decoder.new_trace()
         output = super().generate(*args, trace=trace, **kwargs)
         self._trace = trace  # a processor may have called the model in between
@@ -227,7 +232,6 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: RaggedKVCache | None = None,
         attention_mask: Tensor | None = None,
         logits_to_keep: int | None = None,
         use_cache: bool | None = None,
@@ -237,18 +241,18 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """Select what `forward` needs of generation's state; called by transformers."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        if next_sequence_length == 1 and past_key_values is not None:
+        cached = kwargs.get(_CACHE) is not None
+        if next_sequence_length == 1 and cached:
             attention_mask = None  # what was just generated is no padding; reading a mask would wait for the device
         kwargs.pop("tokenizer", None)  # transformers' own, of no use to the call
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
             "logits_to_keep": logits_to_keep or 1,
             "use_cache": use_cache,
             # Without a cache every step feeds the prompt again, and must find it as it was.
-            "prompt": bool(is_first_iteration) and past_key_values is not None,
-            **kwargs,
+            "prompt": bool(is_first_iteration) and cached,
+            **kwargs,  # the cache among them
         }
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
@@ -288,10 +292,10 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         fed = max_cache_length - padding
         if fed > limit:
             raise InputError(f"prompt and new tokens, {fed} to feed, are longer than the model's context of {limit}")
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(_CACHE) is not None or generation_config.use_cache is False:
             return
         sequences = batch_size * (generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self._decoder.new_cache(sequences)
+        model_kwargs[_CACHE] = self._decoder.new_cache(sequences)
 
     def _sample(
         self,
@@ -311,7 +315,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        decoder, cache, trace = self._decoder, model_kwargs["past_key_values"], model_kwargs["trace"]
+        decoder, cache, trace = self._decoder, model_kwargs[_CACHE], model_kwargs["trace"]
         lengths = [1] * input_ids.shape[0]
 
         def step(tokens: Tensor) -> Tensor:
@@ -337,6 +341,13 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
             )
         return cache
+
+
+def _only(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache, by whichever of its names it was given; None where it was not."""
+    if past_key_values is not None and cache is not None:
+        raise InputError("past_key_values and cache are two names of one argument; give one")
+    return past_key_values if cache is None else cache
 
 
 def _is_one(logits_to_keep: int | Tensor) -> bool:
