@@ -48,8 +48,9 @@ NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros,
 }
 
 struct Rooms {
-  std::vector<ThreadRoom> threads;
+  std::vector<Coefficients> coefficients;  // of each thread
   std::vector<Selection> rows;
+  Sharing sharing;
   std::vector<float> y;
 };
 
@@ -74,21 +75,28 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
   }
   nb::gil_scoped_release release;
   Rooms& rooms = rooms_of_caller();
-  if (rooms.threads.size() < std::size_t(threads)) rooms.threads.resize(threads);
+  if (rooms.coefficients.size() < std::size_t(threads)) rooms.coefficients.resize(threads);
   if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
   const int stride = matrix.padded_outputs();
   const bool direct = stride == outputs;
   if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
   for (int r = 0; r < num_rows; ++r) {
-    Widths row;
-    row.uniform = uniform;
-    if (each) row.each = each + std::size_t(r) * inputs;
-    rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, inputs, row);
+    rooms.rows[r].prepare(inputs);
   }
   float* out = direct ? y.data() : rooms.y.data();
   const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
+  share(products, threads, rooms.sharing);
   Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
-    multiply(products, thread, threads, rooms.threads.data(), barrier);
+    const int blocks = Selection::blocks_of(inputs);
+    for (int r = 0; r < num_rows; ++r) {
+      Widths row;
+      row.uniform = uniform;
+      if (each) row.each = each + std::size_t(r) * inputs;
+      rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, matrix.base_scales(), inputs,
+                           row, blocks * thread / threads, blocks * (thread + 1) / threads);
+    }
+    barrier.wait();
+    multiply(rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
   });
   if (direct) return;
   for (int r = 0; r < num_rows; ++r) {
@@ -204,8 +212,8 @@ void run_layers(LayerRunner& runner, int first, int last, std::uintptr_t hidden,
 LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
                         const std::string& activation) {
   if (activation != "silu" && activation != "gelu_tanh") throw std::invalid_argument("no such activation");
-  const Shape shape{hidden, inner, heads, kv_heads, head_dim,
-                    activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
+  const Shape shape{hidden,   inner,    heads,
+                    kv_heads, head_dim, activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
   return new LayerRunner(shape, std::move(layers));
 }
 

@@ -43,7 +43,9 @@ struct ThreadState {
 // What one run works on. Every thread walks through the same stages; barriers lie between them.
 struct LayerRunner::Pass {
   std::vector<ThreadState> threads;
-  std::vector<ThreadRoom> rooms;
+  std::vector<Coefficients> rooms;
+  std::vector<Product> multiplied;  // at the moment
+  Sharing sharing;
   std::array<std::vector<Selection>, kMaps> selections;
   std::array<Grid, kMaps> products;
   Grid normed, attended, mapped;
@@ -69,14 +71,15 @@ struct LayerRunner::Pass {
   std::vector<int> not_past(const std::vector<int>& of) const;
   void choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact, int layer_idx, int thread);
   Product product(const Layer& layer, int map, int num_rows);
-  void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, int thread, Barrier& barrier);
+  void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, const LinearMap* ahead,
+                     int num_ahead, int thread, Barrier& barrier);
   void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
   Entries entries_of(const Storage& place, int head, int count) const;
   void attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx, int thread);
   void count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences, int layer_idx);
   void add(const std::vector<int>& through, int map, int thread);
-  void run_layer(const Layer& layer, int layer_idx, const Storage* storage, int num_sequences, int thread,
-                 Barrier& barrier);
+  void run_layer(const Layer& layer, const Layer* after, int layer_idx, const Storage* storage, int num_sequences,
+                 int thread, Barrier& barrier);
 };
 
 void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers) {
@@ -95,12 +98,15 @@ void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers
   mapped.resize(n, shape->hidden);
   attended.resize(n, shape->heads * shape->head_dim);
   for (int m = 0; m < kMaps; ++m) {
-    int width = 0;
+    int width = 0, inputs = 0;
     for (const Layer& layer : layers) {
-      if (layer.maps[m].matrix) width = std::max(width, layer.maps[m].matrix->padded_outputs());
+      if (!layer.maps[m].matrix) continue;
+      width = std::max(width, layer.maps[m].matrix->padded_outputs());
+      inputs = std::max(inputs, layer.maps[m].matrix->num_inputs());
     }
     products[m].resize(n, width);
     if (selections[m].size() < std::size_t(n)) selections[m].resize(n);
+    for (Selection& selection : selections[m]) selection.prepare(inputs);
   }
 }
 
@@ -140,19 +146,21 @@ std::vector<int> LayerRunner::Pass::not_past(const std::vector<int>& of) const {
   return through;
 }
 
-// Chooses the channels of a map's inputs: the normed rows `of`, or rows 0, 1, ... of `compact`, which stand for them.
+// Chooses a thread's share of the channels of a map's inputs: the normed rows `of`, or rows 0, 1, ... of `compact`,
+// which stand for them.
 void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact,
                                int layer_idx, int thread) {
   const LinearMap& linear = layer.maps[map];
-  const int inputs = linear.matrix->num_inputs();
+  const int inputs = linear.matrix->num_inputs(), blocks = Selection::blocks_of(inputs);
+  const int begin = blocks * thread / num_threads, end = blocks * (thread + 1) / num_threads;
   std::int64_t* counted = counts(layer_idx, thread) + kWidthCounts + map * (kMaxWidth + 1);
   for (int i = 0; i < static_cast<int>(of.size()); ++i) {
-    if (!mine(i + map, thread)) continue;
     const float* x = compact ? const_cast<Grid*>(compact)->row(i) : normed.row(of[i]);
     if (linear.mean) {
       std::vector<float>& centred = threads[thread].centred;
       centred.resize(inputs);
-      for (int j = 0; j < inputs; ++j) centred[j] = x[j] - linear.mean[j];
+      const int last = std::min(inputs, end * kChunkChannels);
+      for (int j = begin * kChunkChannels; j < last; ++j) centred[j] = x[j] - linear.mean[j];
       x = centred.data();
     }
     const Row& row = (*rows)[of[i]];
@@ -163,8 +171,9 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
       widths.uniform = std::min(linear.width, row.cap);
       widths.grades = linear.levels.empty() ? nullptr : &grades;
     }
-    selections[map][i].choose(*floats, x, inputs, widths);
-    for (int width = 0; width <= kMaxWidth; ++width) counted[width] += selections[map][i].counts()[width];
+    const WidthCounts chosen =
+        selections[map][i].choose(*floats, x, linear.matrix->base_scales(), inputs, widths, begin, end);
+    for (int width = 0; width <= kMaxWidth; ++width) counted[width] += chosen[width];
   }
 }
 
@@ -173,14 +182,21 @@ Product LayerRunner::Pass::product(const Layer& layer, int map, int num_rows) {
           products[map].row(0),   products[map].stride,   layer.maps[map].bias};
 }
 
-void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, int thread,
-                                      Barrier& barrier) {
-  std::vector<Product> list;
-  for (const auto& [map, num_rows] : maps) {
-    if (num_rows) list.push_back(product(layer, map, num_rows));
+void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps,
+                                      const LinearMap* ahead, int num_ahead, int thread, Barrier& barrier) {
+  if (thread == 0) {
+    multiplied.clear();
+    for (const auto& [map, num_rows] : maps) {
+      if (num_rows) multiplied.push_back(product(layer, map, num_rows));
+    }
+    share(multiplied, num_threads, sharing);
+  }
+  std::vector<Ahead> coming;
+  for (const LinearMap* map = ahead; map < ahead + num_ahead; ++map) {
+    if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_width())});
   }
   barrier.wait();
-  multiply(list, thread, num_threads, rooms.data(), barrier);
+  multiply(sharing, coming, thread, num_threads, rooms[thread], barrier);
 }
 
 // Norms and rotates queries and keys, and writes the rows' entries.
@@ -243,7 +259,8 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
     const int count = place.held + row.offset + 1;
     if (room.size() < std::size_t(count) + size) room.resize(std::size_t(count) + size + 256);
     for (int h = 0; h < shape->kv_heads; ++h) {
-      if (!mine(i * shape->kv_heads + h, thread)) continue;
+      const int task = i * shape->kv_heads + h;  // neighbouring heads' entries are neighbours: they stay on one thread
+      if (task * num_threads / (static_cast<int>(asking.size()) * shape->kv_heads) != thread) continue;
       const std::size_t at = std::size_t(h) * group * size;
       const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
                                              layer.attention, room.data(), attended.row(i) + at);
@@ -284,8 +301,8 @@ void LayerRunner::Pass::add(const std::vector<int>& ran, int map, int thread) {
   }
 }
 
-void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Storage* storage, int num_sequences,
-                                  int thread, Barrier& barrier) {
+void LayerRunner::Pass::run_layer(const Layer& layer, const Layer* after, int layer_idx, const Storage* storage,
+                                  int num_sequences, int thread, Barrier& barrier) {
   norm_rows(all, layer.attention_norm, layer.attention_shortcut, true, layer_idx, thread);
   barrier.wait();
   const std::vector<int> asking = not_past(running);
@@ -293,14 +310,14 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
   choose(layer, kQuery, asking, nullptr, layer_idx, thread);
   choose(layer, kKey, all, nullptr, layer_idx, thread);
   choose(layer, kValue, all, nullptr, layer_idx, thread);
-  multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, thread, barrier);
+  multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, &layer.maps[kOutput], 1, thread, barrier);
   write_entries(layer, asking, storage, thread);
   if (thread == 0) count_rows(asking, storage, num_sequences, layer_idx);
   barrier.wait();
   attend(layer, asking, storage, layer_idx, thread);
   barrier.wait();
   choose(layer, kOutput, asking, &attended, layer_idx, thread);
-  multiply_maps(layer, {{kOutput, asked}}, thread, barrier);
+  multiply_maps(layer, {{kOutput, asked}}, &layer.maps[kGate], 2, thread, barrier);
   add(asking, kOutput, thread);  // a row's own thread adds to it and norms it, here and in the next layer
   norm_rows(running, layer.mlp_norm, layer.mlp_shortcut, false, layer_idx, thread);
   barrier.wait();
@@ -309,7 +326,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
   const bool gated = layer.maps[kGate].matrix != nullptr;
   if (gated) choose(layer, kGate, through, nullptr, layer_idx, thread);
   choose(layer, kUp, through, nullptr, layer_idx, thread);
-  multiply_maps(layer, {{kGate, gated ? ran : 0}, {kUp, ran}}, thread, barrier);
+  multiply_maps(layer, {{kGate, gated ? ran : 0}, {kUp, ran}}, &layer.maps[kDown], 1, thread, barrier);
   Grid& inner = products[gated ? kGate : kUp];
   const int begin = shape->inner * thread / num_threads, end = shape->inner * (thread + 1) / num_threads;
   for (int i = 0; i < ran; ++i) {
@@ -318,7 +335,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, int layer_idx, const Stora
   }
   barrier.wait();
   choose(layer, kDown, through, &inner, layer_idx, thread);
-  multiply_maps(layer, {{kDown, ran}}, thread, barrier);
+  multiply_maps(layer, {{kDown, ran}}, after ? &after->maps[kQuery] : nullptr, after ? 3 : 0, thread, barrier);
   add(through, kDown, thread);
 }
 
@@ -342,8 +359,8 @@ void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>
   pass.prepare(layers_, last - first);
   Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
     for (int i = first; i < last; ++i) {
-      pass.run_layer(layers_[i], i - first, storage.data() + std::size_t(i - first) * num_sequences, num_sequences,
-                     thread, barrier);
+      pass.run_layer(layers_[i], i + 1 < last ? &layers_[i + 1] : nullptr, i - first,
+                     storage.data() + std::size_t(i - first) * num_sequences, num_sequences, thread, barrier);
     }
   });
   const std::size_t size = std::size_t(last - first) * kLayerCounts;

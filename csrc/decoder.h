@@ -23,6 +23,9 @@ struct LinearMap {
   std::vector<float> thresholds;
   std::vector<std::uint8_t> levels;  // empty where widths are uniform
   const float* norms = nullptr;      // [in]; null where |x| alone is the score
+
+  // A width that many channels are likely to be read at.
+  int likely_width() const { return levels.empty() ? width : levels[levels.size() / 2]; }
 };
 
 // x @ weight + bias, or x @ down @ up + bias; both row-major.
@@ -59,12 +62,12 @@ struct Shape {
 // One row of a pass.
 struct Row {
   int sequence;
-  int offset;      // its entry's place after those that the cache holds, in every layer of the run
+  int offset;  // its entry's place after those that the cache holds, in every layer of the run
   int position;
-  bool fills;      // it has halted: only its key and value are projected
-  bool exempt;     // reads all bits
+  bool fills;   // it has halted: only its key and value are projected
+  bool exempt;  // reads all bits
   bool unshortened;
-  int cap;         // the most bits it reads
+  int cap;  // the most bits it reads
 };
 
 // One sequence's storage in one layer, with room for this run's entries.
@@ -75,7 +78,7 @@ struct Storage {
   float* value_scales;
   std::int32_t* positions;
   std::int32_t* masses;  // null where every entry stands for one token
-  int held;                    // entries before this run
+  int held;              // entries before this run
 };
 
 // Counts of one layer, added to. Python reads them as int64 [kLayerCounts].

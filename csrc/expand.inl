@@ -14,7 +14,7 @@ namespace {
     for (int e = 0; e < 4; ++e) {
       int code = 0;
       for (int p = 0; p < planes_of(width); ++p) {
-        const std::uint8_t* run = tile.planes[p] + std::size_t{channel} * tile.line + place.byte;
+        const std::uint8_t* run = tile.run(p, channel) + place.byte;
         code = code << 2 | ((run[0] >> (place.bit + e)) & 1) << 1 | ((run[1] >> (place.bit + e)) & 1);
       }
       code >>= dropped;
@@ -26,11 +26,11 @@ namespace {
 // Weights of one input channel, [outputs].
 [[maybe_unused]] void expand_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int width,
                                      float* weights) {
-  const std::uint8_t* record = tile.records + std::size_t{channel} * kRecordBytes;
+  const std::uint8_t* record = tile.record(channel);
   std::uint8_t codes[kTileOutputs];
   unpack_channel(tile, levels, channel, width, codes);
   for (int g = 0; g < 4 * tile.halves; ++g) {
-    const float scale = levels.largest * factor_of(record[g]);
+    const float scale = levels.largest * factor_of(tile.bases[channel] + record[g]);
     const float zero = static_cast<float>(record[kTileGroups + g]) - levels.offset[width];
     for (int o = g * kLaneOutputs; o < (g + 1) * kLaneOutputs; ++o) {
       weights[o] = scale * (static_cast<float>(codes[o]) - zero);

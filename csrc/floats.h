@@ -58,10 +58,15 @@ struct FloatKernels {
   float (*encode)(const float* x, int size, std::int8_t* codes);
   // gate = activation(gate) * up, or activation(gate) where up is null.
   void (*activate)(Activation, float* gate, const float* up, int size);
-  void (*grade)(const float* x, int size, const Grades&, std::uint8_t* widths);
-  // Appends the channels of one width and their values; returns how many. Room for 16 more is needed.
-  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
-                 float* values);
+  // `first`: where x lies in what the grades' norms are of.
+  void (*grade)(const float* x, int size, const Grades&, int first, std::uint8_t* widths);
+  // Writes the channels of one width, counted from `first`, and their values; returns how many. Room for 16 more than
+  // there are is needed.
+  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,
+                 std::uint32_t* channels, float* values);
+  float (*largest_magnitude)(const float* x, int size);  // not finite where one of them is not
+  // Rounds finite activations to integers of 16 bits, the largest to 127 * 256; returns their unit.
+  float (*quantize)(const float* x, int size, std::int16_t* codes);
   float (*dot)(const float* a, const float* b, int size);
   // y[0 .. outputs) += sum over inputs of x[i] * weight[i * stride ..]
   void (*add_rows)(const float* x, int inputs, const float* weight, std::int64_t stride, int outputs, float* y);

@@ -149,6 +149,18 @@ struct Codes {
   static float scale(const float* scales, std::int64_t offset) { return scales[offset]; }
 };
 
+// Fetches what is read after key i: its value, and the key of the next head, which lies beside it.
+template <typename Kept>
+inline void fetch_entry(const Entries& entries, int size, int i) {
+  const auto* value = Kept::at(entries.values, i * entries.stride);
+  const auto* key = Kept::at(entries.keys, i * entries.stride) + size;
+  const int step = static_cast<int>(64 / sizeof *value);
+  for (int d = 0; d < size; d += step) {
+    __builtin_prefetch(value + d, 0, 2);
+    __builtin_prefetch(key + d, 0, 2);
+  }
+}
+
 // The score of key i.
 template <typename Kept>
 float score(const float* query, int size, const Entries& entries, float scaling, int i) {
@@ -173,13 +185,25 @@ void drop_light(float* weights, int count, float total, float limit) {
 template <typename Kept>
 int weigh(const Entries& entries, const float* weights, int size, float total, float* out) {
   int read = 0;
-  for (int d = 0; d < size; ++d) out[d] = 0.0f;
-  for (int i = 0; i < entries.count; ++i) {
+  for (int i = 0; i < entries.count; ++i) read += weights[i] != 0.0f;
+  constexpr int kBlock = 4 * kLanes;  // of the sums that registers hold
+  int begin = 0;
+  for (; begin + kBlock <= size; begin += kBlock) {
+    Lanes sums[4] = {};
+    for (int i = 0; i < entries.count; ++i) {
+      if (weights[i] == 0.0f) continue;
+      const auto* value = Kept::at(entries.values, i * entries.stride) + begin;
+      const float weight = weights[i] * Kept::scale(entries.value_scales, i * entries.scale_stride);
+      for (int k = 0; k < 4; ++k) sums[k] += weight * load(value + k * kLanes);
+    }
+    std::memcpy(out + begin, sums, sizeof sums);
+  }
+  for (int d = begin; d < size; ++d) out[d] = 0.0f;
+  for (int i = 0; i < entries.count && begin < size; ++i) {
     if (weights[i] == 0.0f) continue;
-    ++read;
     const auto* value = Kept::at(entries.values, i * entries.stride);
     const float weight = weights[i] * Kept::scale(entries.value_scales, i * entries.scale_stride);
-    for (int d = 0; d < size; ++d) out[d] += weight * static_cast<float>(value[d]);
+    for (int d = begin; d < size; ++d) out[d] += weight * static_cast<float>(value[d]);
   }
   for (int d = 0; d < size; ++d) out[d] /= total;
   return read;
@@ -187,8 +211,8 @@ int weigh(const Entries& entries, const float* weights, int size, float total, f
 
 // Scores in two steps: with the large components first, then with all for the keys that these leave.
 template <typename Kept>
-void screen(const float* query, int size, const Entries& entries, const Attention& attention, float limit, float* scores,
-            float* large, Skipped& skipped) {
+void screen(const float* query, int size, const Entries& entries, const Attention& attention, float limit,
+            float* scores, float* large, Skipped& skipped) {
   int later = 0;
   for (int d = 0; d < size; ++d) {
     const bool small = std::fabs(query[d]) < limit;
@@ -223,7 +247,10 @@ Skipped attend_to(float* queries, int group, int size, const Entries& entries, c
     if (attention.screen_below > 0.0f) {
       screen<Kept>(query, size, entries, attention, attention.large_from * scale, weights, room + count, skipped);
     } else {
-      for (int i = 0; i < count; ++i) weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+      for (int i = 0; i < count; ++i) {
+        fetch_entry<Kept>(entries, size, i);
+        weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+      }
     }
     const float largest = largest_of(weights, count);
     for (int i = 0; i < count; ++i) weights[i] = exponential(weights[i] - largest);
@@ -268,15 +295,16 @@ void add_rows(const float* x, int inputs, const float* weight, std::int64_t stri
   }
 }
 
-void grade(const float* x, int size, const Grades& grades, std::uint8_t* widths) {
+void grade(const float* x, int size, const Grades& grades, int first, std::uint8_t* widths) {
   constexpr int kBlock = 64;
   const int last = grades.levels[grades.num_levels - 1];
   for (int begin = 0; begin < size; begin += kBlock) {
     const int count = std::min(kBlock, size - begin);
+    const float* norms = grades.norms ? grades.norms + first + begin : nullptr;
     float scores[kBlock];
     std::int32_t chosen[kBlock];
     for (int j = 0; j < count; ++j) {
-      scores[j] = std::fabs(x[begin + j]) * (grades.norms ? grades.norms[begin + j] : 1.0f);
+      scores[j] = std::fabs(x[begin + j]) * (norms ? norms[j] : 1.0f);
       chosen[j] = last;
     }
     for (int i = 0; i + 1 < grades.num_levels; ++i) {
@@ -288,18 +316,42 @@ void grade(const float* x, int size, const Grades& grades, std::uint8_t* widths)
   }
 }
 
-[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
-                             float* values) {
+[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,
+                             std::uint32_t* channels, float* values) {
   int count = 0;
   for (int j = 0; j < size; ++j) {
-    channels[count] = j;
+    channels[count] = first + j;
     values[count] = x[j];
     count += widths[j] == width;
   }
   return count;
 }
 
-constexpr FloatKernels kFloats = {norm, rotate, attend, encode, activate, grade, collect, dot, add_rows};
+// The largest magnitude; not finite where one of them is not. As integers, magnitudes have the order of floats.
+float largest_magnitude(const float* x, int size) {
+  std::int32_t largest = 0;
+  for (int j = 0; j < size; ++j) {
+    std::int32_t bits;
+    std::memcpy(&bits, x + j, sizeof bits);
+    largest = std::max(largest, bits & 0x7fffffff);
+  }
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+float quantize(const float* x, int size, std::int16_t* codes) {
+  constexpr float kLargest = 127.0f * 256.0f;
+  constexpr float kSmallest = 1e-34f;  // smaller ones count as zero: kLargest / x must be finite
+  const float largest = largest_magnitude(x, size);
+  const float inverse = largest > kSmallest ? kLargest / largest : 0.0f;
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2 ** 23: sums with it are whole numbers, rounded to even
+  for (int j = 0; j < size; ++j) codes[j] = static_cast<std::int16_t>(x[j] * inverse + kWhole - kWhole);
+  return largest > kSmallest ? largest * (1.0f / kLargest) : 0.0f;
+}
+
+constexpr FloatKernels kFloats = {norm,     rotate, attend,  encode, activate, grade, collect, largest_magnitude,
+                                  quantize, dot,    add_rows};
 
 }  // namespace
 }  // namespace quicksilver

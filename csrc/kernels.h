@@ -17,18 +17,25 @@ constexpr int kHalfOutputs = 128;
 constexpr int kLaneOutputs = 32;  // outputs that share a coefficient: the smallest group
 constexpr int kTileGroups = kTileOutputs / kLaneOutputs;
 constexpr int kChunkChannels = 64;  // channels whose coefficients share a scale
+constexpr int kQuadChannels = 4;    // channels that a dot product's word holds
+constexpr int kChunkSlots = kChunkChannels + kMaxWidth * kQuadChannels;
 constexpr int kRecordBytes = 2 * kTileGroups;
-constexpr float kSteps = 127.0f * 256.0f;  // the largest coefficient of a chunk, in integers
-constexpr float kSmallest = 1e-34f;        // chunks of smaller coefficients count as zero: kSteps / x must be finite
 
-// One tile of a matrix: 256 outputs of all input channels, or 128 at its end.
+// One tile of a matrix: 256 outputs of all input channels, or 128 at its end. Tiles lie side by side in strips, so that
+// a channel's runs in neighbouring tiles are neighbours in memory.
 struct Tile {
-  const std::uint8_t* planes[kPlanes];  // [channels, line]; see place_of
-  const std::uint8_t* records;          // [channels, 16]: the groups' exponents, then their zeros
-  int line;                             // bytes of one channel in one plane: 32 for each half
-  int halves;                           // of 128 outputs
+  const std::uint8_t* planes[kPlanes];  // the first channel's run: 32 bytes for each half; see place_of
+  const std::uint8_t* records;          // the first channel's: 8 groups' steps above its base, then their zeros
+  std::size_t stride;                   // bytes from channel to channel in planes 0 and 1; in 2 and 3 twice as many
+  std::size_t record_stride;
+  const std::uint8_t* bases;  // [channels] the smallest exponent of each
+  int halves;                 // of 128 outputs
 
   int outputs() const { return halves * kHalfOutputs; }
+  const std::uint8_t* run(int plane, std::size_t channel) const {
+    return planes[plane] + channel * stride * (plane < 2 ? 1 : 2);
+  }
+  const std::uint8_t* record(std::size_t channel) const { return records + channel * record_stride; }
 };
 
 // Where a plane keeps an output's two bits: bit `bit` of byte `byte` of the channel's run, and of the byte after it.
@@ -40,7 +47,7 @@ struct Place {
 
 inline Place place_of(int output, int halves) {
   const int half = output / kHalfOutputs, sum = output % kHalfOutputs / 16;
-  const int lane = output / 4 % 4, byte_of_lane = 2 * (2 * (sum / 4) + sum % 4 / 2);
+  const int lane = output / 4 % 4, byte_of_lane = 2 * (sum / 4 + 2 * (sum % 4 / 2));
   return {8 * (halves * lane + half) + byte_of_lane, 4 * (sum % 2) + output % 4};
 }
 
@@ -50,37 +57,52 @@ struct Levels {
   alignas(64) std::uint8_t table2[16];  // the first four repeated
   float offset[kMaxWidth + 1];
   float largest;  // scale of exponent 0
+  float unit;     // of products of coefficients: largest * kMultiplierUnit
 };
 
-// Channels read at one width, and the activations that they multiply.
-struct Chunk {
-  const std::uint32_t* channels;  // [kChunkChannels], those beyond `count` repeat one that is there
-  const float* x;                 // [kChunkChannels], zero beyond `count`
-  int count;
+// Channels of a chunk that are read at one width: so many slots, a multiple of kQuadChannels.
+struct Part {
   int width;
+  int slots;
+};
+
+// What a row reads of 64 neighbouring channels, and the activations that they multiply. Slots are filled part after
+// part, from the widest on; a part's last slots may repeat a channel times zero.
+struct Chunk {
+  const std::uint32_t* channels;  // [slots]
+  const std::int16_t* x;          // [slots], in units of `unit`
+  float unit;                     // an activation times the scale of its channel's base
+  const Part* parts;
+  int num_parts;
+  int slots;
 };
 
 // Room for a chunk's coefficients; each instruction set arranges it as it likes.
 struct alignas(64) Coefficients {
-  std::int32_t words[2 * kChunkChannels * kTileGroups / 4 * 2];
-  float raw[kChunkChannels * kTileGroups];
+  std::int32_t words[kChunkSlots * kTileGroups];
   std::int32_t zero_sums[kTileGroups];
-  float scales[kTileGroups];
   float offsets[kTileGroups];
+  float scale;
 };
 
-// What will be read after a chunk, to be fetched meanwhile.
+// What a thread reads after the chunk at hand, fetched run by run meanwhile: of each slot the records, then the planes.
 struct Upcoming {
-  const Tile* tile = nullptr;
-  const std::uint32_t* channels = nullptr;
-  int count = 0;
-  int planes = 0;
+  const std::uint8_t *at = nullptr, *end = nullptr;  // of the run at hand
+  int step = 0;                                      // lines to fetch while half a quad is multiplied
+  int slot = 0, stream = 0;
+  int slots = 0;
+  const std::uint32_t* channels = nullptr;  // [slots]
+  struct Stream {
+    const std::uint8_t* base;
+    std::size_t stride, bytes;
+    int slots;  // the first ones, which read it
+  } streams[kPlanes + 1] = {};
 };
 
 struct Kernels {
   const char* name;
   // y[0 .. outputs of the tile) += the chunk's share of the product, those beyond the matrix's outputs included.
-  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y, const Upcoming&);
+  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y, Upcoming&);
   // Writes the weights of one channel, [outputs of the tile].
   void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
   void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);
@@ -94,6 +116,15 @@ const Kernels* avx512_kernels();  // likewise
 // 2 ** (-i / 16) for i = 0 .. 15, rounded to float.
 extern const float kFractions[16];
 
+// 2 ** (-(i + 1) / 16) for i = 0 .. 15, in units of 2 ** -15, and what that leaves for a chunk's scale.
+extern const std::uint16_t kMultipliers[32];  // twice the sixteen
+constexpr float kMultiplierUnit = 1.044273782f;
+
+// A coefficient: an activation, times the scale of its channel's base, in a group `steps` above it.
+inline std::int32_t coefficient_of(std::int16_t x, int steps) {
+  return (x * (kMultipliers[steps & 15] >> (steps >> 4)) + (1 << 14)) >> 15;
+}
+
 // The scale of an exponent, in units of the largest.
 inline float factor_of(std::uint8_t exponent) {
   std::uint32_t bits;
@@ -104,6 +135,6 @@ inline float factor_of(std::uint8_t exponent) {
   return factor;
 }
 
-inline int planes_of(int width) { return (width + 1) / 2; }
+constexpr int planes_of(int width) { return (width + 1) / 2; }
 
 }  // namespace quicksilver

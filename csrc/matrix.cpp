@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -16,19 +17,33 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kLargePage = std::size_t{1} << 21;
+constexpr std::size_t kSlab = 16 * kLargePage;
 
 std::size_t rounded_up(std::size_t size, std::size_t step) { return (size + step - 1) / step * step; }
 
+std::shared_ptr<std::uint8_t> new_slab(std::size_t size) {
+  std::shared_ptr<std::uint8_t> slab(static_cast<std::uint8_t*>(std::aligned_alloc(kLargePage, size)), std::free);
+  if (!slab) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(slab.get(), size, MADV_HUGEPAGE);
+#endif
+  return slab;
+}
+
 int halves_of(int num_outputs) { return (num_outputs + kHalfOutputs - 1) / kHalfOutputs; }
 
-std::size_t tile_bytes(int num_inputs, int halves) {
-  const std::size_t plane = rounded_up(std::size_t{32} * halves * num_inputs, kLine);
-  return kPlanes * plane + rounded_up(std::size_t{kRecordBytes} * num_inputs, kLine);
+// Bytes of one channel in a strip of so many halves of tiles.
+// An odd number of cache lines, so that neighbouring channels' runs do not compete for the same places of a cache.
+std::size_t stride_of(int halves) { return ((halves + 1) / 2 | 1) * kLine; }
+std::size_t record_stride_of(int halves) { return std::size_t{kRecordBytes} * ((halves + 1) / 2); }
+
+std::size_t strip_bytes(int num_inputs, int halves) {
+  return kPlanes * stride_of(halves) * num_inputs + rounded_up(record_stride_of(halves) * num_inputs, kLine);
 }
 
 std::size_t all_bytes(int num_inputs, int num_outputs) {
-  const int halves = halves_of(num_outputs);
-  return halves / 2 * tile_bytes(num_inputs, 2) + (halves % 2 ? tile_bytes(num_inputs, 1) : 0);
+  const int halves = halves_of(num_outputs), whole = halves / (2 * kStripTiles), rest = halves % (2 * kStripTiles);
+  return whole * strip_bytes(num_inputs, 2 * kStripTiles) + (rest ? strip_bytes(num_inputs, rest) : 0);
 }
 
 // The leading bits of the four codes in a stored byte, and the trailing ones, as nibbles.
@@ -76,24 +91,28 @@ Levels levels_of(const StoredCodes& codes) {
     levels.offset[width] = tabled ? 0.0f : (std::ldexp(1.0f, kMaxWidth - width) - 1.0f) / 2.0f;
   }
   levels.largest = codes.largest;
+  levels.unit = codes.largest * kMultiplierUnit;
   return levels;
 }
 
 }  // namespace
 
-AlignedBytes::AlignedBytes(std::size_t size) : size_(size) {
-  // Where there are many, large pages: weights are streamed, and a page walk every 4 KiB would break the stream.
-  const std::size_t alignment = size >= kLargePage ? kLargePage : kLine;
-  const std::size_t room = rounded_up(size + kLine, alignment);
-  data_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(alignment, room)));
-  if (!data_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (alignment == kLargePage) madvise(data_.get(), room, MADV_HUGEPAGE);
-#endif
-  std::memset(data_.get(), 0, size);
+SlabBytes::SlabBytes(std::size_t size) : size_(size) {
+  static std::mutex mutex;
+  static std::weak_ptr<std::uint8_t> current;
+  static std::size_t used = 0;
+  const std::size_t room = rounded_up(size, kLine);
+  const std::lock_guard<std::mutex> lock(mutex);
+  slab_ = current.lock();
+  if (!slab_ || used + room > kSlab) {
+    slab_ = new_slab(std::max(rounded_up(room, kLargePage), kSlab));
+    current = slab_;
+    used = 0;
+  }
+  data_ = slab_.get() + used;
+  used += room;
+  std::memset(data_, 0, size);
 }
-
-void AlignedBytes::Free::operator()(std::uint8_t* p) const { std::free(p); }
 
 NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs)
     : num_inputs_(num_inputs),
@@ -101,31 +120,47 @@ NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_out
       padded_outputs_(halves_of(num_outputs) * kHalfOutputs),
       bytes_(all_bytes(num_inputs, num_outputs)),
       levels_(levels_of(codes)) {
+  const int halves = halves_of(num_outputs);
   const int groups = (num_outputs + codes.group_size - 1) / codes.group_size;
-  const int run = (num_outputs + 3) / 4;
+  for (int j = 0; j < num_inputs; ++j) {
+    const std::uint8_t* exponents = codes.exponents + std::size_t(j) * groups;
+    bases_.push_back(*std::min_element(exponents, exponents + groups));
+    base_scales_.push_back(factor_of(bases_.back()));
+  }
   std::uint8_t* at = bytes_.data();
-  for (int first = 0; first < padded_outputs_; first += kTileOutputs) {
-    const int halves = std::min(2, (padded_outputs_ - first) / kHalfOutputs);
-    Tile tile{{}, nullptr, 32 * halves, halves};
-    for (int p = 0; p < kPlanes; ++p) {
-      for (int j = 0; j < num_inputs; ++j) {
-        pack_run(codes.planes[p] + std::size_t(j) * run, first, num_outputs, halves, at + std::size_t(j) * tile.line);
-      }
-      tile.planes[p] = at;
-      at += rounded_up(std::size_t(num_inputs) * tile.line, kLine);
-    }
-    for (int j = 0; j < num_inputs; ++j) {
-      for (int g = 0; g < kTileGroups; ++g) {
-        const int output = first + g * kLaneOutputs;
-        if (output >= num_outputs) continue;
-        const std::size_t from = std::size_t(j) * groups + output / codes.group_size;
-        at[j * kRecordBytes + g] = codes.exponents[from];
-        at[j * kRecordBytes + kTileGroups + g] = codes.zeros[from];
-      }
-    }
-    tile.records = at;
-    at += rounded_up(std::size_t{kRecordBytes} * num_inputs, kLine);
+  for (int first = 0; first < halves; first += 2 * kStripTiles) {
+    at = add_strip(codes, first, std::min(2 * kStripTiles, halves - first), at);
+  }
+}
+
+// Lays out a strip of `halves` halves of tiles; returns where it ends.
+std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int first_half, int halves, std::uint8_t* at) {
+  const std::size_t inputs = num_inputs_, stride = stride_of(halves), record_stride = record_stride_of(halves);
+  std::uint8_t* const planes[kPlanes] = {at, at + stride * inputs, at + 2 * stride * inputs,
+                                         at + (2 * inputs + 1) * stride};
+  std::uint8_t* const records = at + kPlanes * stride * inputs;
+  for (int h = 0; h < halves; h += 2) {
+    const int first = (first_half + h) * kHalfOutputs;
+    Tile tile{{}, records + kRecordBytes * (h / 2), stride, record_stride, bases_.data(), std::min(2, halves - h)};
+    for (int p = 0; p < kPlanes; ++p) tile.planes[p] = planes[p] + 32 * h;
+    for (int j = 0; j < num_inputs_; ++j) pack_channel(codes, tile, j, first);
     tiles_.push_back(tile);
+  }
+  return at + strip_bytes(num_inputs_, halves);
+}
+
+// Writes a channel's runs and records of a tile, which lie in the matrix's own bytes.
+void NestedMatrix::pack_channel(const StoredCodes& codes, const Tile& tile, int channel, int first_output) {
+  const int groups = (num_outputs_ + codes.group_size - 1) / codes.group_size, run = (num_outputs_ + 3) / 4;
+  for (int p = 0; p < kPlanes; ++p) {
+    pack_run(codes.planes[p] + std::size_t(channel) * run, first_output, num_outputs_, tile.halves,
+             const_cast<std::uint8_t*>(tile.run(p, channel)));
+  }
+  std::uint8_t* record = const_cast<std::uint8_t*>(tile.record(channel));
+  for (int g = 0; g < kTileGroups && first_output + g * kLaneOutputs < num_outputs_; ++g) {
+    const std::size_t from = std::size_t(channel) * groups + (first_output + g * kLaneOutputs) / codes.group_size;
+    record[g] = static_cast<std::uint8_t>(codes.exponents[from] - bases_[channel]);
+    record[kTileGroups + g] = codes.zeros[from];
   }
 }
 

@@ -1,6 +1,9 @@
-// A matrix in nested codes, laid out for the kernels: tiles of 256 outputs, in each the planes, in each the channels.
+// A matrix in nested codes, laid out for the kernels: strips of up to 16 tiles, in each the planes, in each the
+// channels. The last two planes, mostly read together, have a channel's runs side by side: memory gives long runs
+// faster.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -10,18 +13,17 @@
 
 namespace quicksilver {
 
-// Bytes that begin at a cache line; zeroed.
-class AlignedBytes {
+// Bytes that begin at a cache line; zeroed. Matrices share large pages: weights are streamed, and a page walk every
+// 4 KiB would break the stream. A slab of pages goes when nothing in it is left.
+class SlabBytes {
  public:
-  explicit AlignedBytes(std::size_t size);
-  std::uint8_t* data() const { return data_.get(); }
+  explicit SlabBytes(std::size_t size);
+  std::uint8_t* data() const { return data_; }
   std::size_t size() const { return size_; }
 
  private:
-  struct Free {
-    void operator()(std::uint8_t* p) const;
-  };
-  std::unique_ptr<std::uint8_t[], Free> data_;
+  std::shared_ptr<std::uint8_t> slab_;
+  std::uint8_t* data_;
   std::size_t size_;
 };
 
@@ -36,6 +38,8 @@ struct StoredCodes {
   const float* table2;  // [4]
 };
 
+constexpr int kStripTiles = 16;
+
 class NestedMatrix {
  public:
   // Throws std::invalid_argument where a level of a table is no code.
@@ -43,15 +47,26 @@ class NestedMatrix {
 
   int num_inputs() const { return num_inputs_; }
   int num_outputs() const { return num_outputs_; }
-  int num_tiles() const { return static_cast<int>(tiles_.size()); }
+  int num_strips() const { return static_cast<int>((tiles_.size() + kStripTiles - 1) / kStripTiles); }
   int padded_outputs() const { return padded_outputs_; }  // a multiple of 128
+  int strip_outputs(int strip) const {
+    return std::min(kStripTiles * kTileOutputs, padded_outputs_ - strip * kStripTiles * kTileOutputs);
+  }
   std::size_t nbytes() const { return bytes_.size(); }
   const Tile& tile(int index) const { return tiles_[index]; }
+  int num_tiles() const { return static_cast<int>(tiles_.size()); }
   const Levels& levels() const { return levels_; }
+  // [in] what activations are multiplied with before they are rounded.
+  const float* base_scales() const { return base_scales_.data(); }
 
  private:
+  std::uint8_t* add_strip(const StoredCodes& codes, int first_half, int halves, std::uint8_t* at);
+  void pack_channel(const StoredCodes& codes, const Tile& tile, int channel, int first_output);
+
   int num_inputs_, num_outputs_, padded_outputs_;
-  AlignedBytes bytes_;
+  SlabBytes bytes_;
+  std::vector<std::uint8_t> bases_;  // [in] smallest exponents
+  std::vector<float> base_scales_;   // [in] theirs, in units of the largest scale
   std::vector<Tile> tiles_;
   Levels levels_;
 };

@@ -12,7 +12,7 @@ namespace quicksilver {
 namespace {
 
 constexpr int kSpinsBeforeYield = 4096;
-constexpr auto kSpinTime = std::chrono::microseconds(200);  // how long a worker waits awake for the next run
+constexpr auto kSpinTime = std::chrono::microseconds(500);  // how long a worker waits awake for the next run
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)

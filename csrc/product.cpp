@@ -2,115 +2,213 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "isa.h"
 
 namespace quicksilver {
 namespace {
 
-long row_costs(const Product& product) {
-  long cost = 0;
-  for (int r = 0; r < product.num_rows; ++r) cost += product.rows[r].cost();
-  return cost;
+constexpr int kUnits = 4;       // of a matrix at least, if it has as many blocks: so that threads end together
+constexpr int kUnitBlocks = 8;  // of a unit, but for that: sums cost little beside what they are of
+
+// Into how many units each strip is cut.
+int units_of_strip(const NestedMatrix& matrix) {
+  const int blocks = Selection::blocks_of(matrix.num_inputs());
+  return std::min(blocks, std::max((kUnits + matrix.num_strips() - 1) / matrix.num_strips(), blocks / kUnitBlocks));
 }
 
-long total_cost(const std::vector<Product>& products) {
-  long cost = 0;
-  for (const Product& product : products) cost += row_costs(product) * (product.matrix->padded_outputs() / kHalfOutputs);
-  return cost;
+// The blocks [begin, end) of a strip's unit.
+std::pair<int, int> blocks_of_unit(const NestedMatrix& matrix, int unit) {
+  const int blocks = Selection::blocks_of(matrix.num_inputs()), units = units_of_strip(matrix);
+  return {blocks * unit / units, blocks * (unit + 1) / units};
 }
 
-void begin_row(const Product& product, int tile_index, int row, float* y) {
-  const int first = tile_index * kTileOutputs;
-  const int width = product.matrix->tile(tile_index).outputs();
-  const int held = std::min(width, product.matrix->num_outputs() - first);
-  const bool finite = product.rows[row].finite();
-  for (int o = 0; o < width; ++o) {
-    y[o] = finite ? (product.bias && o < held ? product.bias[first + o] : 0.0f)
-                  : std::numeric_limits<float>::quiet_NaN();
+int first_tile(int strip) { return strip * kStripTiles; }
+int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
+int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
+
+// The streams of a strip from a block on, its records first, without their slots.
+Upcoming streams_of(const NestedMatrix& matrix, int strip) {
+  Upcoming next;
+  const Tile& tile = matrix.tile(first_tile(strip));
+  const std::size_t line_bytes = std::size_t(matrix.strip_outputs(strip)) / 4;
+  next.streams[0] = {tile.records, tile.record_stride, tile.record_stride, 0};
+  for (int p = 0; p < kPlanes; ++p) {
+    next.streams[p + 1] = {tile.planes[p], tile.stride * (p < 2 ? 1 : 2), line_bytes, 0};
   }
+  return next;
 }
 
-// What comes after a row's i-th chunk in a tile: the next, or the first of the next row or tile.
-Upcoming upcoming(const Product& product, int tile_index, int row, int i) {
-  if (++i == product.rows[row].num_chunks()) {
-    i = 0;
-    if (++row == product.num_rows) {
-      row = 0;
-      if (++tile_index == product.matrix->num_tiles()) return {};
+// Begins with the first slot, to be through after so many steps.
+void start(Upcoming& next, int steps) {
+  next.slots = next.streams[0].slots;
+  if (next.slots == 0 || steps == 0) return;
+  std::size_t lines = 0;
+  for (const Upcoming::Stream& stream : next.streams) lines += stream.slots * ((stream.bytes + 63) / 64);
+  next.at = next.streams[0].base + next.channels[0] * next.streams[0].stride;
+  next.end = next.at + next.streams[0].bytes;
+  next.step = static_cast<int>((lines + steps - 1) / steps);
+}
+
+// What the first row reads of a block.
+Upcoming upcoming(const Unit& unit, int block, int steps) {
+  const Chunk chunk = unit.product->rows[0].chunk(block);
+  Upcoming next = streams_of(*unit.product->matrix, unit.strip);
+  next.channels = chunk.channels;
+  next.streams[0].slots = chunk.slots;
+  for (int i = 0; i < chunk.num_parts; ++i) {
+    for (int p = 0; p < planes_of(chunk.parts[i].width); ++p) next.streams[p + 1].slots += chunk.parts[i].slots;
+  }
+  start(next, steps);
+  return next;
+}
+
+// What a thread reads first of the matrices ahead: it begins with the unit of its own number.
+Upcoming upcoming(const std::vector<Ahead>& ahead, int thread, int steps) {
+  static const std::vector<std::uint32_t> all = [] {
+    std::vector<std::uint32_t> channels(kChunkChannels);
+    std::iota(channels.begin(), channels.end(), 0u);
+    return channels;
+  }();
+  int unit = thread;
+  for (const auto& [matrix, planes] : ahead) {
+    const int units = units_of_strip(*matrix);
+    if (unit >= units * matrix->num_strips()) {
+      unit -= units * matrix->num_strips();
+      continue;
     }
+    Upcoming next = streams_of(*matrix, unit / units);
+    const int first = blocks_of_unit(*matrix, unit % units).first * kChunkChannels;
+    next.channels = all.data();
+    for (int s = 0; s <= planes; ++s) {
+      next.streams[s].base += first * next.streams[s].stride;
+      next.streams[s].slots = std::min(kChunkChannels, matrix->num_inputs() - first);
+    }
+    start(next, steps);
+    return next;
   }
-  if (product.rows[row].num_chunks() == 0) return {};
-  const Chunk chunk = product.rows[row].chunk(i);
-  return {&product.matrix->tile(tile_index), chunk.channels, chunk.count, planes_of(chunk.width)};
+  return {};
 }
 
-// Adds to y, [rows, stride], what the thread's part [begin, end) of a tile's cost gives.
-void run_tile(const Product& product, int tile_index, long begin, long end, float* y, int stride, ThreadRoom& room) {
+// Half quads that a block's products go through.
+int steps_of(const Unit& unit, int block) {
+  int quads = 0;
+  for (int r = 0; r < unit.product->num_rows; ++r) quads += unit.product->rows[r].chunk(block).slots / kQuadChannels;
+  return quads * (unit.product->matrix->strip_outputs(unit.strip) / kHalfOutputs);
+}
+
+// Adds a block's share to y, [rows, stride], of its strip.
+void run_block(const Unit& unit, int block, float* y, int stride, Upcoming& next, Coefficients& room) {
   const Kernels& kernels = current_kernels();
-  const Tile& tile = product.matrix->tile(tile_index);
-  long at = 0;
-  for (int r = 0; r < product.num_rows; ++r) {
-    const Selection& row = product.rows[r];
-    if (row.finite() && at < end && at + row.cost() * tile.halves > begin) {
-      for (int i = 0; i < row.num_chunks(); ++i) {
-        const long start = at + row.cost_before(i) * tile.halves;
-        if (start < begin || start >= end) continue;
-        kernels.tile_chunk(tile, row.chunk(i), product.matrix->levels(), room.coefficients, y + std::size_t(r) * stride,
-                           upcoming(product, tile_index, r, i));
-      }
-    }
-    at += row.cost() * tile.halves;
-  }
-}
-
-void run_part(const std::vector<Product>& products, long begin, long end, bool last, ThreadRoom& room) {
-  room.partial_of = nullptr;
-  long at = 0;
-  for (const Product& product : products) {
-    const long rows_cost = row_costs(product);
-    for (int t = 0; t < product.matrix->num_tiles(); ++t) {
-      const int width = product.matrix->tile(t).outputs();
-      const long cost = rows_cost * product.matrix->tile(t).halves;
-      const bool starts = at >= begin && (at < end || (last && at == end));  // the second: tiles without any cost
-      if (starts) {
-        float* y = product.y + std::size_t(t) * kTileOutputs;
-        for (int r = 0; r < product.num_rows; ++r) begin_row(product, t, r, y + std::size_t(r) * product.stride);
-        run_tile(product, t, begin - at, end - at, y, product.stride, room);
-      } else if (at < begin && at + cost > begin) {
-        room.partial.assign(std::size_t(product.num_rows) * width, 0.0f);
-        room.partial_of = &product;
-        room.partial_tile = t;
-        run_tile(product, t, begin - at, end - at, room.partial.data(), width, room);
-      }
-      at += cost;
+  const NestedMatrix& matrix = *unit.product->matrix;
+  for (int t = first_tile(unit.strip); t < end_tile(matrix, unit.strip); ++t) {
+    for (int r = 0; r < unit.product->num_rows; ++r) {
+      const Chunk chunk = unit.product->rows[r].chunk(block);
+      float* row = y + std::size_t(r) * stride + (t - first_tile(unit.strip)) * kTileOutputs;
+      if (chunk.slots) kernels.tile_chunk(matrix.tile(t), chunk, matrix.levels(), room, row, next);
     }
   }
 }
 
-void add_partial(const ThreadRoom& room) {
-  const Product& product = *room.partial_of;
-  const int width = product.matrix->tile(room.partial_tile).outputs();
-  for (int r = 0; r < product.num_rows; ++r) {
-    float* y = product.y + std::size_t(r) * product.stride + std::size_t(room.partial_tile) * kTileOutputs;
-    const float* part = room.partial.data() + std::size_t(r) * width;
-    for (int o = 0; o < width; ++o) y[o] += part[o];
+// What sums begin with: outputs [begin, end) of one row.
+void begin_row(const Product& product, int row, int begin, int end, float* y) {
+  if (!product.rows[row].finite(product.matrix->num_inputs())) {
+    std::fill_n(y, end - begin, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  const int held = product.bias ? std::max(std::min(end, product.matrix->num_outputs()) - begin, 0) : 0;
+  std::copy_n(product.bias + (held ? begin : 0), held, y);
+  std::fill_n(y + held, end - begin - held, 0.0f);
+}
+
+// Where a unit's sums go, as they begin.
+float* begin_sums(const Unit& unit, int* stride) {
+  const Product& product = *unit.product;
+  const int first = first_output(unit.strip), outputs = product.matrix->strip_outputs(unit.strip);
+  if (unit.sums) {
+    *stride = outputs;
+    std::fill_n(unit.sums, std::size_t(product.num_rows) * outputs, 0.0f);
+    return unit.sums;
+  }
+  *stride = product.stride;
+  float* y = product.y + first;
+  for (int r = 0; r < product.num_rows; ++r)
+    begin_row(product, r, first, first + outputs, y + std::size_t(r) * *stride);
+  return y;
+}
+
+// A thread's share of the sums over the units of each strip that has several.
+void add_units(const Sharing& sharing, int thread, int num_threads) {
+  for (std::size_t u = 0; u < sharing.units.size();) {
+    const Unit& unit = sharing.units[u];
+    const int units = unit.sums ? units_of_strip(*unit.product->matrix) : 1;
+    u += units;
+    if (!unit.sums) continue;
+    const Product& product = *unit.product;
+    const int outputs = product.matrix->strip_outputs(unit.strip), first = first_output(unit.strip);
+    const int lines = outputs / kLaneOutputs;
+    const int begin = lines * thread / num_threads * kLaneOutputs,
+              end = lines * (thread + 1) / num_threads * kLaneOutputs;
+    for (int r = 0; r < product.num_rows; ++r) {
+      float* y = product.y + std::size_t(r) * product.stride + first;
+      begin_row(product, r, first + begin, first + end, y + begin);
+      for (int i = 0; i < units; ++i) {
+        const float* sums = unit.sums + (std::size_t(i) * product.num_rows + r) * outputs;
+        for (int o = begin; o < end; ++o) y[o] += sums[o];
+      }
+    }
   }
 }
 
 }  // namespace
 
-void multiply(const std::vector<Product>& products, int thread, int num_threads, ThreadRoom* rooms, Barrier& barrier) {
-  const long cost = total_cost(products);
-  run_part(products, cost * thread / num_threads, cost * (thread + 1) / num_threads, thread == num_threads - 1,
-           rooms[thread]);
-  if (num_threads == 1) return;
-  barrier.wait();
-  if (thread == 0) {
-    for (int t = 1; t < num_threads; ++t) {
-      if (rooms[t].partial_of) add_partial(rooms[t]);
+void share(const std::vector<Product>& products, int num_threads, Sharing& sharing) {
+  sharing.units.clear();
+  std::size_t room = 0;
+  const auto each_strip = [&products](auto&& visit) {
+    for (const Product& product : products) {
+      for (int strip = 0; strip < product.matrix->num_strips(); ++strip) visit(product, strip);
+    }
+  };
+  each_strip([&](const Product& product, int strip) {
+    room += std::size_t(units_of_strip(*product.matrix)) * product.num_rows * product.matrix->strip_outputs(strip);
+  });
+  if (sharing.sums.size() < room) sharing.sums.resize(room);
+  float* sums = sharing.sums.data();
+  each_strip([&](const Product& product, int strip) {
+    const int units = units_of_strip(*product.matrix);
+    for (int i = 0; i < units; ++i) {
+      const auto [begin, end] = blocks_of_unit(*product.matrix, i);
+      sharing.units.push_back({&product, strip, begin, end, units > 1 ? sums : nullptr});
+      if (units > 1) sums += std::size_t(product.num_rows) * product.matrix->strip_outputs(strip);
+    }
+  });
+  sharing.taken.store(num_threads, std::memory_order_relaxed);
+}
+
+void multiply(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int num_threads, Coefficients& room,
+              Barrier& barrier) {
+  const int count = static_cast<int>(sharing.units.size());
+  for (int taken = thread; taken < count;) {
+    const Unit& unit = sharing.units[taken];
+    int stride;
+    float* y = begin_sums(unit, &stride);
+    for (int block = unit.begin; block < unit.end; ++block) {
+      const int steps = steps_of(unit, block);
+      Upcoming next;
+      if (block + 1 < unit.end) {
+        next = upcoming(unit, block + 1, steps);
+      } else {
+        taken = sharing.taken.fetch_add(1, std::memory_order_relaxed);
+        next = taken < count ? upcoming(sharing.units[taken], sharing.units[taken].begin, steps)
+                             : upcoming(ahead, thread, steps);
+      }
+      run_block(unit, block, y, stride, next, room);
     }
   }
+  barrier.wait();
+  add_units(sharing, thread, num_threads);
   barrier.wait();
 }
 

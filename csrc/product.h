@@ -1,6 +1,7 @@
 // Products of rows with nested matrices, shared among threads.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "matrix.h"
@@ -14,21 +15,39 @@ struct Product {
   const NestedMatrix* matrix;
   const Selection* rows;  // [num_rows]
   int num_rows;
-  float* y;           // [num_rows, stride], stride >= padded_outputs
+  float* y;  // [num_rows, stride], stride >= padded_outputs
   int stride;
   const float* bias;  // [outputs], or null
 };
 
-// What a thread needs for its part of products; kept from call to call.
-struct ThreadRoom {
-  Coefficients coefficients;
-  std::vector<float> partial;  // of a tile that another thread began
-  const Product* partial_of = nullptr;
-  int partial_tile = 0;
+// A matrix that the products after these will read, and so many of its planes.
+struct Ahead {
+  const NestedMatrix* matrix;
+  int planes;
 };
 
-// Computes products together: every thread calls it with the same list. Ends with all threads past the last barrier.
-// Reads of `y` beyond the outputs find what padding gives.
-void multiply(const std::vector<Product>& products, int thread, int num_threads, ThreadRoom* rooms, Barrier& barrier);
+// What one thread multiplies before it takes the next: some blocks of channels of a strip. Units depend on a matrix's
+// shape alone, and so do the order and the bits of every sum: neither on threads nor on other rows.
+struct Unit {
+  const Product* product;
+  int strip;
+  int begin, end;  // blocks
+  float* sums;     // [num_rows, strip's outputs] where the strip has several units, else null
+};
+
+// What threads share while they multiply; kept from call to call.
+struct Sharing {
+  std::vector<Unit> units;
+  std::vector<float> sums;
+  std::atomic<int> taken{0};
+};
+
+// Says what is multiplied next; to be called by one thread, with a barrier before the threads multiply.
+void share(const std::vector<Product>& products, int num_threads, Sharing& sharing);
+
+// Multiplies: every thread calls it. Ends with all threads past the last barrier. Reads of `y` beyond the outputs find
+// what padding gives. What a thread is expected to read first of the matrices ahead is fetched at the end.
+void multiply(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int num_threads, Coefficients& room,
+              Barrier& barrier);
 
 }  // namespace quicksilver

@@ -1,79 +1,90 @@
 #include "selection.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <numeric>
 
 namespace quicksilver {
 namespace {
 
-bool all_finite(const float* x, int count) {
-  float sum = 0.0f;
-  for (int j = 0; j < count; ++j) sum += x[j] * 0.0f;
-  return sum == 0.0f;
-}
+constexpr int kBlockRoom = kChunkSlots + 32;  // collecting writes past what it finds
 
-bool occurs(const Grades& grades, int width) {
-  if (width == grades.cap) return true;
-  return width < grades.cap && std::find(grades.levels, grades.levels + grades.num_levels, width) !=
-                                   grades.levels + grades.num_levels;
+// The widths that channels may have, from the widest on; returns how many.
+int occurring(const Widths& widths, int* found) {
+  int count = 0;
+  for (int width = kMaxWidth; width >= 1; --width) {
+    bool may = widths.each != nullptr || (!widths.grades && width == widths.uniform);
+    if (const Grades* grades = widths.grades) {
+      const std::uint8_t* end = grades->levels + grades->num_levels;
+      may = width == grades->cap || (width < grades->cap && std::find(grades->levels, end, width) != end);
+    }
+    if (may) found[count++] = width;
+  }
+  return count;
 }
 
 }  // namespace
 
-Chunk Selection::chunk(int index) const {
-  const Span& span = chunks_[index];
-  return {channels_.data() + span.begin, x_.data() + span.begin, span.count, span.width};
+void Selection::prepare(int num_inputs) {
+  const std::size_t blocks = blocks_of(num_inputs);
+  if (blocks_.size() >= blocks) return;
+  blocks_.resize(blocks);
+  channels_.resize(blocks * kBlockRoom);
+  x_.resize(blocks * kBlockRoom);
 }
 
-// Cuts the channels [begin, end), all of one width, into chunks; the last is filled up with a channel times zero.
-// Returns where the next may begin.
-int Selection::close(int width, int begin, int end) {
-  counts_[width] += end - begin;
-  if (width == 0 || begin == end) return begin;
-  for (int at = begin; at < end; at += kChunkChannels) {
-    const int count = std::min(kChunkChannels, end - at);
-    chunks_.push_back({at, count, width});
-    costs_.push_back(costs_.back() + count * (planes_of(width) + 1L));
-  }
-  const int next = begin + (end - begin + kChunkChannels - 1) / kChunkChannels * kChunkChannels;
-  std::fill(channels_.begin() + end, channels_.begin() + next, channels_[end - 1]);
-  std::fill(x_.begin() + end, x_.begin() + next, 0.0f);
-  return next;
+Chunk Selection::chunk(int block) const {
+  const Block& from = blocks_[block];
+  const std::size_t first = std::size_t(block) * kBlockRoom;
+  return {channels_.data() + first, x_.data() + first, from.unit, from.parts, from.num_parts, from.slots};
 }
 
-void Selection::choose_uniform(const float* x, int num_inputs, int width) {
-  if (width) {
-    std::iota(channels_.begin(), channels_.begin() + num_inputs, 0u);
-    std::copy(x, x + num_inputs, x_.begin());
-  }
-  close(width, 0, num_inputs);
+bool Selection::finite(int num_inputs) const {
+  return std::all_of(blocks_.begin(), blocks_.begin() + blocks_of(num_inputs), [](const Block& b) { return b.finite; });
 }
 
-void Selection::choose(const FloatKernels& floats, const float* x, int num_inputs, const Widths& widths) {
-  chunks_.clear();
-  costs_.assign(1, 0);
-  counts_.fill(0);
-  finite_ = all_finite(x, num_inputs);
-  const std::size_t room = std::size_t(num_inputs) + (kMaxWidth + 2) * kChunkChannels;
-  if (channels_.size() < room) {
-    channels_.resize(room);
-    x_.resize(room);
-    widths_.resize(room);
+WidthCounts Selection::choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
+                              const Widths& widths, int begin, int end) {
+  WidthCounts counts{};
+  int levels[kMaxWidth];
+  const int num_levels = occurring(widths, levels);
+  for (int b = begin; b < end; ++b) {
+    const int first = b * kChunkChannels, count = std::min(kChunkChannels, num_inputs - first);
+    std::uint8_t graded[kChunkChannels];
+    const std::uint8_t* chosen = widths.each ? widths.each + first : nullptr;
+    if (widths.grades) {
+      floats.grade(x + first, count, *widths.grades, first, graded);
+      chosen = graded;
+    }
+    Block& block = blocks_[b];
+    block = {0, 0, {}, 0.0f, floats.largest_magnitude(x + first, count) <= FLT_MAX};
+    std::uint32_t* const channels = channels_.data() + std::size_t(b) * kBlockRoom;
+    float scaled[kChunkChannels], values[kBlockRoom];
+    for (int j = 0; j < count; ++j) scaled[j] = x[first + j] * scales[first + j];
+    int left = count;
+    for (int i = 0; i < num_levels && left > 0; ++i) {
+      const int at = block.slots;
+      int held = count;
+      if (chosen) {
+        held = floats.collect(chosen, scaled, count, levels[i], first, channels + at, values + at);
+      } else {
+        std::iota(channels, channels + count, static_cast<std::uint32_t>(first));
+        std::copy(scaled, scaled + count, values);
+      }
+      if (held == 0) continue;
+      const int slots = (held + kQuadChannels - 1) / kQuadChannels * kQuadChannels;
+      std::fill(channels + at + held, channels + at + slots, channels[at + held - 1]);
+      std::fill(values + at + held, values + at + slots, 0.0f);
+      block.parts[block.num_parts++] = {levels[i], slots};
+      block.slots += slots;
+      counts[levels[i]] += held;
+      left -= held;
+    }
+    counts[0] += left;
+    if (!block.finite) std::fill(values, values + block.slots, 0.0f);
+    block.unit = floats.quantize(values, block.slots, x_.data() + std::size_t(b) * kBlockRoom);
   }
-  if (!widths.each && !widths.grades) return choose_uniform(x, num_inputs, widths.uniform);
-  const std::uint8_t* chosen = widths.each;
-  if (!chosen) {
-    floats.grade(x, num_inputs, *widths.grades, widths_.data());
-    chosen = widths_.data();
-  }
-  int begin = 0, found = 0;
-  for (int width = kMaxWidth; width >= 1 && found < num_inputs; --width) {
-    if (widths.grades && !occurs(*widths.grades, width)) continue;
-    const int count = floats.collect(chosen, x, num_inputs, width, channels_.data() + begin, x_.data() + begin);
-    begin = close(width, begin, begin + count);
-    found += count;
-  }
-  counts_[0] = num_inputs - found;
+  return counts;
 }
 
 }  // namespace quicksilver

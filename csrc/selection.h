@@ -16,35 +16,37 @@ struct Widths {
   const Grades* grades = nullptr;      // by the channels' scores
 };
 
-// One row's chunks. Filled anew for every row; its memory is kept.
+using WidthCounts = std::array<std::int64_t, kMaxWidth + 1>;  // channels read at 0, 1, ... 8 bits
+
+// One row's chunks, one for each block of 64 neighbouring channels, which may be empty. Filled anew for every row; its
+// memory is kept.
 class Selection {
  public:
-  void choose(const FloatKernels& floats, const float* x, int num_inputs, const Widths& widths);
+  static int blocks_of(int num_inputs) { return (num_inputs + kChunkChannels - 1) / kChunkChannels; }
 
-  int num_chunks() const { return static_cast<int>(chunks_.size()); }
-  Chunk chunk(int index) const;
-  // Bytes of codes and scales that chunks before `index` read of a tile, in units that make chunks comparable.
-  long cost_before(int index) const { return costs_[index]; }
-  long cost() const { return costs_.back(); }
+  // Makes room; to be called by one thread.
+  void prepare(int num_inputs);
+
+  // Fills blocks [begin, end) of a row x, [in]. Threads may fill others meanwhile.
+  // `scales`, [in], multiply the activations before they are rounded.
+  WidthCounts choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
+                     const Widths& widths, int begin, int end);
+
+  Chunk chunk(int block) const;
   // A row with a NaN or an infinity has no product.
-  bool finite() const { return finite_; }
-  // Channels read at 0, 1, ... 8 bits.
-  const std::array<std::int64_t, kMaxWidth + 1>& counts() const { return counts_; }
+  bool finite(int num_inputs) const;
 
  private:
-  struct Span {
-    int begin, count, width;
+  struct Block {
+    int slots, num_parts;
+    Part parts[kMaxWidth];
+    float unit;
+    bool finite;
   };
-  void choose_uniform(const float* x, int num_inputs, int width);
-  int close(int width, int begin, int end);
 
-  std::vector<std::uint32_t> channels_;
-  std::vector<float> x_;
-  std::vector<std::uint8_t> widths_;
-  std::vector<Span> chunks_;
-  std::vector<long> costs_;
-  std::array<std::int64_t, kMaxWidth + 1> counts_;
-  bool finite_ = true;
+  std::vector<Block> blocks_;
+  std::vector<std::uint32_t> channels_;  // [blocks, kBlockRoom]
+  std::vector<std::int16_t> x_;          // likewise
 };
 
 }  // namespace quicksilver

@@ -16,8 +16,8 @@ from quicksilver.quant.rounding import quantize
 
 INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
 
-_CHUNK = 64  # channels whose coefficients share a scale
-_STEPS = 127 * 256  # the largest coefficient, in integers
+_CHUNK = 64  # neighbouring channels whose coefficients share a unit
+_STEPS = 127 * 256 / 2 ** (1 / 16)  # units in the largest product of an activation and its channel's largest scale
 _FLOATS = 2e-6  # of the sum of magnitudes: roundings of float32 on the way
 
 
@@ -62,21 +62,22 @@ def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
 def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     """Return how far the kernels may be from the definition, [N, out] float64.
 
-    A coefficient, activation times scale, is off by half a step at most; a step is the largest of its chunk and group
-    over 32512. What it multiplies is a level less a zero.
+    A coefficient, activation times scale, is off by two units at most: half a unit for the activation, half for the
+    product, one for the scale. What it multiplies is a level less a zero.
     """
     grid, out = linear.codes.grid, linear.num_outputs
     scales, zeros = (grid.spread(t, out).double() for t in (grid.scales, grid.zeros.float()))
     limit = torch.zeros(x.shape[0], out, dtype=torch.float64)
     for row in range(x.shape[0]):
-        for width in range(8, 0, -1):
+        magnitudes = x[row].double().abs() * (widths[row] > 0)
+        reach = torch.zeros_like(scales)
+        for width in range(1, 9):
             levels = linear.codes.dequantize(width).double() / scales + zeros
-            for channels in (widths[row] == width).nonzero().squeeze(-1).split(_CHUNK):
-                coefficients = (x[row, channels].double()[:, None] * scales[channels]).abs()
-                reach = (levels - zeros)[channels].abs().sum(0) if len(channels) else torch.zeros(out)
-                if len(channels):
-                    limit[row] += 0.5001 * coefficients.amax(0) / _STEPS * reach
-                    limit[row] += _FLOATS * 256 * coefficients.sum(0)
+            reach += (levels - zeros).abs() * (widths[row] == width)[:, None]
+        blocks = zip(*(t.split(_CHUNK) for t in (magnitudes, scales, reach)), strict=True)
+        for activation, scale, multiplied in blocks:
+            unit = (activation * scale.amax(1)).amax() / _STEPS
+            limit[row] += 2.001 * unit * multiplied.sum(0) + _FLOATS * (activation[:, None] * scale * multiplied).sum(0)
     return limit
 
 

@@ -151,6 +151,18 @@ def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pyt
         assert not uses_kernels(draw(1, 70))
 
 
+def test_the_kernels_take_more_rows_that_choose_widths_for_their_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = nested_linear.MAX_ROWS + 50
+    linear, x, widths = module(70, 100), draw(rows, 70), draw_widths(rows, 70)
+    run, calls = nested_linear.nested_linear, []
+    monkeypatch.setattr("quicksilver.quant.linear.nested_linear", lambda *args: calls.append(1) or run(*args))
+    assert_close(linear(x, widths, kernels="native"), linear, x, widths)
+    assert calls
+    most = nested_linear.MAX_ROWS_BY_CHANNEL
+    assert nested_linear.accepts(draw(most, 3), by_channel=True)
+    assert not nested_linear.accepts(draw(most + 1, 3), by_channel=True)
+
+
 def test_widths_by_row_and_bias() -> None:
     linear, x = module(70, 100), draw(4, 70)
     linear.bias = torch.nn.Parameter(draw(100, seed=8), requires_grad=False)

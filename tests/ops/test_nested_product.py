@@ -146,6 +146,22 @@ def test_small_and_large_weights(isa: str, size: float) -> None:
 
 
 @ISAS
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(70, 100), (700, 300), (130, 4500)])
+def test_neither_threads_nor_other_rows_change_a_bit(isa: str, num_inputs: int, num_outputs: int) -> None:
+    linear, x = module(num_inputs, num_outputs), draw(5, num_inputs)
+    widths = draw_widths(5, num_inputs)
+    with using(isa):
+        products = []
+        for count in (1, 2, 3):
+            with threads(count):
+                products.append(product(linear, x, widths))
+                alone = [product(linear, x[i : i + 1], widths[i : i + 1]) for i in range(len(x))]
+                assert torch.equal(torch.cat(alone), products[-1])
+        assert torch.equal(products[0], products[1])
+        assert torch.equal(products[0], products[2])
+
+
+@ISAS
 def test_one_large_activation_costs_the_others_no_more_than_the_bound(isa: str) -> None:
     linear, x, widths = module(200, 100), draw(2, 200), draw_widths(2, 200)
     x[:, 11] = 1e4

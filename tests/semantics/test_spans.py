@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.models.cost import executed_cost
+from quicksilver.models.cost import Cost, executed_cost
 from quicksilver.models.nesting import nest
 from quicksilver.ops import native
 from quicksilver.quant.config import QuantizationConfig
@@ -86,15 +87,6 @@ def sets() -> Iterator[None]:
     native.use_instruction_set(before)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """How products are shared among threads depends on how many rows there are; here that is not asked about."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def engines(family: str, plan: Plan) -> tuple[Decoder, Decoder]:
     model = tiny.nested(family)
     return decoder(model, plan), decoder(model, plan, kernels="native")
@@ -125,18 +117,22 @@ def test_states_entries_and_counts_are_those_of_single_layers(family: str, name:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, name: str) -> None:
     definition, engine = engines(family, ROUGH[name])
-    ids = tiny.token_ids(60)
-    wanted, run = run_steps(definition, ids, prompt=20), run_steps(engine, ids, prompt=20)
-    losses = [float(torch.nn.functional.cross_entropy(r.logits[:-1], ids[1:])) for r in (wanted, run)]
-    assert losses[0] == pytest.approx(losses[1], abs=tolerances.KERNEL_LOSS)
-    costs = [executed_cost(engine.spec, r.trace) for r in (wanted, run)]
-    assert costs[1].body_macs == pytest.approx(costs[0].body_macs, rel=1e-3)
-    assert costs[1].bitops == pytest.approx(costs[0].bitops, rel=1e-3)
-    assert run.cache.used_nbytes == wanted.cache.used_nbytes
+    losses: tuple[list[float], list[float]] = ([], [])
+    costs: tuple[list[Cost], list[Cost]] = ([], [])
+    for seed in range(3):  # in one text, a single decision that falls to the other side may be a large part of the mean
+        ids = tiny.token_ids(60, seed=seed)
+        runs = [run_steps(each, ids, prompt=44) for each in (definition, engine)]
+        for i, run in enumerate(runs):
+            losses[i].append(float(torch.nn.functional.cross_entropy(run.logits[:-1], ids[1:])))
+            costs[i].append(executed_cost(engine.spec, run.trace))
+        assert runs[1].cache.used_nbytes == runs[0].cache.used_nbytes
+    assert mean(losses[1]) == pytest.approx(mean(losses[0]), abs=tolerances.KERNEL_LOSS)
+    for count in (lambda cost: cost.body_macs, lambda cost: cost.bitops):
+        assert sum(map(count, costs[1])) == pytest.approx(sum(map(count, costs[0])), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["dense", "propagate", "all", "shortcuts"])
-def test_instruction_sets_give_the_same_bits(name: str, sets: None, one_thread: None) -> None:
+def test_instruction_sets_give_the_same_bits(name: str, sets: None) -> None:
     _, engine = engines("llama", (EXACT | ROUGH)[name])
     ids = tiny.token_ids(20)
     logits = []
@@ -149,7 +145,7 @@ def test_instruction_sets_give_the_same_bits(name: str, sets: None, one_thread: 
 
 @pytest.mark.parametrize("name", ["uniform", "propagate", "all"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_batch_is_its_sequences_alone(family: str, name: str, one_thread: None) -> None:
+def test_a_batch_is_its_sequences_alone(family: str, name: str) -> None:
     _, engine = engines(family, (EXACT | ROUGH)[name])
     sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 7)]
     alone = torch.cat([run_whole(engine, each).logits for each in sequences])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ class WidthCounts:
     _LIMIT = 512
 
     def __init__(self) -> None:
-        self._macs = torch.zeros(MAX_WIDTH + 1, dtype=torch.int64)
+        self._macs = [0] * (MAX_WIDTH + 1)
         self._bytes = 0
         self._device: list[tuple[Tensor, int, Sequence[int]]] = []
 
@@ -80,7 +81,7 @@ class WidthCounts:
     def macs(self) -> list[int]:
         """[9] multiply-adds at 0, 1, ... 8 bits; those at 0 were not done."""
         self._read()
-        return self._macs.tolist()
+        return list(self._macs)
 
     @property
     def bytes_read(self) -> int:
@@ -96,7 +97,7 @@ class WidthCounts:
             self._device.clear()
 
     def _count(self, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]) -> None:
-        self._macs += torch.tensor(channels) * num_outputs
+        self._macs = [macs + count * num_outputs for macs, count in zip(self._macs, channels, strict=True)]
         self._bytes += sum(count * size for count, size in zip(channels, channel_bytes, strict=True))
 
 
@@ -169,7 +170,7 @@ class Trace:
     """
 
     def __init__(self, num_layers: int, per_token: bool = False, coded_entries: bool = False) -> None:
-        self._layers = [LayerTrace() for _ in range(num_layers)]
+        self._num_layers = num_layers
         self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
         self.head_rows = 0
@@ -180,6 +181,10 @@ class Trace:
         self.per_token = per_token
         self.coded_entries = coded_entries
         self.depths: list[Tensor] = []
+
+    @cached_property
+    def _layers(self) -> list[LayerTrace]:
+        return [LayerTrace() for _ in range(self._num_layers)]  # when asked for: a pass of one token has no time
 
     @property
     def layers(self) -> Sequence[LayerTrace]:

@@ -15,7 +15,12 @@ from torch import Tensor
 from quicksilver.ops import native
 
 MAX_ROWS = 16
-"""Rows up to which the kernels are used: they read codes again for every row, and PyTorch expands them once for all."""
+"""Rows up to which the kernels are used: they unpack codes again for every row; PyTorch expands them once for all."""
+
+MAX_ROWS_BY_CHANNEL = 512
+"""The same where each row chooses widths for its channels: PyTorch then makes a product for every width."""
+
+_SLICE = 32  # rows that one call of the kernels takes, whose sums stay in a near cache
 
 _MAX_WIDTH = 8
 _LIBRARY = torch.library.Library("quicksilver", "DEF")
@@ -58,10 +63,10 @@ _entries: dict[int, _Prepared] = {}
 """By the address of the exponents. An entry goes when any of its tensors' memory does."""
 
 
-def accepts(rows: Tensor) -> bool:
+def accepts(rows: Tensor, by_channel: bool = False) -> bool:
     """Whether rows [N, in] are such that the kernels are used: few, float32, on the CPU, without a gradient."""
     return (
-        0 < rows.shape[0] <= MAX_ROWS
+        0 < rows.shape[0] <= (MAX_ROWS_BY_CHANNEL if by_channel else MAX_ROWS)
         and rows.dtype == torch.float32
         and rows.device.type == "cpu"
         and not (rows.requires_grad and torch.is_grad_enabled())
@@ -105,16 +110,19 @@ def multiply(x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int 
     """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks."""
     y = x.new_empty((x.shape[0], matrix.num_outputs))
     each = None if widths is None else widths.contiguous().numpy()
-    rows = x.detach().contiguous().numpy()
-    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
+    rows, out, threads = x.detach().contiguous().numpy(), y.numpy(), torch.get_num_threads()
+    for begin in range(0, len(rows), _SLICE):
+        part = slice(begin, begin + _SLICE)
+        some = None if each is None else each[part]
+        native.extension().multiply_rows(matrix, rows[part], out[part], some, uniform, threads)
     return y
 
 
 def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
     """Multiply rows by a matrix in nested codes.
 
-    Coefficients are rounded to 16 bits for each chunk of 64 channels, so results differ from the float product by
-    about 3e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN.
+    Activations are rounded to 16 bits for each block of 64 channels, so results differ from the float product by about
+    4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN.
 
     Args:
         x: [N, in] float32 on the CPU.

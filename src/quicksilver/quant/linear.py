@@ -140,8 +140,9 @@ class NestedLinear(NestedWeight):
             widths: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
                 leaves a channel out.
             present: widths above 0 that may be among them.
-            kernels: "native" reads the codes themselves where that is possible: for at most `MAX_ROWS` rows in float32
-                on the CPU, without gradients and outside of `keeping_expanded`. For more rows it expands them.
+            kernels: "native" reads the codes themselves where that is possible: for few rows (see
+                `ops.nested_linear.accepts`) in float32 on the CPU, without gradients and outside of `keeping_expanded`.
+                For more rows it expands them.
             coarse: products of more rows may be bfloat16's, where the processor has them.
 
         Returns:
@@ -151,7 +152,9 @@ class NestedLinear(NestedWeight):
             KernelsUnavailableError: "native" is asked for, and there are no kernels.
         """
         rows = x.reshape(-1, self.num_inputs)
-        if kernels == "native" and self._expanded is None and accepts(rows) and prepared(self.stored) is not None:
+        by_channel = isinstance(widths, Tensor) and widths.dim() == 2
+        read = kernels == "native" and self._expanded is None and accepts(rows, by_channel)
+        if read and prepared(self.stored) is not None:
             each = widths[:, None].expand_as(rows) if isinstance(widths, Tensor) and widths.dim() == 1 else widths
             y = nested_linear(rows, self.stored, each)
         else:

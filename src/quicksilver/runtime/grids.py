@@ -68,6 +68,8 @@ def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[
         head: [M, d] to [M, vocab].
     """
     batch, columns = grid.shape
+    if columns == 1 and grid.places is None and isinstance(keep, int):
+        return head(hidden).view(batch, 1, -1)
     kept = torch.arange(columns, device=hidden.device)
     kept = kept[-keep:] if isinstance(keep, int) else kept[keep.to(kept.device)]
     if grid.places is None:
