@@ -39,8 +39,7 @@ def test_however_tokens_are_fed_the_definition_is_met(family: str, name: str) ->
     model, plan, ids = tiny.nested(family), PLANS[name], tiny.token_ids(30)
     definition, engine = decoder(model, plan), decoder(model, plan, kernels="native")
     whole = run_whole(definition, ids)
-    assert torch.equal(run_whole(engine, ids).logits, whole.logits)  # more rows than the kernels take
-    for fed in (run_steps(engine, ids), run_chunks(engine, ids, [9, 16, 5])):
+    for fed in (run_whole(engine, ids), run_steps(engine, ids), run_chunks(engine, ids, [9, 16, 5])):
         close(fed, whole)
         assert not torch.equal(fed.logits, whole.logits)  # they were used
         assert fed.trace.macs_by_width == whole.trace.macs_by_width

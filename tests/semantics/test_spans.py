@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from statistics import mean
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,11 +30,12 @@ from quicksilver.core.rules import (
 )
 from quicksilver.models.cost import Cost, executed_cost
 from quicksilver.models.nesting import nest
+from quicksilver.models.spec import LayerOps
 from quicksilver.ops import native
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.linear import keeping_expanded
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.spans import span_ends
+from quicksilver.runtime.spans import max_rows, span_ends
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -224,3 +226,12 @@ def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
     engines = (decoder(model, Plan.dense(), kernels=kernels) for kernels in ("torch", "native"))
     one, other = (run_steps(engine, tiny.token_ids(9)).logits for engine in engines)
     torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+def test_the_smaller_a_layer_the_more_rows_are_run_like_one() -> None:
+    def limit(weights: int, plan: Plan) -> int:
+        maps = [SimpleNamespace(num_inputs=1024, num_outputs=weights // 1024)]
+        return max_rows(cast(LayerOps, SimpleNamespace(nested=maps)), plan)
+
+    assert [limit(2**n, EXACT["uniform"]) for n in (18, 23, 26)] == [512, 64, 16]
+    assert limit(2**26, ROUGH["channels"]) == 512

@@ -21,7 +21,7 @@ from quicksilver.core.trace import LayerTrace
 from quicksilver.models.gpt2 import TANH_GELUS
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import MAX_ROWS, has_whole_levels, prepared
+from quicksilver.ops.nested_linear import MAX_ROWS, MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.context import PassContext
@@ -32,6 +32,7 @@ from quicksilver.runtime.status import Running, TokenStatus
 _MAPS: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # the kernels' order
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
 _WIDTHS = MAX_WIDTH + 1
+_WORK_LIMIT = 2**29  # rows times weights of a layer: from about there on expanding weights first is faster
 (
     _QUERY_ROWS,
     _FILL_ROWS,
@@ -46,6 +47,15 @@ _WIDTHS = MAX_WIDTH + 1
     _GATED_MLP,
     _GATED_ATTENTION,
 ) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 12)
+
+
+def max_rows(layer: LayerOps, plan: Plan) -> int:
+    """Return up to how many rows the kernels run layers like one: the smaller it is, the more Python's share of it."""
+    rule = None if plan.precision is None else plan.precision.rule
+    if precision.channel_rule(rule) is not None:
+        return MAX_ROWS_BY_CHANNEL
+    weights = sum(module.num_inputs * module.num_outputs for module in layer.nested)
+    return max(MAX_ROWS, min(_WORK_LIMIT // weights, MAX_ROWS_BY_CHANNEL))
 
 
 class LayerSpans:
@@ -73,6 +83,7 @@ class LayerSpans:
         self._fill = kv.decide(plan.kv, 0).fill
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
+        self._max_rows = max_rows(adapter.layers[0], plan)
         layers = [self._layer(i, layer) for i, layer in enumerate(adapter.layers)]
         down = adapter.layers[0].nested[-1]
         activation = _ACTIVATIONS[adapter.layers[0].leaves.activation]
@@ -105,7 +116,7 @@ class LayerSpans:
         merged = running.state.mass is not None or running.state.shift is not None or status.masses is not None
         if (
             self._layers[0].nested[0].is_expanded
-            or rows > MAX_ROWS
+            or rows > self._max_rows
             or merged
             or status.present is not context.chunk
             or any(context.fuses)
