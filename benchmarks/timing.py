@@ -1,4 +1,4 @@
-"""Seconds of several cases run in turn in one process, and the ratios between them.
+"""Seconds of several cases run in turn, and the ratios between them.
 
 What the cases do, and where the figures go, is the caller's.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -36,7 +37,7 @@ class Summary(NamedTuple):
 
 
 def interleaved(cases: Sequence[Case], repeats: int, warmup: int) -> dict[str, list[float]]:
-    """Run the cases in turn (A B C A B C ...) and time them.
+    """Run the cases in turn (A B C A B C ...) in this process and time them.
 
     Args:
         cases: what to time, in order.
@@ -44,15 +45,36 @@ def interleaved(cases: Sequence[Case], repeats: int, warmup: int) -> dict[str, l
         warmup: rounds before them, timed by nobody.
 
     Returns:
-        Seconds of each case by name, one figure per round, so that figures of one round are pairs.
+        Seconds of each case by name, as from `in_turn`.
     """
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    return in_turn({case.name: partial(_time, case) for case in cases}, repeats, warmup)
+
+
+def in_turn(turns: Mapping[str, Callable[[], float]], repeats: int, warmup: int) -> dict[str, list[float]]:
+    """Call what takes its own time, in turn (A B C A B C ...).
+
+    Args:
+        turns: by name, in order; each returns the seconds that it took.
+        repeats: rounds that count.
+        warmup: rounds before them.
+
+    Returns:
+        Seconds by name, one figure per round, so that figures of one round are pairs.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in turns}
     for round_idx in range(warmup + repeats):
-        for case in cases:
-            elapsed = _time(case)
+        for name, turn in turns.items():
+            elapsed = turn()
             if round_idx >= warmup:
-                seconds[case.name].append(elapsed)
-    return seconds
+                taken[name].append(elapsed)
+    return taken
+
+
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -66,7 +88,4 @@ def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) ->
 
 
 def _time(case: Case) -> float:
-    state = case.prepare()
-    start = time.perf_counter()
-    case.run(state)
-    return time.perf_counter() - start
+    return seconds(case.run, case.prepare())

@@ -1,1 +1,1 @@
-"""Our engine beside those that people would run instead, on the same weights, in one process."""
+"""Our engine beside those that people would run instead, on the same weights, in turn."""

@@ -17,6 +17,7 @@ from benchmarks import rows
 from benchmarks.gate import GateError
 from benchmarks.peers import files, report, roster
 from benchmarks.peers.measuring import Settings, measure, measure_memory, say
+from benchmarks.peers.remote import WorkerError
 from benchmarks.peers.subjects import SHAPES, Subject
 from quicksilver.errors import QuickSilverError
 
@@ -59,7 +60,7 @@ def main(
     quick: bool,
     **sizes: int,
 ) -> None:
-    """Compare our engine with those that people would run instead, in turn, in one process.
+    """Compare our engine with those that people would run instead, in turn, each family in a process of its own.
 
     Logits are compared with the float model's first; exit status 1 where they are too far from it. A missed bar is
     reported and changes nothing.
@@ -95,6 +96,8 @@ def main(
                 click.echo(report.markdown(runs[-1]))
         except GateError as error:
             raise click.ClickException(f"correctness gate failed, nothing was timed: {error}") from None
+        except WorkerError as error:
+            raise click.ClickException(str(error)) from None
         except (QuickSilverError, ValueError) as error:
             raise click.UsageError(str(error)) from None
     if plot is not None:

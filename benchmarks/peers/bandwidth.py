@@ -6,10 +6,11 @@ between machines, so the fastest of a few is found first.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
+
+from benchmarks.timing import seconds
 
 BYTES, QUICK_BYTES = 2**30, 2**26
 _TRIALS = 3
@@ -36,16 +37,11 @@ class StreamingRead:
     def __init__(self, size: int) -> None:
         self.nbytes = size
         self._buffer = torch.zeros(size // 4, dtype=torch.int32)
-        fastest = min(_READERS, key=lambda name: min(self._seconds(_READERS[name]) for _ in range(_TRIALS)))
+        fastest = min(_READERS, key=lambda name: min(seconds(_READERS[name], self._buffer) for _ in range(_TRIALS)))
         self._read = _READERS[fastest]
         threads = torch.get_num_threads()
         self.method = f"{fastest} over {size / 2**20:.0f} MiB, torch, {threads} thread(s), once for every round"
 
-    def run(self) -> None:
-        """Read the buffer once."""
-        self._read(self._buffer)
-
-    def _seconds(self, read: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        begin = time.perf_counter()
-        read(self._buffer)
-        return time.perf_counter() - begin
+    def seconds(self) -> float:
+        """Return the seconds of reading the buffer once."""
+        return seconds(self._read, self._buffer)

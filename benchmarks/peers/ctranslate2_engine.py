@@ -74,6 +74,9 @@ class CTranslate2:
         self.weight_bytes = float((folder / "model.bin").stat().st_size - _row_bytes(floats))
         self.details: dict[str, Any] = {"compute_type": self._generator.compute_type}
 
+    def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
+        """Nothing has to be done."""
+
     def logits(self, ids: Sequence[int], singly: int) -> np.ndarray:
         """Return every token's logits, [T, vocab] float32, all from one pass: it has no other way to give them."""
         return np.array(self._generator.forward_batch([list(ids)]))[0].astype(np.float32)
@@ -107,6 +110,11 @@ class CTranslate2:
             sampling_topk=1,
         )
         return result.sequences_ids[0]
+
+
+def load(name: str, baseline: str, folder: Path, floats: Path, threads: int) -> list[CTranslate2]:
+    """Return the one engine there is, made of the same arguments."""
+    return [CTranslate2(name, baseline, folder, floats, threads)]
 
 
 def _tokens(ids: Sequence[int]) -> list[str]:

@@ -34,6 +34,16 @@ class Engine(Protocol):
     details: dict[str, Any]
     weight_bytes: float
 
+    def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
+        """Do what must be done once before it is measured, and fill in `details` and `weight_bytes`.
+
+        Args:
+            ids: tokens of a text.
+            prompt: how many of them come before those that are decoded.
+            prefill: how many of them are fed at once in the task of that name.
+        """
+        ...
+
     def logits(self, ids: Sequence[int], singly: int) -> np.ndarray:
         """Return every token's logits [T, vocab] float32; the last `singly` tokens are fed one by one if it can."""
         ...
@@ -57,7 +67,7 @@ class Engine(Protocol):
 
 @dataclass
 class TorchEngine:
-    """A model with transformers' interface; given tokens are fed, as in `benchmarks.engine`."""
+    """A model with transformers' interface; given tokens are fed, as in `benchmarks.engine`, in inference mode."""
 
     name: str
     baseline: str
@@ -65,6 +75,10 @@ class TorchEngine:
     weight_bytes: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
 
+    def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
+        """Nothing has to be done."""
+
+    @torch.inference_mode()
     def logits(self, ids: Sequence[int], singly: int) -> np.ndarray:
         """Return every token's logits, [T, vocab] float32."""
         fed = torch.tensor([ids])
@@ -74,38 +88,54 @@ class TorchEngine:
         parts = [output.logits[0], *(each[0] for each in task.calls(self.model, output.past_key_values))]
         return torch.cat(parts).float().numpy()
 
+    @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> None:
         """Feed a prompt at once."""
         run(Prefill(torch.tensor([ids])), self.model, None)
 
+    @torch.inference_mode()
     def start(self, prompt: Sequence[int]) -> Any:
         """Feed a prompt; return its cache."""
         return Decode(torch.tensor([prompt]), len(prompt)).prepare(self.model)
 
+    @torch.inference_mode()
     def decode(self, state: Any, ids: Sequence[int]) -> None:
         """Feed the ids, one at a time."""
         run(Decode(torch.tensor([ids]), 0), self.model, state)
 
+    @torch.inference_mode()
     def generate(self, prompt: Sequence[int], count: int) -> list[int]:
         """Return what `generate`, as a user calls it, adds to a prompt."""
         (output,) = Generate(torch.tensor([prompt]), count).calls(self.model, None)
         return output[0, len(prompt) :].tolist()
 
 
-def huggingface(floats: Path, baseline: str) -> TorchEngine:
+def set_up_torch(threads: int) -> None:
+    """Set how many threads PyTorch uses in this process, and have transformers say nothing."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def huggingface(floats: Path, baseline: str, threads: int) -> list[TorchEngine]:
     """Return the model as transformers runs it, in the dtype it is stored in.
 
     Args:
         floats: its folder.
         baseline: the engine it is compared with.
+        threads: of this process.
     """
     from transformers import AutoModelForCausalLM
 
+    set_up_torch(threads)
     model = AutoModelForCausalLM.from_pretrained(floats, dtype="auto").eval()
     model.generation_config.eos_token_id = None  # generation never stops early
     dtype = str(model.dtype).removeprefix("torch.")
     details = {"dtype": dtype, "attention": model.config._attn_implementation}
-    return TorchEngine(HUGGINGFACE, baseline, model, _bytes_read(model), details)
+    return [TorchEngine(HUGGINGFACE, baseline, model, _bytes_read(model), details)]
 
 
 def _bytes_read(model: Any) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.memory import call_apart
 from benchmarks.peers import ctranslate2_engine, gguf_file, ours
-from benchmarks.peers.engines import CT2, Q4, Q8
+from benchmarks.peers.engines import CT2, Q4, Q8, set_up_torch
 from benchmarks.peers.subjects import Subject, write_random
 
 _FILE_TYPES = {Q8: 7, Q4: 2}  # llama.cpp's LLAMA_FTYPE_MOSTLY_Q8_0 and _Q4_0
@@ -84,11 +84,8 @@ def _make(target: Path, threads: int, say: Callable[[str], None], function: Call
 
 def _call(threads: int, function: Callable[..., None], *arguments: Any) -> None:
     import torch
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    set_up_torch(threads)
     with torch.inference_mode():
         function(*arguments)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from benchmarks.peers.llama_cpp_engine import library
 
 Change = Callable[[Tensor], Tensor]
 
@@ -75,25 +76,6 @@ def quantize(source: Path, file_type: int, threads: int, target: Path) -> None:
     params.ftype, params.nthread = file_type, threads
     if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp did not quantize {source}")
-
-
-@cache
-def library() -> tuple[Any, Any]:
-    """Return llama-cpp-python's low-level calls, and the logger that C calls from then on, which says nothing."""
-    from llama_cpp import llama_cpp as lib
-
-    quiet = lib.llama_log_callback(lambda level, text, data: None)
-    lib.llama_log_set(quiet, ctypes.c_void_p(0))
-    return lib, quiet
-
-
-def bytes_read_per_token(path: Path) -> int:
-    """Return the bytes of the tensors that a decoded token reads whole: all but tables of which it reads a row."""
-    import gguf
-
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
-    rows = {"position_embd.weight"} | ({"token_embd.weight"} if "output.weight" in sizes else set())
-    return sum(size for name, size in sizes.items() if name not in rows)
 
 
 def _describe(writer: Any, config: Any) -> None:

@@ -1,24 +1,37 @@
-"""llama.cpp through llama-cpp-python's low-level calls: one C call per pass, nothing of Python's samplers or lists."""
+"""llama.cpp through llama-cpp-python's low-level calls: one C call per pass, nothing of Python's samplers or lists.
+
+It does without PyTorch, so that a process that runs llama.cpp has one OpenMP in it: the one that llama.cpp uses.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.gguf_file import bytes_read_per_token, library
 from benchmarks.timing import Case, interleaved
 
 _TRIALS, _TRIAL_PROMPT, _TRIAL_TOKENS = 2, 64, 8
 
 
+@cache
+def library() -> tuple[Any, Any]:
+    """Return llama-cpp-python's low-level calls, and the logger that C calls from then on, which says nothing."""
+    from llama_cpp import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    return lib, quiet
+
+
 class LlamaCpp:
     """A GGUF file, memory-mapped, with float16 keys and values as by default.
 
-    There are two contexts over the same weights, with and without flash attention; `choose` takes the faster one for
+    There are two contexts over the same weights, with and without flash attention; `tune` takes the faster one for
     each task.
 
     Args:
@@ -32,7 +45,7 @@ class LlamaCpp:
     def __init__(self, name: str, baseline: str, path: Path, threads: int, context: int) -> None:
         lib, _ = library()
         self.name, self.baseline = name, baseline
-        self.weight_bytes = float(bytes_read_per_token(path))
+        self.weight_bytes = float(_bytes_read(path))
         self._lib, self._size = lib, context
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
@@ -47,13 +60,15 @@ class LlamaCpp:
         self._sampler = lib.llama_sampler_init_greedy()
         self.details: dict[str, Any] = {"system": lib.llama_print_system_info().decode().strip()}
 
-    def choose(self, prompt: Sequence[int]) -> None:
+    def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
         """Time a prompt, and a few tokens after its start, with flash attention and without; keep the faster for each.
 
         Args:
-            prompt: as long as those that will be timed.
+            ids: tokens of a text.
+            prompt: not used.
+            prefill: tokens of the prompt.
         """
-        cases = [case for flash in (False, True) for case in self._trials(flash, prompt)]
+        cases = [case for flash in (False, True) for case in self._trials(flash, ids[:prefill])]
         seconds = interleaved(cases, _TRIALS, warmup=1)
         self._flash = {task: min(seconds[f"{task} True"]) < min(seconds[f"{task} False"]) for task in self._flash}
         self.details["flash_attention"] = dict(self._flash)
@@ -153,3 +168,17 @@ class LlamaCpp:
         if self._lib.llama_decode(context, self._batch):
             raise RuntimeError(f"{self.name}: llama.cpp did not run {count} tokens")
         self._lib.llama_synchronize(context)
+
+
+def load(files: Sequence[tuple[str, Path]], baseline: str, threads: int, context: int) -> list[LlamaCpp]:
+    """Return an engine for each file, by name."""
+    return [LlamaCpp(name, baseline, path, threads, context) for name, path in files]
+
+
+def _bytes_read(path: Path) -> int:
+    """Return the bytes of the tensors that a decoded token reads whole: all but tables of which it reads a row."""
+    import gguf
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    rows = {"position_embd.weight"} | ({"token_embd.weight"} if "output.weight" in sizes else set())
+    return sum(size for name, size in sizes.items() if name not in rows)

@@ -1,4 +1,4 @@
-"""One subject measured: engines loaded and checked, then timed in turn, and weighed in processes of their own.
+"""One subject measured: engines in processes of their own are checked, then timed in turn, and weighed.
 
 Which engines there are is `roster.py`'s, what they must reach `limits.py`'s.
 """
@@ -9,17 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from benchmarks import rows, timing
 from benchmarks.memory import peak_rss_bytes
-from benchmarks.peers import bandwidth, files, limits, ours, quality, roster
-from benchmarks.peers.engines import Engine, TorchEngine
-from benchmarks.peers.llama_cpp_engine import LlamaCpp
+from benchmarks.peers import bandwidth, files, limits, quality, roster
+from benchmarks.peers.remote import RemoteEngine
 from benchmarks.peers.subjects import Subject
 from benchmarks.rows import Measurement
 
@@ -54,14 +53,11 @@ def measure(
 
     Raises:
         GateError: an engine computes something else than it should.
+        WorkerError: a process of engines failed or died.
     """
     reference = files.reference_logits(subject, ids[: settings.quality_tokens], settings.threads, say)
-    with torch.inference_mode():
-        engines = roster.load(subject, names, settings.threads, settings.context)
+    with roster.apart(subject, names, settings.threads, settings.context) as engines:
         limits.check({engine.name: _quality(engine, settings, ids, reference) for engine in engines})
-        for engine in engines:
-            if isinstance(engine, TorchEngine) and ours.is_ours(engine.name):
-                ours.count_work(engine, ids, settings.prompt_tokens)
         seconds = measure_seconds(engines, settings, ids, end_to_end=not subject.is_random)
     weight_bytes = {engine.name: engine.weight_bytes for engine in engines}
     measurements = [*seconds, *(_with_details(m, engines) for m in memory)]
@@ -69,7 +65,7 @@ def measure(
         "model": subject.describe(),
         "peers": roster.versions(),
         "warmup": _WARMUP,
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "isolated": True},
     }
     measured = rows.to_rows("peers", measurements, shared, torch.device("cpu"))
     verdicts = limits.judge(subject.name, measurements, weight_bytes)
@@ -83,7 +79,7 @@ def measure(
 
 
 def measure_seconds(
-    engines: Sequence[Engine], settings: Settings, ids: list[int], end_to_end: bool
+    engines: Sequence[RemoteEngine], settings: Settings, ids: list[int], end_to_end: bool
 ) -> list[Measurement]:
     """Time every task on every engine, in turn, and the memory's bandwidth in each round of decoding."""
     prompt, prefill = ids[: settings.prompt_tokens], ids[: settings.prefill_tokens]
@@ -91,21 +87,16 @@ def measure_seconds(
     fed = ids[settings.prompt_tokens : settings.prompt_tokens + new]
     read = bandwidth.StreamingRead(bandwidth.QUICK_BYTES if settings.quick else bandwidth.BYTES)
 
-    def timed(
-        task: str, prepare: Callable[[Engine], Any], work: Callable[[Engine, Any], Any]
-    ) -> dict[str, list[float]]:
+    def timed(task: str, turn: Callable[[RemoteEngine], float]) -> dict[str, list[float]]:
         say(task)
-        cases = [
-            timing.Case(e.name, lambda e=e: _settled(lambda: prepare(e)), lambda state, e=e: work(e, state))
-            for e in engines
-        ]
+        turns = {engine.name: partial(_settled, partial(turn, engine)) for engine in engines}
         if task == "decode":
-            cases.insert(0, timing.Case(limits.STREAMING_READ, lambda: _settled(lambda: None), lambda _: read.run()))
-        return timing.interleaved(cases, settings.rounds, _WARMUP)
+            turns = {limits.STREAMING_READ: partial(_settled, read.seconds), **turns}
+        return timing.in_turn(turns, settings.rounds, _WARMUP)
 
-    prefilled = timed("prefill", lambda e: None, lambda e, _: e.prefill(prefill))
-    decoded = timed("decode", lambda e: e.start(prompt), lambda e, state: e.decode(state, fed))
-    generated = timed("generate", lambda e: None, lambda e, _: e.generate(prompt, new)) if end_to_end else {}
+    prefilled = timed("prefill", lambda engine: engine.prefill(prefill))
+    decoded = timed("decode", lambda engine: engine.decode(prompt, fed))
+    generated = timed("generate", lambda engine: engine.generate(prompt, new)) if end_to_end else {}
     rates = tuple(read.nbytes / seconds for seconds in decoded.pop(limits.STREAMING_READ))
     name = limits.STREAMING_READ
     measurements = [Measurement("bandwidth", name, name, "bytes per second", rates, {"method": read.method})]
@@ -130,38 +121,33 @@ def measure_memory(subject: Subject, names: Sequence[str], settings: Settings, i
 
 def load_and_decode(subject: Subject, name: str, settings: Settings, ids: list[int]) -> None:
     """Load one engine, prefill, and decode a few tokens."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(settings.threads)
-    with torch.inference_mode():
-        (engine,) = roster.load(subject, [name], settings.threads, settings.context)
-        state = engine.start(ids[: settings.prefill_tokens])
-        engine.decode(state, ids[:_DECODED_ALONE])
+    engine = roster.load(subject, name, settings.threads, settings.context)
+    state = engine.start(ids[: settings.prefill_tokens])
+    engine.decode(state, ids[:_DECODED_ALONE])
 
 
-def _quality(engine: Engine, settings: Settings, ids: list[int], reference: np.ndarray) -> quality.Quality:
+def _quality(engine: RemoteEngine, settings: Settings, ids: list[int], reference: np.ndarray) -> quality.Quality:
     """Hold an engine's logits against the float model's, and keep the figures for its rows."""
-    if isinstance(engine, LlamaCpp):
-        engine.choose(ids[: settings.prefill_tokens])
+    engine.tune(ids, settings.prompt_tokens, settings.prefill_tokens)
     found = quality.compare(reference, engine.logits(ids[: settings.quality_tokens], _SINGLY))
     engine.details["quality"] = found.to_dict()
     say(f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g}")
     return found
 
 
-def _details(engine: Engine) -> dict[str, Any]:
+def _details(engine: RemoteEngine) -> dict[str, Any]:
     return {**engine.details, "weight_bytes_per_token": engine.weight_bytes}
 
 
-def _with_details(memory: Measurement, engines: Sequence[Engine]) -> Measurement:
+def _with_details(memory: Measurement, engines: Sequence[RemoteEngine]) -> Measurement:
     (engine,) = (e for e in engines if e.name == memory.engine)
     details = {"quality": engine.details["quality"]}
     return Measurement(memory.task, memory.engine, engine.baseline, memory.unit, memory.values, details)
 
 
-def _settled(prepare: Callable[[], Any]) -> Any:
+def _settled(turn: Callable[[], float]) -> float:
     time.sleep(_SETTLE_SECONDS)
-    return prepare()
+    return turn()
 
 
 def say(progress: str) -> None:

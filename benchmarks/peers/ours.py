@@ -14,7 +14,7 @@ import torch
 import quicksilver
 from benchmarks.forced import Forced, count
 from benchmarks.gate import GateError, Work
-from benchmarks.peers.engines import PEERS, Q4, Q8, TorchEngine
+from benchmarks.peers.engines import PEERS, Q4, Q8, TorchEngine, set_up_torch
 from benchmarks.peers.subjects import Subject, random_windows
 from benchmarks.tasks import Decode
 from quicksilver.core import rules
@@ -30,6 +30,30 @@ MEAN_BITS = 5.2
 _CHANNEL_WIDTHS = {CHANNEL: (8, 6, 4, 2), CHANNEL_SKIP: (8, 6, 4, 2, 0)}
 _FIT_WINDOWS, _FIT_LENGTH = 4, 256
 _COUNTED = 16  # decoded tokens over which bytes are counted
+
+
+class OurEngine(TorchEngine):
+    """One of our plans on the model that it runs on."""
+
+    @torch.inference_mode()
+    def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
+        """Count what decoding a few tokens reads, and check that forced halting is what runs.
+
+        Raises:
+            GateError: tokens ran other layers than the plan forces.
+        """
+        task = Decode(torch.tensor([ids[: prompt + _COUNTED]]), prompt)
+        cache = task.prepare(self.model)
+        work = Work.total([self.model.stats for _ in task.calls(self.model, cache)])
+        self.weight_bytes = work.weight_bytes_per_token
+        self.details |= {"mean_depth": work.mean_depth, "kv_read_bytes_per_token": work.kv_read_bytes_per_token}
+        if self.name.endswith(HALF):
+            layers = self.model.adapter.spec.num_layers
+            expected = count(Forced(layers, (layers, layers // 2)), prompt, task.passes).layers_run
+            if round(work.tokens * work.mean_depth) != expected:
+                raise GateError(
+                    f"{self.name}: {work.tokens * work.mean_depth:g} layers ran, its plan forces {expected}"
+                )
 
 
 def plan_names(subject: Subject) -> tuple[str, ...]:
@@ -90,8 +114,10 @@ def plan_file(subject: Subject, name: str) -> Path:
     return subject.cache / f"{name}.json"
 
 
-def engines(subject: Subject, nested: Path, names: Sequence[str]) -> list[TorchEngine]:
-    """Return our engine under each plan, all over the same weights."""
+@torch.inference_mode()
+def engines(subject: Subject, nested: Path, names: Sequence[str], threads: int) -> list[OurEngine]:
+    """Return our engine under each plan, all over the same weights, with so many threads of this process."""
+    set_up_torch(threads)
     model = quicksilver.load(nested, special_ids=() if subject.is_random else None)
     model.generation_config.eos_token_id = None  # generation never stops early
     built = []
@@ -99,36 +125,13 @@ def engines(subject: Subject, nested: Path, names: Sequence[str]) -> list[TorchE
         plan = plan_of(name, subject, model.adapter.spec.num_layers)
         engine = quicksilver.accelerate(model, plan, model.special_ids)
         details = {"plan": plan.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
-        built.append(TorchEngine(name, _baseline(name), engine, details=details))
+        built.append(OurEngine(name, _baseline(name), engine, details=details))
     return built
 
 
 def is_ours(name: str) -> bool:
     """Whether an engine's name is one of our plans'."""
     return name not in PEERS
-
-
-def count_work(engine: TorchEngine, ids: Sequence[int], prompt: int) -> None:
-    """Decode a few tokens, record what they read, and check that forced halting is what ran.
-
-    Args:
-        engine: ours.
-        ids: the prompt and the tokens after it.
-        prompt: tokens of the prompt.
-
-    Raises:
-        GateError: tokens ran other layers than the plan forces.
-    """
-    task = Decode(torch.tensor([ids[: prompt + _COUNTED]]), prompt)
-    cache = task.prepare(engine.model)
-    work = Work.total([engine.model.stats for _ in task.calls(engine.model, cache)])
-    engine.weight_bytes = work.weight_bytes_per_token
-    engine.details |= {"mean_depth": work.mean_depth, "kv_read_bytes_per_token": work.kv_read_bytes_per_token}
-    if engine.name.endswith(HALF):
-        layers = engine.model.adapter.spec.num_layers
-        expected = count(Forced(layers, (layers, layers // 2)), prompt, task.passes).layers_run
-        if round(work.tokens * work.mean_depth) != expected:
-            raise GateError(f"{engine.name}: {work.tokens * work.mean_depth:g} layers ran, its plan forces {expected}")
 
 
 def _baseline(name: str) -> str:

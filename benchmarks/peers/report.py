@@ -70,6 +70,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _heading(first: Row, by_task: dict[tuple[str, str], Row]) -> list[str]:
     model, sizes = first["model"], first["settings"]
     (read,) = (row for (task, _), row in by_task.items() if task == "bandwidth")
+    apart = ", each family in a process of its own" if sizes.get("isolated") else ""
     versions = ", ".join(f"{name} {number}" for name, number in first["peers"].items() if number)
     lines = [
         f"### {model['name']}",
@@ -78,7 +79,7 @@ def _heading(first: Row, by_task: dict[tuple[str, str], Row]) -> list[str]:
         "",
         f"{model['family']}, {model['layers']} layers, hidden size {model['hidden_size']}, vocabulary"
         f" {model['vocab_size']}, {model['weights']}, {model['dtype']}; {first['threads']} thread(s) of"
-        f" {first['cpu']}; {sizes['rounds']} rounds, engines in turn. Decode: {sizes['new_tokens']} tokens after"
+        f" {first['cpu']}; {sizes['rounds']} rounds, engines in turn{apart}. Decode: {sizes['new_tokens']} tokens after"
         f" {sizes['prompt_tokens']}; prefill: {sizes['prefill_tokens']} tokens. Memory is read at"
         f" {read['median'] / 1e9:.1f} GB/s ({read['method']}). quicksilver {first['quicksilver']}, torch"
         f" {first['torch']}, transformers {first['transformers']}{', ' + versions if versions else ''}.",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import NamedTuple
 
-from benchmarks.peers import ours
+from benchmarks.peers import ctranslate2_engine, llama_cpp_engine, ours
 from benchmarks.peers.engines import CT2, HUGGINGFACE, PEERS, Q4, Q8, Engine, huggingface
 from benchmarks.peers.files import path_of
+from benchmarks.peers.remote import RemoteEngine, worker
 from benchmarks.peers.subjects import Subject
 
 PEER_GROUP, OUR_GROUP = "peers", "ours"
@@ -44,8 +48,20 @@ def select(subject: Subject, wanted: Sequence[str], say: Callable[[str], None]) 
     return taking_part
 
 
-def load(subject: Subject, names: Sequence[str], threads: int, context: int) -> list[Engine]:
-    """Load engines, in order; our plans share one copy of the weights.
+class Family(NamedTuple):
+    """Engines that share a process: those of one package.
+
+    Attributes:
+        name: as in messages.
+        load: returns them, in order; our plans share one copy of the weights.
+    """
+
+    name: str
+    load: Callable[[], Sequence[Engine]]
+
+
+def families(subject: Subject, names: Sequence[str], threads: int, context: int) -> list[Family]:
+    """Return the families that engines belong to, in order, to be loaded here or elsewhere.
 
     Args:
         subject: the model, its files made.
@@ -53,26 +69,47 @@ def load(subject: Subject, names: Sequence[str], threads: int, context: int) -> 
         threads: of each.
         context: tokens that must fit.
     """
-    loaded: list[Engine] = []
-    for name in names:
-        path = path_of(name, subject)
-        if name == HUGGINGFACE:
-            loaded.append(huggingface(path, Q8))
-        elif name in (Q8, Q4):
-            from benchmarks.peers.llama_cpp_engine import LlamaCpp
-
-            loaded.append(LlamaCpp(name, Q8, path, threads, context))
-        elif name == CT2:
-            from benchmarks.peers.ctranslate2_engine import CTranslate2
-
-            loaded.append(CTranslate2(name, Q8, path, subject.floats, threads))
-    mine = [name for name in names if ours.is_ours(name)]
+    found = []
+    files = [(name, path_of(name, subject)) for name in names]
+    gguf = [(name, path) for name, path in files if name in (Q8, Q4)]
+    mine = [(name, path) for name, path in files if ours.is_ours(name)]
+    if HUGGINGFACE in names:
+        found.append(Family(HUGGINGFACE, partial(huggingface, path_of(HUGGINGFACE, subject), Q8, threads)))
+    if gguf:
+        found.append(Family("llama.cpp", partial(llama_cpp_engine.load, gguf, Q8, threads, context)))
+    if CT2 in names:
+        ct2 = partial(ctranslate2_engine.load, CT2, Q8, path_of(CT2, subject), subject.floats, threads)
+        found.append(Family("ctranslate2", ct2))
     if mine:
-        loaded += ours.engines(subject, path_of(mine[0], subject), mine)
-    for engine in loaded:
-        if engine.baseline not in names:
-            engine.baseline = engine.name
-    return loaded
+        (_, nested), *_ = mine
+        found.append(Family("quicksilver", partial(ours.engines, subject, nested, [name for name, _ in mine], threads)))
+    return found
+
+
+def load(subject: Subject, name: str, threads: int, context: int) -> Engine:
+    """Load one engine into this process; the arguments are those of `families`."""
+    (family,) = families(subject, [name], threads, context)
+    (engine,) = family.load()
+    return engine
+
+
+@contextmanager
+def apart(subject: Subject, names: Sequence[str], threads: int, context: int) -> Iterator[list[RemoteEngine]]:
+    """Have each family loaded in a process of its own; the arguments are those of `families`.
+
+    Raises:
+        WorkerError: such a process failed or died.
+    """
+    with ExitStack() as stack:
+        engines = [
+            engine
+            for family in families(subject, names, threads, context)
+            for engine in stack.enter_context(worker(*family))
+        ]
+        for engine in engines:
+            if engine.baseline not in names:
+                engine.baseline = engine.name
+        yield engines
 
 
 def versions() -> dict[str, str | None]:
