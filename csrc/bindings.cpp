@@ -60,10 +60,12 @@ Rooms& rooms_of_caller() {
 }
 
 void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object widths, int uniform, int threads) {
+  if (threads < 1) throw std::invalid_argument("there must be a thread");
   const int num_rows = static_cast<int>(x.shape(0)), inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
   if (x.shape(1) != std::size_t(inputs) || y.shape(0) != x.shape(0) || y.shape(1) != std::size_t(outputs)) {
     throw std::invalid_argument("rows do not fit the matrix");
   }
+  if (num_rows == 0) return;
   const std::uint8_t* each = nullptr;
   Bytes2 given;
   if (!widths.is_none()) {
@@ -249,7 +251,6 @@ NB_MODULE(_native, m) {
            "activation"_a)
       .def("run", &run_layers);
   m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
-  m.attr("ROW_LIMIT") = 16;
   m.def("instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(current_kernels().name); });
   m.def("use_instruction_set", &use_instruction_set, "name"_a);

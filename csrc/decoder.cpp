@@ -41,6 +41,8 @@ struct ThreadState {
 }  // namespace
 
 // What one run works on. Every thread walks through the same stages; barriers lie between them.
+constexpr int kSlice = 32;  // rows multiplied at a time: the sums of many would take much memory
+
 struct LayerRunner::Pass {
   std::vector<ThreadState> threads;
   std::vector<Coefficients> rooms;
@@ -70,7 +72,7 @@ struct LayerRunner::Pass {
   bool takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread);
   std::vector<int> not_past(const std::vector<int>& of) const;
   void choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact, int layer_idx, int thread);
-  Product product(const Layer& layer, int map, int num_rows);
+  Product product(const Layer& layer, int map, int first_row, int num_rows);
   void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, const LinearMap* ahead,
                      int num_ahead, int thread, Barrier& barrier);
   void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
@@ -177,26 +179,34 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
   }
 }
 
-Product LayerRunner::Pass::product(const Layer& layer, int map, int num_rows) {
-  return {layer.maps[map].matrix, selections[map].data(), num_rows,
-          products[map].row(0),   products[map].stride,   layer.maps[map].bias};
+Product LayerRunner::Pass::product(const Layer& layer, int map, int first_row, int num_rows) {
+  return {layer.maps[map].matrix,
+          selections[map].data() + first_row,
+          num_rows,
+          products[map].row(first_row),
+          products[map].stride,
+          layer.maps[map].bias};
 }
 
 void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps,
                                       const LinearMap* ahead, int num_ahead, int thread, Barrier& barrier) {
-  if (thread == 0) {
-    multiplied.clear();
-    for (const auto& [map, num_rows] : maps) {
-      if (num_rows) multiplied.push_back(product(layer, map, num_rows));
-    }
-    share(multiplied, num_threads, sharing);
-  }
   std::vector<Ahead> coming;
   for (const LinearMap* map = ahead; map < ahead + num_ahead; ++map) {
     if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_width())});
   }
-  barrier.wait();
-  multiply(sharing, coming, thread, num_threads, rooms[thread], barrier);
+  int most = 0;
+  for (const auto& [map, num_rows] : maps) most = std::max(most, num_rows);
+  for (int first = 0; first < most; first += kSlice) {
+    if (thread == 0) {
+      multiplied.clear();
+      for (const auto& [map, num_rows] : maps) {
+        if (first < num_rows) multiplied.push_back(product(layer, map, first, std::min(kSlice, num_rows - first)));
+      }
+      share(multiplied, num_threads, sharing);
+    }
+    barrier.wait();
+    multiply(sharing, coming, thread, num_threads, rooms[thread], barrier);
+  }
 }
 
 // Norms and rotates queries and keys, and writes the rows' entries.
@@ -259,8 +269,9 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
     const int count = place.held + row.offset + 1;
     if (room.size() < std::size_t(count) + size) room.resize(std::size_t(count) + size + 256);
     for (int h = 0; h < shape->kv_heads; ++h) {
-      const int task = i * shape->kv_heads + h;  // neighbouring heads' entries are neighbours: they stay on one thread
-      if (task * num_threads / (static_cast<int>(asking.size()) * shape->kv_heads) != thread) continue;
+      // Few rows share their heads, of which neighbours' entries are neighbours; of many each has a thread of its own.
+      const bool many = static_cast<int>(asking.size()) >= 2 * num_threads;
+      if (many ? !mine(i, thread) : h * num_threads / shape->kv_heads != thread) continue;
       const std::size_t at = std::size_t(h) * group * size;
       const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
                                              layer.attention, room.data(), attended.row(i) + at);
@@ -296,7 +307,7 @@ void LayerRunner::Pass::add(const std::vector<int>& ran, int map, int thread) {
     for (int d = 0; d < shape->hidden; ++d) state(ran[i])[d] += added[d];
   }
   for (int row : running) {
-    if (!past[row] || !mine(row, thread)) continue;
+    if (!mine(row, thread) || !past[row]) continue;
     for (int d = 0; d < shape->hidden; ++d) state(row)[d] += mapped.row(row)[d];
   }
 }

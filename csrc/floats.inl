@@ -69,8 +69,8 @@ float sum(const float* a, int size) {
 
 // exp by reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial (Cephes' expf); 0 below -87.
 inline float exponential(float x) {
-  const float bounded = std::min(std::max(x, -87.0f), 88.0f);
-  const float shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2 ** 23 rounds to a whole number
+  const float bounded = std::min(std::max(-87.0f, x), 88.0f);  // -87 where x is not a number
+  const float shifted = bounded * 1.44269504f + 12582912.0f;   // adding 1.5 * 2 ** 23 rounds to a whole number
   const float whole = shifted - 12582912.0f;
   const float r = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
   float p = 1.9875691500e-4f;

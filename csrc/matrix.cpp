@@ -21,11 +21,18 @@ constexpr std::size_t kSlab = 16 * kLargePage;
 
 std::size_t rounded_up(std::size_t size, std::size_t step) { return (size + step - 1) / step * step; }
 
-std::shared_ptr<std::uint8_t> new_slab(std::size_t size) {
-  std::shared_ptr<std::uint8_t> slab(static_cast<std::uint8_t*>(std::aligned_alloc(kLargePage, size)), std::free);
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kApart = true;  // so that what is read past a matrix's end is noticed
+#else
+constexpr bool kApart = false;
+#endif
+
+std::shared_ptr<std::uint8_t> new_slab(std::size_t needed) {
+  const std::size_t alignment = kApart ? kLine : kLargePage, size = rounded_up(needed, alignment);
+  std::shared_ptr<std::uint8_t> slab(static_cast<std::uint8_t*>(std::aligned_alloc(alignment, size)), std::free);
   if (!slab) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-  madvise(slab.get(), size, MADV_HUGEPAGE);
+  if (!kApart) madvise(slab.get(), size, MADV_HUGEPAGE);
 #endif
   return slab;
 }
@@ -98,19 +105,24 @@ Levels levels_of(const StoredCodes& codes) {
 }  // namespace
 
 SlabBytes::SlabBytes(std::size_t size) : size_(size) {
-  static std::mutex mutex;
-  static std::weak_ptr<std::uint8_t> current;
-  static std::size_t used = 0;
   const std::size_t room = rounded_up(size, kLine);
-  const std::lock_guard<std::mutex> lock(mutex);
-  slab_ = current.lock();
-  if (!slab_ || used + room > kSlab) {
-    slab_ = new_slab(std::max(rounded_up(room, kLargePage), kSlab));
-    current = slab_;
-    used = 0;
+  if (room > kSlab || kApart) {
+    slab_ = new_slab(room);
+    data_ = slab_.get();
+  } else {
+    static std::mutex mutex;
+    static std::weak_ptr<std::uint8_t> current;
+    static std::size_t used = 0;
+    const std::lock_guard<std::mutex> lock(mutex);
+    slab_ = current.lock();
+    if (!slab_ || used + room > kSlab) {
+      slab_ = new_slab(kSlab);
+      current = slab_;
+      used = 0;
+    }
+    data_ = slab_.get() + used;
+    used += room;
   }
-  data_ = slab_.get() + used;
-  used += room;
   std::memset(data_, 0, size);
 }
 

@@ -14,7 +14,7 @@
 namespace quicksilver {
 
 // Bytes that begin at a cache line; zeroed. Matrices share large pages: weights are streamed, and a page walk every
-// 4 KiB would break the stream. A slab of pages goes when nothing in it is left.
+// 4 KiB would break the stream. A slab of 32 MiB goes when no matrix in it is left.
 class SlabBytes {
  public:
   explicit SlabBytes(std::size_t size);
@@ -44,6 +44,7 @@ class NestedMatrix {
  public:
   // Throws std::invalid_argument where a level of a table is no code.
   NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs);
+  NestedMatrix(NestedMatrix&&) = default;  // no copy: tiles point to what the matrix holds
 
   int num_inputs() const { return num_inputs_; }
   int num_outputs() const { return num_outputs_; }

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 NAME = "quicksilver.ops._native"
-TESTS = ("tests/ops", "tests/semantics/test_kernels.py")
+TESTS = ("tests/ops", "tests/semantics/test_kernels.py", "tests/semantics/test_spans.py")
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
     "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -25,6 +25,11 @@ class SublayerRows(NamedTuple):
     output: Tensor
 
 
+def watchable(adapter: Adapter) -> Adapter:
+    """Return the model with its layers run one by one; compiled kernels run several in a call, unseen."""
+    return replace(adapter, kernels="torch")
+
+
 def run_window(decoder: Decoder, token_ids: Tensor) -> Tensor:
     """Run one window of tokens [T]; return its final states [T, d]."""
     ids = token_ids.to(decoder.spec.device)
@@ -33,7 +38,7 @@ def run_window(decoder: Decoder, token_ids: Tensor) -> Tensor:
 
 def run(adapter: Adapter, token_ids: Tensor, plan: Plan | None = None) -> Tensor:
     """Run one window of tokens [T] under a plan, dense unless given; return its final states [T, d]."""
-    return run_window(Decoder(adapter, plan or Plan.dense()), token_ids)
+    return run_window(Decoder(watchable(adapter), plan or Plan.dense()), token_ids)
 
 
 def layer_states(adapter: Adapter, token_ids: Tensor) -> list[Tensor]:

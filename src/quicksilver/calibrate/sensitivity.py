@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import quantiles
-from quicksilver.calibrate.observe import PROTECTED, run_window
+from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.plan import Plan
@@ -39,9 +39,9 @@ class Probe:
     """
 
     def __init__(self, adapter: Adapter, windows: Sequence[Tensor]) -> None:
-        self.adapter = adapter
+        self.adapter = watchable(adapter)  # disturbances are hooks
         self.windows = [window for window in windows if len(window) > PROTECTED]
-        decoder = Decoder(adapter, Plan.dense())
+        decoder = Decoder(self.adapter, Plan.dense())
         self._full = [run_window(decoder, window) for window in self.windows]
 
     @property

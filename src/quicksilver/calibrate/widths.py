@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
 from quicksilver.calibrate.hooks import observing
-from quicksilver.calibrate.observe import run_window
+from quicksilver.calibrate.observe import run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenWidthView
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
@@ -256,7 +256,7 @@ def _watch_maps(
         see(i, module, args[0][rows], output[rows])
 
     with observing(modules, observe):
-        decoder = Decoder(adapter, Plan.dense())
+        decoder = Decoder(watchable(adapter), Plan.dense())
         for window in text:
             rows = window.rows  # where `observe` looks: all tokens run every layer, in their order
             run_window(decoder, window.token_ids)
