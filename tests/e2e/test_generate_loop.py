@@ -189,3 +189,13 @@ def test_a_second_turn_continues_the_cache(loops: Any) -> None:
         sequences.append((second, cache.columns, cache.seq_lengths))
     assert torch.equal(sequences[0][0], sequences[1][0])
     assert sequences[0][1:] == sequences[1][1:] == (20, [20, 16, 12])
+
+
+def test_hooks_see_every_token() -> None:
+    calls: list[int] = []
+    model = quicksilver.accelerate(tiny.model("llama"))
+    wanted = model.generate(PROMPT, **FREE, max_new_tokens=5)
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(PROMPT, **FREE, max_new_tokens=5), wanted)
+    handle.remove()
+    assert len(calls) == 5

@@ -6,6 +6,8 @@ weights, which are rougher than a trained model's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from quicksilver.models.nesting import nest
 from quicksilver.ops import native, nested_linear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.runtime.loading import accelerate
+from quicksilver.runtime.spans import LayerSpans
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
 
@@ -43,6 +46,19 @@ def test_however_tokens_are_fed_the_definition_is_met(family: str, name: str) ->
         close(fed, whole)
         assert not torch.equal(fed.logits, whole.logits)  # they were used
         assert fed.trace.macs_by_width == whole.trace.macs_by_width
+
+
+@pytest.mark.parametrize("plan", [PLANS["uniform"], CHANNEL], ids=["uniform", "channel"])
+def test_a_prompt_runs_through_all_layers_in_one_call(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, run, seen = decoder(tiny.nested("llama"), plan, kernels="native"), LayerSpans.run, []
+
+    def counted(self: LayerSpans, layers: range, *args: Any) -> Any:
+        seen.append(layers)
+        return run(self, layers, *args)
+
+    monkeypatch.setattr(LayerSpans, "run", counted)
+    run_whole(engine, tiny.token_ids(30))
+    assert seen == [range(engine.spec.num_layers)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -38,7 +38,7 @@ class RaggedLayout:
             positions = torch.arange(starts[0], starts[0] + total, device=device) if starts[0] else origin
             return cls((total,), origin if total == 1 else torch.zeros_like(origin), positions, origin)
         if all(length == 1 for length in lengths):  # one token of each sequence
-            return cls(tuple(lengths), origin, torch.tensor(starts, device=device), origin)
+            return cls(tuple(lengths), origin, torch.tensor(starts, dtype=torch.int64, device=device), origin)
         counts = torch.tensor(lengths, device=device)
         seq_ids = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts, output_size=total)
         offsets = [start - bound for start, bound in zip(starts, accumulate([0, *lengths[:-1]]), strict=True)]

@@ -185,18 +185,19 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
         grid = real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
+        if prompt is None:
+            prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
         if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
             hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
-            if prompt is None:
-                prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
             hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
         cache.columns += grid.columns
         keep = 0 if labels is not None else logits_to_keep
         logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, grid)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache if use_cache else None})  # type: ignore[arg-type]
+        given: dict[str, Any] = {_CACHE: cache if use_cache else None}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **given)
         return output.to_tuple() if return_dict is False else output
 
     @staticmethod
@@ -309,9 +310,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
     ) -> Any:
         """Run the prompt as transformers does, and what follows in our own loop, which costs much less a token.
 
-        Without a cache, or where a record of every step is asked for, all is transformers'.
+        Without a cache, where a record of every step is asked for, and where `forward` is watched or replaced, all is
+        transformers'. The plan is that of the call's beginning.
         """
-        if synced_gpus or generation_config.return_dict_in_generate or not model_kwargs["use_cache"]:
+        recorded = synced_gpus or generation_config.return_dict_in_generate
+        if recorded or not model_kwargs["use_cache"] or self._is_watched:
             return super()._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
@@ -328,6 +331,12 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         choice = TokenChoice(logits_processor, generation_config.do_sample)
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
         return extend(input_ids, logits, step, choice, ending, streamer)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody counts on every token's call: by hooks, or by a `forward` of a class of their own."""
+        hooks = (self._forward_hooks, self._forward_pre_hooks)
+        return any(hooks) or type(self).forward is not QuickSilverForCausalLM.forward
 
     def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
         """Leave the wrapped model as it is while decoding; its mixture-of-experts switches do not apply."""
