@@ -32,9 +32,8 @@ struct Tile {
   int halves;                 // of 128 outputs
 
   int outputs() const { return halves * kHalfOutputs; }
-  const std::uint8_t* run(int plane, std::size_t channel) const {
-    return planes[plane] + channel * stride * (plane < 2 ? 1 : 2);
-  }
+  std::size_t stride_in(int plane) const { return plane < 2 ? stride : 2 * stride; }
+  const std::uint8_t* run(int plane, std::size_t channel) const { return planes[plane] + channel * stride_in(plane); }
   const std::uint8_t* record(std::size_t channel) const { return records + channel * record_stride; }
 };
 

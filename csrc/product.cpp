@@ -29,14 +29,14 @@ int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
 int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
-// The streams of a strip from a block on, its records first, without their slots.
+// The streams of a strip, its records first; nothing reads them yet.
 Upcoming streams_of(const NestedMatrix& matrix, int strip) {
   Upcoming next;
   const Tile& tile = matrix.tile(first_tile(strip));
   const std::size_t line_bytes = std::size_t(matrix.strip_outputs(strip)) / 4;
   next.streams[0] = {tile.records, tile.record_stride, tile.record_stride, 0};
   for (int p = 0; p < kPlanes; ++p) {
-    next.streams[p + 1] = {tile.planes[p], tile.stride * (p < 2 ? 1 : 2), line_bytes, 0};
+    next.streams[p + 1] = {tile.planes[p], tile.stride_in(p), line_bytes, 0};
   }
   return next;
 }
@@ -173,7 +173,8 @@ void share(const std::vector<Product>& products, int num_threads, Sharing& shari
     }
   };
   each_strip([&](const Product& product, int strip) {
-    room += std::size_t(units_of_strip(*product.matrix)) * product.num_rows * product.matrix->strip_outputs(strip);
+    const int units = units_of_strip(*product.matrix);
+    if (units > 1) room += std::size_t(units) * product.num_rows * product.matrix->strip_outputs(strip);
   });
   if (sharing.sums.size() < room) sharing.sums.resize(room);
   float* sums = sharing.sums.data();
