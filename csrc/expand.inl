@@ -9,17 +9,14 @@ namespace {
                                      std::uint8_t* codes) {
   const std::uint8_t* table = width == 4 ? levels.table4 : width == 2 ? levels.table2 : nullptr;
   const int outputs = tile.outputs(), dropped = 2 * planes_of(width) - width;
-  for (int o = 0; o < outputs; o += 4) {  // four neighbours share a byte
+  for (int o = 0; o < outputs; ++o) {
     const Place place = place_of(o, tile.halves);
-    for (int e = 0; e < 4; ++e) {
-      int code = 0;
-      for (int p = 0; p < planes_of(width); ++p) {
-        const std::uint8_t* run = tile.run(p, channel) + place.byte;
-        code = code << 2 | ((run[0] >> (place.bit + e)) & 1) << 1 | ((run[1] >> (place.bit + e)) & 1);
-      }
-      code >>= dropped;
-      codes[o + e] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxWidth - width));
+    int code = 0;
+    for (int p = 0; p < planes_of(width); ++p) {
+      code = code << 2 | (tile.run(p, channel)[place.byte] >> (2 * (place.field ^ p)) & 3);
     }
+    code >>= dropped;
+    codes[o] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxWidth - width));
   }
 }
 

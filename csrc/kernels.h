@@ -1,5 +1,5 @@
-// What an instruction set must provide: the products of one tile of nested weights with one chunk of channels.
-// Who is multiplied with what is decided in selection.h and product.h.
+// What an instruction set must provide: the products of one tile of nested weights with one chunk of channels. Who is
+// multiplied with what is decided in selection.h and product.h.
 #pragma once
 
 #include <cstddef>
@@ -37,17 +37,19 @@ struct Tile {
   const std::uint8_t* record(std::size_t channel) const { return records + channel * record_stride; }
 };
 
-// Where a plane keeps an output's two bits: bit `bit` of byte `byte` of the channel's run, and of the byte after it.
-// Eight outputs' leading bits are a byte, and so are their trailing ones. The order is what AVX-512 needs to end with
-// outputs in order: its lanes hold 8 bytes of each half, and 16 outputs' sums lie 4 in each lane.
+constexpr int kFields = 4;  // outputs that share a byte of a plane
+
+// Where a plane keeps an output's two bits: in byte `byte` of the channel's run and there, from the lowest bits on, in
+// place `field ^ plane`: so an output's pairs in four planes are at four places, and one byte can take them all. The
+// order of bytes is what AVX-512 needs to end with outputs in order: its lanes hold 8 bytes of each half, and 16
+// outputs' sums lie 4 in each lane.
 struct Place {
-  int byte, bit;
+  int byte, field;
 };
 
 inline Place place_of(int output, int halves) {
-  const int half = output / kHalfOutputs, sum = output % kHalfOutputs / 16;
-  const int lane = output / 4 % 4, byte_of_lane = 2 * (sum / 4 + 2 * (sum % 4 / 2));
-  return {8 * (halves * lane + half) + byte_of_lane, 4 * (sum % 2) + output % 4};
+  const int half = output / kHalfOutputs, sum = output % kHalfOutputs / 16, lane = output / 4 % 4;
+  return {8 * (halves * lane + half) + 4 * (sum / kFields) + output % 4, sum % kFields};
 }
 
 // What prefixes of each width stand for, in units of 8-bit codes: a whole number and an offset.

@@ -4,6 +4,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
+#include "codes.inl"
 #include "expand.inl"
 #include "fetch.inl"
 #include "floats.inl"
@@ -42,8 +43,8 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
         const __m256i product = _mm256_mullo_epi32(_mm256_set1_epi32(chunk.x[j]), multipliers(steps));
         q[i] = _mm256_srai_epi32(_mm256_add_epi32(product, _mm256_set1_epi32(1 << 14)), 15);
         sums = _mm256_add_epi32(sums, q[i]);
-        zero_sums = _mm256_add_epi32(
-            zero_sums, _mm256_madd_epi16(q[i], record(tile, chunk.channels[j], kTileGroups)));  // zeros < 2 ** 8
+        zero_sums = _mm256_add_epi32(zero_sums, _mm256_madd_epi16(q[i], record(tile, chunk.channels[j],
+                                                                               kTileGroups)));  // zeros < 2 ** 8
       }
       const __m256i words = _mm256_blend_epi16(q[0], _mm256_slli_epi32(q[1], 16), 0xaa);
       _mm256_store_si256(reinterpret_cast<__m256i*>(c.words + pair * kTileGroups), words);
@@ -56,81 +57,84 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
   _mm256_store_si256(reinterpret_cast<__m256i*>(c.zero_sums), zero_sums);
 }
 
-// Eight codes' bits, a byte of each bit from the trailing one on, become their eight bytes: three exchanges of blocks
-// (Warren, "Hacker's Delight", 2nd ed., 7-3).
-__m256i transposed(__m256i x) {
-  const auto exchange = [&x](int shift, std::int64_t mask) {
-    const __m256i moved = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)), _mm256_set1_epi64x(mask));
-    x = _mm256_xor_si256(x, _mm256_xor_si256(moved, _mm256_slli_epi64(moved, shift)));
-  };
-  exchange(7, 0x00AA00AA00AA00AA);
-  exchange(14, 0x0000CCCC0000CCCC);
-  exchange(28, 0x00000000F0F0F0F0);
-  return x;
-}
+// What a matrix of bits (see matrix_of) makes of each low and of each high nibble.
+struct Images {
+  alignas(16) std::uint8_t of_low[16], of_high[16];
 
-// Unpacks codes of two lanes of a half: those of words i and i + 2 of each lane, a lane's 16 bytes.
-struct Unpack {
-  int planes, width;
-  __m256i table, kept, reversed;
-
-  Unpack(const Levels& levels, int width) : planes(planes_of(width)), width(width) {
-    const std::uint8_t* entries = width == 4 ? levels.table4 : levels.table2;
-    table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
-    kept = _mm256_set1_epi8(static_cast<char>(0xff << (kMaxWidth - width)));
-    reversed = _mm256_broadcastsi128_si256(_mm_set_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  }
-
-  // The words of the half's lanes 2 k and 2 k + 1 in the low 8 bytes of each lane.
-  static __m256i load(const Tile& tile, std::size_t channel, int plane, int half, int k) {
-    const std::uint8_t* run = tile.run(plane, channel) + 8 * half + 16 * tile.halves * k;
-    const auto word = [&](int offset) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(run + offset)); };
-    return _mm256_set_m128i(word(8 * tile.halves), word(0));
-  }
-
-  void operator()(const Tile& tile, std::size_t channel, int half, int k, __m256i* codes) const {
-    __m256i words[kPlanes] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                              _mm256_setzero_si256()};
-    const int first = width == 4 || width == 2 ? kPlanes - planes : 0;  // as indices, codes lie in the low bits
-    for (int p = 0; p < planes; ++p) words[first + p] = load(tile, channel, p, half, k);
-    const __m256i low = _mm256_unpacklo_epi16(words[0], words[1]), high = _mm256_unpacklo_epi16(words[2], words[3]);
-    codes[0] = _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa);
-    codes[1] = _mm256_blend_epi32(_mm256_srli_epi64(low, 32), high, 0xaa);
-    for (int i = 0; i < 2; ++i) {
-      codes[i] = transposed(_mm256_shuffle_epi8(codes[i], reversed));
-      codes[i] = first ? _mm256_shuffle_epi8(table, codes[i]) : _mm256_and_si256(codes[i], kept);
+  constexpr explicit Images(std::uint64_t matrix) : of_low{}, of_high{} {
+    for (int bit = 0; bit < 8; ++bit) {
+      const int from = static_cast<int>(matrix >> (8 * (7 - bit)) & 255);
+      for (int nibble = 0; nibble < 16; ++nibble) {
+        of_low[nibble] |= static_cast<std::uint8_t>((from & nibble) != 0) << bit;
+        of_high[nibble] |= static_cast<std::uint8_t>((from & nibble << 4) != 0) << bit;
+      }
     }
   }
 };
 
-// Adds 32 codes of each of two channels: words become [output, channel], 8 outputs in each register.
-inline void add_pair(__m256i first, __m256i second, const std::int32_t* words, __m256i* sums) {
+struct Vector {
+  using Bytes = __m256i;
+
+  static Bytes repeated(const std::uint8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  static Bytes looked_up(Bytes table, Bytes indices) { return _mm256_shuffle_epi8(table, indices); }
+  // Bits of `mask` from x, the others from y.
+  template <std::uint8_t Mask>
+  static Bytes select(Bytes x, Bytes y) {
+    const __m256i mask = _mm256_set1_epi8(static_cast<char>(Mask));
+    return _mm256_or_si256(_mm256_and_si256(mask, x), _mm256_andnot_si256(mask, y));
+  }
+  template <std::uint64_t Matrix>
+  static Bytes permuted(Bytes x) {
+    static constexpr Images images(Matrix);
+    const __m256i nibbles = _mm256_set1_epi8(15);
+    return _mm256_or_si256(looked_up(repeated(images.of_low), _mm256_and_si256(x, nibbles)),
+                           looked_up(repeated(images.of_high), _mm256_and_si256(_mm256_srli_epi16(x, 4), nibbles)));
+  }
+};
+
+// The bytes of a half's lanes 2 k and 2 k + 1 in the low 8 bytes of each lane.
+__m256i load(const Tile& tile, std::size_t channel, int plane, int half, int k) {
+  const std::uint8_t* run = tile.run(plane, channel) + 8 * half + 16 * tile.halves * k;
+  const auto word = [&](int offset) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(run + offset)); };
+  return _mm256_set_m128i(word(8 * tile.halves), word(0));
+}
+
+// Adds pairs of channels [begin, end), read at one width, to sums of a half's lanes 2 k and 2 k + 1.
+template <int Width>
+void add_pairs(const Tile& tile, const Chunk& chunk, const Levels& levels, int half, int k, int begin, int end,
+               const Coefficients& c, __m256i* sums) {
+  const Unpack<Vector, Width> unpack(levels);
   const __m256i none = _mm256_setzero_si256();
-  const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
-  const __m256i codes[4] = {_mm256_unpacklo_epi8(low, none), _mm256_unpackhi_epi8(low, none),
-                            _mm256_unpacklo_epi8(high, none), _mm256_unpackhi_epi8(high, none)};
-  for (int m = 0; m < 4; ++m) {
-    sums[m] = _mm256_add_epi32(sums[m], _mm256_madd_epi16(codes[m], _mm256_set1_epi32(words[m / 2])));
+  for (int pair = begin; pair < end; ++pair) {
+    const std::uint32_t* channels = chunk.channels + 2 * pair;
+    const std::int32_t* words = c.words + pair * kTileGroups + 4 * half;
+    __m256i bytes[planes_of(Width)], codes[kFields];
+    for (int p = 0; p < planes_of(Width); ++p) {
+      bytes[p] = _mm256_unpacklo_epi8(load(tile, channels[0], p, half, k), load(tile, channels[1], p, half, k));
+    }
+    unpack(bytes, codes);
+    for (int a = 0; a < 2 * kFields; ++a) {  // words become [output, channel], 8 outputs in each register
+      const __m256i packed = codes[a % kFields];
+      const __m256i wide = a < kFields ? _mm256_unpacklo_epi8(packed, none) : _mm256_unpackhi_epi8(packed, none);
+      sums[a] = _mm256_add_epi32(sums[a], _mm256_madd_epi16(wide, _mm256_set1_epi32(words[a / 2])));
+    }
   }
 }
 
 // Sums of a half's lanes 2 k and 2 k + 1: 8 of every 16 outputs.
 void multiply(const Tile& tile, const Chunk& chunk, const Levels& levels, int half, int k, Coefficients& c, float* y) {
-  __m256i sums[8];
-  for (int a = 0; a < 8; ++a) sums[a] = _mm256_set1_epi32(-c.zero_sums[4 * half + a / 2]);
-  int pair = 0;
+  __m256i sums[2 * kFields];
+  for (int a = 0; a < 2 * kFields; ++a) sums[a] = _mm256_set1_epi32(-c.zero_sums[4 * half + a / 2]);
+  int first = 0;
   for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
-    const Unpack unpack(levels, part->width);
-    for (const int end = pair + part->slots / 2; pair < end; ++pair) {
-      __m256i first[2], second[2];
-      unpack(tile, chunk.channels[2 * pair], half, k, first);
-      unpack(tile, chunk.channels[2 * pair + 1], half, k, second);
-      const std::int32_t* words = c.words + pair * kTileGroups + 4 * half;
-      add_pair(first[0], second[0], words, sums);
-      add_pair(first[1], second[1], words + 2, sums + 4);
-    }
+    const int end = first + part->slots / 2;
+    at_width(part->width,
+             [&](auto width) { add_pairs<decltype(width)::value>(tile, chunk, levels, half, k, first, end, c, sums); });
+    first = end;
   }
-  for (int a = 0; a < 8; ++a) {
+  for (int a = 0; a < 2 * kFields; ++a) {
     const int g = 4 * half + a / 2;
     const __m256 part = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(c.scale), _mm256_cvtepi32_ps(sums[a])),
                                       _mm256_set1_ps(c.offsets[g]));

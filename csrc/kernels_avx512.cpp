@@ -5,6 +5,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__)
 #include <immintrin.h>
 
+#include "codes.inl"
 #include "expand.inl"
 #include "fetch.inl"
 #include "floats.inl"
@@ -82,52 +83,21 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
   _mm256_store_si256(reinterpret_cast<__m256i*>(c.zero_sums), joined(zero_sums));
 }
 
-// Unpacks a half's 128 codes, four words of eight codes in each lane. codes[i] holds those of words i and i + 2.
-template <int Width>
-struct Unpack {
-  static constexpr int Planes = planes_of(Width);
-  static constexpr bool Table = Width == 4 || Width == 2;
-  __m512i table, kept;
+struct Vector {
+  using Bytes = __m512i;
 
-  explicit Unpack(const Levels& levels) {
-    const std::uint8_t* entries = Width == 4 ? levels.table4 : levels.table2;
-    table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(entries)));
-    kept = _mm512_set1_epi8(static_cast<char>(0xff << (kMaxWidth - Width)));
+  static Bytes repeated(const std::uint8_t* table) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
-
-  // Eight bytes, of one bit of each of eight codes, the first byte's leading, become the codes' eight bytes.
-  static __m512i transposed(__m512i bits) {
-    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), bits, 0);
+  static Bytes looked_up(Bytes table, Bytes indices) { return _mm512_shuffle_epi8(table, indices); }
+  // Bits of `mask` from x, the others from y.
+  template <std::uint8_t Mask>
+  static Bytes select(Bytes x, Bytes y) {
+    return _mm512_ternarylogic_epi64(x, y, _mm512_set1_epi8(static_cast<char>(Mask)), 0xe4);
   }
-
-  // `lines`: one channel's in each plane; the half's words are the low or the high 8 bytes of each lane.
-  template <bool High>
-  void operator()(const __m512i* lines, __m512i* codes) const {
-    const auto paired = [](__m512i a, __m512i b) {
-      return High ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
-    };
-    if (Table && Planes == 1) {  // four words' codes in one byte
-      const __m512i line = lines[0];
-      const __m512i packed = transposed(High ? _mm512_unpackhi_epi64(line, line) : _mm512_unpacklo_epi64(line, line));
-      codes[0] = looked_up(_mm512_srlv_epi64(packed, _mm512_set_epi64(2, 6, 2, 6, 2, 6, 2, 6)), 3);
-      codes[1] = looked_up(_mm512_srlv_epi64(packed, _mm512_set_epi64(0, 4, 0, 4, 0, 4, 0, 4)), 3);
-    } else if (Table) {  // two words' codes in one byte
-      const __m512i packed = transposed(paired(lines[0], lines[1]));
-      codes[0] = looked_up(_mm512_srli_epi64(packed, 4), 15);
-      codes[1] = looked_up(packed, 15);
-    } else {
-      const __m512i none = _mm512_setzero_si512();
-      const __m512i first = paired(lines[0], Planes > 1 ? lines[1] : none);
-      const __m512i second = Planes > 2 ? paired(lines[2], Planes > 3 ? lines[3] : none) : none;
-      codes[0] = transposed(_mm512_mask_shuffle_epi32(first, 0xaaaa, second, _MM_PERM_CCAA));
-      codes[1] = transposed(_mm512_mask_shuffle_epi32(second, 0x5555, first, _MM_PERM_DDBB));
-      if (Width % 2) codes[0] = _mm512_and_si512(codes[0], kept);
-      if (Width % 2) codes[1] = _mm512_and_si512(codes[1], kept);
-    }
-  }
-
-  __m512i looked_up(__m512i indices, char mask) const {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(indices, _mm512_set1_epi8(mask)));
+  template <std::uint64_t Matrix>
+  static Bytes permuted(Bytes x) {
+    return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(static_cast<long long>(Matrix)), 0);
   }
 };
 
@@ -143,150 +113,120 @@ struct Sums {
   __m512i head[8], tail[8];
 };
 
-// Adds 64 codes of each of four channels: bytes become [output, channel], 16 outputs' words in each register.
-inline void add_quad(const __m512i* c, const std::int32_t* head, const std::int32_t* tail, __m512i* heads,
-                     __m512i* tails) {
-  const __m512i low01 = _mm512_unpacklo_epi8(c[0], c[1]), high01 = _mm512_unpackhi_epi8(c[0], c[1]);
-  const __m512i low23 = _mm512_unpacklo_epi8(c[2], c[3]), high23 = _mm512_unpackhi_epi8(c[2], c[3]);
-  const __m512i codes[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-                            _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-  for (int m = 0; m < 4; ++m) {
-    heads[m] = _mm512_dpbusd_epi32(heads[m], codes[m], _mm512_set1_epi32(head[m / 2]));
-    tails[m] = _mm512_dpbusd_epi32(tails[m], codes[m], _mm512_set1_epi32(tail[m / 2]));
-  }
+// One half's bytes of four channels' lines, side by side: [16 outputs, channel] in each register.
+template <int Half>
+[[gnu::always_inline]] inline void interleave(const __m512i* lines, __m512i* first, __m512i* second) {
+  const auto paired = [](__m512i a, __m512i b) {
+    return Half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+  };
+  const __m512i left = paired(lines[0], lines[1]), right = paired(lines[2], lines[3]);
+  *first = _mm512_unpacklo_epi16(left, right);
+  *second = _mm512_unpackhi_epi16(left, right);
 }
 
 // Adds quads [begin, end), read at one width, of one half to its sums.
 template <int Width, bool Full, int Half>
-inline void add_quads(const Tile& tile, const Chunk& chunk, const Levels& levels, int begin, int end,
-                      const Coefficients& c, Sums& sums, Upcoming& next) {
-  const Unpack<Width> unpack(levels);
+[[gnu::always_inline]] inline void add_quads(const Tile& tile, const Chunk& chunk, const Levels& levels, int begin,
+                                             int end, const Coefficients& c, Sums& sums, Upcoming& next) {
+  constexpr int planes = planes_of(Width);
+  const Unpack<Vector, Width> unpack(levels);
   for (int quad = begin; quad < end; ++quad) {
-    const std::uint32_t* channels = chunk.channels + 4 * quad;
-    __m512i codes[2][4];
-    for (int j = 0; j < 4; ++j) {
-      __m512i lines[planes_of(Width)], unpacked[2];
-      for (int p = 0; p < planes_of(Width); ++p) lines[p] = load_line<Full>(tile.run(p, channels[j]));
-      unpack.template operator()<Half == 1>(lines, unpacked);
-      codes[0][j] = unpacked[0];
-      codes[1][j] = unpacked[1];
-    }
     fetch(next);
+    const std::uint32_t* channels = chunk.channels + 4 * quad;
+    const std::size_t at[kQuadChannels] = {channels[0] * tile.stride, channels[1] * tile.stride,
+                                           channels[2] * tile.stride, channels[3] * tile.stride};
+    __m512i bytes[2][planes];  // of each plane, of sums 0 to 3 and of 4 to 7
+#pragma GCC unroll 4
+    for (int p = 0; p < planes; ++p) {
+      const auto line = [&](int j) {
+        return load_line<Full>(tile.planes[p] + (p < 2 ? at[j] : 2 * at[j]));  // see Tile::run
+      };
+      const __m512i lines[kQuadChannels] = {line(0), line(1), line(2), line(3)};
+      interleave<Half>(lines, &bytes[0][p], &bytes[1][p]);
+    }
     const std::int32_t *head = leading(c, quad) + 4 * Half, *tail = trailing(c, quad) + 4 * Half;
-    add_quad(codes[0], head, tail, sums.head, sums.tail);
-    add_quad(codes[1], head + 2, tail + 2, sums.head + 4, sums.tail + 4);
-  }
-}
-
-// Adds quads [begin, end) of one half to its sums, which registers hold meanwhile.
-template <bool Full, int Half>
-void add_run(const Tile& tile, const Chunk& chunk, const Levels& levels, int begin, int end, const Coefficients& c,
-             Sums& kept, Upcoming& next) {
-  Sums sums = kept;
-  int first = 0;
-  for (const Part* part = chunk.parts; first < end; ++part) {
-    const int last = first + part->slots / 4, from = first > begin ? first : begin, to = last < end ? last : end;
-    first = last;
-    switch (part->width) {
-      case 8:
-        add_quads<8, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 7:
-        add_quads<7, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 6:
-        add_quads<6, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 5:
-        add_quads<5, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 4:
-        add_quads<4, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 3:
-        add_quads<3, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      case 2:
-        add_quads<2, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
-        break;
-      default:
-        add_quads<1, Full, Half>(tile, chunk, levels, from, to, c, sums, next);
+#pragma GCC unroll 2
+    for (int m = 0; m < 2; ++m) {
+      __m512i codes[kFields];
+      unpack(bytes[m], codes);
+#pragma GCC unroll 4
+      for (int k = 0; k < kFields; ++k) {
+        const int a = kFields * m + k;
+        sums.head[a] = _mm512_dpbusd_epi32(sums.head[a], codes[k], _mm512_set1_epi32(head[a / 2]));
+        sums.tail[a] = _mm512_dpbusd_epi32(sums.tail[a], codes[k], _mm512_set1_epi32(tail[a / 2]));
+      }
     }
   }
-  kept = sums;
 }
 
-constexpr int kRun = 8;  // quads that one half goes through before the other: a cache near by keeps what they read
-
-void finish(const Sums& sums, int half, const Coefficients& c, float* y) {
+// Adds a half's sums, scaled, to y.
+template <int Half>
+[[gnu::always_inline]] inline void finish(const Sums& sums, const Coefficients& c, float* y) {
+#pragma GCC unroll 8
   for (int a = 0; a < 8; ++a) {
-    const int g = 4 * half + a / 2;
     const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(sums.head[a], 8), sums.tail[a]);
-    const __m512 part =
-        _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(c.scale), _mm512_cvtepi32_ps(sum)), _mm512_set1_ps(c.offsets[g]));
-    float* out = y + kHalfOutputs * half + 16 * a;
+    const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(c.scale), _mm512_cvtepi32_ps(sum));
+    const __m512 part = _mm512_add_ps(scaled, _mm512_set1_ps(c.offsets[4 * Half + a / 2]));
+    float* out = y + kHalfOutputs * Half + 16 * a;
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), part));
   }
 }
 
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y, Upcoming& next) {
-  make_coefficients(tile, chunk, levels, c);
-  Sums sums[2];
-  for (int half = 0; half < tile.halves; ++half) {
-    for (int a = 0; a < 8; ++a) {
-      sums[half].head[a] = _mm512_setzero_si512();
-      sums[half].tail[a] = _mm512_set1_epi32(-c.zero_sums[4 * half + a / 2]);
-    }
+// A half's share of a chunk. Registers hold its sums; a cache near by keeps what the other half reads again.
+template <bool Full, int Half>
+void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, const Coefficients& c, float* y,
+                Upcoming& next) {
+  Sums sums;
+#pragma GCC unroll 8
+  for (int a = 0; a < 8; ++a) {
+    sums.head[a] = _mm512_setzero_si512();
+    sums.tail[a] = _mm512_set1_epi32(-c.zero_sums[4 * Half + a / 2]);
   }
-  const int quads = chunk.slots / 4;
-  for (int begin = 0; begin < quads; begin += kRun) {
-    const int end = begin + kRun < quads ? begin + kRun : quads;
-    if (tile.halves == 1) {
-      add_run<false, 0>(tile, chunk, levels, begin, end, c, sums[0], next);
-    } else {
-      add_run<true, 0>(tile, chunk, levels, begin, end, c, sums[0], next);
-      add_run<true, 1>(tile, chunk, levels, begin, end, c, sums[1], next);
-    }
+  int quad = 0;
+  for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
+    const int end = quad + part->slots / kQuadChannels;
+    at_width(part->width, [&](auto width) {
+      add_quads<decltype(width)::value, Full, Half>(tile, chunk, levels, quad, end, c, sums, next);
+    });
+    quad = end;
   }
-  for (int half = 0; half < tile.halves; ++half) finish(sums[half], half, c, y);
+  finish<Half>(sums, c, y);
 }
 
-// Weights of one channel, 64 codes at a time; see Unpack for their order.
+void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y, Upcoming& next) {
+  make_coefficients(tile, chunk, levels, c);
+  if (tile.halves == 1) {
+    half_chunk<false, 0>(tile, chunk, levels, c, y, next);
+  } else {
+    half_chunk<true, 0>(tile, chunk, levels, c, y, next);
+    half_chunk<true, 1>(tile, chunk, levels, c, y, next);
+  }
+}
+
+// Weights of one channel, 16 outputs at a time.
 template <int Width>
-void expand(const Tile& tile, const Levels& levels, std::uint32_t channel, float* weights) {
-  const Unpack<Width> unpack(levels);
-  // Four bytes of lane k at 4 m go to lane m at 4 k: then outputs are in order.
-  const __m512i in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+void expand_at(const Tile& tile, const Levels& levels, std::uint32_t channel, float* weights) {
+  // Four bytes of [lane, half, byte / 4] go to [half, byte / 4, lane]: then outputs are in order.
+  const __m512i in_order = tile.halves == 1 ? _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 5, 3, 1, 6, 4, 2, 0)
+                                            : _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __mmask16 there = tile.halves == 1 ? 0x00ff : 0xffff;
+  __m512i lines[planes_of(Width)], codes[kFields];
+  for (int p = 0; p < planes_of(Width); ++p) lines[p] = _mm512_maskz_loadu_epi32(there, tile.run(p, channel));
+  Unpack<Vector, Width>{levels}(lines, codes);
+  alignas(64) std::uint8_t stored[kFields][64];
+  for (int k = 0; k < kFields; ++k) _mm512_store_si512(stored[k], _mm512_permutexvar_epi32(in_order, codes[k]));
   const std::uint8_t* record = tile.record(channel);
-  for (int half = 0; half < tile.halves; ++half) {
-    __m512i lines[planes_of(Width)], unpacked[2];
-    for (int p = 0; p < planes_of(Width); ++p) {
-      const std::uint8_t* line = tile.run(p, channel);
-      lines[p] = tile.halves == 1 ? load_line<false>(line) : load_line<true>(line);
-    }
-    if (half) {
-      unpack.template operator()<true>(lines, unpacked);
-    } else {
-      unpack.template operator()<false>(lines, unpacked);
-    }
-    alignas(64) std::uint8_t codes[kHalfOutputs];
-    for (int i = 0; i < 2; ++i) _mm512_store_si512(codes + 64 * i, _mm512_permutexvar_epi32(in_order, unpacked[i]));
-    for (int a = 0; a < 8; ++a) {
-      const int g = 4 * half + a / 2;
-      const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(tile.bases[channel] + record[g]));
-      const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + g]) - levels.offset[Width]);
-      const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + 16 * a)));
-      _mm512_storeu_ps(weights + kHalfOutputs * half + 16 * a,
-                       _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
-    }
+  for (int a = 0; a < tile.outputs() / 16; ++a) {
+    const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(tile.bases[channel] + record[a / 2]));
+    const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + a / 2]) - levels.offset[Width]);
+    const std::uint8_t* from = stored[a % kFields] + 16 * (a / kFields);
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+    _mm512_storeu_ps(weights + 16 * a, _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
   }
 }
 
 void expand_lanes(const Tile& tile, const Levels& levels, std::uint32_t channel, int width, float* weights) {
-  using Expand = void (*)(const Tile&, const Levels&, std::uint32_t, float*);
-  static constexpr Expand kExpand[kMaxWidth + 1] = {nullptr,   expand<1>, expand<2>, expand<3>, expand<4>,
-                                                    expand<5>, expand<6>, expand<7>, expand<8>};
-  kExpand[width](tile, levels, channel, weights);
+  at_width(width, [&](auto each) { expand_at<decltype(each)::value>(tile, levels, channel, weights); });
 }
 
 int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,

@@ -39,8 +39,8 @@ std::shared_ptr<std::uint8_t> new_slab(std::size_t needed) {
 
 int halves_of(int num_outputs) { return (num_outputs + kHalfOutputs - 1) / kHalfOutputs; }
 
-// Bytes of one channel in a strip of so many halves of tiles.
-// An odd number of cache lines, so that neighbouring channels' runs do not compete for the same places of a cache.
+// Bytes of one channel in a strip of so many halves of tiles. An odd number of cache lines, so that neighbouring
+// channels' runs do not compete for the same places of a cache.
 std::size_t stride_of(int halves) { return ((halves + 1) / 2 | 1) * kLine; }
 std::size_t record_stride_of(int halves) { return std::size_t{kRecordBytes} * ((halves + 1) / 2); }
 
@@ -53,30 +53,15 @@ std::size_t all_bytes(int num_inputs, int num_outputs) {
   return whole * strip_bytes(num_inputs, 2 * kStripTiles) + (rest ? strip_bytes(num_inputs, rest) : 0);
 }
 
-// The leading bits of the four codes in a stored byte, and the trailing ones, as nibbles.
-struct Nibbles {
-  std::uint8_t leading[256], trailing[256];
-
-  Nibbles() {
-    for (int byte = 0; byte < 256; ++byte) {
-      leading[byte] = trailing[byte] = 0;
-      for (int e = 0; e < 4; ++e) {
-        leading[byte] |= static_cast<std::uint8_t>(((byte >> (2 * e + 1)) & 1) << e);
-        trailing[byte] |= static_cast<std::uint8_t>(((byte >> (2 * e)) & 1) << e);
-      }
-    }
-  }
-};
-
-// One channel's pairs of bits in one plane, from the stored order, four codes to a byte, to the kernels'.
-void pack_run(const std::uint8_t* stored, int first_output, int num_outputs, int halves, std::uint8_t* run) {
-  static const Nibbles nibbles;
+// One channel's pairs of bits in one plane, from the stored order, four neighbours to a byte, to the kernels'.
+void pack_run(const std::uint8_t* stored, int plane, int first_output, int num_outputs, int halves, std::uint8_t* run) {
   const int held = std::min(halves * kHalfOutputs, num_outputs - first_output);
   for (int o = 0; o < held; o += 4) {
     const std::uint8_t codes = stored[(first_output + o) / 4];
-    const Place place = place_of(o, halves);
-    run[place.byte] |= static_cast<std::uint8_t>(nibbles.leading[codes] << place.bit);
-    run[place.byte + 1] |= static_cast<std::uint8_t>(nibbles.trailing[codes] << place.bit);
+    const Place place = place_of(o, halves);  // neighbours have the same field of bytes that are neighbours
+    for (int e = 0; e < 4; ++e) {
+      run[place.byte + e] |= static_cast<std::uint8_t>((codes >> (2 * e) & 3) << (2 * (place.field ^ plane)));
+    }
   }
 }
 
@@ -165,7 +150,7 @@ std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int first_half, 
 void NestedMatrix::pack_channel(const StoredCodes& codes, const Tile& tile, int channel, int first_output) {
   const int groups = (num_outputs_ + codes.group_size - 1) / codes.group_size, run = (num_outputs_ + 3) / 4;
   for (int p = 0; p < kPlanes; ++p) {
-    pack_run(codes.planes[p] + std::size_t(channel) * run, first_output, num_outputs_, tile.halves,
+    pack_run(codes.planes[p] + std::size_t(channel) * run, p, first_output, num_outputs_, tile.halves,
              const_cast<std::uint8_t*>(tile.run(p, channel)));
   }
   std::uint8_t* record = const_cast<std::uint8_t*>(tile.record(channel));
