@@ -249,6 +249,13 @@ def test_prompts_padded_on_the_right_cannot_be_continued() -> None:
         model.generate(ids.masked_fill(mask == 0, 299), pad_token_id=299, eos_token_id=298, max_new_tokens=2)
 
 
+def test_an_empty_prompt_is_refused(model: Any) -> None:
+    empty = torch.empty((1, 0), dtype=torch.long)
+    for call in (lambda: model.generate(empty), lambda: model.generate(input_ids=empty)):
+        with pytest.raises(InputError, match="the prompt is empty"):
+            call()
+
+
 def test_too_many_new_tokens_are_refused_before_any_is_made() -> None:
     model, fed = quicksilver.accelerate(tiny.model("gpt2")), []
     ids = tiny.token_ids(40)[None]

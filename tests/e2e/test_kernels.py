@@ -78,6 +78,13 @@ def test_without_kernels_auto_says_so_once_and_native_is_refused(
 
 
 @needs_kernels
+def test_native_is_refused_where_nothing_is_nested(refused: Callable[..., str], text_file: Path) -> None:
+    for arguments in (("eval", "ref-llama", "--text", text_file, *CUT), ("generate", "ref-llama", "The river")):
+        refused(*arguments, "--kernels", "native", names=("--kernels native", "ref-llama", "nested"))
+    assert quicksilver.load("ref-llama", kernels="native").adapter.kernels == "torch"
+
+
+@needs_kernels
 def test_an_instruction_set_that_is_not_there_is_refused(folder: Path) -> None:
     outcome = run_process("generate", folder, "The river", "--max-new-tokens", 2, QUICKSILVER_ISA="mmx")
     assert outcome.status == 2

@@ -105,6 +105,24 @@ def open_model(
     return loaded, load_tokenizer(model)
 
 
+def check_kernels(kernels: str, model: str, *runs: Any) -> None:
+    """Refuse --kernels native where no model that runs has nested weights for them to read.
+
+    Args:
+        kernels: as given.
+        model: MODEL as given, for the message.
+        *runs: the models; None for one that does not run.
+
+    Raises:
+        InputError: they would do nothing.
+    """
+    if kernels == "native" and not any(run is not None and run.adapter.spec.is_nested for run in runs):
+        raise InputError(
+            f"--kernels native: nothing of {model} is nested, so there is nothing for them to read;"
+            " `quicksilver quantize` nests its weights, and a plan that chooses widths has it done in memory"
+        )
+
+
 @contextmanager
 def own_lines() -> Iterator[None]:
     """Say on lines of our own, on stderr, what the library warns of as a model is made ready; others' pass through."""

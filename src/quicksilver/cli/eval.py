@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quicksilver.cli.common import (
+    check_kernels,
     display_name,
     kernels_option,
     model_options,
@@ -89,6 +90,7 @@ def command(
     protocol = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
     windowed, name = cut(corpus, tokenizer, protocol), display_name(model)
     nested, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
+    check_kernels(kernels, model, loaded, nested)
     with progress("windows", len(windowed.windows)) as advance:
         results = evaluate(loaded, chosen, windowed, protocol, mode, name, advance, nested)
     print_table(results)

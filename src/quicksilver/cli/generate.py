@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import kernels_option, model_options, open_model
+from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model
 from quicksilver.errors import InputError
 
 _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
@@ -54,6 +54,7 @@ def command(
     if not is_encodable(text):
         raise InputError("the prompt is not UTF-8 text")
     loaded, tokenizer = open_model(model, plan, dtype, device, threads, kernels)
+    check_kernels(kernels, model, loaded)
     encoded = tokenizer(text, return_tensors="pt")
     room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
     if encoded.input_ids.shape[1] == 0:

@@ -219,10 +219,14 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
-            InputError: prompts padded on the right, more new tokens than the model's context holds, or two caches.
+            InputError: prompts that are empty or padded on the right, more new tokens than the model's context holds,
+                or two caches.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(prompt, Tensor) and prompt.numel() == 0:
+            raise InputError("the prompt is empty; pass at least one token of each sequence")
         kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         trace = self._decoder.new_trace()
         output = super().generate(*args, trace=trace, **kwargs)

@@ -37,8 +37,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
         return loaded.renamed(Path(plan).stem) if loaded.name in ("plan", "calibrated") else loaded
     if isinstance(plan, str) and plan in {name.rpartition("/")[2] for name in calibrated}:
         raise PlanError(
-            f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))};"
-            " `quicksilver calibrate` makes one for yours"
+            f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))}."
+            " Name it in full where yours is that one, nested; else `quicksilver calibrate` makes one for yours"
         )
     raise PlanError(f"{plan}: neither a preset ({', '.join((*PRESETS, *calibrated))}) nor a plan file")
 

@@ -33,6 +33,7 @@ _MAPS: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
 _WIDTHS = MAX_WIDTH + 1
 _WORK_LIMIT = 2**29  # rows times weights of a layer: from about there on expanding weights first is faster
+_SMALL_LAYERS_ROWS = 256  # and from so many rows on however small a layer is
 (
     _QUERY_ROWS,
     _FILL_ROWS,
@@ -55,7 +56,7 @@ def max_rows(layer: LayerOps, plan: Plan) -> int:
     if precision.channel_rule(rule) is not None:
         return MAX_ROWS_BY_CHANNEL
     weights = sum(module.num_inputs * module.num_outputs for module in layer.nested)
-    return max(MAX_ROWS, min(_WORK_LIMIT // weights, MAX_ROWS_BY_CHANNEL))
+    return max(MAX_ROWS, min(_WORK_LIMIT // weights, _SMALL_LAYERS_ROWS))
 
 
 class LayerSpans:
