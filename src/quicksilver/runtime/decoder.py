@@ -164,6 +164,8 @@ class Decoder:
 
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
+        if layer_idx not in self._precision.layers:
+            return status
         hidden, origins, layer_trace = (
             running.state.hidden,
             running.state.layout.origin,
