@@ -102,8 +102,9 @@ struct Upcoming {
 
 struct Kernels {
   const char* name;
-  // y[0 .. outputs of the tile) += the chunk's share of the product, those beyond the matrix's outputs included.
-  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, float* y, Upcoming&);
+  // Writes the chunk's share of the product to y[0 .. outputs of the tile), those beyond the matrix's outputs included,
+  // or adds it to what y holds.
+  void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, bool adds, float* y, Upcoming&);
   // Writes the weights of one channel, [outputs of the tile].
   void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
   void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);

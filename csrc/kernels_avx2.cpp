@@ -124,7 +124,8 @@ void add_pairs(const Tile& tile, const Chunk& chunk, const Levels& levels, int h
 }
 
 // Sums of a half's lanes 2 k and 2 k + 1: 8 of every 16 outputs.
-void multiply(const Tile& tile, const Chunk& chunk, const Levels& levels, int half, int k, Coefficients& c, float* y) {
+void multiply(const Tile& tile, const Chunk& chunk, const Levels& levels, int half, int k, Coefficients& c, bool adds,
+              float* y) {
   __m256i sums[2 * kFields];
   for (int a = 0; a < 2 * kFields; ++a) sums[a] = _mm256_set1_epi32(-c.zero_sums[4 * half + a / 2]);
   int first = 0;
@@ -139,15 +140,16 @@ void multiply(const Tile& tile, const Chunk& chunk, const Levels& levels, int ha
     const __m256 part = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(c.scale), _mm256_cvtepi32_ps(sums[a])),
                                       _mm256_set1_ps(c.offsets[g]));
     float* out = y + kHalfOutputs * half + 16 * a + 8 * k;
-    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), part));
+    _mm256_storeu_ps(out, adds ? _mm256_add_ps(_mm256_loadu_ps(out), part) : part);
   }
 }
 
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y, Upcoming& next) {
+void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, bool adds, float* y,
+                Upcoming& next) {
   for (int i = 0; i < chunk.slots / 2; ++i) fetch(next);
   make_coefficients(tile, chunk, levels, c);
   for (int half = 0; half < tile.halves; ++half) {
-    for (int k = 0; k < 2; ++k) multiply(tile, chunk, levels, half, k, c, y);
+    for (int k = 0; k < 2; ++k) multiply(tile, chunk, levels, half, k, c, adds, y);
   }
 }
 

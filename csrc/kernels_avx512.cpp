@@ -159,22 +159,22 @@ template <int Width, bool Full, int Half>
   }
 }
 
-// Adds a half's sums, scaled, to y.
+// Writes a half's sums, scaled, to y, or adds them.
 template <int Half>
-[[gnu::always_inline]] inline void finish(const Sums& sums, const Coefficients& c, float* y) {
+[[gnu::always_inline]] inline void finish(const Sums& sums, const Coefficients& c, bool adds, float* y) {
 #pragma GCC unroll 8
   for (int a = 0; a < 8; ++a) {
     const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(sums.head[a], 8), sums.tail[a]);
     const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(c.scale), _mm512_cvtepi32_ps(sum));
     const __m512 part = _mm512_add_ps(scaled, _mm512_set1_ps(c.offsets[4 * Half + a / 2]));
     float* out = y + kHalfOutputs * Half + 16 * a;
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), part));
+    _mm512_storeu_ps(out, adds ? _mm512_add_ps(_mm512_loadu_ps(out), part) : part);
   }
 }
 
 // A half's share of a chunk. Registers hold its sums; a cache near by keeps what the other half reads again.
 template <bool Full, int Half>
-void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, const Coefficients& c, float* y,
+void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, const Coefficients& c, bool adds, float* y,
                 Upcoming& next) {
   Sums sums;
 #pragma GCC unroll 8
@@ -190,16 +190,17 @@ void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, cons
     });
     quad = end;
   }
-  finish<Half>(sums, c, y);
+  finish<Half>(sums, c, adds, y);
 }
 
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y, Upcoming& next) {
+void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, bool adds, float* y,
+                Upcoming& next) {
   make_coefficients(tile, chunk, levels, c);
   if (tile.halves == 1) {
-    half_chunk<false, 0>(tile, chunk, levels, c, y, next);
+    half_chunk<false, 0>(tile, chunk, levels, c, adds, y, next);
   } else {
-    half_chunk<true, 0>(tile, chunk, levels, c, y, next);
-    half_chunk<true, 1>(tile, chunk, levels, c, y, next);
+    half_chunk<true, 0>(tile, chunk, levels, c, adds, y, next);
+    half_chunk<true, 1>(tile, chunk, levels, c, adds, y, next);
   }
 }
 

@@ -41,7 +41,8 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
   }
 }
 
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, float* y, Upcoming&) {
+void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, bool adds, float* y,
+                Upcoming&) {
   make_coefficients(tile, chunk, levels, c);
   std::int32_t sums[kTileOutputs] = {};
   std::uint8_t codes[kTileOutputs];
@@ -54,7 +55,8 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
   for (int o = 0; o < tile.outputs(); ++o) {
     const int g = o / kLaneOutputs;
-    y[o] += c.scale * static_cast<float>(sums[o] - c.zero_sums[g]) + c.offsets[g];
+    const float share = c.scale * static_cast<float>(sums[o] - c.zero_sums[g]) + c.offsets[g];
+    y[o] = adds ? y[o] + share : share;
   }
 }
 

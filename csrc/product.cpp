@@ -99,15 +99,20 @@ int steps_of(const Unit& unit, int block) {
   return quads * (unit.product->matrix->strip_outputs(unit.strip) / kHalfOutputs);
 }
 
-// Adds a block's share to y, [rows, stride], of its strip.
+// Adds a block's share to y, [rows, stride], of its strip; what a unit adds up by itself begins with its first block.
 void run_block(const Unit& unit, int block, float* y, int stride, Upcoming& next, Coefficients& room) {
   const Kernels& kernels = current_kernels();
   const NestedMatrix& matrix = *unit.product->matrix;
+  const bool adds = !unit.sums || block > unit.begin;
   for (int t = first_tile(unit.strip); t < end_tile(matrix, unit.strip); ++t) {
     for (int r = 0; r < unit.product->num_rows; ++r) {
       const Chunk chunk = unit.product->rows[r].chunk(block);
       float* row = y + std::size_t(r) * stride + (t - first_tile(unit.strip)) * kTileOutputs;
-      if (chunk.slots) kernels.tile_chunk(matrix.tile(t), chunk, matrix.levels(), room, row, next);
+      if (chunk.slots) {
+        kernels.tile_chunk(matrix.tile(t), chunk, matrix.levels(), room, adds, row, next);
+      } else if (!adds) {
+        std::fill_n(row, matrix.tile(t).outputs(), 0.0f);
+      }
     }
   }
 }
@@ -123,13 +128,12 @@ void begin_row(const Product& product, int row, int begin, int end, float* y) {
   std::fill_n(y + held, end - begin - held, 0.0f);
 }
 
-// Where a unit's sums go, as they begin.
+// Where a unit's sums go; where there is no other unit, they begin with the bias.
 float* begin_sums(const Unit& unit, int* stride) {
   const Product& product = *unit.product;
   const int first = first_output(unit.strip), outputs = product.matrix->strip_outputs(unit.strip);
   if (unit.sums) {
     *stride = outputs;
-    std::fill_n(unit.sums, std::size_t(product.num_rows) * outputs, 0.0f);
     return unit.sums;
   }
   *stride = product.stride;
