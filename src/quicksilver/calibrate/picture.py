@@ -23,7 +23,7 @@ _MARKERS = {
     "channels": ("s", "tab:orange"),
     "values": ("^", "tab:green"),
     "queries": ("<", "tab:olive"),
-    "screening": ("p", "tab:blue"),
+    "screening": ("p", "darkgreen"),
     "entries": (">", "tab:gray"),
     "shortcuts": ("D", "tab:red"),
     "halting": ("v", "tab:purple"),
