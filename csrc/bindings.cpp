@@ -87,7 +87,6 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
   }
   float* out = direct ? y.data() : rooms.y.data();
   const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
-  share(products, threads, rooms.sharing);
   Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
     const int blocks = Selection::blocks_of(inputs);
     for (int r = 0; r < num_rows; ++r) {
@@ -97,8 +96,7 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
       rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, matrix.base_scales(), inputs,
                            row, blocks * thread / threads, blocks * (thread + 1) / threads);
     }
-    barrier.wait();
-    multiply(rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
+    multiply(products, rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
   });
   if (direct) return;
   for (int r = 0; r < num_rows; ++r) {

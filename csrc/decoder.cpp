@@ -41,12 +41,9 @@ struct ThreadState {
 }  // namespace
 
 // What one run works on. Every thread walks through the same stages; barriers lie between them.
-constexpr int kSlice = 32;  // rows multiplied at a time: the sums of many would take much memory
-
 struct LayerRunner::Pass {
   std::vector<ThreadState> threads;
   std::vector<Coefficients> rooms;
-  std::vector<Product> multiplied;  // at the moment
   Sharing sharing;
   std::array<std::vector<Selection>, kMaps> selections;
   std::array<Grid, kMaps> products;
@@ -72,7 +69,7 @@ struct LayerRunner::Pass {
   bool takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread);
   std::vector<int> not_past(const std::vector<int>& of) const;
   void choose(const Layer& layer, int map, const std::vector<int>& of, const Grid* compact, int layer_idx, int thread);
-  Product product(const Layer& layer, int map, int first_row, int num_rows);
+  Product product(const Layer& layer, int map, int num_rows);
   void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, const LinearMap* ahead,
                      int num_ahead, int thread, Barrier& barrier);
   void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
@@ -179,13 +176,9 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
   }
 }
 
-Product LayerRunner::Pass::product(const Layer& layer, int map, int first_row, int num_rows) {
-  return {layer.maps[map].matrix,
-          selections[map].data() + first_row,
-          num_rows,
-          products[map].row(first_row),
-          products[map].stride,
-          layer.maps[map].bias};
+Product LayerRunner::Pass::product(const Layer& layer, int map, int num_rows) {
+  return {layer.maps[map].matrix, selections[map].data(), num_rows,
+          products[map].row(0),   products[map].stride,   layer.maps[map].bias};
 }
 
 void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps,
@@ -194,19 +187,11 @@ void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<
   for (const LinearMap* map = ahead; map < ahead + num_ahead; ++map) {
     if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_width())});
   }
-  int most = 0;
-  for (const auto& [map, num_rows] : maps) most = std::max(most, num_rows);
-  for (int first = 0; first < most; first += kSlice) {
-    if (thread == 0) {
-      multiplied.clear();
-      for (const auto& [map, num_rows] : maps) {
-        if (first < num_rows) multiplied.push_back(product(layer, map, first, std::min(kSlice, num_rows - first)));
-      }
-      share(multiplied, num_threads, sharing);
-    }
-    barrier.wait();
-    multiply(sharing, coming, thread, num_threads, rooms[thread], barrier);
+  std::vector<Product> multiplied;
+  for (const auto& [map, num_rows] : maps) {
+    if (num_rows > 0) multiplied.push_back(product(layer, map, num_rows));
   }
+  multiply(multiplied, sharing, coming, thread, num_threads, rooms[thread], barrier);
 }
 
 // Norms and rotates queries and keys, and writes the rows' entries.

@@ -11,6 +11,7 @@ namespace quicksilver {
 namespace {
 
 constexpr int kUnits = 4;       // of a matrix at least, if it has as many blocks: so that threads end together
+constexpr int kSlice = 32;      // rows multiplied at a time
 constexpr int kUnitBlocks = 8;  // of a unit, but for that: sums cost little beside what they are of
 
 // Into how many units each strip is cut.
@@ -166,13 +167,21 @@ void add_units(const Sharing& sharing, int thread, int num_threads) {
   }
 }
 
-}  // namespace
-
-void share(const std::vector<Product>& products, int num_threads, Sharing& sharing) {
+// Says what is multiplied next: rows [first, first + kSlice) of the products. To be called by one thread, with a
+// barrier before the threads multiply.
+void share(const std::vector<Product>& products, int first, int num_threads, Sharing& sharing) {
+  sharing.products.clear();
+  for (Product product : products) {
+    if (first >= product.num_rows) continue;
+    product.rows += first;
+    product.y += std::size_t(first) * product.stride;
+    product.num_rows = std::min(kSlice, product.num_rows - first);
+    sharing.products.push_back(product);
+  }
   sharing.units.clear();
   std::size_t room = 0;
-  const auto each_strip = [&products](auto&& visit) {
-    for (const Product& product : products) {
+  const auto each_strip = [&sharing](auto&& visit) {
+    for (const Product& product : sharing.products) {
       for (int strip = 0; strip < product.matrix->num_strips(); ++strip) visit(product, strip);
     }
   };
@@ -193,8 +202,9 @@ void share(const std::vector<Product>& products, int num_threads, Sharing& shari
   sharing.taken.store(num_threads, std::memory_order_relaxed);
 }
 
-void multiply(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int num_threads, Coefficients& room,
-              Barrier& barrier) {
+// A thread's part in what is shared.
+void multiply_units(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int num_threads, Coefficients& room,
+                    Barrier& barrier) {
   const int count = static_cast<int>(sharing.units.size());
   for (int taken = thread; taken < count;) {
     const Unit& unit = sharing.units[taken];
@@ -216,6 +226,19 @@ void multiply(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int
   barrier.wait();
   add_units(sharing, thread, num_threads);
   barrier.wait();
+}
+
+}  // namespace
+
+void multiply(const std::vector<Product>& products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
+              int num_threads, Coefficients& room, Barrier& barrier) {
+  int most = 0;
+  for (const Product& product : products) most = std::max(most, product.num_rows);
+  for (int first = 0; first < most; first += kSlice) {
+    if (thread == 0) share(products, first, num_threads, sharing);
+    barrier.wait();
+    multiply_units(sharing, ahead, thread, num_threads, room, barrier);
+  }
 }
 
 }  // namespace quicksilver

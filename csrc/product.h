@@ -37,17 +37,16 @@ struct Unit {
 
 // What threads share while they multiply; kept from call to call.
 struct Sharing {
+  std::vector<Product> products;  // the rows at hand
   std::vector<Unit> units;
   std::vector<float> sums;
   std::atomic<int> taken{0};
 };
 
-// Says what is multiplied next; to be called by one thread, with a barrier before the threads multiply.
-void share(const std::vector<Product>& products, int num_threads, Sharing& sharing);
-
-// Multiplies: every thread calls it. Ends with all threads past the last barrier. Reads of `y` beyond the outputs find
-// what padding gives. What a thread is expected to read first of the matrices ahead is fetched at the end.
-void multiply(Sharing& sharing, const std::vector<Ahead>& ahead, int thread, int num_threads, Coefficients& room,
-              Barrier& barrier);
+// Multiplies, some rows of all products at a time: the sums of many would take much memory. Every thread calls it, with
+// the same products; it ends with all threads past the last barrier. Reads of `y` beyond the outputs find what padding
+// gives. What a thread is expected to read first of the matrices ahead is fetched at the end.
+void multiply(const std::vector<Product>& products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
+              int num_threads, Coefficients& room, Barrier& barrier);
 
 }  // namespace quicksilver

@@ -29,7 +29,11 @@ from quicksilver.errors import InputError
 @text_options
 @click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
 @click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
-@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help="Tokens of a window (default: the model's, at most 2048); a --text must fill one.",
+)
 @click.option(
     "--stride",
     type=click.IntRange(min=1),

@@ -20,8 +20,6 @@ MAX_ROWS = 16
 MAX_ROWS_BY_CHANNEL = 512
 """The same where each row chooses widths for its channels: PyTorch then makes a product for every width."""
 
-_SLICE = 32  # rows that one call of the kernels takes, whose sums stay in a near cache
-
 _MAX_WIDTH = 8
 _LIBRARY = torch.library.Library("quicksilver", "DEF")
 _LIBRARY.define(
@@ -110,11 +108,8 @@ def multiply(x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int 
     """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks."""
     y = x.new_empty((x.shape[0], matrix.num_outputs))
     each = None if widths is None else widths.contiguous().numpy()
-    rows, out, threads = x.detach().contiguous().numpy(), y.numpy(), torch.get_num_threads()
-    for begin in range(0, len(rows), _SLICE):
-        part = slice(begin, begin + _SLICE)
-        some = None if each is None else each[part]
-        native.extension().multiply_rows(matrix, rows[part], out[part], some, uniform, threads)
+    rows = x.detach().contiguous().numpy()
+    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
     return y
 
 
