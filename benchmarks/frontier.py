@@ -1,12 +1,19 @@
-"""What a calibration tried and chose, as a section of a results page: from the PLAN.frontier.json that it wrote."""
+"""What a calibration tried and chose, as a section of a results page: from the PLAN.frontier.json that it wrote.
+
+Nothing is measured here, and nothing is chosen: which plan held is what the file says.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import click
+
+from benchmarks.sweep import interval
+from quicksilver.calibrate.scoring import Budget
 
 _GROUPS = {
     "together": "all together",
@@ -34,14 +41,15 @@ _SAVED = (
 def markdown(found: dict[str, Any]) -> str:
     """Return a calibration's table, its command above it and what did not hold below."""
     parts, protocol, environment = found["parts"], found["protocol"], found["environment"]
-    budget, verification = found["budget"], found["verification"]
+    budget, held, not_held = found["budget"], found["verification"]["held"], found["verification"]["failed"]
     unit = "nats" if budget["unit"] == "nll" else "perplexity"
     lines = [
         f"### {found['model']}, +{budget['limit']:.3f} {unit}",
         "",
         f"`{found['command']}`",
         "",
-        f"dense {found['candidates'][0]['dense_bits_per_byte']:.3f} bits per byte on the searched part;"
+        f"dense {found['candidates'][0]['dense_bits_per_byte']:.3f} bits per byte on the searched part"
+        f"{_held_dense(held)};"
         f" {parts['fit_tokens']} tokens to fit, {parts['search_tokens']} scored in the search,"
         f" {parts['held_out_tokens']} held out; context {protocol['context']}, stride {protocol['stride']}."
         f" quicksilver {environment['quicksilver']}, torch {environment['torch']}, transformers"
@@ -50,20 +58,30 @@ def markdown(found: dict[str, Any]) -> str:
         "| on the searched part, upper end inside the budget | Δnll [95 % CI] | FLOPs | in the layers | bitops"
         " | weight bytes | cache bytes | layers |",
         "|---" * 8 + "|",
-        *(_of_group(found, group, label) for group, label in _GROUPS.items()),
+        *filter(None, (_of_group(found, group, label) for group, label in _GROUPS.items())),
         *(_row(f"chosen, without {each['without']}", each, each) for each in found["leave_one_out"]),
     ]
-    held = verification["held"]
     if held is not None:
         figures = held["delta"] | {"mean_depth": held["accelerated"]["mean_depth"]}
         lines.append(_row("**chosen, on held-out text**", held, figures))
-    failed = [
-        f"{_percent(row['delta']['flops_body_reduction'])} in the layers at {_loss(row)}"
-        for row in verification["failed"]
-    ]
+    else:
+        lines.append("\nNo plan held on the held-out text: dense was written.")
+    failed = [_failed(row, budget["unit"]) for row in not_held]
     if failed:
         lines += ["", f"Tried before and not held there: {', '.join(failed)}."]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def _held_dense(held: dict[str, Any] | None) -> str:
+    return "" if held is None else f" and {held['dense']['bits_per_byte']:.3f} on the held-out one"
+
+
+def _failed(row: dict[str, Any], unit: str) -> str:
+    """Return what a plan saved and lost that did not hold, on the text where its interval ends highest."""
+    ends = {name: (delta[f"{unit}_ci95"] or (0.0, math.inf))[1] for name, delta in row["delta_by_text"].items()}
+    text = max(ends, key=ends.__getitem__)
+    lost = interval(row["delta_by_text"][text])
+    return f"{_percent(row['delta']['flops_body_reduction'])} in the layers at {lost} on {text}"
 
 
 def _of_group(found: dict[str, Any], group: str, label: str) -> str | None:
@@ -71,7 +89,7 @@ def _of_group(found: dict[str, Any], group: str, label: str) -> str | None:
     of_group = [each for each in found["candidates"] if each["group"] == group]
     if not of_group:
         return None
-    inside = [each for each in of_group if _holds(each, found["budget"])]
+    inside = [each for each in of_group if Budget(**found["budget"]).holds(each)]
     if inside:
         best = max(inside, key=lambda each: each["saved"])
         return _row(label, best, best)
@@ -79,20 +97,9 @@ def _of_group(found: dict[str, Any], group: str, label: str) -> str | None:
     return _row(f"{label} (outside the budget)", best, best)
 
 
-def _holds(scored: dict[str, Any], budget: dict[str, Any]) -> bool:
-    """Whether the upper end of the interval is inside the budget, on all text and on each."""
-    deltas = (scored["delta"], *scored["delta_by_text"].values())
-    return all(delta[f"{budget['unit']}_ci95"][1] <= budget["limit"] for delta in deltas)
-
-
 def _row(label: str, scored: dict[str, Any], figures: dict[str, Any]) -> str:
     saved = " | ".join(_percent(figures[name]) for name in _SAVED)
-    return f"| {label} | {_loss(scored)} | {saved} | {figures['mean_depth']:.2f} |"
-
-
-def _loss(scored: dict[str, Any]) -> str:
-    delta = scored["delta"]
-    return f"{delta['nll']:+.4f} [{delta['nll_ci95'][0]:+.4f}, {delta['nll_ci95'][1]:+.4f}]"
+    return f"| {label} | {interval(scored['delta'])} | {saved} | {figures['mean_depth']:.2f} |"
 
 
 def _percent(share: float) -> str:

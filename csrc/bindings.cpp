@@ -59,13 +59,41 @@ Rooms& rooms_of_caller() {
   return rooms;
 }
 
+// Multiplies rows [num_rows, in], few enough for their selections to stay near.
+void multiply_some(const NestedMatrix& matrix, const float* x, float* y, int num_rows, const std::uint8_t* each,
+                   int uniform, int threads) {
+  Rooms& rooms = rooms_of_caller();
+  const int inputs = matrix.num_inputs(), outputs = matrix.num_outputs(), stride = matrix.padded_outputs();
+  const bool direct = stride == outputs;
+  if (rooms.coefficients.size() < std::size_t(threads)) rooms.coefficients.resize(threads);
+  if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
+  if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
+  for (int r = 0; r < num_rows; ++r) rooms.rows[r].prepare(inputs);
+  reserve({&matrix}, num_rows, rooms.sharing);
+  float* out = direct ? y : rooms.y.data();
+  const Product product{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr};
+  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+    const int blocks = Selection::blocks_of(inputs);
+    for (int r = 0; r < num_rows; ++r) {
+      Widths row;
+      row.uniform = uniform;
+      if (each) row.each = each + std::size_t(r) * inputs;
+      rooms.rows[r].choose(current_kernels().floats, x + std::size_t(r) * inputs, matrix.base_scales(), inputs, row,
+                           blocks * thread / threads, blocks * (thread + 1) / threads);
+    }
+    multiply(&product, 1, rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
+  });
+  for (int r = 0; !direct && r < num_rows; ++r) {
+    std::copy_n(out + std::size_t(r) * stride, outputs, y + std::size_t(r) * outputs);
+  }
+}
+
 void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object widths, int uniform, int threads) {
   if (threads < 1) throw std::invalid_argument("there must be a thread");
   const int num_rows = static_cast<int>(x.shape(0)), inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
   if (x.shape(1) != std::size_t(inputs) || y.shape(0) != x.shape(0) || y.shape(1) != std::size_t(outputs)) {
     throw std::invalid_argument("rows do not fit the matrix");
   }
-  if (num_rows == 0) return;
   const std::uint8_t* each = nullptr;
   Bytes2 given;
   if (!widths.is_none()) {
@@ -76,31 +104,10 @@ void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object w
     each = given.data();
   }
   nb::gil_scoped_release release;
-  Rooms& rooms = rooms_of_caller();
-  if (rooms.coefficients.size() < std::size_t(threads)) rooms.coefficients.resize(threads);
-  if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
-  const int stride = matrix.padded_outputs();
-  const bool direct = stride == outputs;
-  if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
-  for (int r = 0; r < num_rows; ++r) {
-    rooms.rows[r].prepare(inputs);
-  }
-  float* out = direct ? y.data() : rooms.y.data();
-  const std::vector<Product> products{{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr}};
-  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
-    const int blocks = Selection::blocks_of(inputs);
-    for (int r = 0; r < num_rows; ++r) {
-      Widths row;
-      row.uniform = uniform;
-      if (each) row.each = each + std::size_t(r) * inputs;
-      rooms.rows[r].choose(current_kernels().floats, x.data() + std::size_t(r) * inputs, matrix.base_scales(), inputs,
-                           row, blocks * thread / threads, blocks * (thread + 1) / threads);
-    }
-    multiply(products, rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
-  });
-  if (direct) return;
-  for (int r = 0; r < num_rows; ++r) {
-    std::copy_n(out + std::size_t(r) * stride, outputs, y.data() + std::size_t(r) * outputs);
+  for (int first = 0; first < num_rows; first += kSlice) {
+    const std::size_t at = std::size_t(first) * inputs;
+    multiply_some(matrix, x.data() + at, y.data() + std::size_t(first) * outputs, std::min(kSlice, num_rows - first),
+                  each ? each + at : nullptr, uniform, threads);
   }
 }
 

@@ -24,7 +24,7 @@ template <class Run>
       return run(std::integral_constant<int, 3>());
     case 2:
       return run(std::integral_constant<int, 2>());
-    default:
+    case 1:
       return run(std::integral_constant<int, 1>());
   }
 }

@@ -107,6 +107,14 @@ void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers
     if (selections[m].size() < std::size_t(n)) selections[m].resize(n);
     for (Selection& selection : selections[m]) selection.prepare(inputs);
   }
+  std::vector<const NestedMatrix*> matrices;
+  for (const Layer& layer : layers) {
+    matrices.clear();
+    for (const LinearMap& map : layer.maps) {
+      if (map.matrix) matrices.push_back(map.matrix);
+    }
+    reserve(matrices, n, sharing);
+  }
 }
 
 bool LayerRunner::Pass::takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread) {
@@ -187,11 +195,12 @@ void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<
   for (const LinearMap* map = ahead; map < ahead + num_ahead; ++map) {
     if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_width())});
   }
-  std::vector<Product> multiplied;
+  Product multiplied[kMaps];
+  int count = 0;
   for (const auto& [map, num_rows] : maps) {
-    if (num_rows > 0) multiplied.push_back(product(layer, map, num_rows));
+    if (num_rows > 0) multiplied[count++] = product(layer, map, num_rows);
   }
-  multiply(multiplied, sharing, coming, thread, num_threads, rooms[thread], barrier);
+  multiply(multiplied, count, sharing, coming, thread, num_threads, rooms[thread], barrier);
 }
 
 // Norms and rotates queries and keys, and writes the rows' entries.

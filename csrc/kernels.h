@@ -12,6 +12,7 @@ namespace quicksilver {
 
 constexpr int kMaxWidth = 8;
 constexpr int kPlanes = 4;         // two bits each, leading bits first
+constexpr int kFields = 4;         // outputs that share a byte of a plane
 constexpr int kTileOutputs = 256;  // a channel's run in a plane of a tile: one cache line
 constexpr int kHalfOutputs = 128;
 constexpr int kLaneOutputs = 32;  // outputs that share a coefficient: the smallest group
@@ -36,8 +37,6 @@ struct Tile {
   const std::uint8_t* run(int plane, std::size_t channel) const { return planes[plane] + channel * stride_in(plane); }
   const std::uint8_t* record(std::size_t channel) const { return records + channel * record_stride; }
 };
-
-constexpr int kFields = 4;  // outputs that share a byte of a plane
 
 // Where a plane keeps an output's two bits: in byte `byte` of the channel's run and there, from the lowest bits on, in
 // place `field ^ plane`: so an output's pairs in four planes are at four places, and one byte can take them all. The

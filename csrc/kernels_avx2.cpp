@@ -43,8 +43,8 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
         const __m256i product = _mm256_mullo_epi32(_mm256_set1_epi32(chunk.x[j]), multipliers(steps));
         q[i] = _mm256_srai_epi32(_mm256_add_epi32(product, _mm256_set1_epi32(1 << 14)), 15);
         sums = _mm256_add_epi32(sums, q[i]);
-        zero_sums = _mm256_add_epi32(zero_sums, _mm256_madd_epi16(q[i], record(tile, chunk.channels[j],
-                                                                               kTileGroups)));  // zeros < 2 ** 8
+        const __m256i zeros = record(tile, chunk.channels[j], kTileGroups);  // below 2 ** 8
+        zero_sums = _mm256_add_epi32(zero_sums, _mm256_madd_epi16(q[i], zeros));
       }
       const __m256i words = _mm256_blend_epi16(q[0], _mm256_slli_epi32(q[1], 16), 0xaa);
       _mm256_store_si256(reinterpret_cast<__m256i*>(c.words + pair * kTileGroups), words);
@@ -57,7 +57,7 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
   _mm256_store_si256(reinterpret_cast<__m256i*>(c.zero_sums), zero_sums);
 }
 
-// What a matrix of bits (see matrix_of) makes of each low and of each high nibble.
+// What a matrix of bits (see matrix_of) makes of each low and of each high nibble. Each bit comes from one.
 struct Images {
   alignas(16) std::uint8_t of_low[16], of_high[16];
 
@@ -79,7 +79,7 @@ struct Vector {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static Bytes looked_up(Bytes table, Bytes indices) { return _mm256_shuffle_epi8(table, indices); }
-  // Bits of `mask` from x, the others from y.
+  // Bits of Mask from x, the others from y.
   template <std::uint8_t Mask>
   static Bytes select(Bytes x, Bytes y) {
     const __m256i mask = _mm256_set1_epi8(static_cast<char>(Mask));

@@ -90,7 +90,7 @@ struct Vector {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static Bytes looked_up(Bytes table, Bytes indices) { return _mm512_shuffle_epi8(table, indices); }
-  // Bits of `mask` from x, the others from y.
+  // Bits of Mask from x, the others from y.
   template <std::uint8_t Mask>
   static Bytes select(Bytes x, Bytes y) {
     return _mm512_ternarylogic_epi64(x, y, _mm512_set1_epi8(static_cast<char>(Mask)), 0xe4);
@@ -139,7 +139,7 @@ template <int Width, bool Full, int Half>
 #pragma GCC unroll 4
     for (int p = 0; p < planes; ++p) {
       const auto line = [&](int j) {
-        return load_line<Full>(tile.planes[p] + (p < 2 ? at[j] : 2 * at[j]));  // see Tile::run
+        return load_line<Full>(tile.planes[p] + (p < 2 ? at[j] : 2 * at[j]));  // Tile::run; GCC multiplies in it anew
       };
       const __m512i lines[kQuadChannels] = {line(0), line(1), line(2), line(3)};
       interleave<Half>(lines, &bytes[0][p], &bytes[1][p]);

@@ -11,7 +11,6 @@ namespace quicksilver {
 namespace {
 
 constexpr int kUnits = 4;       // of a matrix at least, if it has as many blocks: so that threads end together
-constexpr int kSlice = 32;      // rows multiplied at a time
 constexpr int kUnitBlocks = 8;  // of a unit, but for that: sums cost little beside what they are of
 
 // Into how many units each strip is cut.
@@ -167,38 +166,36 @@ void add_units(const Sharing& sharing, int thread, int num_threads) {
   }
 }
 
+// Floats that the sums over a matrix's units take, of each row.
+std::size_t sums_of(const NestedMatrix& matrix) {
+  const int units = units_of_strip(matrix);
+  return units > 1 ? std::size_t(units) * matrix.padded_outputs() : 0;
+}
+
 // Says what is multiplied next: rows [first, first + kSlice) of the products. To be called by one thread, with a
 // barrier before the threads multiply.
-void share(const std::vector<Product>& products, int first, int num_threads, Sharing& sharing) {
+void share(const Product* products, int num_products, int first, int num_threads, Sharing& sharing) {
   sharing.products.clear();
-  for (Product product : products) {
-    if (first >= product.num_rows) continue;
-    product.rows += first;
-    product.y += std::size_t(first) * product.stride;
-    product.num_rows = std::min(kSlice, product.num_rows - first);
-    sharing.products.push_back(product);
+  for (const Product* all = products; all < products + num_products; ++all) {
+    if (first >= all->num_rows) continue;
+    Product part = *all;
+    part.rows += first;
+    part.y += std::size_t(first) * part.stride;
+    part.num_rows = std::min(kSlice, part.num_rows - first);
+    sharing.products.push_back(part);
   }
   sharing.units.clear();
-  std::size_t room = 0;
-  const auto each_strip = [&sharing](auto&& visit) {
-    for (const Product& product : sharing.products) {
-      for (int strip = 0; strip < product.matrix->num_strips(); ++strip) visit(product, strip);
-    }
-  };
-  each_strip([&](const Product& product, int strip) {
-    const int units = units_of_strip(*product.matrix);
-    if (units > 1) room += std::size_t(units) * product.num_rows * product.matrix->strip_outputs(strip);
-  });
-  if (sharing.sums.size() < room) sharing.sums.resize(room);
   float* sums = sharing.sums.data();
-  each_strip([&](const Product& product, int strip) {
+  for (const Product& product : sharing.products) {
     const int units = units_of_strip(*product.matrix);
-    for (int i = 0; i < units; ++i) {
-      const auto [begin, end] = blocks_of_unit(*product.matrix, i);
-      sharing.units.push_back({&product, strip, begin, end, units > 1 ? sums : nullptr});
-      if (units > 1) sums += std::size_t(product.num_rows) * product.matrix->strip_outputs(strip);
+    for (int strip = 0; strip < product.matrix->num_strips(); ++strip) {
+      for (int i = 0; i < units; ++i) {
+        const auto [begin, end] = blocks_of_unit(*product.matrix, i);
+        sharing.units.push_back({&product, strip, begin, end, units > 1 ? sums : nullptr});
+        if (units > 1) sums += std::size_t(product.num_rows) * product.matrix->strip_outputs(strip);
+      }
     }
-  });
+  }
   sharing.taken.store(num_threads, std::memory_order_relaxed);
 }
 
@@ -230,14 +227,29 @@ void multiply_units(Sharing& sharing, const std::vector<Ahead>& ahead, int threa
 
 }  // namespace
 
-void multiply(const std::vector<Product>& products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
+void reserve(const std::vector<const NestedMatrix*>& matrices, int num_rows, Sharing& sharing) {
+  std::size_t room = 0, units = 0;
+  for (const NestedMatrix* matrix : matrices) {
+    room += sums_of(*matrix) * std::min(num_rows, kSlice);
+    units += std::size_t(units_of_strip(*matrix)) * matrix->num_strips();
+  }
+  if (sharing.sums.size() < room) sharing.sums.resize(room);
+  sharing.units.reserve(units);
+  sharing.products.reserve(matrices.size());
+}
+
+void multiply(const Product* products, int num_products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
               int num_threads, Coefficients& room, Barrier& barrier) {
+  static const std::vector<Ahead> nothing;  // these matrices' next rows
   int most = 0;
-  for (const Product& product : products) most = std::max(most, product.num_rows);
+  for (const Product* product = products; product < products + num_products; ++product) {
+    most = std::max(most, product->num_rows);
+  }
   for (int first = 0; first < most; first += kSlice) {
-    if (thread == 0) share(products, first, num_threads, sharing);
+    if (thread == 0) share(products, num_products, first, num_threads, sharing);
     barrier.wait();
-    multiply_units(sharing, ahead, thread, num_threads, room, barrier);
+    const bool last = first + kSlice >= most;
+    multiply_units(sharing, last ? ahead : nothing, thread, num_threads, room, barrier);
   }
 }
 

@@ -43,10 +43,16 @@ struct Sharing {
   std::atomic<int> taken{0};
 };
 
-// Multiplies, some rows of all products at a time: the sums of many would take much memory. Every thread calls it, with
-// the same products; it ends with all threads past the last barrier. Reads of `y` beyond the outputs find what padding
-// gives. What a thread is expected to read first of the matrices ahead is fetched at the end.
-void multiply(const std::vector<Product>& products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
+constexpr int kSlice = 32;  // rows multiplied at a time: the sums of many would take much memory
+
+// Makes room for products of so many rows with these matrices at once. To be called before threads multiply: where
+// there is no memory, one of them alone would know.
+void reserve(const std::vector<const NestedMatrix*>& matrices, int num_rows, Sharing& sharing);
+
+// Multiplies, `kSlice` rows of each product at a time. Every thread calls it, with the same products; it ends with all
+// threads past the last barrier. Reads of `y` beyond the outputs find what padding gives. What a thread is expected to
+// read first of the matrices ahead is fetched at the end.
+void multiply(const Product* products, int num_products, Sharing& sharing, const std::vector<Ahead>& ahead, int thread,
               int num_threads, Coefficients& room, Barrier& barrier);
 
 }  // namespace quicksilver

@@ -251,7 +251,7 @@ def test_prompts_padded_on_the_right_cannot_be_continued() -> None:
 
 def test_an_empty_prompt_is_refused(model: Any) -> None:
     empty = torch.empty((1, 0), dtype=torch.long)
-    for call in (lambda: model.generate(empty), lambda: model.generate(input_ids=empty)):
+    for call in (lambda: model.generate(empty), lambda: model.generate(inputs=None, input_ids=empty)):
         with pytest.raises(InputError, match="the prompt is empty"):
             call()
 

@@ -158,6 +158,22 @@ def test_in_practice_products_are_off_by_a_few_parts_in_a_hundred_thousand(isa: 
 
 
 @ISAS
+@pytest.mark.parametrize("rows", [1, 40])
+def test_channels_that_nobody_reads_leave_nothing_of_earlier_products(isa: str, rows: int) -> None:
+    """Where a unit's first block is empty, its sums begin with zeros, not with what the last product left there."""
+    linear, x = module(700, 300), draw(rows, 700)
+    widths = torch.full(x.shape, 8, dtype=torch.uint8)
+    widths[:, :64] = 0
+    widths[:, 192:256] = 0  # the first block of the second unit, and of every third
+    with using(isa):
+        for _ in range(2):
+            product(linear, 100.0 * x, 8)
+            assert_close(product(linear, x, widths), linear, x, widths)
+        nothing = torch.zeros_like(widths)
+        assert torch.equal(product(linear, x, nothing), torch.zeros(rows, 300))
+
+
+@ISAS
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(70, 100), (700, 300), (130, 4500)])
 def test_neither_threads_nor_other_rows_change_a_bit(isa: str, num_inputs: int, num_outputs: int) -> None:
     linear, x = module(num_inputs, num_outputs), draw(5, num_inputs)

@@ -224,9 +224,9 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
-        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if isinstance(prompt, Tensor) and prompt.numel() == 0:
-            raise InputError("the prompt is empty; pass at least one token of each sequence")
+        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        if any(isinstance(prompt, Tensor) and prompt.numel() == 0 for prompt in given):
+            raise InputError("the prompt is empty; pass at least one sequence of at least one token")
         kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         trace = self._decoder.new_trace()
         output = super().generate(*args, trace=trace, **kwargs)

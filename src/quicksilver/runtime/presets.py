@@ -38,7 +38,7 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
     if isinstance(plan, str) and plan in {name.rpartition("/")[2] for name in calibrated}:
         raise PlanError(
             f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))}."
-            " Name it in full where yours is that one, nested; else `quicksilver calibrate` makes one for yours"
+            " Give one of these names if your folder holds that model; else `quicksilver calibrate` makes one for yours"
         )
     raise PlanError(f"{plan}: neither a preset ({', '.join((*PRESETS, *calibrated))}) nor a plan file")
 
