@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks.sweep import interval
+from benchmarks.sweep import interval, machine
 from quicksilver.calibrate.scoring import Budget
 
 _GROUPS = {
@@ -40,7 +40,7 @@ _SAVED = (
 
 def markdown(found: dict[str, Any]) -> str:
     """Return a calibration's table, its command above it and what did not hold below."""
-    parts, protocol, environment = found["parts"], found["protocol"], found["environment"]
+    parts, protocol = found["parts"], found["protocol"]
     budget, held, not_held = found["budget"], found["verification"]["held"], found["verification"]["failed"]
     unit = "nats" if budget["unit"] == "nll" else "perplexity"
     lines = [
@@ -52,8 +52,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{_held_dense(held)};"
         f" {parts['fit_tokens']} tokens to fit, {parts['search_tokens']} scored in the search,"
         f" {parts['held_out_tokens']} held out; context {protocol['context']}, stride {protocol['stride']}."
-        f" quicksilver {environment['quicksilver']}, torch {environment['torch']}, transformers"
-        f" {environment['transformers']}, {environment['cpu']}, {environment['threads']} thread(s).",
+        f" {machine(found['environment'])}",
         "",
         "| on the searched part, upper end inside the budget | Δnll [95 % CI] | FLOPs | in the layers | bitops"
         " | weight bytes | cache bytes | layers |",

@@ -136,10 +136,17 @@ def heading(row: dict[str, Any], more: str = "") -> list[str]:
         f" dense {row['dense']['nll']:.4f} nats, perplexity {row['dense']['ppl']:.2f},"
         f" {row['dense']['bits_per_byte']:.3f} bits per byte; {row['tokens_scored']} tokens scored, context"
         f" {protocol['context']}, stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'}, mode"
-        f" {protocol['mode']}{more}. quicksilver {env['quicksilver']}, torch {env['torch']}, transformers"
-        f" {env['transformers']}, {env['cpu']}, {env['threads']} thread(s).",
+        f" {protocol['mode']}{more}. {machine(env)}",
         "",
     ]
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Return versions, processor and threads of a run, as a sentence."""
+    return (
+        f"quicksilver {environment['quicksilver']}, torch {environment['torch']}, transformers"
+        f" {environment['transformers']}, {environment['cpu']}, {environment['threads']} thread(s)."
+    )
 
 
 def interval(delta: dict[str, Any]) -> str:

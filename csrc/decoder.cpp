@@ -50,6 +50,7 @@ struct LayerRunner::Pass {
   Grid normed, attended, mapped;
   std::vector<char> past;  // of each row: it goes past the sublayer at hand
   std::vector<int> all, running, through;
+  int most_rows = 0;  // that there is room for
 
   // Of the run at hand.
   const Shape* shape;
@@ -64,6 +65,7 @@ struct LayerRunner::Pass {
   std::int64_t* counts(int layer, int thread) { return threads[thread].counts.data() + layer * kLayerCounts; }
 
   void prepare(const std::vector<Layer>& layers, int num_layers);
+  void make_room(const std::vector<Layer>& layers, int n);
   void norm_rows(const std::vector<int>& of, const Norm& norm, const Shortcut& shortcut, bool attention, int layer,
                  int thread);
   bool takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread);
@@ -93,6 +95,11 @@ void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers
     if (!(*rows)[r].fills) running.push_back(r);
   }
   past.assign(n, 0);
+  if (n > most_rows) make_room(layers, n);
+}
+
+// What depends on the layers and on how many rows there are: grows, and is left alone while runs are no larger.
+void LayerRunner::Pass::make_room(const std::vector<Layer>& layers, int n) {
   normed.resize(n, shape->hidden);
   mapped.resize(n, shape->hidden);
   attended.resize(n, shape->heads * shape->head_dim);
@@ -115,6 +122,7 @@ void LayerRunner::Pass::prepare(const std::vector<Layer>& layers, int num_layers
     }
     reserve(matrices, n, sharing);
   }
+  most_rows = n;
 }
 
 bool LayerRunner::Pass::takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread) {

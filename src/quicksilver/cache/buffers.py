@@ -74,8 +74,7 @@ class RowBuffer:
         end = self._length + count
         if end > self._capacity:
             self._grow(end)
-        self._account.used += count * self.row_nbytes  # as `length` would; this runs for every layer and token
-        self._length = end
+        self.length = end
         return self._address
 
     def extend_coded(self, count: int) -> tuple[int, int]:

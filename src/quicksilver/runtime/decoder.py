@@ -164,15 +164,8 @@ class Decoder:
 
     def _cap(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> TokenStatus:
         """Let the tokens that go on decide how many bits they read from here, if this is the layer for it."""
-        if layer_idx not in self._precision.layers:
-            return status
-        hidden, origins, layer_trace = (
-            running.state.hidden,
-            running.state.layout.origin,
-            context.trace.at(layer_idx),
-        )
-        count = context.chunk.num_tokens
-        caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, layer_trace)
+        hidden, origins, count = running.state.hidden, running.state.layout.origin, context.chunk.num_tokens
+        caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, context.trace)
         return status if caps is status.caps else replace(status, caps=caps)
 
     def _run_again(self, first: int, rerun: Rerun, outer: PassContext) -> None:

@@ -17,7 +17,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ChannelWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.core.tensors import named_vector
-from quicksilver.core.trace import LayerTrace
+from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.spec import Adapter, Apply
 from quicksilver.policies import precision
 from quicksilver.quant import NestedLinear
@@ -123,13 +123,13 @@ class PrecisionStep:
         return partial(self._apply, trace, coarse, partial(self._choose, layer_idx, caps, exempt, trace))
 
     def decide_tokens(
-        self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: LayerTrace
+        self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: Trace
     ) -> Tensor | None:
         """Return the pass's caps after a layer, [count] uint8: of tokens `origins`, as their states [M, d] decide."""
         if self._token_rule is None or layer_idx != self._token_layer or len(hidden) == 0:
             return caps
         choice = precision.decide_tokens(self._token_rule, TokenWidthView(hidden, self._head_entropy))
-        trace.signal_rows.update(choice.signal_rows)
+        trace.at(layer_idx).signal_rows.update(choice.signal_rows)
         if caps is None:
             caps = torch.full((count,), MAX_WIDTH, dtype=torch.uint8, device=hidden.device)
         return caps.index_copy(0, origins, choice.widths)  # type: ignore[arg-type]
