@@ -85,19 +85,25 @@ struct alignas(64) Coefficients {
   float scale;
 };
 
-// What a thread reads after the chunk at hand, fetched run by run meanwhile: of each slot the records, then the planes.
+// What a thread reads after the chunk at hand, fetched meanwhile: of each channel the records and, two lines at a time,
+// the runs of a strip in the planes that its width takes.
 struct Upcoming {
-  const std::uint8_t *at = nullptr, *end = nullptr;  // of the run at hand
-  int step = 0;                                      // lines to fetch while half a quad is multiplied
-  int slot = 0, stream = 0;
-  int slots = 0;
-  const std::uint32_t* channels = nullptr;  // [slots]
-  struct Stream {
-    const std::uint8_t* base;
-    std::size_t stride, bytes;
-    int slots;  // the first ones, which read it
-  } streams[kPlanes + 1] = {};
+  const std::uint32_t *channels = nullptr, *end = nullptr;  // still to come
+  const Part* part = nullptr;                               // of the channel at hand
+  int slots_left = 0;                                       // of that part
+  int num_planes = 0;
+  const std::uint8_t* planes[kPlanes] = {};  // where channel 0 has its runs
+  const std::uint8_t* records = nullptr;
+  std::size_t stride = 0, record_stride = 0;  // as a tile has them
+  std::size_t run_bytes = 0;
+  std::size_t run = 0, line = 0;  // bytes: to the channel's run in plane 0, and how far that is fetched
+  std::uint32_t rate = 0;         // steps to take while half a quad is multiplied, in units of 1 / kFetchUnit
+  std::uint32_t due = 0;
 };
+
+constexpr std::uint32_t kFetchUnit = 1 << 16;
+constexpr std::size_t kLineBytes = 64;
+constexpr std::size_t kFetchBytes = 2 * kLineBytes;  // of a run in a step
 
 struct Kernels {
   const char* name;

@@ -29,49 +29,43 @@ int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
 int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
-// The streams of a strip, its records first; nothing reads them yet.
-Upcoming streams_of(const NestedMatrix& matrix, int strip) {
+// A strip's runs of some channels, counted from channel `first`, to be fetched in so many half quads' time.
+Upcoming runs_of(const NestedMatrix& matrix, int strip, int first, const std::uint32_t* channels, int slots,
+                 const Part* parts, int half_quads) {
   Upcoming next;
+  if (slots == 0 || half_quads == 0) return next;
   const Tile& tile = matrix.tile(first_tile(strip));
-  const std::size_t line_bytes = std::size_t(matrix.strip_outputs(strip)) / 4;
-  next.streams[0] = {tile.records, tile.record_stride, tile.record_stride, 0};
-  for (int p = 0; p < kPlanes; ++p) {
-    next.streams[p + 1] = {tile.planes[p], tile.stride_in(p), line_bytes, 0};
-  }
+  next.channels = channels;
+  next.end = channels + slots;
+  next.part = parts;
+  next.slots_left = parts->slots;
+  next.num_planes = planes_of(parts->width);
+  for (int p = 0; p < kPlanes; ++p) next.planes[p] = tile.run(p, first);
+  next.records = tile.record(first);
+  next.stride = tile.stride;
+  next.record_stride = tile.record_stride;
+  next.run_bytes = std::size_t(matrix.strip_outputs(strip)) / kFields;
+  next.run = *channels * tile.stride;
+  const std::size_t steps = slots * ((next.run_bytes + kFetchBytes - 1) / kFetchBytes);
+  next.rate = static_cast<std::uint32_t>(std::max<std::size_t>(1, (steps * kFetchUnit + half_quads - 1) / half_quads));
   return next;
-}
-
-// Begins with the first slot, to be through after so many steps.
-void start(Upcoming& next, int steps) {
-  next.slots = next.streams[0].slots;
-  if (next.slots == 0 || steps == 0) return;
-  std::size_t lines = 0;
-  for (const Upcoming::Stream& stream : next.streams) lines += stream.slots * ((stream.bytes + 63) / 64);
-  next.at = next.streams[0].base + next.channels[0] * next.streams[0].stride;
-  next.end = next.at + next.streams[0].bytes;
-  next.step = static_cast<int>((lines + steps - 1) / steps);
 }
 
 // What the first row reads of a block.
-Upcoming upcoming(const Unit& unit, int block, int steps) {
+Upcoming upcoming(const Unit& unit, int block, int half_quads) {
   const Chunk chunk = unit.product->rows[0].chunk(block);
-  Upcoming next = streams_of(*unit.product->matrix, unit.strip);
-  next.channels = chunk.channels;
-  next.streams[0].slots = chunk.slots;
-  for (int i = 0; i < chunk.num_parts; ++i) {
-    for (int p = 0; p < planes_of(chunk.parts[i].width); ++p) next.streams[p + 1].slots += chunk.parts[i].slots;
-  }
-  start(next, steps);
-  return next;
+  return runs_of(*unit.product->matrix, unit.strip, 0, chunk.channels, chunk.slots, chunk.parts, half_quads);
 }
 
 // What a thread reads first of the matrices ahead: it begins with the unit of its own number.
-Upcoming upcoming(const std::vector<Ahead>& ahead, int thread, int steps) {
+Upcoming upcoming(const std::vector<Ahead>& ahead, int thread, int half_quads) {
   static const std::vector<std::uint32_t> all = [] {
     std::vector<std::uint32_t> channels(kChunkChannels);
     std::iota(channels.begin(), channels.end(), 0u);
     return channels;
   }();
+  static const Part parts[] = {
+      {0, kChunkChannels}, {2, kChunkChannels}, {4, kChunkChannels}, {6, kChunkChannels}, {8, kChunkChannels}};
   int unit = thread;
   for (const auto& [matrix, planes] : ahead) {
     const int units = units_of_strip(*matrix);
@@ -79,21 +73,15 @@ Upcoming upcoming(const std::vector<Ahead>& ahead, int thread, int steps) {
       unit -= units * matrix->num_strips();
       continue;
     }
-    Upcoming next = streams_of(*matrix, unit / units);
     const int first = blocks_of_unit(*matrix, unit % units).first * kChunkChannels;
-    next.channels = all.data();
-    for (int s = 0; s <= planes; ++s) {
-      next.streams[s].base += first * next.streams[s].stride;
-      next.streams[s].slots = std::min(kChunkChannels, matrix->num_inputs() - first);
-    }
-    start(next, steps);
-    return next;
+    const int slots = std::min(kChunkChannels, matrix->num_inputs() - first);
+    return runs_of(*matrix, unit / units, first, all.data(), slots, parts + planes, half_quads);
   }
   return {};
 }
 
 // Half quads that a block's products go through.
-int steps_of(const Unit& unit, int block) {
+int half_quads_of(const Unit& unit, int block) {
   int quads = 0;
   for (int r = 0; r < unit.product->num_rows; ++r) quads += unit.product->rows[r].chunk(block).slots / kQuadChannels;
   return quads * (unit.product->matrix->strip_outputs(unit.strip) / kHalfOutputs);
@@ -208,14 +196,14 @@ void multiply_units(Sharing& sharing, const std::vector<Ahead>& ahead, int threa
     int stride;
     float* y = begin_sums(unit, &stride);
     for (int block = unit.begin; block < unit.end; ++block) {
-      const int steps = steps_of(unit, block);
+      const int half_quads = half_quads_of(unit, block);
       Upcoming next;
       if (block + 1 < unit.end) {
-        next = upcoming(unit, block + 1, steps);
+        next = upcoming(unit, block + 1, half_quads);
       } else {
         taken = sharing.taken.fetch_add(1, std::memory_order_relaxed);
-        next = taken < count ? upcoming(sharing.units[taken], sharing.units[taken].begin, steps)
-                             : upcoming(ahead, thread, steps);
+        next = taken < count ? upcoming(sharing.units[taken], sharing.units[taken].begin, half_quads)
+                             : upcoming(ahead, thread, half_quads);
       }
       run_block(unit, block, y, stride, next, room);
     }
