@@ -1,4 +1,4 @@
-// What Python sees: prepared matrices, and calls on raw float32 rows. Checks of shapes are the Python side's.
+// What Python sees: prepared matrices, and calls on rows and layers by address. Checks of shapes are the Python side's.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -22,8 +22,16 @@ namespace {
 
 using Bytes2 = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using ConstRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Addresses come from tensors that the Python side keeps alive; 0 is null.
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const float* floats_at(Address address) { return at<const float>(address); }
 
 NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
                      Floats1 table2, int group_size, int num_outputs) {
@@ -51,7 +59,7 @@ struct Rooms {
   std::vector<Coefficients> coefficients;  // of each thread
   std::vector<Selection> rows;
   Sharing sharing;
-  std::vector<float> y;
+  std::vector<float> normed, y;
 };
 
 Rooms& rooms_of_caller() {
@@ -59,60 +67,66 @@ Rooms& rooms_of_caller() {
   return rooms;
 }
 
+// What is multiplied with a matrix: the same for all rows.
+struct Operand {
+  const NestedMatrix& matrix;
+  Norm norm;  // of rows first; weight null for none
+  int uniform, threads;
+};
+
 // Multiplies rows [num_rows, in], few enough for their selections to stay near.
-void multiply_some(const NestedMatrix& matrix, const float* x, float* y, int num_rows, const std::uint8_t* each,
-                   int uniform, int threads) {
+void multiply_some(const Operand& by, const float* x, const std::uint8_t* each, float* y, int num_rows) {
   Rooms& rooms = rooms_of_caller();
-  const int inputs = matrix.num_inputs(), outputs = matrix.num_outputs(), stride = matrix.padded_outputs();
+  const FloatKernels& floats = current_kernels().floats;
+  const int inputs = by.matrix.num_inputs(), outputs = by.matrix.num_outputs(), stride = by.matrix.padded_outputs();
   const bool direct = stride == outputs;
-  if (rooms.coefficients.size() < std::size_t(threads)) rooms.coefficients.resize(threads);
+  if (rooms.coefficients.size() < std::size_t(by.threads)) rooms.coefficients.resize(by.threads);
   if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
   if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
   for (int r = 0; r < num_rows; ++r) rooms.rows[r].prepare(inputs);
-  reserve({&matrix}, num_rows, rooms.sharing);
+  if (by.norm.weight) {
+    rooms.normed.resize(std::size_t(num_rows) * inputs);
+    for (int r = 0; r < num_rows; ++r) {
+      floats.norm(x + std::size_t(r) * inputs, inputs, by.norm, rooms.normed.data() + std::size_t(r) * inputs);
+    }
+    x = rooms.normed.data();
+  }
+  reserve({&by.matrix}, num_rows, rooms.sharing);
   float* out = direct ? y : rooms.y.data();
-  const Product product{&matrix, rooms.rows.data(), num_rows, out, stride, nullptr};
-  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+  const Product product{&by.matrix, rooms.rows.data(), num_rows, out, stride, nullptr};
+  Pool::shared().run(by.threads, [&](int thread, Barrier& barrier) {
     const int blocks = Selection::blocks_of(inputs);
     for (int r = 0; r < num_rows; ++r) {
       Widths row;
-      row.uniform = uniform;
+      row.uniform = by.uniform;
       if (each) row.each = each + std::size_t(r) * inputs;
-      rooms.rows[r].choose(current_kernels().floats, x + std::size_t(r) * inputs, matrix.base_scales(), inputs, row,
-                           blocks * thread / threads, blocks * (thread + 1) / threads);
+      rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, by.matrix.base_scales(), inputs, row,
+                           blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
     }
-    multiply(&product, 1, rooms.sharing, {}, thread, threads, rooms.coefficients[thread], barrier);
+    multiply(&product, 1, rooms.sharing, {}, thread, by.threads, rooms.coefficients[thread], barrier);
   });
   for (int r = 0; !direct && r < num_rows; ++r) {
     std::copy_n(out + std::size_t(r) * stride, outputs, y + std::size_t(r) * outputs);
   }
 }
 
-void multiply_rows(const NestedMatrix& matrix, ConstRows x, Rows y, nb::object widths, int uniform, int threads) {
+// Multiplies float32 rows [num_rows, in], normed first where there is a norm's weight, into [num_rows, out]. Widths:
+// uint8 [num_rows, in], or null.
+void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_rows, Address widths, int uniform,
+                   Address norm_weight, Address norm_bias, float epsilon, int threads) {
   if (threads < 1) throw std::invalid_argument("there must be a thread");
-  const int num_rows = static_cast<int>(x.shape(0)), inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
-  if (x.shape(1) != std::size_t(inputs) || y.shape(0) != x.shape(0) || y.shape(1) != std::size_t(outputs)) {
-    throw std::invalid_argument("rows do not fit the matrix");
-  }
-  const std::uint8_t* each = nullptr;
-  Bytes2 given;
-  if (!widths.is_none()) {
-    given = nb::cast<Bytes2>(widths);
-    if (given.shape(0) != x.shape(0) || given.shape(1) != std::size_t(inputs)) {
-      throw std::invalid_argument("widths do not fit the rows");
-    }
-    each = given.data();
-  }
   nb::gil_scoped_release release;
+  const std::size_t inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
+  const Operand by{matrix, {floats_at(norm_weight), floats_at(norm_bias), epsilon}, uniform, threads};
   for (int first = 0; first < num_rows; first += kSlice) {
-    const std::size_t at = std::size_t(first) * inputs;
-    multiply_some(matrix, x.data() + at, y.data() + std::size_t(first) * outputs, std::min(kSlice, num_rows - first),
-                  each ? each + at : nullptr, uniform, threads);
+    const std::uint8_t* each = widths ? at<const std::uint8_t>(widths) + first * inputs : nullptr;
+    multiply_some(by, floats_at(x) + first * inputs, each, at<float>(y) + first * outputs,
+                  std::min(kSlice, num_rows - first));
   }
 }
 
 // Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address.
-void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool bfloat16, int threads) {
+void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat16, int threads) {
   if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
   nb::gil_scoped_release release;
   const int outputs = matrix.num_outputs();
@@ -124,22 +138,19 @@ void expand(const NestedMatrix& matrix, int width, std::uintptr_t address, bool 
     for (int j = begin; j < end; ++j) {
       for (int t = 0; t < matrix.num_tiles(); ++t) {
         kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
-        const std::size_t at = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
+        const std::size_t to = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
         const int count = std::min(matrix.tile(t).outputs(), outputs - t * kTileOutputs);
         if (bfloat16) {
-          kernels.to_bfloat16(weights, count, reinterpret_cast<std::uint16_t*>(address) + at);
+          kernels.to_bfloat16(weights, count, at<std::uint16_t>(address) + to);
         } else {
-          std::copy_n(weights, count, reinterpret_cast<float*>(address) + at);
+          std::copy_n(weights, count, at<float>(address) + to);
         }
       }
     }
   });
 }
 
-// Addresses come from tensors that the Python side keeps alive; 0 is null.
-const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
-
-void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t bias, std::uintptr_t mean, int width) {
+void set_map(Layer& layer, int map, const NestedMatrix& matrix, Address bias, Address mean, int width) {
   LinearMap& linear = layer.maps[map];
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
@@ -147,8 +158,7 @@ void set_map(Layer& layer, int map, const NestedMatrix& matrix, std::uintptr_t b
   linear.width = width;
 }
 
-void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
-               std::uintptr_t norms) {
+void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels, Address norms) {
   if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
   LinearMap& linear = layer.maps[map];
   linear.thresholds = std::move(thresholds);
@@ -156,8 +166,8 @@ void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector
   linear.norms = floats_at(norms);
 }
 
-void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintptr_t up, std::uintptr_t bias, int rank,
-                  std::uintptr_t gate, float log_threshold) {
+void set_shortcut(Layer& layer, bool attention, Address down, Address up, Address bias, int rank, Address gate,
+                  float log_threshold) {
   Shortcut& shortcut = attention ? layer.attention_shortcut : layer.mlp_shortcut;
   shortcut.present = true;
   shortcut.map = {floats_at(down), floats_at(up), floats_at(bias), rank};
@@ -165,7 +175,7 @@ void set_shortcut(Layer& layer, bool attention, std::uintptr_t down, std::uintpt
   shortcut.log_threshold = log_threshold;
 }
 
-void set_norm(Layer& layer, const std::string& which, std::uintptr_t weight, std::uintptr_t bias, float epsilon) {
+void set_norm(Layer& layer, const std::string& which, Address weight, Address bias, float epsilon) {
   const Norm norm{floats_at(weight), floats_at(bias), epsilon};
   if (which == "attention") {
     layer.attention_norm = norm;
@@ -196,24 +206,22 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
   std::vector<Storage> storage;
   for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
     const std::int64_t* f = fields.data() + i;
-    storage.push_back({reinterpret_cast<void*>(f[0]), reinterpret_cast<void*>(f[1]), reinterpret_cast<float*>(f[2]),
-                       reinterpret_cast<float*>(f[3]), reinterpret_cast<std::int32_t*>(f[4]),
-                       reinterpret_cast<std::int32_t*>(f[5]), static_cast<int>(f[6])});
+    storage.push_back({at<void>(f[0]), at<void>(f[1]), at<float>(f[2]), at<float>(f[3]), at<std::int32_t>(f[4]),
+                       at<std::int32_t>(f[5]), static_cast<int>(f[6])});
   }
   return storage;
 }
 
-void run_layers(LayerRunner& runner, int first, int last, std::uintptr_t hidden, std::vector<std::int64_t> rows,
-                std::uintptr_t cos, std::uintptr_t sin, std::vector<std::int64_t> storage, int num_sequences,
-                std::uintptr_t counts, int threads) {
+void run_layers(LayerRunner& runner, int first, int last, Address hidden, std::vector<std::int64_t> rows, Address cos,
+                Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts, int threads) {
   const std::vector<Row> of_pass = rows_of(rows);
   const std::vector<Storage> places = storage_of(storage);
   if (first < 0 || last > runner.num_layers() || places.size() != std::size_t(last - first) * num_sequences) {
     throw std::invalid_argument("storage does not fit the layers");
   }
   nb::gil_scoped_release release;
-  runner.run(first, last, reinterpret_cast<float*>(hidden), of_pass, floats_at(cos), floats_at(sin), places,
-             num_sequences, reinterpret_cast<std::int64_t*>(counts), threads);
+  runner.run(first, last, at<float>(hidden), of_pass, floats_at(cos), floats_at(sin), places, num_sequences,
+             at<std::int64_t>(counts), threads);
 }
 
 LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
@@ -235,7 +243,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("nbytes", &NestedMatrix::nbytes);
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a);
-  m.def("multiply_rows", &multiply_rows, "matrix"_a, "x"_a, "y"_a, "widths"_a.none(), "uniform"_a, "threads"_a);
+  m.def("multiply_rows", &multiply_rows);
   m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
   nb::class_<Layer>(m, "Layer")

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
 from quicksilver.models.nesting import nest
+from quicksilver.models.registry import adapt
 from quicksilver.ops import native, nested_linear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.runtime.loading import accelerate
 from quicksilver.runtime.spans import LayerSpans
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.ops.nested import draw
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
@@ -94,10 +97,26 @@ def test_a_nested_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny.from_config(tiny.CONFIGS["llama"]())
     nest(model, QuantizationConfig(head=True))
     seen, run = [], nested_linear.multiply
-    monkeypatch.setattr("quicksilver.models.kernels.multiply", lambda x, *rest: seen.append(rest) or run(x, *rest))
+
+    def multiply(x: Tensor, matrix: Any, **rest: Any) -> Tensor:
+        seen.append((matrix.num_outputs, rest["norm"] is not None))
+        return run(x, matrix, **rest)
+
+    monkeypatch.setattr("quicksilver.models.kernels.multiply", multiply)
     ids = tiny.token_ids(3)
     close(run_steps(decoder(model, Plan.dense(), kernels="native"), ids), run_whole(decoder(model, Plan.dense()), ids))
-    assert [matrix.num_outputs for (matrix,) in seen] == [tiny.VOCAB]
+    assert seen == [(tiny.VOCAB, True)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_head_norms_its_rows_as_the_norm_does(family: str, rows: int) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]())
+    nest(model, QuantizationConfig(head=True))
+    adapter = adapt(model, "native")
+    hidden = draw(rows, adapter.spec.hidden_size)
+    torch.testing.assert_close(adapter.logits(hidden), adapter.head(adapter.final_norm(hidden)), atol=ATOL, rtol=0)
+    assert adapter.normed_head is not None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

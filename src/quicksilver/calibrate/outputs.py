@@ -93,6 +93,6 @@ def divergence(adapter: Adapter, full: Tensor, other: Tensor) -> Tensor:
     """Return KL(head of the full states || head of the others) of each row, [N] in nats."""
     nats = []
     for p, q in zip(full.split(_HEAD_ROWS), other.split(_HEAD_ROWS), strict=True):
-        log_p, log_q = (torch.log_softmax(adapter.head(adapter.final_norm(x)).float(), dim=-1) for x in (p, q))
+        log_p, log_q = (torch.log_softmax(adapter.logits(x).float(), dim=-1) for x in (p, q))
         nats.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(nats)

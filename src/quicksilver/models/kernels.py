@@ -15,7 +15,7 @@ from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
 from quicksilver.models.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice, Kernels
-from quicksilver.ops.nested_linear import accepts, has_whole_levels, multiply, prepared
+from quicksilver.ops.nested_linear import NormOperands, accepts, has_whole_levels, multiply, prepared
 from quicksilver.quant import NestedLinear
 
 
@@ -48,16 +48,28 @@ def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
     return "native" if missing is None else "torch"
 
 
-def head(module: NestedLinear, hidden: Tensor) -> Tensor:
-    """Apply a nested head to normed states [M, d]; few rows go to the compiled kernels by the shortest way.
+def norm_operands(norm: object) -> NormOperands | None:
+    """Return what the compiled kernels need of a norm, None where they do not know it."""
+    if isinstance(norm, nn.LayerNorm):
+        found = None if norm.bias is None else NormOperands(norm.weight, norm.bias, norm.eps)
+    else:
+        epsilon = getattr(norm, "variance_epsilon", None)
+        found = None if epsilon is None else NormOperands(norm.weight, None, epsilon)  # type: ignore[attr-defined]
+    return found if found is not None and found.weight.is_contiguous() else None
 
-    A decoded token's head is short beside PyTorch's dispatcher. Where states or weights are not the kernels', and for
-    more rows, it is `NestedLinear.forward`.
+
+def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """Apply a nested head to states [M, d], normed first; few rows go to the compiled kernels by the shortest way.
+
+    A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
+    and for more rows, it is `norm`'s and `NestedLinear`'s `forward`.
     """
-    matrix = prepared(module.stored) if accepts(hidden) and not module.is_expanded else None
+    operands = None if norm is None else norm_operands(norm)
+    known = norm is None or operands is not None
+    matrix = prepared(module.stored) if known and accepts(hidden) and not module.is_expanded else None
     if matrix is None:
-        return module(hidden, kernels="native")
-    logits = multiply(hidden, matrix)
+        return module(hidden if norm is None else norm(hidden), kernels="native")
+    logits = multiply(hidden, matrix, norm=operands)
     return logits if module.bias is None else logits + module.bias
 
 

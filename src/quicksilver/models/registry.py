@@ -53,8 +53,10 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     _check_shape(model.config)
     adapter = FAMILIES[model.config.model_type](model)
     resolved = resolve(kernels, model, adapter.spec)
-    by_kernels = resolved == "native" and isinstance(model.lm_head, NestedLinear)
-    return replace(adapter, kernels=resolved, head=partial(head, model.lm_head) if by_kernels else adapter.head)
+    if resolved == "native" and isinstance(model.lm_head, NestedLinear):
+        by_kernels = partial(head, model.lm_head)
+        adapter = replace(adapter, head=by_kernels, normed_head=partial(by_kernels, norm=adapter.final_norm))
+    return replace(adapter, kernels=resolved)
 
 
 def _check_shape(config: Any) -> None:

@@ -159,6 +159,7 @@ class Adapter:
         rotation: positions [N] to the rotation of queries and keys, or None where positions are embedded.
         final_norm: norm before the head.
         head: normed states [N, d] to logits [N, vocab].
+        normed_head: states [N, d] to logits, both in one; None where they are two.
         kernels: which kernels read nested weights.
     """
 
@@ -168,7 +169,12 @@ class Adapter:
     rotation: Callable[[Tensor], Rotation] | None
     final_norm: Map
     head: Map
+    normed_head: Map | None = None
     kernels: Kernels = "torch"
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""
+        return self.head(self.final_norm(hidden)) if self.normed_head is None else self.normed_head(hidden)
 
 
 def weight_bytes(*modules: nn.Module) -> int:

@@ -49,6 +49,25 @@ class StoredMatrix(NamedTuple):
     num_outputs: int
 
 
+class NormOperands(NamedTuple):
+    """A norm over the last dimension: LayerNorm, or by the root mean square where there is no bias.
+
+    Attributes:
+        weight: [d] float32, contiguous.
+        bias: likewise, or None.
+        epsilon: added to the variance or the mean square.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+
+    @property
+    def addresses(self) -> tuple[int, int, float]:
+        """Where weight and bias lie, 0 for none, and the epsilon, as the kernels take them."""
+        return self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr(), self.epsilon
+
+
 class _Prepared(NamedTuple):
     """A matrix as the kernels want it (None where they cannot read it), what of, and what ends it."""
 
@@ -104,12 +123,31 @@ def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def multiply(x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int = _MAX_WIDTH) -> Tensor:
-    """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks."""
+def multiply(
+    x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int = _MAX_WIDTH, norm: NormOperands | None = None
+) -> Tensor:
+    """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks.
+
+    Args:
+        x: [N, in] float32.
+        matrix: [in, out].
+        widths: [N, in] uint8, or None where `uniform` bits are read throughout.
+        uniform: 0 to 8.
+        norm: of the rows first.
+    """
     y = x.new_empty((x.shape[0], matrix.num_outputs))
-    each = None if widths is None else widths.contiguous().numpy()
-    rows = x.detach().contiguous().numpy()
-    native.extension().multiply_rows(matrix, rows, y.numpy(), each, uniform, torch.get_num_threads())
+    rows = x if x.is_contiguous() else x.contiguous()
+    each = None if widths is None else widths.contiguous()
+    native.extension().multiply_rows(
+        matrix,
+        rows.data_ptr(),
+        y.data_ptr(),
+        rows.shape[0],
+        0 if each is None else each.data_ptr(),
+        uniform,
+        *((0, 0, 0.0) if norm is None else norm.addresses),
+        torch.get_num_threads(),
+    )
     return y
 
 

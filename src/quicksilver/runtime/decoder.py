@@ -226,7 +226,7 @@ class Decoder:
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:
         """Apply the final norm and the head to states [M, d]; return [M, vocab]."""
         trace.head_rows += hidden.shape[0]
-        return self.adapter.head(self.adapter.final_norm(hidden))
+        return self.adapter.logits(hidden)
 
     def _check_inputs(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache) -> None:
         if len(lengths) != cache.batch_size:

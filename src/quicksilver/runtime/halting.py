@@ -101,7 +101,7 @@ class HaltingStep:
         """Return the entropy in bits of the head on states [M, d], [M]."""
         entropies = []
         for rows in hidden.split(_ENTROPY_ROWS):
-            logits = self._adapter.head(self._adapter.final_norm(rows)).float()
+            logits = self._adapter.logits(rows).float()
             log_probs = torch.log_softmax(logits, dim=-1)
             entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
         return torch.cat(entropies)

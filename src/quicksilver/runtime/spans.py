@@ -19,6 +19,7 @@ from quicksilver.core.rules import ShareFill, UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.core.trace import LayerTrace
 from quicksilver.models.gpt2 import TANH_GELUS
+from quicksilver.models.kernels import norm_operands
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import MAX_ROWS, MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
@@ -218,10 +219,10 @@ class LayerSpans:
         )
         return layer
 
-    def _norm(self, norm: Any) -> tuple[int, int, float]:
-        bias = getattr(norm, "bias", None)
-        epsilon = norm.variance_epsilon if bias is None else norm.eps
-        return self._address(norm.weight), self._address(bias), epsilon
+    def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
+        operands = norm_operands(norm)
+        assert operands is not None  # see `_unknown`
+        return self._address(operands.weight), self._address(operands.bias), operands.epsilon
 
     def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: NestedLinear) -> None:
         mean, bias = None, module.bias
@@ -339,10 +340,7 @@ class KernelCounts:
 
 def _unknown(leaves: Leaves) -> bool:
     norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
-    known = all(
-        norm is None or (isinstance(norm, nn.LayerNorm) and norm.bias is not None) or hasattr(norm, "variance_epsilon")
-        for norm in norms
-    )
+    known = all(norm is None or norm_operands(norm) is not None for norm in norms)
     return not known or leaves.activation not in _ACTIVATIONS
 
 
