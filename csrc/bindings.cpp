@@ -141,7 +141,7 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
         const std::size_t to = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
         const int count = std::min(matrix.tile(t).outputs(), outputs - t * kTileOutputs);
         if (bfloat16) {
-          kernels.to_bfloat16(weights, count, at<std::uint16_t>(address) + to);
+          kernels.floats.to_bfloat16(weights, count, at<std::uint16_t>(address) + to);
         } else {
           std::copy_n(weights, count, at<float>(address) + to);
         }
@@ -224,11 +224,23 @@ void run_layers(LayerRunner& runner, int first, int last, Address hidden, std::v
              at<std::int64_t>(counts), threads);
 }
 
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("no such activation: " + name);
+}
+
+// From the bits of a number.
+Kept kept_in(int bits) {
+  if (bits == 32) return Kept::kFloats;
+  if (bits == 16) return Kept::kBfloat16;
+  if (bits == 8) return Kept::kCodes;
+  throw std::invalid_argument("entries are kept in 32, 16 or 8 bits");
+}
+
 LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
-                        const std::string& activation) {
-  if (activation != "silu" && activation != "gelu_tanh") throw std::invalid_argument("no such activation");
-  const Shape shape{hidden,   inner,    heads,
-                    kv_heads, head_dim, activation == "silu" ? Activation::kSilu : Activation::kGeluTanh};
+                        const std::string& activation, int entry_bits) {
+  const Shape shape{hidden, inner, heads, kv_heads, head_dim, activation_of(activation), kept_in(entry_bits)};
   return new LayerRunner(shape, std::move(layers));
 }
 
@@ -261,7 +273,7 @@ NB_MODULE(_native, m) {
           "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "activation"_a)
+           "activation"_a, "entry_bits"_a)
       .def("run", &run_layers);
   m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
   m.def("instruction_sets", &available_instruction_sets);

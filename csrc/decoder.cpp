@@ -221,12 +221,15 @@ void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>
   };
   const auto keep = [&](const float* x, void* base, float* scales, std::size_t slot) {
     const std::size_t first = slot * shape->kv_heads;
-    if (!scales) {
-      std::copy_n(x, shape->kv_heads * size, static_cast<float*>(base) + first * size);
-      return;
-    }
-    for (int h = 0; h < shape->kv_heads; ++h) {
-      scales[first + h] = floats->encode(x + h * size, size, static_cast<std::int8_t*>(base) + (first + h) * size);
+    const int all = shape->kv_heads * size;
+    if (shape->kept == Kept::kFloats) {
+      std::copy_n(x, all, static_cast<float*>(base) + first * size);
+    } else if (shape->kept == Kept::kBfloat16) {
+      floats->to_bfloat16(x, all, static_cast<std::uint16_t*>(base) + first * size);
+    } else {
+      for (int h = 0; h < shape->kv_heads; ++h) {
+        scales[first + h] = floats->encode(x + h * size, size, static_cast<std::int8_t*>(base) + (first + h) * size);
+      }
     }
   };
   for (int row : all) {
@@ -248,9 +251,9 @@ void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>
 
 // One head's entries up to the count-th.
 Entries LayerRunner::Pass::entries_of(const Storage& place, int head, int count) const {
-  const std::size_t bytes = place.key_scales ? 1 : sizeof(float);
-  const std::size_t offset = std::size_t(head) * shape->head_dim * bytes;
-  return {static_cast<const char*>(place.keys) + offset,
+  const std::size_t offset = std::size_t(head) * shape->head_dim * bytes_of(shape->kept);
+  return {shape->kept,
+          static_cast<const char*>(place.keys) + offset,
           static_cast<const char*>(place.values) + offset,
           place.key_scales ? place.key_scales + head : nullptr,
           place.value_scales ? place.value_scales + head : nullptr,

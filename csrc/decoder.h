@@ -57,6 +57,7 @@ struct Layer {
 struct Shape {
   int hidden = 0, inner = 0, heads = 0, kv_heads = 0, head_dim = 0;
   Activation activation = Activation::kSilu;
+  Kept kept = Kept::kFloats;
 };
 
 // One row of a pass.
@@ -74,7 +75,7 @@ struct Row {
 struct Storage {
   void* keys;
   void* values;
-  float* key_scales;  // null where keys and values are float32, else they are int8
+  float* key_scales;  // of codes, else null
   float* value_scales;
   std::int32_t* positions;
   std::int32_t* masses;  // null where every entry stands for one token

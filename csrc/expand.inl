@@ -35,14 +35,5 @@ namespace {
   }
 }
 
-// Rounds to bfloat16, to nearest and even.
-void to_bfloat16(const float* x, int size, std::uint16_t* y) {
-  for (int i = 0; i < size; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    y[i] = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
-
 }  // namespace
 }  // namespace quicksilver

@@ -1,6 +1,7 @@
 // Operations on float32 rows that every instruction set is compiled for: floats.inl, one source for all.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace quicksilver {
@@ -13,12 +14,18 @@ struct Norm {
 
 enum class Activation { kSilu, kGeluTanh };
 
+// How keys and values are kept; int8 codes have a scale for each vector.
+enum class Kept { kFloats, kBfloat16, kCodes };
+
+constexpr std::size_t bytes_of(Kept kept) { return kept == Kept::kFloats ? 4 : kept == Kept::kBfloat16 ? 2 : 1; }
+
 // One K/V head's entries of one sequence in one layer: vector i lies `i * stride` elements, its scale
-// `i * scale_stride` floats on. Without scales the elements are float32, with them int8.
+// `i * scale_stride` floats on.
 struct Entries {
+  Kept kept;
   const void* keys;
   const void* values;
-  const float* key_scales;
+  const float* key_scales;  // of codes
   const float* value_scales;
   const std::int32_t* masses;  // tokens that each entry stands for; null where each stands for one
   std::int64_t stride, scale_stride;
@@ -56,6 +63,7 @@ struct FloatKernels {
   Skipped (*attend)(float* queries, int group, int size, const Entries&, const Attention&, float* room, float* out);
   // Codes [size] and the scale of a vector that is kept in 8 bits.
   float (*encode)(const float* x, int size, std::int8_t* codes);
+  void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);  // to nearest and even
   // gate = activation(gate) * up, or activation(gate) where up is null.
   void (*activate)(Activation, float* gate, const float* up, int size);
   // `first`: where x lies in what the grades' norms are of.

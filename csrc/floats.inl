@@ -17,6 +17,21 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+
+inline float value_of(float x) { return x; }
+inline float value_of(std::int8_t x) { return static_cast<float>(x); }
+inline float value_of(Bfloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 inline Lanes load(const float* x) {
   Lanes lanes;
@@ -30,11 +45,20 @@ inline Lanes load(const std::int8_t* x) {
   return __builtin_convertvector(bytes, Lanes);
 }
 
+inline Lanes load(const Bfloat16* x) {
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Lanes lanes;
+  std::memcpy(&lanes, &words, sizeof lanes);
+  return lanes;
+}
+
 // The first `count` values, then zeros.
 template <typename T>
 inline Lanes load_some(const T* x, int count) {
   float values[kLanes] = {};
-  for (int l = 0; l < count; ++l) values[l] = static_cast<float>(x[l]);
+  for (int l = 0; l < count; ++l) values[l] = value_of(x[l]);
   return load(values);
 }
 
@@ -136,9 +160,20 @@ float encode(const float* x, int size, std::int8_t* codes) {
   return scale;
 }
 
-// Entries as floats or as codes.
-struct Floats {
-  static const float* at(const void* base, std::int64_t offset) { return static_cast<const float*>(base) + offset; }
+// To nearest and even; what is not a number stays so.
+void to_bfloat16(const float* x, int size, std::uint16_t* y) {
+  for (int i = 0; i < size; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    y[i] = static_cast<std::uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+// Entries as they are kept: their elements, and what those are multiplied with.
+template <typename T>
+struct Plain {
+  static const T* at(const void* base, std::int64_t offset) { return static_cast<const T*>(base) + offset; }
   static float scale(const float*, std::int64_t) { return 1.0f; }
 };
 
@@ -203,7 +238,7 @@ int weigh(const Entries& entries, const float* weights, int size, float total, f
     if (weights[i] == 0.0f) continue;
     const auto* value = Kept::at(entries.values, i * entries.stride);
     const float weight = weights[i] * Kept::scale(entries.value_scales, i * entries.scale_stride);
-    for (int d = begin; d < size; ++d) out[d] += weight * static_cast<float>(value[d]);
+    for (int d = begin; d < size; ++d) out[d] += weight * value_of(value[d]);
   }
   for (int d = 0; d < size; ++d) out[d] /= total;
   return read;
@@ -267,8 +302,14 @@ Skipped attend_to(float* queries, int group, int size, const Entries& entries, c
 
 Skipped attend(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
                float* out) {
-  return entries.key_scales ? attend_to<Codes>(queries, group, size, entries, attention, room, out)
-                            : attend_to<Floats>(queries, group, size, entries, attention, room, out);
+  switch (entries.kept) {
+    case Kept::kCodes:
+      return attend_to<Codes>(queries, group, size, entries, attention, room, out);
+    case Kept::kBfloat16:
+      return attend_to<Plain<Bfloat16>>(queries, group, size, entries, attention, room, out);
+    default:
+      return attend_to<Plain<float>>(queries, group, size, entries, attention, room, out);
+  }
 }
 
 inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -350,8 +391,8 @@ float quantize(const float* x, int size, std::int16_t* codes) {
   return largest > kSmallest ? largest * (1.0f / kLargest) : 0.0f;
 }
 
-constexpr FloatKernels kFloats = {norm,     rotate, attend,  encode, activate, grade, collect, largest_magnitude,
-                                  quantize, dot,    add_rows};
+constexpr FloatKernels kFloats = {
+    norm, rotate, attend, encode, to_bfloat16, activate, grade, collect, largest_magnitude, quantize, dot, add_rows};
 
 }  // namespace
 }  // namespace quicksilver

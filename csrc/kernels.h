@@ -112,7 +112,6 @@ struct Kernels {
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, bool adds, float* y, Upcoming&);
   // Writes the weights of one channel, [outputs of the tile].
   void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
-  void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);
   FloatKernels floats;
 };
 

@@ -153,7 +153,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
 }
 
-const Kernels kAvx2 = {"avx2", tile_chunk, expand_channel, to_bfloat16, kFloats};
+const Kernels kAvx2 = {"avx2", tile_chunk, expand_channel, kFloats};
 
 }  // namespace
 

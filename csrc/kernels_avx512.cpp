@@ -252,7 +252,7 @@ constexpr FloatKernels floats() {
   return kernels;
 }
 
-const Kernels kAvx512 = {"avx512", tile_chunk, expand_lanes, to_bfloat16, floats()};
+const Kernels kAvx512 = {"avx512", tile_chunk, expand_lanes, floats()};
 
 }  // namespace
 

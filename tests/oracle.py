@@ -96,16 +96,17 @@ def run(
     skip_below: Sequence[float] | None = None,
     query_below: Sequence[float] | None = None,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
-    coded: bool = False,
+    entry_bits: int | None = None,
     screen: Sequence[tuple[float, float]] | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
     `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
     `query_below` has that of a query's components, in multiples of their root mean square; `maps` gives, by layer, what
-    is added to the state of a token that stopped there before it predicts; `coded` says whether keys and values are
-    kept as whole numbers up to 127; `screen` has, for each layer, the threshold below which keys are left out by what
-    the large components of a query say, and from what magnitude on those are large, in the same multiples.
+    is added to the state of a token that stopped there before it predicts; `entry_bits` says whether keys and values
+    are kept as whole numbers up to 127 (8) or as bfloat16 (16); `screen` has, for each layer, the threshold below which
+    keys are left out by what the large components of a query say, and from what magnitude on those are large, in the
+    same multiples.
     """
     parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
     hidden = parts.embedded
@@ -139,8 +140,8 @@ def run(
         if query_below is not None:
             query, small = _leave_out(query, query_below[layer_idx])
             unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
-        if coded:
-            key, value = _code(key), _code(value)
+        if entry_bits is not None:
+            key, value = (_code(t) if entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
         weights = _weights(query, key, mask, layer.scaling, masses)
         if screen is not None and screen[layer_idx][0] > 0:
             later = _leave_out(whole_query, screen[layer_idx][1])[1] & (query != 0)

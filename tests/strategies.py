@@ -141,8 +141,10 @@ screening_plans = st.builds(
 )
 """These too."""
 
-coded_plans = st.one_of(plans, fusing_plans, skipping_plans, screening_plans).map(
-    lambda plan: replace(plan, entries=rules.EntryConfig())
+coded_plans = st.builds(
+    lambda plan, bits: replace(plan, entries=rules.EntryConfig(bits)),
+    st.one_of(plans, fusing_plans, skipping_plans, screening_plans),
+    st.sampled_from([8, 16]),
 )
 """These too: what is near the middle between two codes may be rounded to either."""
 

@@ -1,4 +1,4 @@
-"""Keys and values kept in 8 bits: what attention reads equals the definition, the cache shrinks, costs add up.
+"""Keys and values kept in 8 or 16 bits: what attention reads equals the definition, the cache shrinks, costs add up.
 
 Runs that are compared with another way of computing the same are in float64, where nothing is so near the middle
 between two codes that rounding decides.
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quicksilver.cache.coded import CodedRowBuffer, decode, encode
+from quicksilver.cache.coded import CodedRowBuffer, RoundedRowBuffer, decode, encode
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.models.cost import dense_cost, executed_cost, kv_read_bytes
@@ -40,38 +40,46 @@ LIMITS = [0.0, 0.5, 0.5, 0.0], [0.7, 0.0, 0.7, 0.0]
 CODED = Plan("coded", entries=rules.EntryConfig())
 
 
-def coded(plan: Plan) -> Plan:
-    return replace(plan, entries=rules.EntryConfig())
+BITS = pytest.mark.parametrize("bits", [8, 16])
 
 
-def check(name: str, seed: int, plan: Plan, halts=oracle.never, fusion: oracle.Fusion | None = None) -> Run:
+def coded(plan: Plan, bits: int = 8) -> Plan:
+    return replace(plan, entries=rules.EntryConfig(bits))
+
+
+def check(name: str, seed: int, plan: Plan, bits: int, halts=oracle.never, fusion: oracle.Fusion | None = None) -> Run:
     """Compare the engine with the oracle, alone and with values and components of queries left out too."""
-    model, ids, plan = tiny.model(name, torch.float64), tiny.token_ids(LENGTH, seed), coded(plan)
+    model, ids, plan = tiny.model(name, torch.float64), tiny.token_ids(LENGTH, seed), coded(plan, bits)
     run = run_whole(decoder(model, plan), ids)
-    expected = oracle.run(model, ids, plan.kv, halts, fusion, coded=True)
+    expected = oracle.run(model, ids, plan.kv, halts, fusion, entry_bits=bits)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
     plain = run_whole(decoder(model, replace(plan, entries=None)), ids)
     assert not torch.allclose(run.logits, plain.logits, atol=ATOL, rtol=0)
     values, queries = LIMITS
     skipping = run_whole(decoder(model, skipping_plan(tuple(values), plan, tuple(queries))), ids)
-    expected = oracle.run(model, ids, plan.kv, halts, fusion, skip_below=values, query_below=queries, coded=True)
+    expected = oracle.run(model, ids, plan.kv, halts, fusion, skip_below=values, query_below=queries, entry_bits=bits)
     torch.testing.assert_close(skipping.logits, expected.logits, atol=ATOL, rtol=0)
     assert [layer.values_skipped.value for layer in skipping.trace.layers] == expected.skipped
     assert [layer.scores_skipped.value for layer in skipping.trace.layers] == expected.unscored
     return run
 
 
+@BITS
 @pytest.mark.parametrize("name", FAMILIES)
-def test_alone_it_equals_the_oracle(name: str) -> None:
-    check(name, 0, Plan("test"))
+def test_alone_it_equals_the_oracle(name: str, bits: int) -> None:
+    check(name, 0, Plan("test"), bits)
 
 
+@BITS
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_with_halting_it_equals_the_oracle(name: str, fill: rules.KVFill) -> None:
+def test_with_halting_it_equals_the_oracle(name: str, fill: rules.KVFill, bits: int) -> None:
     depths = torch.randint(1, 6, (LENGTH,), generator=torch.Generator().manual_seed(3))
     plan = halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill)
-    run = check(name, 1, plan, lambda layer_idx, *_: depths <= layer_idx + 1)
+    run = check(name, 1, plan, bits, lambda layer_idx, *_: depths <= layer_idx + 1)
+    if bits == 16:
+        assert not any(layer.signal_rows["entry"] for layer in run.trace.layers)  # rounding finds no magnitudes
+        return
     written = [layer.signal_rows["entry"] for layer in run.trace.layers]
     project = isinstance(fill, rules.PropagateFill)
     assert written == [LENGTH if project else layer.query_rows for layer in run.trace.layers]
@@ -87,7 +95,7 @@ def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.KVFill | None) 
     plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="kv")
     fusion = oracle.Fusion((0, 1), 3, "kv", lambda layer_idx, hidden, keys, earlier, later: joins[later])
     halts = oracle.never if fill is None else lambda layer_idx, *_: depths <= layer_idx + 1
-    check(name, 5, plan, halts, fusion)
+    check(name, 5, plan, 8 if fill is None else 16, halts, fusion)
 
 
 @settings(max_examples=60, deadline=None)
@@ -148,6 +156,19 @@ def test_the_cache_shrinks_and_its_bytes_are_those_of_the_tensors(family: str) -
     assert kv_read_bytes(spec, run.trace) == 4 * 20 * entry
     plain = decoder(tiny.model(family), Plan.dense())
     assert run_whole(plain, ids).cache.nbytes == 4 * 20 * (2 * spec.num_kv_heads * spec.head_dim * 4 + 4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_entries_of_16_bits_are_half_as_large_and_count_their_bits(family: str) -> None:
+    engine, ids = decoder(tiny.model(family), coded(Plan("test"), 16)), tiny.token_ids(20)
+    spec, run = engine.spec, run_whole(engine, ids)
+    entry = 2 * spec.num_kv_heads * spec.head_dim * 2
+    assert run.cache.nbytes == run.cache.used_nbytes == run.trace.kv_bytes == 4 * 20 * (entry + 4)
+    assert kv_read_bytes(spec, run.trace) == 4 * 20 * entry
+    cost, dense = executed_cost(spec, run.trace), dense_cost(spec, run.trace)
+    assert cost.flops == dense.flops
+    products = 4 * 20 * 21 // 2 * spec.attention_macs_per_pair
+    assert dense.bitops - cost.bitops == products * 32 * (32 - 16)
 
 
 def test_shared_entries_are_counted_as_codes() -> None:
@@ -211,17 +232,18 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     assert encode(torch.tensor([[1e-46, 0.0]], dtype=torch.float64))[0].tolist() == [[0, 0]]  # below a float32 scale
 
 
-def test_a_buffer_of_codes_is_like_any_other() -> None:
-    buffer = CodedRowBuffer((2, 4), torch.float32, torch.device("cpu"))
+@BITS
+def test_a_buffer_of_fewer_bits_is_like_any_other(bits: int) -> None:
+    buffer = (CodedRowBuffer if bits == 8 else RoundedRowBuffer)((2, 4), torch.float32, torch.device("cpu"))
     rows = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
     buffer.append(rows[:3])
     buffer.append(rows[3:])
-    kept = decode(*encode(rows), torch.float32)
+    kept = decode(*encode(rows), torch.float32) if bits == 8 else rows.bfloat16().float()
     assert torch.equal(buffer.rows, kept)
     buffer.put(torch.tensor([1, 4]), rows[:2])
     assert torch.equal(buffer.take(torch.tensor([4, 1, 0])), kept[[1, 0, 0]])
     buffer.length -= 1
     assert buffer.rows.shape == (4, 2, 4)
-    assert buffer.used_nbytes == 4 * buffer.row_nbytes == 4 * 2 * (4 + 4)
+    assert buffer.used_nbytes == 4 * buffer.row_nbytes == 4 * 2 * (4 + 4)  # of codes and a scale, or of halves
     buffer.trim()
     assert buffer.nbytes == buffer.used_nbytes

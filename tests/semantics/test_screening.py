@@ -62,7 +62,7 @@ def check(name: str, seed: int, plan: Plan, halts=oracle.never, fusion: oracle.F
         fusion,
         skip_below=[attention.threshold_in(i) for i in range(4)],
         query_below=[attention.query_threshold_in(i) for i in range(4)],
-        coded=plan.entries is not None,
+        entry_bits=plan.entry_bits,
         screen=[(screening.threshold_in(i), screening.query_threshold_in(i)) for i in range(4)],
     )
     assert torch.equal(run.trace.depths[0], expected.depths)

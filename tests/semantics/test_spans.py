@@ -77,6 +77,7 @@ ROUGH = {  # thresholds that a value may lie on, and codes
     "queries": skipping_plan(0.0, query_threshold=0.4),
     "screened": screening_plan(0.8),
     "entries": replace(Plan("test"), entries=EntryConfig()),
+    "entries of 16 bits": replace(Plan("test"), entries=EntryConfig(16)),
     "all": replace(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), entries=EntryConfig()),
 }
 

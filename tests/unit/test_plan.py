@@ -111,10 +111,10 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"screening": {"threshold": 1, "query_threshold": [1, -2]}}, "query_threshold must be 0 or more, got -2.0"),
         ({"screening": {"threshold": 1, "keys": 2}}, "screening: unknown key 'keys'"),
         ({"entries": 8}, "entries must be an object"),
-        ({"entries": {"bits": 4}}, "entries: bits must be 8, got 4"),
-        ({"entries": {"bits": 8.0}}, "entries: bits must be 8, got 8.0"),
-        ({"entries": {"bits": True}}, "entries: bits must be 8, got True"),
-        ({"entries": {"bits": None}}, "entries: bits must be 8, got None"),
+        ({"entries": {"bits": 4}}, "entries: bits must be 8 or 16, got 4"),
+        ({"entries": {"bits": 8.0}}, "entries: bits must be 8 or 16, got 8.0"),
+        ({"entries": {"bits": True}}, "entries: bits must be 8 or 16, got True"),
+        ({"entries": {"bits": None}}, "entries: bits must be 8 or 16, got None"),
         ({"entries": {"bits": 8, "scale": 1}}, "entries: unknown key 'scale'"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
@@ -182,7 +182,7 @@ def test_screening_is_a_mechanism_with_two_thresholds() -> None:
         plan.check_model(4, 0, 32)
 
 
-def test_entries_in_eight_bits_are_a_mechanism_too() -> None:
+def test_entries_in_fewer_bits_are_a_mechanism_too() -> None:
     plan = Plan.from_dict({"version": 1, "entries": {}})
     assert plan.entries == rules.EntryConfig(8)
     assert plan.to_dict()["entries"] == {"bits": 8}
@@ -190,6 +190,9 @@ def test_entries_in_eight_bits_are_a_mechanism_too() -> None:
     assert not plan.is_dense
     assert plan.hash != Plan.dense().hash
     assert "entries" not in Plan.dense().to_dict()
+    halves = Plan.from_dict({"version": 1, "entries": {"bits": 16}})
+    assert (halves.entry_bits, plan.entry_bits, Plan.dense().entry_bits) == (16, 8, None)
+    assert halves.hash != plan.hash
     plan.check_model(4, 0, 32)
 
 

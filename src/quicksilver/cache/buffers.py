@@ -83,16 +83,21 @@ class RowBuffer:
 
     def put(self, slots: Tensor, rows: Tensor) -> None:
         """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
-        self.rows.index_copy_(0, slots, rows)
+        self.kept.index_copy_(0, slots, rows)
 
     def take(self, slots: Tensor) -> Tensor:
         """Return the rows at slots [M], [M, *row_shape]."""
         return self.rows.index_select(0, slots)
 
     @property
+    def kept(self) -> Tensor:
+        """[length, *row_shape] the rows held as they are stored, a view."""
+        return self._storage[: self.length]
+
+    @property
     def rows(self) -> Tensor:
         """[length, *row_shape] the rows held, a view."""
-        return self._storage[: self.length]
+        return self.kept
 
     @property
     def used_nbytes(self) -> int:
@@ -102,12 +107,12 @@ class RowBuffer:
     def trim(self) -> None:
         """Give back the room to grow."""
         if self.length < self._capacity:
-            self._hold(self.rows.clone())
+            self._hold(self.kept.clone())
 
     def _grow(self, needed: int) -> None:
         slack = max(_SLACK_ROWS, self.length // 4) if self.length else 0
         storage = self._storage.new_empty((needed + slack, *self._storage.shape[1:]))
-        storage[: self.length] = self.rows
+        storage[: self.length] = self.kept
         self._hold(storage)
 
     def _hold(self, storage: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Rows kept as whole numbers with one scale for each of their vectors; read back, they are what the numbers mean.
+"""Rows kept in fewer bits, as whole numbers with one scale for each vector or as bfloat16; read back, what those mean.
 
 Which rows are kept so is the caller's business; in buffers they look like any others.
 """
@@ -103,3 +103,33 @@ class CodedRowBuffer:
         """Give back the room to grow."""
         self._codes.trim()
         self._scales.trim()
+
+
+class RoundedRowBuffer(RowBuffer):
+    """Like `RowBuffer`, but rows are kept as bfloat16.
+
+    Args:
+        row_shape: shape of one row.
+        dtype: of rows as they are given and read back.
+        device: where the rows live.
+        account: of what the buffer's bytes are part, None for nothing.
+    """
+
+    def __init__(
+        self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, account: Account | None = None
+    ) -> None:
+        super().__init__(row_shape, torch.bfloat16, device, account)
+        self._dtype = dtype
+
+    def put(self, slots: Tensor, rows: Tensor) -> None:
+        """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
+        super().put(slots, rows.to(torch.bfloat16))
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Return the rows at slots [M], [M, *row_shape]."""
+        return self.kept.index_select(0, slots).to(self._dtype)
+
+    @property
+    def rows(self) -> Tensor:
+        """[length, *row_shape] the rows held; a view where the dtype is bfloat16."""
+        return self.kept.to(self._dtype)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from quicksilver.cache.buffers import Account, RowBuffer
-from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer
+from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer, RoundedRowBuffer
 from quicksilver.cache.stores import EntryRows, EntryStore, OwnedEntries, SharedEntries
 from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
+from quicksilver.core.rules import ENTRY_BITS, HALF_BITS
+
+_BUFFERS = {None: RowBuffer, HALF_BITS: RoundedRowBuffer, ENTRY_BITS: CodedRowBuffer}  # by the bits of a number
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class CacheShape:
         head_dim: width of each.
         dtype: of keys and values as they are written and read.
         device: where they live.
-        coded: they are kept as int8 codes with a scale for each entry and head.
+        entry_bits: they are kept in so many: 8 for int8 codes with a scale for each entry and head, 16 for bfloat16;
+            None for their own dtype.
     """
 
     num_layers: int
@@ -37,13 +41,18 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    coded: bool = False
+    entry_bits: int | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether entries are codes with scales."""
+        return self.entry_bits == ENTRY_BITS
 
     @property
     def entry_bytes(self) -> int:
         """Bytes of one entry's key and value."""
-        bytes_of_head = self.head_dim + SCALE_BYTES if self.coded else self.head_dim * self.dtype.itemsize
-        return 2 * self.num_kv_heads * bytes_of_head
+        bits = 8 * self.dtype.itemsize if self.entry_bits is None else self.entry_bits
+        return 2 * self.num_kv_heads * (self.head_dim * bits // 8 + (SCALE_BYTES if self.coded else 0))
 
 
 class Entries(NamedTuple):
@@ -97,7 +106,7 @@ class RaggedKVCache:
         self.columns = 0
         self.in_pass = False
         self.tails = FusionTails(fusion_layers, batch_size)
-        rows = CodedRowBuffer if shape.coded else RowBuffer
+        rows = _BUFFERS[shape.entry_bits]
         row_shape = (shape.num_kv_heads, shape.head_dim)
 
         def new_rows(account: Account) -> EntryRows:

@@ -184,6 +184,11 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def entry_bits(self) -> int | None:
+        """In how many bits numbers of keys and values are kept, None for the model's own."""
+        return None if self.entries is None else self.entries.bits
+
+    @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
         mechanisms = (

@@ -166,10 +166,11 @@ class Trace:
     Args:
         num_layers: layers of the model.
         per_token: also keep, per pass, how many layers each token ran.
-        coded_entries: keys and values are read as int8 codes with a scale for each entry and K/V head.
+        entry_bits: bits of the keys and values that are read: 8 for codes with a scale for each entry and K/V head,
+            None for the model's own.
     """
 
-    def __init__(self, num_layers: int, per_token: bool = False, coded_entries: bool = False) -> None:
+    def __init__(self, num_layers: int, per_token: bool = False, entry_bits: int | None = None) -> None:
         self._num_layers = num_layers
         self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
@@ -179,7 +180,7 @@ class Trace:
         self.kv_used_bytes = 0
         self.kv_entries = 0
         self.per_token = per_token
-        self.coded_entries = coded_entries
+        self.entry_bits = entry_bits
         self.depths: list[Tensor] = []
 
     @cached_property

@@ -64,7 +64,8 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
 def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     """Return what the traced run computed."""
     activation_bits = 8 * spec.dtype.itemsize
-    entry_bits = ENTRY_BITS if trace.coded_entries else activation_bits
+    entry_bits = activation_bits if trace.entry_bits is None else trace.entry_bits
+    coded = trace.entry_bits == ENTRY_BITS
     macs = weight_bytes = bitops = 0
     for layer in trace.layers:
         past_mlp, past_attention = layer.shortcut_rows["mlp"], layer.shortcut_rows["attention"]
@@ -80,7 +81,7 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         attention = layer.attended.value * spec.attention_macs_per_pair
         attention -= layer.values_skipped.value * spec.head_dim + layer.scores_skipped.value
         other = sum(signals.values()) - of_head + layer.fitted_macs
-        if trace.coded_entries:
+        if coded:
             other += 2 * spec.num_heads * layer.attended.value - layer.values_skipped.value
             other += layer.scored_twice.value
         macs += linear + of_head + attention + other
@@ -115,4 +116,4 @@ def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:
 
 def kv_read_bytes(spec: ModelSpec, trace: Trace) -> int:
     """Return the bytes of keys and values, and of their scales, that attention read in the traced run."""
-    return trace.entries_read * spec.cache_shape(trace.coded_entries).entry_bytes
+    return trace.entries_read * spec.cache_shape(trace.entry_bits).entry_bytes

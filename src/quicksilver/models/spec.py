@@ -80,9 +80,9 @@ class ModelSpec:
         """Multiply-adds of one (query, key) pair: the score and the weighted value."""
         return 2 * self.num_heads * self.head_dim
 
-    def cache_shape(self, coded: bool = False) -> CacheShape:
-        """Return what a cache for this model must know, whether it keeps codes among that."""
-        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device, coded)
+    def cache_shape(self, entry_bits: int | None = None) -> CacheShape:
+        """Return what a cache for this model must know, in how many bits it keeps entries among that."""
+        return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device, entry_bits)
 
 
 class QKV(NamedTuple):

@@ -78,12 +78,12 @@ class Decoder:
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
         shared = isinstance(self.plan.kv, ShareFill) and self.plan.halting is not None
-        shape = self.spec.cache_shape(coded=self.plan.entries is not None)
+        shape = self.spec.cache_shape(self.plan.entry_bits)
         return RaggedKVCache(shape, batch_size, shared, self._owner, self._fusion.layers)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
-        return Trace(self.spec.num_layers, per_token, coded_entries=self.plan.entries is not None)
+        return Trace(self.spec.num_layers, per_token, self.plan.entry_bits)
 
     @torch.no_grad()
     def run(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quicksilver.core.decisions import Fill
 from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import ShareFill, UniformWidthRule
+from quicksilver.core.rules import ENTRY_BITS, ShareFill, UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.core.trace import LayerTrace
 from quicksilver.models.gpt2 import TANH_GELUS
@@ -97,6 +97,7 @@ class LayerSpans:
             spec.num_kv_heads,
             spec.head_dim,
             activation,
+            plan.entry_bits or 8 * torch.float32.itemsize,
         )
 
     @staticmethod
@@ -309,7 +310,7 @@ class KernelCounts:
         trace.values_skipped.add(counted[_VALUES_SKIPPED])
         trace.scores_skipped.add(counted[_SCORES_SKIPPED])
         trace.scored_twice.add(counted[_SCORED_TWICE])
-        if self._plan.entries is not None:
+        if self._plan.entry_bits == ENTRY_BITS:
             trace.signal_rows["entry"] += counted[_QUERY_ROWS] + counted[_FILL_ROWS]
 
     def _settle_maps(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
-from quicksilver.core.rules.entries import ENTRY_BITS, EntryConfig
+from quicksilver.core.rules.entries import ENTRY_BITS, HALF_BITS, EntryConfig
 from quicksilver.core.rules.fusion import (
     CosineFusionRule,
     ForcedFusionRule,
@@ -45,6 +45,7 @@ from quicksilver.core.rules.screening import ScreeningConfig
 
 __all__ = [
     "ENTRY_BITS",
+    "HALF_BITS",
     "AllRule",
     "AnyRule",
     "AttentionConfig",
