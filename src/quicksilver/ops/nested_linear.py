@@ -185,7 +185,7 @@ def _run(
     num_outputs: int,
 ) -> Tensor:
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
-    _check(x, stored, widths, uniform)
+    check_rows(x, stored, widths, uniform)
     matrix = prepared(stored)
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
@@ -210,7 +210,7 @@ _LIBRARY.impl("nested_linear", _run, "CPU")
 torch.library.register_fake("quicksilver::nested_linear", _fake, lib=_LIBRARY)
 
 
-def _check(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:
+def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:
     """Raise ValueError where what is multiplied does not fit."""
     if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] != stored.exponents.shape[0]:
         raise ValueError(f"rows must be [N, {stored.exponents.shape[0]}] float32, got {list(x.shape)} {x.dtype}")
