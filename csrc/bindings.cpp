@@ -127,12 +127,16 @@ void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_row
   }
 }
 
-// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address.
+constexpr std::int64_t kExpandedAlone = 1 << 20;  // weights that a thread expands before another has woken up
+
+// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address. PyTorch multiplies with it
+// next.
 void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat16, int threads) {
   if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
   nb::gil_scoped_release release;
   const int outputs = matrix.num_outputs();
-  Pool::shared().run(threads, [&](int thread, Barrier&) {
+  if (std::int64_t{matrix.num_inputs()} * outputs <= kExpandedAlone) threads = 1;
+  const auto expand_share = [&](int thread, Barrier&) {
     const Kernels& kernels = current_kernels();
     const int begin = static_cast<int>(std::int64_t{matrix.num_inputs()} * thread / threads);
     const int end = static_cast<int>(std::int64_t{matrix.num_inputs()} * (thread + 1) / threads);
@@ -149,7 +153,8 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
         }
       }
     }
-  });
+  };
+  Pool::shared().run(threads, expand_share, Next::kOthers);
 }
 
 void set_map(Layer& layer, int map, const NestedMatrix& matrix, Address bias, Address mean, int width) {

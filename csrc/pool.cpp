@@ -75,7 +75,7 @@ void Pool::grow(int workers) {
   }
 }
 
-void Pool::run(int threads, const std::function<void(int, Barrier&)>& task) {
+void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next next) {
   Barrier barrier(threads);
   if (threads <= 1) {
     task(0, barrier);
@@ -89,6 +89,7 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task) {
     task_ = &task;
     barrier_ = &barrier;
     active_ = threads;
+    next_ = next;
     round_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
@@ -103,9 +104,9 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task) {
 }
 
 void Pool::work(int thread, unsigned seen) {
-  for (;;) {
+  for (bool awake = true;;) {
     const auto until = std::chrono::steady_clock::now() + kSpinTime;
-    for (int spins = 1; round_.load(std::memory_order_acquire) == seen; ++spins) {
+    for (int spins = 1; awake && round_.load(std::memory_order_acquire) == seen; ++spins) {
       pause();
       if (spins % 64 == 0 && std::chrono::steady_clock::now() > until) break;
     }
@@ -114,6 +115,7 @@ void Pool::work(int thread, unsigned seen) {
       wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
     }
     seen = round_.load(std::memory_order_acquire);
+    awake = next_ == Next::kRun;
     if (thread < active_) (*task_)(thread, *barrier_);
     running_.fetch_sub(1, std::memory_order_acq_rel);
   }

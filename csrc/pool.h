@@ -1,4 +1,5 @@
-// The threads that kernels share: one pool a process, beside PyTorch's own, which is idle while kernels run.
+// The threads that kernels share: one pool a process, beside PyTorch's own. Either's threads wait awake for a while after
+// their work, and take the processors from the other's meanwhile.
 #pragma once
 
 #include <atomic>
@@ -22,12 +23,15 @@ class Barrier {
   std::atomic<unsigned> phase_{0};
 };
 
+// What comes after a run: another soon, for which workers wait awake, or PyTorch's work, for which they make room.
+enum class Next { kRun, kOthers };
+
 class Pool {
  public:
   static Pool& shared();
 
   // Runs task(thread, barrier) on `threads` threads, the caller's among them as thread 0; one run at a time.
-  void run(int threads, const std::function<void(int, Barrier&)>& task);
+  void run(int threads, const std::function<void(int, Barrier&)>& task, Next next = Next::kRun);
 
  private:
   Pool() = default;
@@ -42,6 +46,7 @@ class Pool {
   const std::function<void(int, Barrier&)>* task_ = nullptr;
   Barrier* barrier_ = nullptr;
   int active_ = 0;
+  Next next_ = Next::kRun;
   std::atomic<unsigned> round_{0};
   std::atomic<int> running_{0};
   std::atomic<bool> ending_{false};

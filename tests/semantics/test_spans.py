@@ -235,5 +235,5 @@ def test_the_smaller_a_layer_the_more_rows_are_run_like_one() -> None:
         maps = [SimpleNamespace(num_inputs=1024, num_outputs=weights // 1024)]
         return max_rows(cast(LayerOps, SimpleNamespace(nested=maps)), plan)
 
-    assert [limit(2**n, EXACT["uniform"]) for n in (18, 23, 26)] == [256, 64, 16]
+    assert [limit(2**n, EXACT["uniform"]) for n in (18, 23, 26)] == [128, 48, 32]
     assert limit(2**26, ROUGH["channels"]) == 512

@@ -13,11 +13,11 @@ ROTATED = [name for name in (*tiny.FAMILIES, *tiny.VARIANTS) if not name.startsw
 
 
 @pytest.mark.parametrize("name", ROTATED)
-def test_few_positions_are_looked_up(name: str) -> None:
+def test_positions_are_looked_up(name: str) -> None:
     rotation = adapt(tiny.model(name)).rotation
-    assert rotation is not None
-    whole = rotation(torch.arange(tiny.MAX_POSITIONS))  # more than are looked up
-    for positions in (torch.tensor([0]), torch.tensor([63]), torch.tensor([5, 6, 7, 40, 2])):
+    assert isinstance(rotation, RotationTable)
+    whole = rotation._compute(torch.arange(tiny.MAX_POSITIONS))
+    for positions in (torch.tensor([0]), torch.tensor([63]), torch.tensor([5, 6, 7, 40, 2]), torch.arange(3, 60)):
         found = rotation(positions)
         assert torch.equal(found.cos, whole.cos[positions])
         assert torch.equal(found.sin, whole.sin[positions])
@@ -35,3 +35,4 @@ def test_the_table_grows_up_to_the_model() -> None:
         found = table(torch.tensor([position]))
         assert (found.cos.item(), found.sin.item()) == (position, -position)
     assert asked == [256, 514, 1000]
+    assert len(table(torch.arange(0)).cos) == 0

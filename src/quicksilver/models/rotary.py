@@ -30,7 +30,10 @@ class Rotation:
 
 
 class RotationTable:
-    """Rotations by position. Those of few rows on the CPU are looked up: what computes them is many small operations.
+    """Rotations by position, looked up on the CPU.
+
+    What computes them is many small operations, some on several threads, which afterwards wait awake where the compiled
+    kernels' threads should run.
 
     Args:
         compute: positions [N] to their rotation.
@@ -43,9 +46,10 @@ class RotationTable:
 
     def __call__(self, positions: Tensor) -> Rotation:
         """Return the rotation of positions [N]."""
-        if positions.shape[0] > _FEW or positions.device.type != "cpu":
+        if positions.device.type != "cpu" or len(positions) == 0:
             return self._compute(positions)
-        known, needed = self._known, max(positions.tolist(), default=0) + 1
+        last = max(positions.tolist()) if len(positions) <= _FEW else int(positions.max())
+        known, needed = self._known, last + 1
         if needed > known.cos.shape[0]:
             known = self._known = self._compute(torch.arange(min(max(_FIRST, 2 * needed), self._num_positions)))
         return known.select(positions)

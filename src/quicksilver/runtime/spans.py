@@ -22,7 +22,7 @@ from quicksilver.models.gpt2 import TANH_GELUS
 from quicksilver.models.kernels import norm_operands
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import MAX_ROWS, MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
+from quicksilver.ops.nested_linear import MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.context import PassContext
@@ -33,8 +33,8 @@ from quicksilver.runtime.status import Running, TokenStatus
 _MAPS: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # the kernels' order
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
 _WIDTHS = MAX_WIDTH + 1
-_WORK_LIMIT = 2**29  # rows times weights of a layer: from about there on expanding weights first is faster
-_SMALL_LAYERS_ROWS = 256  # and from so many rows on however small a layer is
+_WORK_LIMIT = 3 * 2**27  # rows times weights of a layer: from about there on expanding weights first is faster
+_SMALL_LAYERS_ROWS, _LARGE_LAYERS_ROWS = 128, 32  # and from so many rows on however small a layer is, or large
 (
     _QUERY_ROWS,
     _FILL_ROWS,
@@ -57,7 +57,7 @@ def max_rows(layer: LayerOps, plan: Plan) -> int:
     if precision.channel_rule(rule) is not None:
         return MAX_ROWS_BY_CHANNEL
     weights = sum(module.num_inputs * module.num_outputs for module in layer.nested)
-    return max(MAX_ROWS, min(_WORK_LIMIT // weights, _SMALL_LAYERS_ROWS))
+    return max(_LARGE_LAYERS_ROWS, min(_WORK_LIMIT // weights, _SMALL_LAYERS_ROWS))
 
 
 class LayerSpans:
