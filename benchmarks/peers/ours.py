@@ -27,6 +27,7 @@ HALF = "-half"
 MILD = "mild"
 RANDOM_PLANS = (UNIFORM_8, UNIFORM_4, CHANNEL, CHANNEL_SKIP, UNIFORM_8 + HALF, CHANNEL + HALF)
 MEAN_BITS = 5.2
+_ENTRIES = rules.EntryConfig(16)  # llama.cpp keeps keys and values in 16 bits too
 _CHANNEL_WIDTHS = {CHANNEL: (8, 6, 4, 2), CHANNEL_SKIP: (8, 6, 4, 2, 0)}
 _FIT_WINDOWS, _FIT_LENGTH = 4, 256
 _COUNTED = 16  # decoded tokens over which bytes are counted
@@ -97,9 +98,10 @@ def plan_of(name: str, subject: Subject, num_layers: int) -> Plan:
         return replace(whole, name=name, halting=halting, kv=rules.DropFill())
     if name in (UNIFORM_8, UNIFORM_4):
         width = rules.UniformWidthRule(int(name[-1]))
-        return Plan(name, precision=rules.PrecisionConfig(width, protect_first=0, protect_special=False))
+        config = rules.PrecisionConfig(width, protect_first=0, protect_special=False)
+        return Plan(name, precision=config, entries=_ENTRIES)
     if name in _CHANNEL_WIDTHS:
-        return Plan.load(plan_file(subject, name))
+        return replace(Plan.load(plan_file(subject, name)), entries=_ENTRIES)
     # The head, nested here, is not what its thresholds were fitted to; the layers' codes are.
     return replace(resolve_plan(name, subject.name), fitted_to=None)
 
