@@ -130,6 +130,14 @@ def test_what_a_rule_is_never_asked() -> None:
     assert halting.may_halt(rules.AnyRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
 
 
+def test_a_depth_is_reached_once_unless_rows_change_places_or_another_rule_must_agree() -> None:
+    forced = rules.ForcedRule((6, 12, 1))
+    assert [i for i in range(12) if halting.may_halt(forced, i)] == list(range(12))
+    assert [i for i in range(2, 12) if halting.may_halt(forced, i, 2)] == [2, 5, 11]  # depth 1 is reached by then
+    both = rules.AllRule((rules.DriftRule(1.0), forced))
+    assert [i for i in range(2, 12) if halting.may_halt(both, i, 2)] == list(range(2, 12))
+
+
 def test_signals_are_accounted_for() -> None:
     assert halting.decide(rules.DriftRule(1.0), view()).signal_rows == {"norm": 4}
     assert halting.decide(rules.FixedPointRule(1.0), view()).signal_rows == {"norm": 8, "cosine": 4}

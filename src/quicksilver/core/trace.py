@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -172,6 +171,7 @@ class Trace:
 
     def __init__(self, num_layers: int, per_token: bool = False, entry_bits: int | None = None) -> None:
         self._num_layers = num_layers
+        self._layers: dict[int, LayerTrace] = {}  # made when asked for: a pass of one token has no time
         self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
         self.head_rows = 0
@@ -183,19 +183,18 @@ class Trace:
         self.entry_bits = entry_bits
         self.depths: list[Tensor] = []
 
-    @cached_property
-    def _layers(self) -> list[LayerTrace]:
-        return [LayerTrace() for _ in range(self._num_layers)]  # when asked for: a pass of one token has no time
-
     @property
     def layers(self) -> Sequence[LayerTrace]:
         """Counts of each layer, complete."""
+        layers = [self.at(layer_idx) for layer_idx in range(self._num_layers)]
         for counts in self._pending.values():
-            counts.settle(self._layers)
-        return self._layers
+            counts.settle(layers)
+        return layers
 
     def at(self, layer_idx: int) -> LayerTrace:
         """Return one layer's counts to add to; what kernels have counted may not be in them yet."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = LayerTrace()
         return self._layers[layer_idx]
 
     def pending(self, owner: object, make: Callable[[], Counts]) -> Counts:
@@ -210,12 +209,12 @@ class Trace:
         for start, length in zip(starts, layout.lengths, strict=True):
             self.dense_attended += length * start + length * (length + 1) // 2
         if self.per_token:
-            depth = torch.full((layout.num_tokens,), len(self._layers), device=layout.origin.device)
+            depth = torch.full((layout.num_tokens,), self._num_layers, device=layout.origin.device)
             self.depths.append(depth)
 
     def record_halt(self, layer_idx: int, origin: Tensor, signal_rows: Mapping[str, int]) -> None:
         """Record the tokens ([M] origins) that halted after a layer and the signals computed there."""
-        layer = self._layers[layer_idx]
+        layer = self.at(layer_idx)
         layer.halted += origin.shape[0]
         layer.signal_rows.update(signal_rows)
         self._record_depth(layer_idx, origin)
@@ -229,7 +228,7 @@ class Trace:
             fused: tokens absorbed, those of earlier passes included.
             sizes: groups by size, to be added; negative where one has grown.
         """
-        layer = self._layers[layer_idx]
+        layer = self.at(layer_idx)
         layer.fused += fused
         layer.group_sizes.update(sizes)
         self._record_depth(layer_idx, origin)

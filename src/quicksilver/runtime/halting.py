@@ -14,6 +14,7 @@ from torch import Tensor
 from quicksilver.core.decisions import LayerView
 from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
+from quicksilver.core.rules import HaltingConfig
 from quicksilver.models.spec import Adapter
 from quicksilver.policies import halting
 from quicksilver.runtime.context import PassContext
@@ -43,18 +44,14 @@ class HaltingStep:
         self._gates = {layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()}
         self._protection = None if config is None else Protection(config, special_ids, spec.device)
         self.keeps_updates = config is not None and halting.needs_previous_update(config.rule)
+        self._asked = () if config is None else _asked_layers(config, spec.num_layers, plan.fusion is not None)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers after which the rule is asked, or whose update it will ask for."""
-        config, num_layers = self._config, self._adapter.spec.num_layers
-        if config is None:
-            return ()
-        first = config.first_halt(num_layers)
-        asked = [i for i in range(first, num_layers - 1) if halting.may_halt(config.rule, i)]
-        if self.keeps_updates and asked:
-            return tuple(range(max(min(asked) - 1, 0), num_layers - 1))
-        return tuple(asked)
+        if self.keeps_updates and self._asked:
+            return tuple(range(max(self._asked[0] - 1, 0), self._adapter.spec.num_layers - 1))
+        return self._asked
 
     def protected(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """Return which tokens of a pass may never halt, [N] bool; None where nothing can halt."""
@@ -69,10 +66,8 @@ class HaltingStep:
         context: PassContext,
     ) -> SplitRows | None:
         """Return the rows that halt after a layer and those that go on, or None where none halts."""
-        config, num_layers = self._config, self._adapter.spec.num_layers
-        if config is None or context.protected is None or layer_idx == num_layers - 1:
-            return None
-        if layer_idx < config.first_halt(num_layers) or not halting.may_halt(config.rule, layer_idx):
+        config = self._config
+        if config is None or context.protected is None or layer_idx not in self._asked:
             return None
         layout, trace, gate = after.layout, context.trace.at(layer_idx), self._gates.get(layer_idx)
         token_ids, protected = (t.index_select(0, layout.origin) for t in (context.token_ids, context.protected))
@@ -105,3 +100,10 @@ class HaltingStep:
             log_probs = torch.log_softmax(logits, dim=-1)
             entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
         return torch.cat(entropies)
+
+
+def _asked_layers(config: HaltingConfig, num_layers: int, fuses: bool) -> tuple[int, ...]:
+    """Return the indices of the layers after which the rule is asked, ascending."""
+    first = config.first_halt(num_layers)
+    known = None if fuses else first
+    return tuple(i for i in range(first, num_layers - 1) if halting.may_halt(config.rule, i, known))

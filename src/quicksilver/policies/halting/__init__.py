@@ -38,14 +38,22 @@ def needs_previous_update(rule: rules.HaltingRule) -> bool:
     return isinstance(rule, rules.FixedPointRule | rules.FittedRule)
 
 
-def may_halt(rule: rules.HaltingRule, layer_idx: int) -> bool:
-    """Whether the rule could halt anything after this layer; where not, it need not be asked."""
+def may_halt(rule: rules.HaltingRule, layer_idx: int, first: int | None = None) -> bool:
+    """Whether the rule could halt anything after this layer; where not, it need not be asked.
+
+    Args:
+        rule: the rule.
+        layer_idx: the layer.
+        first: the first layer after which anything may halt, where every row is one token's throughout: a depth that is
+            forced is then reached once. None where rows may take one another's places.
+    """
     if isinstance(rule, rules.AllRule):
         return all(may_halt(member, layer_idx) for member in rule.rules)
     if isinstance(rule, rules.AnyRule):
-        return any(may_halt(member, layer_idx) for member in rule.rules)
+        return any(may_halt(member, layer_idx, first) for member in rule.rules)
     if isinstance(rule, rules.EntropyRule):
         return rule.layers is None or layer_idx in rule.layers
     if isinstance(rule, rules.ForcedRule):
-        return layer_idx + 1 >= min(rule.depths)
+        reached = layer_idx + 1 >= min(rule.depths)
+        return reached and (first is None or layer_idx == first or layer_idx + 1 in rule.depths)
     return True
