@@ -55,7 +55,9 @@ def norm_operands(norm: object) -> NormOperands | None:
     else:
         epsilon = getattr(norm, "variance_epsilon", None)
         found = None if epsilon is None else NormOperands(norm.weight, None, epsilon)  # type: ignore[attr-defined]
-    return found if found is not None and found.weight.is_contiguous() else None
+    tensors = [] if found is None else [found.weight, found.bias]
+    fit = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+    return found if fit else None
 
 
 def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
