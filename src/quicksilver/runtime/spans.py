@@ -123,11 +123,19 @@ class LayerSpans:
             or merged
             or status.present is not context.chunk
             or any(context.fuses)
+            or not self._reads(running)
         ):
             return None
         if status.halted is not None and self._fill not in (Fill.NONE, Fill.PROJECT):
             return None
         return range(first, self._ends[first])
+
+    def _reads(self, running: Running) -> bool:
+        """Whether states and rotations are what the kernels take them for, whatever has become of the model."""
+        fit, rotation = _is_floats(running.state.hidden, self._spec.hidden_size), running.rotation
+        if rotation is None or not fit:
+            return fit
+        return all(_is_floats(t, self._spec.head_dim) and t.is_contiguous() for t in (rotation.cos, rotation.sin))
 
     def run(self, layers: range, running: Running, status: TokenStatus, context: PassContext) -> Running:
         """Run layers for the running tokens, write their entries, count; as `run_layer` does one by one.
@@ -343,6 +351,11 @@ def _unknown(leaves: Leaves) -> bool:
     norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
     known = all(norm is None or norm_operands(norm) is not None for norm in norms)
     return not known or leaves.activation not in _ACTIVATIONS
+
+
+def _is_floats(rows: Tensor, size: int) -> bool:
+    """Whether rows [..., size] are float32 on the CPU."""
+    return rows.dtype == torch.float32 and rows.shape[-1] == size and rows.device.type == "cpu"
 
 
 def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:

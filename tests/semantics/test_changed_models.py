@@ -1,0 +1,50 @@
+"""What becomes of a model, a cache or a trace while compiled kernels hold on to it: converted, written to, copied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import quicksilver
+from quicksilver.models.nesting import nest
+from quicksilver.ops import native
+from quicksilver.quant.config import QuantizationConfig
+from tests import tiny, tolerances
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+
+def nested(family: str = "llama", seed: int = 0) -> Any:
+    """Return a nested model that a test may change."""
+    model = tiny.from_config(tiny.CONFIGS[family](), seed)
+    nest(model, QuantizationConfig())
+    return model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_converted_underneath_is_not_read_as_floats(family: str) -> None:
+    model, ids = nested(family), tiny.token_ids(9)[None]
+    accelerated = quicksilver.accelerate(model, kernels="native")
+    accelerated(ids)
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's: the cache is still float32
+        accelerated(ids)
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """Return modules of a Llama whose dtype the states or rotations follow."""
+    return {"embedding": model.model.embed_tokens, "final norm": model.model.norm}
+
+
+@pytest.mark.parametrize("name", ["embedding", "final norm"])
+def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None:
+    ids, logits = tiny.token_ids(9)[None], []
+    for kernels in ("torch", "native"):
+        model = nested()
+        accelerated = quicksilver.accelerate(model, kernels=kernels)
+        parts(model)[name].bfloat16()
+        logits.append(accelerated(ids).logits)
+    torch.testing.assert_close(*logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
