@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +13,13 @@ import torch
 from torch import nn
 
 import quicksilver
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules import EntryConfig
 from quicksilver.models.nesting import nest
 from quicksilver.ops import native
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
+from tests.engines import decoder, run_steps
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
@@ -48,3 +55,22 @@ def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None
         parts(model)[name].bfloat16()
         logits.append(accelerated(ids).logits)
     torch.testing.assert_close(*logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("entry_bits", [None, 16, 8])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copy", "pickle"]
+)
+def test_a_copied_cache_goes_a_way_of_its_own(copied: Callable[[Any], Any], entry_bits: int | None) -> None:
+    entries = None if entry_bits is None else EntryConfig(entry_bits)
+    engine = decoder(tiny.nested("llama"), replace(Plan("test"), entries=entries), kernels="native")
+    shared, ways = tiny.token_ids(6), (tiny.token_ids(5, seed=1), tiny.token_ids(5, seed=2))
+    wanted = [run_steps(engine, torch.cat((shared, way))).logits[6:] for way in ways]
+    first, trace = run_steps(engine, shared).cache, engine.new_trace()
+    second, found = copied(first), ([], [])
+    for tokens in zip(*ways, strict=True):
+        for token, cache, hidden in zip(tokens, (first, second), found, strict=True):
+            hidden.append(engine.run(token[None], [1], cache, trace))
+    for hidden, logits in zip(found, wanted, strict=True):
+        made = engine.logits(torch.cat(hidden), trace)
+        torch.testing.assert_close(made, logits, atol=tolerances.LOGITS[torch.float32], rtol=0)

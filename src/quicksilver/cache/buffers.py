@@ -75,7 +75,7 @@ class RowBuffer:
         if end > self._capacity:
             self._grow(end)
         self.length = end
-        return self._address
+        return self._storage.data_ptr()  # not kept: a copy of the buffer has its rows elsewhere
 
     def extend_coded(self, count: int) -> tuple[int, int]:
         """Like `extend`; return where scales lie too, which floats have not: 0."""
@@ -116,7 +116,7 @@ class RowBuffer:
         self._hold(storage)
 
     def _hold(self, storage: Tensor) -> None:
-        self._storage, self._capacity, self._address = storage, storage.shape[0], storage.data_ptr()
+        self._storage, self._capacity = storage, storage.shape[0]
         nbytes = self._capacity * self.row_nbytes
         self._account.allocated += nbytes - self.nbytes
         self.nbytes = nbytes

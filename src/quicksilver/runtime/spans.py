@@ -294,11 +294,10 @@ class KernelCounts:
         self._spec, self._plan, self._layers = spec, plan, layers
         self._precision, self._shortcuts = precision_step, shortcut_step
         self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
-        self._start, self._step = self.counts.data_ptr(), self.counts.stride(0) * self.counts.element_size()
 
     def address(self, layer_idx: int) -> int:
         """Return where a layer's counts lie."""
-        return self._start + layer_idx * self._step
+        return self.counts.data_ptr() + layer_idx * self.counts.stride(0) * self.counts.element_size()
 
     def settle(self, layers: Sequence[LayerTrace]) -> None:
         """Add what has been counted since the last call."""
