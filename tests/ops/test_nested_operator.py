@@ -111,6 +111,17 @@ def test_a_matrix_is_packed_once_and_anew_where_its_tensors_change() -> None:
     check(linear.to(torch.float64).to(torch.float32))
 
 
+def test_a_view_of_a_packed_matrix_is_a_matrix_of_its_own() -> None:
+    """Its tensors begin where the whole matrix's do, and have been written to as often."""
+    linear, x = module(64, 100), draw(3, 64)
+    check(linear)
+    planes, exponents, zeros, constants, *sizes = linear.stored
+    first = nested_linear.StoredMatrix([p[:32] for p in planes], exponents[:32], zeros[:32], constants, *sizes)
+    y = nested_linear.nested_linear(x[:, :32], first, 8)
+    widths = torch.full(x.shape, 8).masked_fill(torch.arange(64) >= 32, 0)
+    assert_close(y, linear, x, widths)
+
+
 def test_a_packed_matrix_goes_when_any_of_its_tensors_goes() -> None:
     linear, before = module(70, 100), len(nested_linear._entries)
     check(linear)

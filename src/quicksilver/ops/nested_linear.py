@@ -220,9 +220,10 @@ def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: 
         raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor is and how often it was written to; inference tensors do not count that."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor is, how it lies, and how often it was written to; inference tensors do not count that."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _prepare(stored: StoredMatrix, state: tuple[Any, ...], tensors: Sequence[Tensor]) -> _Prepared:
