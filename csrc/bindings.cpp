@@ -36,7 +36,7 @@ T* at(Address address) {
 const float* floats_at(Address address) { return at<const float>(address); }
 
 NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
-                     Floats1 table2, int group_size, int num_outputs) {
+                     Floats1 table2, int group_size, int num_outputs, bool by_channel) {
   if (planes.size() != kPlanes) throw std::invalid_argument("codes must have four planes");
   const std::size_t inputs = exponents.shape(0), run = (std::size_t(num_outputs) + 3) / 4;
   const std::size_t groups = (std::size_t(num_outputs) + group_size - 1) / group_size;
@@ -54,7 +54,7 @@ NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros,
                           largest,
                           table4.data(),
                           table2.data()};
-  return NestedMatrix(codes, static_cast<int>(inputs), num_outputs);
+  return NestedMatrix(codes, static_cast<int>(inputs), num_outputs, by_channel ? Layout::kRuns : Layout::kQuads);
 }
 
 struct Rooms {
@@ -72,12 +72,21 @@ Rooms& rooms_of_caller() {
 // What is multiplied with a matrix: the same for all rows.
 struct Operand {
   const NestedMatrix& matrix;
-  Norm norm;  // of rows first; weight null for none
+  Norm norm;                   // of rows first; weight null for none
+  const std::uint8_t* widths;  // [rows, in], or [rows], or null where `uniform` is every row's
+  bool by_channel;
   int uniform, threads;
+
+  Widths widths_of(int row) const {
+    Widths found;
+    found.uniform = widths && !by_channel ? widths[row] : uniform;
+    if (by_channel) found.each = widths + std::size_t(row) * matrix.num_inputs();
+    return found;
+  }
 };
 
-// Multiplies rows [num_rows, in], few enough for their selections to stay near.
-void multiply_some(const Operand& by, const float* x, const std::uint8_t* each, float* y, int num_rows) {
+// Multiplies rows [first, first + num_rows) of x, [rows, in], few enough for their selections to stay near.
+void multiply_some(const Operand& by, const float* x, float* y, int first, int num_rows) {
   Rooms& rooms = rooms_of_caller();
   const FloatKernels& floats = current_kernels().floats;
   const int inputs = by.matrix.num_inputs(), outputs = by.matrix.num_outputs(), stride = by.matrix.padded_outputs();
@@ -85,6 +94,8 @@ void multiply_some(const Operand& by, const float* x, const std::uint8_t* each, 
   if (rooms.coefficients.size() < std::size_t(by.threads)) rooms.coefficients.resize(by.threads);
   if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
   if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
+  x += std::size_t(first) * inputs;
+  y += std::size_t(first) * outputs;
   for (int r = 0; r < num_rows; ++r) rooms.rows[r].prepare(inputs);
   if (by.norm.weight) {
     rooms.normed.resize(std::size_t(num_rows) * inputs);
@@ -99,11 +110,8 @@ void multiply_some(const Operand& by, const float* x, const std::uint8_t* each, 
   Pool::shared().run(by.threads, [&](int thread, Barrier& barrier) {
     const int blocks = Selection::blocks_of(inputs);
     for (int r = 0; r < num_rows; ++r) {
-      Widths row;
-      row.uniform = by.uniform;
-      if (each) row.each = each + std::size_t(r) * inputs;
-      rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, by.matrix.base_scales(), inputs, row,
-                           blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
+      rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, by.matrix.base_scales(), inputs,
+                           by.widths_of(first + r), blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
     }
     multiply(&product, 1, rooms.sharing, {}, thread, by.threads, rooms.coefficients[thread], barrier);
   });
@@ -113,17 +121,18 @@ void multiply_some(const Operand& by, const float* x, const std::uint8_t* each, 
 }
 
 // Multiplies float32 rows [num_rows, in], normed first where there is a norm's weight, into [num_rows, out]. Widths:
-// uint8 [num_rows, in], or null.
-void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_rows, Address widths, int uniform,
-                   Address norm_weight, Address norm_bias, float epsilon, int threads) {
+// uint8 [num_rows, in] by channel, [num_rows] otherwise, or null.
+void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_rows, Address widths, bool by_channel,
+                   int uniform, Address norm_weight, Address norm_bias, float epsilon, int threads) {
   if (threads < 1) throw std::invalid_argument("there must be a thread");
+  if (by_channel && !(widths && matrix.layout() == Layout::kRuns)) {
+    throw std::invalid_argument("the matrix is not laid out for widths by channel, or there are none");
+  }
   nb::gil_scoped_release release;
-  const std::size_t inputs = matrix.num_inputs(), outputs = matrix.num_outputs();
-  const Operand by{matrix, {floats_at(norm_weight), floats_at(norm_bias), epsilon}, uniform, threads};
+  const Norm norm{floats_at(norm_weight), floats_at(norm_bias), epsilon};
+  const Operand by{matrix, norm, at<const std::uint8_t>(widths), by_channel, uniform, threads};
   for (int first = 0; first < num_rows; first += kSlice) {
-    const std::uint8_t* each = widths ? at<const std::uint8_t>(widths) + first * inputs : nullptr;
-    multiply_some(by, floats_at(x) + first * inputs, each, at<float>(y) + first * outputs,
-                  std::min(kSlice, num_rows - first));
+    multiply_some(by, floats_at(x), at<float>(y), first, std::min(kSlice, num_rows - first));
   }
 }
 
@@ -138,18 +147,24 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
   if (std::int64_t{matrix.num_inputs()} * outputs <= kExpandedAlone) threads = 1;
   const auto expand_share = [&](int thread, Barrier&) {
     const Kernels& kernels = current_kernels();
-    const int begin = static_cast<int>(std::int64_t{matrix.num_inputs()} * thread / threads);
-    const int end = static_cast<int>(std::int64_t{matrix.num_inputs()} * (thread + 1) / threads);
-    float weights[kTileOutputs];
-    for (int j = begin; j < end; ++j) {
+    const std::int64_t quads = (matrix.num_inputs() + kQuadChannels - 1) / kQuadChannels;
+    const int begin = static_cast<int>(quads * thread / threads),
+              end = static_cast<int>(quads * (thread + 1) / threads);
+    float weights[kQuadChannels * kTileOutputs];
+    for (int quad = begin; quad < end; ++quad) {
+      const int first = quad * kQuadChannels, channels = std::min(kQuadChannels, matrix.num_inputs() - first);
       for (int t = 0; t < matrix.num_tiles(); ++t) {
-        kernels.expand_channel(matrix.tile(t), matrix.levels(), j, width, weights);
-        const std::size_t to = std::size_t(j) * outputs + std::size_t(t) * kTileOutputs;
-        const int count = std::min(matrix.tile(t).outputs(), outputs - t * kTileOutputs);
-        if (bfloat16) {
-          kernels.floats.to_bfloat16(weights, count, at<std::uint16_t>(address) + to);
-        } else {
-          std::copy_n(weights, count, at<float>(address) + to);
+        const Tile tile = matrix.tile(t, first / kChunkChannels);
+        kernels.expand_quad(tile, matrix.levels(), first % kChunkChannels, channels, width, weights);
+        const int count = std::min(tile.outputs(), outputs - t * kTileOutputs);
+        for (int j = 0; j < channels; ++j) {
+          const std::size_t to = std::size_t(first + j) * outputs + std::size_t(t) * kTileOutputs;
+          const float* from = weights + j * kTileOutputs;
+          if (bfloat16) {
+            kernels.floats.to_bfloat16(from, count, at<std::uint16_t>(address) + to);
+          } else {
+            std::copy_n(from, count, at<float>(address) + to);
+          }
         }
       }
     }
@@ -168,6 +183,9 @@ void set_map(Layer& layer, int map, const NestedMatrix& matrix, Address bias, Ad
 void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels, Address norms) {
   if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
   LinearMap& linear = layer.maps[map];
+  if (!linear.matrix || linear.matrix->layout() != Layout::kRuns) {
+    throw std::invalid_argument("the matrix is not laid out for widths by channel");
+  }
   linear.thresholds = std::move(thresholds);
   linear.levels = std::move(levels);
   linear.norms = floats_at(norms);
@@ -220,7 +238,8 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
 }
 
 void run_layers(LayerRunner& runner, int first, int last, Address hidden, std::vector<std::int64_t> rows, Address cos,
-                Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts, int threads) {
+                Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts, int threads,
+                bool then_others) {
   const std::vector<Row> of_pass = rows_of(rows);
   const std::vector<Storage> places = storage_of(storage);
   if (first < 0 || last > runner.num_layers() || places.size() != std::size_t(last - first) * num_sequences) {
@@ -228,7 +247,7 @@ void run_layers(LayerRunner& runner, int first, int last, Address hidden, std::v
   }
   nb::gil_scoped_release release;
   runner.run(first, last, at<float>(hidden), of_pass, floats_at(cos), floats_at(sin), places, num_sequences,
-             at<std::int64_t>(counts), threads);
+             at<std::int64_t>(counts), threads, then_others ? Next::kOthers : Next::kRun);
 }
 
 Activation activation_of(const std::string& name) {
@@ -315,7 +334,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_outputs", &NestedMatrix::num_outputs)
       .def_prop_ro("nbytes", &NestedMatrix::nbytes);
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
-        "num_outputs"_a);
+        "num_outputs"_a, "by_channel"_a);
   m.def("multiply_rows", &multiply_rows);
   m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);

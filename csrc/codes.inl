@@ -32,26 +32,27 @@ template <class Run>
 // The bit of a byte that holds leading bit `bit` of a field's code, where the byte has taken each plane's pair.
 constexpr int place_of_bit(int field, int bit) { return 2 * (field ^ (bit / 2)) + 1 - bit % 2; }
 
-// A code's leading bits, put in order from bit `first` downwards, as GF2P8AFFINEQB takes a matrix of bits: byte 7 - i
-// says which bits make up bit i.
-constexpr std::uint64_t matrix_of(int field, int width, int first) {
+// A code's leading bits, put in order from bit 7 downwards, as GF2P8AFFINEQB takes a matrix of bits: byte 7 - i says
+// which bits make up bit i.
+constexpr std::uint64_t matrix_of(int field, int width) {
   std::uint64_t matrix = 0;
-  for (int bit = 0; bit < width; ++bit) {
-    matrix |= std::uint64_t{1} << (8 * (7 - first + bit) + place_of_bit(field, bit));
-  }
+  for (int bit = 0; bit < width; ++bit) matrix |= std::uint64_t{1} << (8 * bit + place_of_bit(field, bit));
   return matrix;
 }
 
-// Unpacks codes read at one width. `V` names a vector of bytes and what is done with it.
+// Unpacks codes read at one width; of 4 and 2 bits, the levels that a table has for them. `V` names a vector of bytes
+// and what is done with it.
 template <class V, int Width>
 struct Unpack {
   using Bytes = typename V::Bytes;
   static constexpr int Planes = planes_of(Width);
   static constexpr bool Table = Width == 4 || Width == 2;
 
-  Bytes table;
+  Bytes tables[2];
 
-  explicit Unpack(const Levels& levels) : table(V::repeated(Width == 4 ? levels.table4 : levels.table2)) {}
+  explicit Unpack(const Levels& levels) {
+    for (int i = 0; Table && i < 2; ++i) tables[i] = V::repeated(Width == 4 ? levels.table4[i] : levels.table2[i]);
+  }
 
   // `planes`: bytes of each plane; codes[field]: of the outputs whose bits they hold.
   [[gnu::always_inline]] void operator()(const Bytes* planes, Bytes* codes) const {
@@ -60,7 +61,12 @@ struct Unpack {
       even = V::template select<0x33>(planes[0], planes[1]);
       odd = V::template select<0xcc>(planes[0], planes[1]);
     }
-    if constexpr (Planes > 2) {
+    if constexpr (Table) {
+      codes[0] = V::looked_up(tables[0], V::low_nibbles(even));
+      codes[1] = V::looked_up(tables[1], V::low_nibbles(odd));
+      codes[2] = V::looked_up(tables[0], V::high_nibbles(even));
+      codes[3] = V::looked_up(tables[1], V::high_nibbles(odd));
+    } else if constexpr (Planes > 2) {
       Bytes last_even = planes[2], last_odd = planes[2];
       if constexpr (Planes > 3) {
         last_even = V::template select<0x33>(planes[2], planes[3]);
@@ -81,13 +87,12 @@ struct Unpack {
  private:
   template <int Field>
   [[gnu::always_inline]] Bytes code(Bytes taken) const {
-    constexpr std::uint64_t matrix = matrix_of(Field, Width, Table ? Width - 1 : kMaxWidth - 1);
-    const Bytes code = matrix == matrix_of(3, kMaxWidth, kMaxWidth - 1) ? taken : V::template permuted<matrix>(taken);
-    return Table ? V::looked_up(table, code) : code;
+    constexpr std::uint64_t matrix = matrix_of(Field, Width);
+    return matrix == matrix_of(3, kMaxWidth) ? taken : V::template permuted<matrix>(taken);
   }
 };
 
-static_assert(matrix_of(3, kMaxWidth, kMaxWidth - 1) == 0x0102040810204080, "the last field's code is in order");
+static_assert(matrix_of(3, kMaxWidth) == 0x0102040810204080, "the last field's code is in order");
 
 }  // namespace
 }  // namespace quicksilver

@@ -49,7 +49,7 @@ struct LayerRunner::Pass {
   std::array<Grid, kMaps> products;
   Grid normed, attended, mapped;
   std::vector<char> past;  // of each row: it goes past the sublayer at hand
-  std::vector<int> all, running, through;
+  std::vector<int> all, running;
   int most_rows = 0;  // that there is room for
 
   // Of the run at hand.
@@ -362,7 +362,7 @@ LayerRunner::~LayerRunner() = default;
 
 void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos,
                       const float* sin, const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts,
-                      int threads) {
+                      int threads, Next next) {
   std::lock_guard<std::mutex> one_at_a_time(mutex_);
   Pass& pass = *pass_;
   pass.shape = &shape_;
@@ -373,12 +373,13 @@ void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>
   pass.sin = sin;
   pass.num_threads = threads;
   pass.prepare(layers_, last - first);
-  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+  const auto run_all = [&](int thread, Barrier& barrier) {
     for (int i = first; i < last; ++i) {
       pass.run_layer(layers_[i], i + 1 < last ? &layers_[i + 1] : nullptr, i - first,
                      storage.data() + std::size_t(i - first) * num_sequences, num_sequences, thread, barrier);
     }
-  });
+  };
+  Pool::shared().run(threads, run_all, next);
   const std::size_t size = std::size_t(last - first) * kLayerCounts;
   for (int t = 0; t < threads; ++t) {
     for (std::size_t i = 0; i < size; ++i) counts[i] += pass.threads[t].counts[i];

@@ -110,7 +110,7 @@ class LayerRunner {
   // Runs layers [first, last) for rows [rows, hidden], in place. cos, sin: [rows, head_dim] or null.
   // storage: [last - first, sequences]. counts: [last - first, kLayerCounts].
   void run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos, const float* sin,
-           const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts, int threads);
+           const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts, int threads, Next next);
 
  private:
   struct Pass;

@@ -7,13 +7,12 @@ namespace {
 // Levels of a channel's codes, [outputs], as `width` bits tell them but for the offset.
 [[maybe_unused]] void unpack_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int width,
                                      std::uint8_t* codes) {
-  const std::uint8_t* table = width == 4 ? levels.table4 : width == 2 ? levels.table2 : nullptr;
+  const std::uint8_t* table = width == 4 ? levels.table4[1] : width == 2 ? levels.table2[0] : nullptr;
   const int outputs = tile.outputs(), dropped = 2 * planes_of(width) - width;
   for (int o = 0; o < outputs; ++o) {
-    const Place place = place_of(o, tile.halves);
     int code = 0;
     for (int p = 0; p < planes_of(width); ++p) {
-      code = code << 2 | (tile.run(p, channel)[place.byte] >> (2 * (place.field ^ p)) & 3);
+      code = code << 2 | (tile.planes[p][tile.offset(p, channel, o)] >> (2 * (field_of(o) ^ p)) & 3);
     }
     code >>= dropped;
     codes[o] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxWidth - width));
@@ -21,8 +20,7 @@ namespace {
 }
 
 // Weights of one input channel, [outputs].
-[[maybe_unused]] void expand_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int width,
-                                     float* weights) {
+[[maybe_unused]] void expand_channel(const Tile& tile, const Levels& levels, int channel, int width, float* weights) {
   const std::uint8_t* record = tile.record(channel);
   std::uint8_t codes[kTileOutputs];
   unpack_channel(tile, levels, channel, width, codes);
@@ -33,6 +31,11 @@ namespace {
       weights[o] = scale * (static_cast<float>(codes[o]) - zero);
     }
   }
+}
+
+[[maybe_unused]] void expand_quad(const Tile& tile, const Levels& levels, int first, int count, int width,
+                                  float* weights) {
+  for (int j = 0; j < count; ++j) expand_channel(tile, levels, first + j, width, weights + j * kTileOutputs);
 }
 
 }  // namespace

@@ -68,10 +68,9 @@ struct FloatKernels {
   void (*activate)(Activation, float* gate, const float* up, int size);
   // `first`: where x lies in what the grades' norms are of.
   void (*grade)(const float* x, int size, const Grades&, int first, std::uint8_t* widths);
-  // Writes the channels of one width, counted from `first`, and their values; returns how many. Room for 16 more than
-  // there are is needed.
-  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,
-                 std::uint32_t* channels, float* values);
+  // Writes the channels of one width and their values; returns how many. Room for 16 more than there are is needed.
+  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                 float* values);
   float (*largest_magnitude)(const float* x, int size);  // not finite where one of them is not
   // Rounds finite activations to integers of 16 bits, the largest to 127 * 256; returns their unit.
   float (*quantize)(const float* x, int size, std::int16_t* codes);

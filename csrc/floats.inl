@@ -357,11 +357,11 @@ void grade(const float* x, int size, const Grades& grades, int first, std::uint8
   }
 }
 
-[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,
-                             std::uint32_t* channels, float* values) {
+[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                             float* values) {
   int count = 0;
   for (int j = 0; j < size; ++j) {
-    channels[count] = first + j;
+    channels[count] = j;
     values[count] = x[j];
     count += widths[j] == width;
   }

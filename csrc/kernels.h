@@ -17,44 +17,57 @@ constexpr int kTileOutputs = 256;  // a channel's run in a plane of a tile: one 
 constexpr int kHalfOutputs = 128;
 constexpr int kLaneOutputs = 32;  // outputs that share a coefficient: the smallest group
 constexpr int kTileGroups = kTileOutputs / kLaneOutputs;
-constexpr int kChunkChannels = 64;  // channels whose coefficients share a scale
-constexpr int kQuadChannels = 4;    // channels that a dot product's word holds
+constexpr int kChunkChannels = 64;                                  // channels whose coefficients share a scale
+constexpr int kQuadChannels = 4;                                    // channels that a dot product's word holds
+constexpr int kQuadBytes = kQuadChannels * kHalfOutputs / kFields;  // of a plane of half a tile
 constexpr int kChunkSlots = kChunkChannels + kMaxWidth * kQuadChannels;
 constexpr int kRecordBytes = 2 * kTileGroups;
 
-// One tile of a matrix: 256 outputs of all input channels, or 128 at its end. Tiles lie side by side in strips, so that
-// a channel's runs in neighbouring tiles are neighbours in memory.
+// How planes are laid out. As runs, each channel has its bytes of a strip in a row: long runs where channels differ in
+// width. As quads, four channels' bytes are interleaved as a dot product takes them, and a block's quads follow one
+// another, half by half of each tile: read in order where all channels have one width.
+enum class Layout { kRuns, kQuads };
+
+// One tile of a matrix: 256 outputs, or 128 at its end, of a block's channels.
 struct Tile {
-  const std::uint8_t* planes[kPlanes];  // the first channel's run: 32 bytes for each half; see place_of
+  Layout layout;
+  const std::uint8_t* planes[kPlanes];  // see `offset`
   const std::uint8_t* records;          // the first channel's: 8 groups' steps above its base, then their zeros
-  std::size_t stride;                   // bytes from channel to channel in planes 0 and 1; in 2 and 3 twice as many
-  std::size_t record_stride;
+  std::size_t stride;         // of runs: bytes from channel to channel in planes 0 and 1; in 2 and 3 twice as many
+  std::size_t record_stride;  // bytes from channel to channel
   const std::uint8_t* bases;  // [channels] the smallest exponent of each
   int halves;                 // of 128 outputs
 
   int outputs() const { return halves * kHalfOutputs; }
-  std::size_t stride_in(int plane) const { return plane < 2 ? stride : 2 * stride; }
-  const std::uint8_t* run(int plane, std::size_t channel) const { return planes[plane] + channel * stride_in(plane); }
   const std::uint8_t* record(std::size_t channel) const { return records + channel * record_stride; }
+
+  // The byte of a plane that has an output's two bits. The order of a run is what AVX-512 needs to end with outputs in
+  // order: its lanes hold 8 bytes of each half, and 16 outputs' sums lie 4 in each lane.
+  std::size_t offset(int plane, std::size_t channel, int output) const {
+    const std::size_t half = output / kHalfOutputs, pair = output % kHalfOutputs / (16 * kFields),
+                      lane = output / 4 % 4;
+    const std::size_t times = plane < 2 ? 1 : 2;
+    if (layout == Layout::kRuns) return times * channel * stride + 8 * (halves * lane + half) + 4 * pair + output % 4;
+    return times * quad_offset(half, channel / kQuadChannels) + 64 * pair + 16 * lane + 4 * (output % 4) +
+           channel % kQuadChannels;
+  }
+
+  // Where a quad begins in planes 0 and 1; in 2 and 3 it is twice as far.
+  static std::size_t quad_offset(std::size_t half, std::size_t quad) {
+    return (half * (kChunkChannels / kQuadChannels) + quad) * kQuadBytes;
+  }
 };
 
-// Where a plane keeps an output's two bits: in byte `byte` of the channel's run and there, from the lowest bits on, in
-// place `field ^ plane`: so an output's pairs in four planes are at four places, and one byte can take them all. The
-// order of bytes is what AVX-512 needs to end with outputs in order: its lanes hold 8 bytes of each half, and 16
-// outputs' sums lie 4 in each lane.
-struct Place {
-  int byte, field;
-};
-
-inline Place place_of(int output, int halves) {
-  const int half = output / kHalfOutputs, sum = output % kHalfOutputs / 16, lane = output / 4 % 4;
-  return {8 * (halves * lane + half) + 4 * (sum / kFields) + output % 4, sum % kFields};
-}
+// Where a byte has an output's two bits, from the lowest bits on: in place `field ^ plane`, so an output's pairs in
+// four planes are at four places, and one byte can take them all.
+inline int field_of(int output) { return output / 16 % kFields; }
 
 // What prefixes of each width stand for, in units of 8-bit codes: a whole number and an offset.
 struct Levels {
-  alignas(64) std::uint8_t table4[16];
-  alignas(64) std::uint8_t table2[16];  // the first four repeated
+  // By nibbles as fields 0 and 2 leave them, and as 1 and 3 do: of 4 bits, with the pairs swapped and in order; of 2
+  // bits, where the code is the nibble's lower pair and where it is its upper one.
+  alignas(64) std::uint8_t table4[2][16];
+  alignas(64) std::uint8_t table2[2][16];
   float offset[kMaxWidth + 1];
   float largest;  // scale of exponent 0
   float unit;     // of products of coefficients: largest * kMultiplierUnit
@@ -69,7 +82,7 @@ struct Part {
 // What a row reads of 64 neighbouring channels, and the activations that they multiply. Slots are filled part after
 // part, from the widest on; a part's last slots may repeat a channel times zero.
 struct Chunk {
-  const std::uint32_t* channels;  // [slots]
+  const std::uint32_t* channels;  // [slots], counted from the block's first
   const std::int16_t* x;          // [slots], in units of `unit`
   float unit;                     // an activation times the scale of its channel's base
   const Part* parts;
@@ -110,8 +123,8 @@ struct Kernels {
   // Writes the chunk's share of the product to y[0 .. outputs of the tile), those beyond the matrix's outputs included,
   // or adds it to what y holds.
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, bool adds, float* y, Upcoming&);
-  // Writes the weights of one channel, [outputs of the tile].
-  void (*expand_channel)(const Tile&, const Levels&, std::uint32_t channel, int width, float* weights);
+  // Writes the weights of `count` channels from `first` on, which begins a quad: [channels of a quad, kTileOutputs].
+  void (*expand_quad)(const Tile&, const Levels&, int first, int count, int width, float* weights);
   FloatKernels floats;
 };
 

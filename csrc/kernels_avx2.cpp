@@ -79,6 +79,8 @@ struct Vector {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static Bytes looked_up(Bytes table, Bytes indices) { return _mm256_shuffle_epi8(table, indices); }
+  static Bytes low_nibbles(Bytes x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  static Bytes high_nibbles(Bytes x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
   // Bits of Mask from x, the others from y.
   template <std::uint8_t Mask>
   static Bytes select(Bytes x, Bytes y) {
@@ -88,17 +90,29 @@ struct Vector {
   template <std::uint64_t Matrix>
   static Bytes permuted(Bytes x) {
     static constexpr Images images(Matrix);
-    const __m256i nibbles = _mm256_set1_epi8(15);
-    return _mm256_or_si256(looked_up(repeated(images.of_low), _mm256_and_si256(x, nibbles)),
-                           looked_up(repeated(images.of_high), _mm256_and_si256(_mm256_srli_epi16(x, 4), nibbles)));
+    return _mm256_or_si256(looked_up(repeated(images.of_low), low_nibbles(x)),
+                           looked_up(repeated(images.of_high), high_nibbles(x)));
   }
 };
 
-// The bytes of a half's lanes 2 k and 2 k + 1 in the low 8 bytes of each lane.
-__m256i load(const Tile& tile, std::size_t channel, int plane, int half, int k) {
-  const std::uint8_t* run = tile.run(plane, channel) + 8 * half + 16 * tile.halves * k;
-  const auto word = [&](int offset) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(run + offset)); };
-  return _mm256_set_m128i(word(8 * tile.halves), word(0));
+// A plane's bytes of a pair of channels in a half's lanes 2 k and 2 k + 1, side by side: [8 outputs, channel] in each
+// lane.
+__m256i load_pair(const Tile& tile, const std::uint32_t* channels, int pair, int plane, int half, int k) {
+  const std::size_t times = plane < 2 ? 1 : 2;
+  if (tile.layout == Layout::kRuns) {
+    const auto run = [&](std::uint32_t channel) {  // in the low 8 bytes of each lane
+      const std::uint8_t* from = tile.planes[plane] + times * channel * tile.stride + 8 * half + 16 * tile.halves * k;
+      const auto word = [&](int offset) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + offset)); };
+      return _mm256_set_m128i(word(8 * tile.halves), word(0));
+    };
+    return _mm256_unpacklo_epi8(run(channels[0]), run(channels[1]));
+  }
+  const std::uint8_t* from = tile.planes[plane] + times * Tile::quad_offset(half, pair / 2) + 32 * k;
+  const auto pairs = [&](int offset) {  // of each [output, 4 channels] two, as words
+    const __m256i quads = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + offset));
+    return pair % 2 ? _mm256_srli_epi32(quads, 16) : _mm256_and_si256(quads, _mm256_set1_epi32(0xffff));
+  };
+  return _mm256_packus_epi32(pairs(0), pairs(64));
 }
 
 // Adds pairs of channels [begin, end), read at one width, to sums of a half's lanes 2 k and 2 k + 1.
@@ -112,7 +126,7 @@ void add_pairs(const Tile& tile, const Chunk& chunk, const Levels& levels, int h
     const std::int32_t* words = c.words + pair * kTileGroups + 4 * half;
     __m256i bytes[planes_of(Width)], codes[kFields];
     for (int p = 0; p < planes_of(Width); ++p) {
-      bytes[p] = _mm256_unpacklo_epi8(load(tile, channels[0], p, half, k), load(tile, channels[1], p, half, k));
+      bytes[p] = load_pair(tile, channels, pair, p, half, k);
     }
     unpack(bytes, codes);
     for (int a = 0; a < 2 * kFields; ++a) {  // words become [output, channel], 8 outputs in each register
@@ -153,7 +167,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
 }
 
-const Kernels kAvx2 = {"avx2", tile_chunk, expand_channel, kFloats};
+const Kernels kAvx2 = {"avx2", tile_chunk, expand_quad, kFloats};
 
 }  // namespace
 

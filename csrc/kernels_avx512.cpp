@@ -5,6 +5,8 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__)
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "codes.inl"
 #include "expand.inl"
 #include "fetch.inl"
@@ -90,6 +92,8 @@ struct Vector {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static Bytes looked_up(Bytes table, Bytes indices) { return _mm512_shuffle_epi8(table, indices); }
+  static Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
   // Bits of Mask from x, the others from y.
   template <std::uint8_t Mask>
   static Bytes select(Bytes x, Bytes y) {
@@ -101,50 +105,83 @@ struct Vector {
   }
 };
 
-// A channel's line in one plane, of both halves; of a lone half, its words in the low 8 bytes of each lane.
-template <bool Full>
-__m512i load_line(const std::uint8_t* line) {
-  if (Full) return _mm512_loadu_si512(line);
-  const __m512i run = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(line)));
-  return _mm512_permutexvar_epi64(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0), run);
+// Four channels' bytes of a plane in a half: [16 outputs, channel] in each of two registers. Of runs, a line has those
+// of both halves; of a lone half, its words are put into the low 8 bytes of each lane.
+template <bool Full, int Half>
+struct Runs {
+  static constexpr int half = Half;
+  const Tile& tile;
+  const std::size_t at[kQuadChannels];  // in planes 0 and 1; twice as far in 2 and 3
+
+  Runs(const Tile& tile, const std::uint32_t* channels, int)
+      : tile(tile),
+        at{channels[0] * tile.stride, channels[1] * tile.stride, channels[2] * tile.stride, channels[3] * tile.stride} {
+  }
+
+  [[gnu::always_inline]] void load(int plane, __m512i* first, __m512i* second) const {
+    const __m512i left = paired(line(plane, 0), line(plane, 1)), right = paired(line(plane, 2), line(plane, 3));
+    *first = _mm512_unpacklo_epi16(left, right);
+    *second = _mm512_unpackhi_epi16(left, right);
+  }
+
+ private:
+  [[gnu::always_inline]] __m512i line(int plane, int j) const {
+    const std::uint8_t* from = tile.planes[plane] + (plane < 2 ? at[j] : 2 * at[j]);
+    if (Full) return _mm512_loadu_si512(from);
+    const __m512i run = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_permutexvar_epi64(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0), run);
+  }
+  [[gnu::always_inline]] static __m512i paired(__m512i a, __m512i b) {
+    return Half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+  }
+};
+
+template <int Half>
+struct Quads {
+  static constexpr int half = Half;
+  const Tile& tile;
+  const std::size_t at;
+
+  Quads(const Tile& tile, const std::uint32_t*, int quad) : tile(tile), at(Tile::quad_offset(Half, quad)) {}
+
+  [[gnu::always_inline]] void load(int plane, __m512i* first, __m512i* second) const {
+    const std::uint8_t* from = tile.planes[plane] + (plane < 2 ? at : 2 * at);
+    *first = _mm512_loadu_si512(from);
+    *second = _mm512_loadu_si512(from + 64);
+  }
+};
+
+// Calls `run` with a pointer, null, of the type that reads each half of a tile.
+template <class Run>
+[[gnu::always_inline]] inline void at_halves(const Tile& tile, const Run& run) {
+  if (tile.layout == Layout::kQuads) {
+    run(static_cast<Quads<0>*>(nullptr));
+    if (tile.halves == 2) run(static_cast<Quads<1>*>(nullptr));
+  } else if (tile.halves == 2) {
+    run(static_cast<Runs<true, 0>*>(nullptr));
+    run(static_cast<Runs<true, 1>*>(nullptr));
+  } else {
+    run(static_cast<Runs<false, 0>*>(nullptr));
+  }
 }
 
 struct Sums {
   __m512i head[8], tail[8];
 };
 
-// One half's bytes of four channels' lines, side by side: [16 outputs, channel] in each register.
-template <int Half>
-[[gnu::always_inline]] inline void interleave(const __m512i* lines, __m512i* first, __m512i* second) {
-  const auto paired = [](__m512i a, __m512i b) {
-    return Half ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
-  };
-  const __m512i left = paired(lines[0], lines[1]), right = paired(lines[2], lines[3]);
-  *first = _mm512_unpacklo_epi16(left, right);
-  *second = _mm512_unpackhi_epi16(left, right);
-}
-
 // Adds quads [begin, end), read at one width, of one half to its sums.
-template <int Width, bool Full, int Half>
+template <int Width, class Source>
 [[gnu::always_inline]] inline void add_quads(const Tile& tile, const Chunk& chunk, const Levels& levels, int begin,
                                              int end, const Coefficients& c, Sums& sums, Upcoming& next) {
   constexpr int planes = planes_of(Width);
   const Unpack<Vector, Width> unpack(levels);
   for (int quad = begin; quad < end; ++quad) {
     fetch(next);
-    const std::uint32_t* channels = chunk.channels + 4 * quad;
-    const std::size_t at[kQuadChannels] = {channels[0] * tile.stride, channels[1] * tile.stride,
-                                           channels[2] * tile.stride, channels[3] * tile.stride};
+    const Source source(tile, chunk.channels + kQuadChannels * quad, quad);
     __m512i bytes[2][planes];  // of each plane, of sums 0 to 3 and of 4 to 7
 #pragma GCC unroll 4
-    for (int p = 0; p < planes; ++p) {
-      const auto line = [&](int j) {
-        return load_line<Full>(tile.planes[p] + (p < 2 ? at[j] : 2 * at[j]));  // Tile::run; GCC multiplies in it anew
-      };
-      const __m512i lines[kQuadChannels] = {line(0), line(1), line(2), line(3)};
-      interleave<Half>(lines, &bytes[0][p], &bytes[1][p]);
-    }
-    const std::int32_t *head = leading(c, quad) + 4 * Half, *tail = trailing(c, quad) + 4 * Half;
+    for (int p = 0; p < planes; ++p) source.load(p, &bytes[0][p], &bytes[1][p]);
+    const std::int32_t *head = leading(c, quad) + 4 * Source::half, *tail = trailing(c, quad) + 4 * Source::half;
 #pragma GCC unroll 2
     for (int m = 0; m < 2; ++m) {
       __m512i codes[kFields];
@@ -173,68 +210,72 @@ template <int Half>
 }
 
 // A half's share of a chunk. Registers hold its sums; a cache near by keeps what the other half reads again.
-template <bool Full, int Half>
+template <class Source>
 void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, const Coefficients& c, bool adds, float* y,
                 Upcoming& next) {
   Sums sums;
 #pragma GCC unroll 8
   for (int a = 0; a < 8; ++a) {
     sums.head[a] = _mm512_setzero_si512();
-    sums.tail[a] = _mm512_set1_epi32(-c.zero_sums[4 * Half + a / 2]);
+    sums.tail[a] = _mm512_set1_epi32(-c.zero_sums[4 * Source::half + a / 2]);
   }
   int quad = 0;
   for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
     const int end = quad + part->slots / kQuadChannels;
     at_width(part->width, [&](auto width) {
-      add_quads<decltype(width)::value, Full, Half>(tile, chunk, levels, quad, end, c, sums, next);
+      add_quads<decltype(width)::value, Source>(tile, chunk, levels, quad, end, c, sums, next);
     });
     quad = end;
   }
-  finish<Half>(sums, c, adds, y);
+  finish<Source::half>(sums, c, adds, y);
 }
 
 void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, bool adds, float* y,
                 Upcoming& next) {
   make_coefficients(tile, chunk, levels, c);
-  if (tile.halves == 1) {
-    half_chunk<false, 0>(tile, chunk, levels, c, adds, y, next);
-  } else {
-    half_chunk<true, 0>(tile, chunk, levels, c, adds, y, next);
-    half_chunk<true, 1>(tile, chunk, levels, c, adds, y, next);
+  at_halves(tile, [&](auto* source) {
+    half_chunk<std::remove_pointer_t<decltype(source)>>(tile, chunk, levels, c, adds, y, next);
+  });
+}
+
+// Weights of a half of a quad's channels.
+template <int Width, class Source>
+void expand_half(const Tile& tile, const Levels& levels, int first, int count, float* weights) {
+  std::uint32_t channels[kQuadChannels];
+  __m512i bytes[2][planes_of(Width)];
+  for (int j = 0; j < kQuadChannels; ++j) channels[j] = first + std::min(j, count - 1);
+  const Source source(tile, channels, first / kQuadChannels);
+  for (int p = 0; p < planes_of(Width); ++p) source.load(p, &bytes[0][p], &bytes[1][p]);
+  const Unpack<Vector, Width> unpack(levels);
+  for (int m = 0; m < 2; ++m) {
+    __m512i codes[kFields];
+    unpack(bytes[m], codes);
+    for (int j = 0; j < count; ++j) {
+      const std::uint8_t *record = tile.record(channels[j]), base = tile.bases[channels[j]];
+      for (int k = 0; k < kFields; ++k) {
+        const int a = kFields * m + k, group = 4 * Source::half + a / 2;
+        const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(base + record[group]));
+        const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + group]) - levels.offset[Width]);
+        const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes[k], 8 * j), _mm512_set1_epi32(255));
+        _mm512_storeu_ps(weights + j * kTileOutputs + kHalfOutputs * Source::half + 16 * a,
+                         _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
+      }
+    }
   }
 }
 
-// Weights of one channel, 16 outputs at a time.
-template <int Width>
-void expand_at(const Tile& tile, const Levels& levels, std::uint32_t channel, float* weights) {
-  // Four bytes of [lane, half, byte / 4] go to [half, byte / 4, lane]: then outputs are in order.
-  const __m512i in_order = tile.halves == 1 ? _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 5, 3, 1, 6, 4, 2, 0)
-                                            : _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  const __mmask16 there = tile.halves == 1 ? 0x00ff : 0xffff;
-  __m512i lines[planes_of(Width)], codes[kFields];
-  for (int p = 0; p < planes_of(Width); ++p) lines[p] = _mm512_maskz_loadu_epi32(there, tile.run(p, channel));
-  Unpack<Vector, Width>{levels}(lines, codes);
-  alignas(64) std::uint8_t stored[kFields][64];
-  for (int k = 0; k < kFields; ++k) _mm512_store_si512(stored[k], _mm512_permutexvar_epi32(in_order, codes[k]));
-  const std::uint8_t* record = tile.record(channel);
-  for (int a = 0; a < tile.outputs() / 16; ++a) {
-    const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(tile.bases[channel] + record[a / 2]));
-    const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + a / 2]) - levels.offset[Width]);
-    const std::uint8_t* from = stored[a % kFields] + 16 * (a / kFields);
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
-    _mm512_storeu_ps(weights + 16 * a, _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
-  }
+void expand_lanes(const Tile& tile, const Levels& levels, int first, int count, int width, float* weights) {
+  at_halves(tile, [&](auto* source) {
+    at_width(width, [&](auto each) {
+      expand_half<decltype(each)::value, std::remove_pointer_t<decltype(source)>>(tile, levels, first, count, weights);
+    });
+  });
 }
 
-void expand_lanes(const Tile& tile, const Levels& levels, std::uint32_t channel, int width, float* weights) {
-  at_width(width, [&](auto each) { expand_at<decltype(each)::value>(tile, levels, channel, weights); });
-}
-
-int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t first,
-                  std::uint32_t* channels, float* values) {
+int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+                  float* values) {
   const __m128i wanted = _mm_set1_epi8(static_cast<char>(width));
-  const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512i indices = _mm512_add_epi32(ascending, _mm512_set1_epi32(static_cast<int>(first)));
+  __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   int count = 0;
   for (int j = 0; j < size; j += 16, indices = _mm512_add_epi32(indices, _mm512_set1_epi32(16))) {
     const __mmask16 there = size - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - j)) - 1);

@@ -60,7 +60,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
 }
 
-const Kernels kPortable = {"portable", tile_chunk, expand_channel, kFloats};
+const Kernels kPortable = {"portable", tile_chunk, expand_quad, kFloats};
 
 }  // namespace
 

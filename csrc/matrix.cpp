@@ -15,7 +15,8 @@
 namespace quicksilver {
 namespace {
 
-constexpr std::size_t kLine = 64;
+constexpr std::size_t kLine = kLineBytes;
+constexpr std::size_t kHalfBytes = kHalfOutputs / kFields;
 constexpr std::size_t kLargePage = std::size_t{1} << 21;
 constexpr std::size_t kSlab = 16 * kLargePage;
 
@@ -39,30 +40,28 @@ std::shared_ptr<std::uint8_t> new_slab(std::size_t needed) {
 
 int halves_of(int num_outputs) { return (num_outputs + kHalfOutputs - 1) / kHalfOutputs; }
 
-// Bytes of one channel in a strip of so many halves of tiles. An odd number of cache lines, so that neighbouring
-// channels' runs do not compete for the same places of a cache.
-std::size_t stride_of(int halves) { return ((halves + 1) / 2 | 1) * kLine; }
-std::size_t record_stride_of(int halves) { return std::size_t{kRecordBytes} * ((halves + 1) / 2); }
+// What a strip of so many halves of tiles takes.
+struct StripSize {
+  std::size_t channel, block;  // bytes of one channel and of a block of channels, in one plane
+  std::size_t plane, records;  // bytes of all channels
 
-std::size_t strip_bytes(int num_inputs, int halves) {
-  return kPlanes * stride_of(halves) * num_inputs + rounded_up(record_stride_of(halves) * num_inputs, kLine);
-}
-
-std::size_t all_bytes(int num_inputs, int num_outputs) {
-  const int halves = halves_of(num_outputs), whole = halves / (2 * kStripTiles), rest = halves % (2 * kStripTiles);
-  return whole * strip_bytes(num_inputs, 2 * kStripTiles) + (rest ? strip_bytes(num_inputs, rest) : 0);
-}
-
-// One channel's pairs of bits in one plane, from the stored order, four neighbours to a byte, to the kernels'.
-void pack_run(const std::uint8_t* stored, int plane, int first_output, int num_outputs, int halves, std::uint8_t* run) {
-  const int held = std::min(halves * kHalfOutputs, num_outputs - first_output);
-  for (int o = 0; o < held; o += 4) {
-    const std::uint8_t codes = stored[(first_output + o) / 4];
-    const Place place = place_of(o, halves);  // neighbours have the same field of bytes that are neighbours
-    for (int e = 0; e < 4; ++e) {
-      run[place.byte + e] |= static_cast<std::uint8_t>((codes >> (2 * e) & 3) << (2 * (place.field ^ plane)));
-    }
+  StripSize(int num_inputs, int halves, Layout layout) {
+    const bool runs = layout == Layout::kRuns;
+    const std::size_t inputs = runs ? num_inputs : rounded_up(num_inputs, kChunkChannels);
+    // An odd number of cache lines, so that neighbouring channels' runs do not compete for the same places of a cache.
+    channel = runs ? ((halves + 1) / 2 | 1) * kLine : halves * kHalfBytes;
+    block = channel * kChunkChannels;
+    plane = channel * inputs;
+    records = rounded_up(std::size_t{kRecordBytes} * ((halves + 1) / 2) * inputs, kLine);
   }
+
+  std::size_t all() const { return kPlanes * plane + records; }
+};
+
+std::size_t all_bytes(int num_inputs, int num_outputs, Layout layout) {
+  const int halves = halves_of(num_outputs), whole = halves / (2 * kStripTiles), rest = halves % (2 * kStripTiles);
+  const StripSize size(num_inputs, 2 * kStripTiles, layout), last(num_inputs, rest, layout);
+  return whole * size.all() + (rest ? last.all() : 0);
 }
 
 std::uint8_t whole_level(float level) {
@@ -75,8 +74,10 @@ std::uint8_t whole_level(float level) {
 Levels levels_of(const StoredCodes& codes) {
   Levels levels;
   for (int i = 0; i < 16; ++i) {
-    levels.table4[i] = whole_level(codes.table4[i]);
-    levels.table2[i] = whole_level(codes.table2[i % 4]);
+    levels.table4[0][i] = whole_level(codes.table4[i % 4 * 4 + i / 4]);
+    levels.table4[1][i] = whole_level(codes.table4[i]);
+    levels.table2[0][i] = whole_level(codes.table2[i % 4]);
+    levels.table2[1][i] = whole_level(codes.table2[i / 4]);
   }
   for (int width = 0; width <= kMaxWidth; ++width) {
     const bool tabled = width == 4 || width == 2;
@@ -111,11 +112,12 @@ SlabBytes::SlabBytes(std::size_t size) : size_(size) {
   std::memset(data_, 0, size);
 }
 
-NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs)
+NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs, Layout layout)
     : num_inputs_(num_inputs),
       num_outputs_(num_outputs),
       padded_outputs_(halves_of(num_outputs) * kHalfOutputs),
-      bytes_(all_bytes(num_inputs, num_outputs)),
+      layout_(layout),
+      bytes_(all_bytes(num_inputs, num_outputs, layout)),
       levels_(levels_of(codes)) {
   const int halves = halves_of(num_outputs);
   const int groups = (num_outputs + codes.group_size - 1) / codes.group_size;
@@ -126,34 +128,48 @@ NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_out
   }
   std::uint8_t* at = bytes_.data();
   for (int first = 0; first < halves; first += 2 * kStripTiles) {
-    at = add_strip(codes, first, std::min(2 * kStripTiles, halves - first), at);
+    at = add_strip(codes, std::min(2 * kStripTiles, halves - first), at);
   }
 }
 
 // Lays out a strip of `halves` halves of tiles; returns where it ends.
-std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int first_half, int halves, std::uint8_t* at) {
-  const std::size_t inputs = num_inputs_, stride = stride_of(halves), record_stride = record_stride_of(halves);
-  std::uint8_t* const planes[kPlanes] = {at, at + stride * inputs, at + 2 * stride * inputs,
-                                         at + (2 * inputs + 1) * stride};
-  std::uint8_t* const records = at + kPlanes * stride * inputs;
+std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int halves, std::uint8_t* at) {
+  const StripSize size(num_inputs_, halves, layout_);
+  const bool runs = layout_ == Layout::kRuns;
+  const std::size_t tiles = (halves + 1) / 2;
+  const std::uint8_t* const records = at + kPlanes * size.plane;
   for (int h = 0; h < halves; h += 2) {
-    const int first = (first_half + h) * kHalfOutputs;
-    Tile tile{{}, records + kRecordBytes * (h / 2), stride, record_stride, bases_.data(), std::min(2, halves - h)};
-    for (int p = 0; p < kPlanes; ++p) tile.planes[p] = planes[p] + 32 * h;
-    for (int j = 0; j < num_inputs_; ++j) pack_channel(codes, tile, j, first);
-    tiles_.push_back(tile);
+    const std::size_t to_tile = h * kHalfBytes * (runs ? 1 : kChunkChannels);  // in planes 0 and 1
+    Tile tile{layout_, {}, records, size.channel, kRecordBytes, bases_.data(), std::min(2, halves - h)};
+    tile.planes[0] = at + to_tile;
+    tile.planes[1] = at + size.plane + to_tile;
+    tile.planes[2] = at + 2 * size.plane + (runs ? 1 : 2) * to_tile;
+    tile.planes[3] = tile.planes[2] + (runs ? size.channel : kQuadBytes);
+    tile.records += std::size_t{kRecordBytes} * (h / 2) * (runs ? 1 : kChunkChannels);
+    tile.record_stride *= runs ? tiles : 1;
+    origins_.push_back({tile, size.block, kRecordBytes * tiles * kChunkChannels});
+    for (int j = 0; j < num_inputs_; ++j) pack_channel(codes, num_tiles() - 1, j);
   }
-  return at + strip_bytes(num_inputs_, halves);
+  return at + size.all();
 }
 
-// Writes a channel's runs and records of a tile, which lie in the matrix's own bytes.
-void NestedMatrix::pack_channel(const StoredCodes& codes, const Tile& tile, int channel, int first_output) {
+// Writes a channel's bits and records of a tile, which lie in the matrix's own bytes.
+void NestedMatrix::pack_channel(const StoredCodes& codes, int index, int channel) {
+  const Tile tile = this->tile(index, channel / kChunkChannels);
+  const int first_output = index * kTileOutputs, in_block = channel % kChunkChannels;
   const int groups = (num_outputs_ + codes.group_size - 1) / codes.group_size, run = (num_outputs_ + 3) / 4;
+  const int held = std::min(tile.outputs(), num_outputs_ - first_output);
+  const int step = layout_ == Layout::kRuns ? 1 : kQuadChannels;  // between four neighbours, which have the same field
   for (int p = 0; p < kPlanes; ++p) {
-    pack_run(codes.planes[p] + std::size_t(channel) * run, p, first_output, num_outputs_, tile.halves,
-             const_cast<std::uint8_t*>(tile.run(p, channel)));
+    const std::uint8_t* stored = codes.planes[p] + std::size_t(channel) * run + first_output / 4;
+    for (int o = 0; o < held; o += 4) {
+      std::uint8_t* const to = const_cast<std::uint8_t*>(tile.planes[p]) + tile.offset(p, in_block, o);
+      for (int e = 0; e < 4; ++e) {
+        to[e * step] |= static_cast<std::uint8_t>((stored[o / 4] >> (2 * e) & 3) << (2 * (field_of(o) ^ p)));
+      }
+    }
   }
-  std::uint8_t* record = const_cast<std::uint8_t*>(tile.record(channel));
+  std::uint8_t* record = const_cast<std::uint8_t*>(tile.record(in_block));
   for (int g = 0; g < kTileGroups && first_output + g * kLaneOutputs < num_outputs_; ++g) {
     const std::size_t from = std::size_t(channel) * groups + (first_output + g * kLaneOutputs) / codes.group_size;
     record[g] = static_cast<std::uint8_t>(codes.exponents[from] - bases_[channel]);

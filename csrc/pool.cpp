@@ -65,25 +65,22 @@ Pool& Pool::shared() {
   return *instance();
 }
 
-Pool::~Pool() = default;
-
 void Pool::grow(int workers) {
-  while (static_cast<int>(workers_.size()) < workers) {
-    const int thread = static_cast<int>(workers_.size()) + 1;
-    workers_.emplace_back(&Pool::work, this, thread, round_.load());
-    workers_.back().detach();
+  for (; num_workers_ < workers; ++num_workers_) {
+    std::thread(&Pool::work, this, num_workers_ + 1, round_.load()).detach();
   }
 }
 
 void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next next) {
   Barrier barrier(threads);
+  const auto part = [&]() noexcept { task(0, barrier); };
   if (threads <= 1) {
-    task(0, barrier);
+    part();
     return;
   }
   std::lock_guard<std::mutex> only(one_run_);
   grow(threads - 1);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  running_.store(num_workers_, std::memory_order_relaxed);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     task_ = &task;
@@ -93,7 +90,7 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next
     round_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
-  task(0, barrier);
+  part();
   for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
     if (spins < kSpinsBeforeYield) {
       pause();

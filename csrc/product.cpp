@@ -29,22 +29,29 @@ int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
 int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
-// A strip's runs of some channels, counted from channel `first`, to be fetched in so many half quads' time.
-Upcoming runs_of(const NestedMatrix& matrix, int strip, int first, const std::uint32_t* channels, int slots,
+// A strip's runs of some of a block's channels, to be fetched in so many half quads' time.
+Upcoming runs_of(const NestedMatrix& matrix, int strip, int block, const std::uint32_t* channels, int slots,
                  const Part* parts, int half_quads) {
+  static const std::uint32_t whole = 0;
   Upcoming next;
   if (slots == 0 || half_quads == 0) return next;
-  const Tile& tile = matrix.tile(first_tile(strip));
+  const Tile tile = matrix.tile(first_tile(strip), block);
+  next.run_bytes = std::size_t(matrix.strip_outputs(strip)) / kFields;
+  if (matrix.layout() == Layout::kQuads) {  // all the block's channels are one run
+    channels = &whole;
+    slots = 1;
+    next.run_bytes *= kChunkChannels;
+  }
   next.channels = channels;
   next.end = channels + slots;
   next.part = parts;
   next.slots_left = parts->slots;
   next.num_planes = planes_of(parts->width);
-  for (int p = 0; p < kPlanes; ++p) next.planes[p] = tile.run(p, first);
-  next.records = tile.record(first);
+  std::copy_n(tile.planes, kPlanes, next.planes);
+  if (matrix.layout() == Layout::kQuads) next.planes[3] = next.planes[2] + kFetchBytes;
+  next.records = tile.records;
   next.stride = tile.stride;
   next.record_stride = tile.record_stride;
-  next.run_bytes = std::size_t(matrix.strip_outputs(strip)) / kFields;
   next.run = *channels * tile.stride;
   const std::size_t steps = slots * ((next.run_bytes + kFetchBytes - 1) / kFetchBytes);
   next.rate = static_cast<std::uint32_t>(std::max<std::size_t>(1, (steps * kFetchUnit + half_quads - 1) / half_quads));
@@ -54,7 +61,7 @@ Upcoming runs_of(const NestedMatrix& matrix, int strip, int first, const std::ui
 // What the first row reads of a block.
 Upcoming upcoming(const Unit& unit, int block, int half_quads) {
   const Chunk chunk = unit.product->rows[0].chunk(block);
-  return runs_of(*unit.product->matrix, unit.strip, 0, chunk.channels, chunk.slots, chunk.parts, half_quads);
+  return runs_of(*unit.product->matrix, unit.strip, block, chunk.channels, chunk.slots, chunk.parts, half_quads);
 }
 
 // What a thread reads first of the matrices ahead: it begins with the unit of its own number.
@@ -73,9 +80,9 @@ Upcoming upcoming(const std::vector<Ahead>& ahead, int thread, int half_quads) {
       unit -= units * matrix->num_strips();
       continue;
     }
-    const int first = blocks_of_unit(*matrix, unit % units).first * kChunkChannels;
-    const int slots = std::min(kChunkChannels, matrix->num_inputs() - first);
-    return runs_of(*matrix, unit / units, first, all.data(), slots, parts + planes, half_quads);
+    const int block = blocks_of_unit(*matrix, unit % units).first;
+    const int slots = std::min(kChunkChannels, matrix->num_inputs() - block * kChunkChannels);
+    return runs_of(*matrix, unit / units, block, all.data(), slots, parts + planes, half_quads);
   }
   return {};
 }
@@ -93,13 +100,14 @@ void run_block(const Unit& unit, int block, float* y, int stride, Upcoming& next
   const NestedMatrix& matrix = *unit.product->matrix;
   const bool adds = !unit.sums || block > unit.begin;
   for (int t = first_tile(unit.strip); t < end_tile(matrix, unit.strip); ++t) {
+    const Tile tile = matrix.tile(t, block);
     for (int r = 0; r < unit.product->num_rows; ++r) {
       const Chunk chunk = unit.product->rows[r].chunk(block);
       float* row = y + std::size_t(r) * stride + (t - first_tile(unit.strip)) * kTileOutputs;
       if (chunk.slots) {
-        kernels.tile_chunk(matrix.tile(t), chunk, matrix.levels(), room, adds, row, next);
+        kernels.tile_chunk(tile, chunk, matrix.levels(), room, adds, row, next);
       } else if (!adds) {
-        std::fill_n(row, matrix.tile(t).outputs(), 0.0f);
+        std::fill_n(row, tile.outputs(), 0.0f);
       }
     }
   }

@@ -66,9 +66,9 @@ WidthCounts Selection::choose(const FloatKernels& floats, const float* x, const 
       const int at = block.slots;
       int held = count;
       if (chosen) {
-        held = floats.collect(chosen, scaled, count, levels[i], first, channels + at, values + at);
+        held = floats.collect(chosen, scaled, count, levels[i], channels + at, values + at);
       } else {
-        std::iota(channels, channels + count, static_cast<std::uint32_t>(first));
+        std::iota(channels, channels + count, 0u);
         std::copy(scaled, scaled + count, values);
       }
       if (held == 0) continue;

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import expand, nested_linear, prepared
+from quicksilver.ops.nested_linear import expand, multiply, nested_linear, prepared
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.rounding import quantize
 from tests.ops.nested import (
@@ -88,8 +88,8 @@ def test_every_output_is_written_and_nothing_else(isa: str, num_outputs: int, co
     product(linear, x, 8)
     room = torch.full((4, num_outputs), float("nan"))
     with using(isa):
-        matrix = prepared(linear.stored)
-        addresses = x.data_ptr(), room[1:3].data_ptr(), 2, widths.data_ptr()
+        matrix = prepared(linear.stored, by_channel=True)
+        addresses = x.data_ptr(), room[1:3].data_ptr(), 2, widths.data_ptr(), True
         native.extension().multiply_rows(matrix, *addresses, 8, 0, 0, 0.0, count)
     assert_close(room[1:3], linear, x, widths)
     assert bool(room[0].isnan().all() & room[3].isnan().all())
@@ -142,9 +142,35 @@ def test_matrices_of_several_strips(isa: str, num_inputs: int, num_outputs: int)
     linear, x, widths = module(num_inputs, num_outputs), draw(2, num_inputs), draw_widths(2, num_inputs)
     with using(isa):
         assert_close(product(linear, x, widths), linear, x, widths)
-        for width in (8, 4):
-            weights = expand(prepared(linear.stored), width, torch.float32)
-            assert torch.equal(weights, linear.codes.dequantize(width))
+        assert_close(product(linear, x, 8), linear, x, torch.full(x.shape, 8))
+
+
+@ISAS
+@pytest.mark.parametrize("by_channel", [True, False])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 4500)], ids=str)
+def test_expanded_a_matrix_has_the_weights_of_its_definition(
+    isa: str, by_channel: bool, shape: tuple[int, int]
+) -> None:
+    linear = random_codes(*shape)
+    matrix = prepared(linear.stored, by_channel)
+    with using(isa):
+        for width in range(1, 9):
+            assert torch.equal(expand(matrix, width, torch.float32), linear.codes.dequantize(width))
+
+
+@ISAS
+def test_a_width_for_each_row_is_that_row_alone_at_the_width(isa: str) -> None:
+    linear, x = module(130, 300), draw(40, 130)
+    widths = draw_widths(40, seed=5)
+    with using(isa):
+        alone = [product(linear, x[row : row + 1], int(widths[row])) for row in range(40)]
+        assert torch.equal(product(linear, x, widths), torch.cat(alone))
+
+
+def test_a_matrix_laid_out_for_one_width_is_not_read_by_channel() -> None:
+    linear, x, widths = module(130, 300), draw(2, 130), draw_widths(2, 130)
+    with pytest.raises(ValueError, match="not laid out"):
+        multiply(x, prepared(linear.stored, by_channel=False), widths)
 
 
 @ISAS

@@ -68,7 +68,7 @@ def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) ->
     """
     operands = None if norm is None else norm_operands(norm)
     known = norm is None or operands is not None
-    matrix = prepared(module.stored) if known and accepts(hidden) and not module.is_expanded else None
+    matrix = prepared(module.stored, by_channel=False) if known and accepts(hidden) and not module.is_expanded else None
     if matrix is None:
         return module(hidden if norm is None else norm(hidden), kernels="native")
     logits = multiply(hidden, matrix, norm=operands)

@@ -218,7 +218,7 @@ def _product(
     *planes, exponents, zeros, constants = tensors
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
     check_rows(x, stored, None, width)
-    matrix = prepared(stored)
+    matrix = prepared(stored, by_channel=False)
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     y = multiply(x, matrix, uniform=width)

@@ -69,9 +69,13 @@ class NormOperands(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A matrix as the kernels want it (None where they cannot read it), what of, and what ends it."""
+    """A matrix as the kernels want it, what of, and what ends it.
 
-    matrix: Any
+    Attributes:
+        layouts: by whether they are for widths by channel; None where the kernels cannot read the matrix.
+    """
+
+    layouts: dict[bool, Any] | None
     state: tuple[Any, ...]
     owners: tuple[weakref.ref[Any], ...]
 
@@ -96,8 +100,13 @@ def has_whole_levels(stored: StoredMatrix) -> bool:
     return bool(((levels == levels.round()) & (levels >= 0) & (levels <= 255)).all())
 
 
-def prepared(stored: StoredMatrix) -> Any:
+def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
     """Return a matrix as the kernels want it, None where they cannot read it; made when it is first asked for.
+
+    Args:
+        stored: the matrix.
+        by_channel: whether a row's channels may differ in width, for which it is laid out differently; None for
+            either, whichever is there.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
@@ -107,8 +116,14 @@ def prepared(stored: StoredMatrix) -> Any:
     key = stored.exponents.data_ptr()
     found = _entries.get(key)
     if found is None or found.state != state:
-        found = _entries[key] = _prepare(stored, state, tensors)
-    return found.matrix
+        found = _entries[key] = _Prepared({} if has_whole_levels(stored) else None, state, _owners(key, tensors))
+    if found.layouts is None:
+        return None
+    if by_channel is None:
+        by_channel = True in found.layouts
+    if by_channel not in found.layouts:
+        found.layouts[by_channel] = _pack(stored, by_channel)
+    return found.layouts[by_channel]
 
 
 def has_bfloat16() -> bool:
@@ -130,8 +145,8 @@ def multiply(
 
     Args:
         x: [N, in] float32.
-        matrix: [in, out].
-        widths: [N, in] uint8, or None where `uniform` bits are read throughout.
+        matrix: [in, out]; prepared for widths by channel where they are.
+        widths: uint8, [N, in] by channel or [N] by row, or None where `uniform` bits are read throughout.
         uniform: 0 to 8.
         norm: of the rows first.
     """
@@ -144,6 +159,7 @@ def multiply(
         y.data_ptr(),
         rows.shape[0],
         0 if each is None else each.data_ptr(),
+        each is not None and each.dim() == 2,
         uniform,
         *((0, 0, 0.0) if norm is None else norm.addresses),
         torch.get_num_threads(),
@@ -160,7 +176,8 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
     Args:
         x: [N, in] float32 on the CPU.
         stored: the matrix; it is packed for the kernels when it is first met, and again when a tensor of it changes.
-        widths: bits to read: one number, or [N, in] uint8 for the channels of each row; 0 leaves a channel out.
+        widths: bits to read: one number, uint8 [N] for the rows, or uint8 [N, in] for the channels of each row; 0
+            leaves a row or a channel out.
 
     Returns:
         [N, out] float32.
@@ -186,7 +203,7 @@ def _run(
 ) -> Tensor:
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
     check_rows(x, stored, widths, uniform)
-    matrix = prepared(stored)
+    matrix = prepared(stored, by_channel=widths is not None and widths.dim() == 2)
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     return multiply(x, matrix, widths, uniform)
@@ -214,8 +231,10 @@ def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: 
     """Raise ValueError where what is multiplied does not fit."""
     if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] != stored.exponents.shape[0]:
         raise ValueError(f"rows must be [N, {stored.exponents.shape[0]}] float32, got {list(x.shape)} {x.dtype}")
-    if widths is not None and (widths.shape != x.shape or widths.dtype != torch.uint8):
-        raise ValueError(f"widths must be {list(x.shape)} uint8, got {list(widths.shape)} {widths.dtype}")
+    if widths is not None and (widths.shape not in (x.shape, x.shape[:1]) or widths.dtype != torch.uint8):
+        raise ValueError(
+            f"widths must be {list(x.shape)} or {list(x.shape[:1])} uint8, got {list(widths.shape)} {widths.dtype}"
+        )
     if not 0 <= uniform <= _MAX_WIDTH:
         raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
 
@@ -226,12 +245,14 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _prepare(stored: StoredMatrix, state: tuple[Any, ...], tensors: Sequence[Tensor]) -> _Prepared:
-    key, module = stored.exponents.data_ptr(), native.extension()
-    owners = tuple(weakref.ref(tensor.untyped_storage(), lambda _: _entries.pop(key, None)) for tensor in tensors)
-    if not has_whole_levels(stored):
-        return _Prepared(None, state, owners)
+def _owners(key: int, tensors: Sequence[Tensor]) -> tuple[weakref.ref[Any], ...]:
+    """Return references to tensors' memory that end the entry of a key with it."""
+    return tuple(weakref.ref(tensor.untyped_storage(), lambda _: _entries.pop(key, None)) for tensor in tensors)
+
+
+def _pack(stored: StoredMatrix, by_channel: bool) -> Any:
     largest, *tables = stored.constants.view(torch.float32).split([1, 16, 4])
-    *planes, exponents, zeros = (tensor.contiguous() for tensor in tensors[:-1])
-    matrix = module.prepare(planes, exponents, zeros, float(largest), *tables, stored.group_size, stored.num_outputs)
-    return _Prepared(matrix, state, owners)
+    *planes, exponents, zeros = (tensor.contiguous() for tensor in (*stored.planes, stored.exponents, stored.zeros))
+    return native.extension().prepare(
+        planes, exponents, zeros, float(largest), *tables, stored.group_size, stored.num_outputs, by_channel
+    )

@@ -155,8 +155,7 @@ class NestedLinear(NestedWeight):
         by_channel = isinstance(widths, Tensor) and widths.dim() == 2
         read = kernels == "native" and self._expanded is None and accepts(rows, by_channel)
         if read and prepared(self.stored) is not None:
-            each = widths[:, None].expand_as(rows) if isinstance(widths, Tensor) and widths.dim() == 1 else widths
-            y = nested_linear(rows, self.stored, each)
+            y = nested_linear(rows, self.stored, widths)
         else:
             y = self._by_width(rows, widths, present, _Expansion(kernels, coarse))
         y = y if self.bias is None else y + self.bias

@@ -83,6 +83,7 @@ class LayerSpans:
         self._plan, self._spec, self._layers = plan, spec, adapter.layers
         self._precision, self._shortcuts = precision_step, shortcut_step
         self._fill = kv.decide(plan.kv, 0).fill
+        self._plain_head = adapter.normed_head is None  # PyTorch's threads multiply it next
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
         self._max_rows = max_rows(adapter.layers[0], plan)
@@ -161,6 +162,7 @@ class LayerSpans:
             len(layout.lengths),
             counts.address(layers.start),
             torch.get_num_threads(),
+            self._plain_head and layers.stop == self._spec.num_layers,
         )
         if halted is not None:
             hidden = hidden.index_select(0, running.state.layout.origin)
@@ -239,12 +241,12 @@ class LayerSpans:
         if centre is not None:
             mean, product = centre.bind(module.channel_norms)
             bias = product if bias is None else bias + product
-        index, matrix = _MAPS.index(role), prepared(module.stored)
-        self._kept.append(matrix)
         rule = None if self._plan.precision is None else self._plan.precision.rule
+        channels = precision.channel_rule(rule)
+        index, matrix = _MAPS.index(role), prepared(module.stored, by_channel=channels is not None)
+        self._kept.append(matrix)
         width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
         layer.set_map(index, matrix, self._address(bias), self._address(mean), width)
-        channels = precision.channel_rule(rule)
         if channels is not None:
             norms = module.channel_norms if channels.score == "weighted" else None
             thresholds = channels.thresholds_at(layer_idx, map_idx, len(self._layers[0].nested))
