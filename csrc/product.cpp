@@ -29,29 +29,23 @@ int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
 int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
-// A strip's runs of some of a block's channels, to be fetched in so many half quads' time.
+// A strip's runs of some of a block's channels, to be fetched in so many half quads' time. Quads are read in order, which
+// the processor sees by itself, and sooner undisturbed.
 Upcoming runs_of(const NestedMatrix& matrix, int strip, int block, const std::uint32_t* channels, int slots,
                  const Part* parts, int half_quads) {
-  static const std::uint32_t whole = 0;
   Upcoming next;
-  if (slots == 0 || half_quads == 0) return next;
+  if (matrix.layout() == Layout::kQuads || slots == 0 || half_quads == 0) return next;
   const Tile tile = matrix.tile(first_tile(strip), block);
-  next.run_bytes = std::size_t(matrix.strip_outputs(strip)) / kFields;
-  if (matrix.layout() == Layout::kQuads) {  // all the block's channels are one run
-    channels = &whole;
-    slots = 1;
-    next.run_bytes *= kChunkChannels;
-  }
   next.channels = channels;
   next.end = channels + slots;
   next.part = parts;
   next.slots_left = parts->slots;
   next.num_planes = planes_of(parts->width);
   std::copy_n(tile.planes, kPlanes, next.planes);
-  if (matrix.layout() == Layout::kQuads) next.planes[3] = next.planes[2] + kFetchBytes;
   next.records = tile.records;
   next.stride = tile.stride;
   next.record_stride = tile.record_stride;
+  next.run_bytes = std::size_t(matrix.strip_outputs(strip)) / kFields;
   next.run = *channels * tile.stride;
   const std::size_t steps = slots * ((next.run_bytes + kFetchBytes - 1) / kFetchBytes);
   next.rate = static_cast<std::uint32_t>(std::max<std::size_t>(1, (steps * kFetchUnit + half_quads - 1) / half_quads));
