@@ -74,3 +74,14 @@ def test_a_copied_cache_goes_a_way_of_its_own(copied: Callable[[Any], Any], entr
     for hidden, logits in zip(found, wanted, strict=True):
         made = engine.logits(torch.cat(hidden), trace)
         torch.testing.assert_close(made, logits, atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+def test_what_ran_in_inference_mode_is_counted_outside() -> None:
+    accelerated, ids = quicksilver.accelerate(tiny.nested("llama"), kernels="native"), tiny.token_ids(9)[None]
+    with torch.no_grad():
+        accelerated(ids)
+        wanted = accelerated.stats
+    with torch.inference_mode():
+        accelerated(ids)
+    assert accelerated.stats == wanted
+    assert accelerated.stats == wanted

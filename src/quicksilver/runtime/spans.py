@@ -295,7 +295,8 @@ class KernelCounts:
     ) -> None:
         self._spec, self._plan, self._layers = spec, plan, layers
         self._precision, self._shortcuts = precision_step, shortcut_step
-        self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
+        with torch.inference_mode(False):  # it outlives the mode of the pass that makes it
+            self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
 
     def address(self, layer_idx: int) -> int:
         """Return where a layer's counts lie."""
