@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,14 +16,21 @@ from torch import nn
 
 import quicksilver
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import EntryConfig
+from quicksilver.core.rules import ChannelWidthRule, EntryConfig
+from quicksilver.models.cost import executed_cost
 from quicksilver.models.nesting import nest
 from quicksilver.ops import native
+from quicksilver.ops.native import KernelChoice
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
-from tests.engines import decoder, run_steps
+from tests.engines import decoder, precision_plan, run_steps
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.deepcopy,
+    "pickle": lambda held: pickle.loads(pickle.dumps(held)),
+}
 
 
 def nested(family: str = "llama", seed: int = 0) -> Any:
@@ -58,16 +67,14 @@ def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None
 
 
 @pytest.mark.parametrize("entry_bits", [None, 16, 8])
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copy", "pickle"]
-)
-def test_a_copied_cache_goes_a_way_of_its_own(copied: Callable[[Any], Any], entry_bits: int | None) -> None:
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copied_cache_goes_a_way_of_its_own(copied: str, entry_bits: int | None) -> None:
     entries = None if entry_bits is None else EntryConfig(entry_bits)
     engine = decoder(tiny.nested("llama"), replace(Plan("test"), entries=entries), kernels="native")
     shared, ways = tiny.token_ids(6), (tiny.token_ids(5, seed=1), tiny.token_ids(5, seed=2))
     wanted = [run_steps(engine, torch.cat((shared, way))).logits[6:] for way in ways]
     first, trace = run_steps(engine, shared).cache, engine.new_trace()
-    second, found = copied(first), ([], [])
+    second, found = COPIES[copied](first), ([], [])
     for tokens in zip(*ways, strict=True):
         for token, cache, hidden in zip(tokens, (first, second), found, strict=True):
             hidden.append(engine.run(token[None], [1], cache, trace))
@@ -85,3 +92,37 @@ def test_what_ran_in_inference_mode_is_counted_outside() -> None:
         accelerated(ids)
     assert accelerated.stats == wanted
     assert accelerated.stats == wanted
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copied_trace_has_what_was_counted_and_counts_on_alone(copied: str) -> None:
+    engine, ids = decoder(tiny.nested("llama"), Plan.dense(), kernels="native"), tiny.token_ids(8)
+    run = run_steps(engine, ids)
+    second = COPIES[copied](run.trace)
+    engine.run(ids[:1], [1], run.cache, run.trace)
+    assert [layer.query_rows for layer in second.layers] == [8] * 4
+    assert [layer.query_rows for layer in run.trace.layers] == [9] * 4
+    assert executed_cost(engine.spec, second) == executed_cost(engine.spec, run_steps(engine, ids).trace)
+
+
+def test_a_trace_keeps_no_spans() -> None:
+    engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
+    trace, spans = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine._spans)
+    del engine
+    gc.collect()
+    assert spans() is None
+    assert trace.layers[0].query_rows == 8
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_copied_model_is_the_same_and_reads_its_own_weights(family: str, kernels: KernelChoice, copied: str) -> None:
+    plan = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+    accelerated, ids = quicksilver.accelerate(nested(family), plan, kernels=kernels), tiny.token_ids(9)[None]
+    wanted = accelerated(ids).logits
+    second = COPIES[copied](accelerated)
+    with torch.no_grad():
+        for tensor in (*accelerated.parameters(), *accelerated.buffers()):
+            tensor.zero_()
+    assert torch.equal(second(ids).logits, wanted)

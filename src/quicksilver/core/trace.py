@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class PendingCounts(Protocol):
     """Counts kept elsewhere, in a form that is cheap to add to."""
 
     def settle(self, layers: Sequence[LayerTrace]) -> None:
-        """Add what has been counted since the last call."""
+        """Add what has been counted; called once."""
         ...
 
 
@@ -187,9 +187,14 @@ class Trace:
     def layers(self) -> Sequence[LayerTrace]:
         """Counts of each layer, complete."""
         layers = [self.at(layer_idx) for layer_idx in range(self._num_layers)]
-        for counts in self._pending.values():
-            counts.settle(layers)
+        while self._pending:
+            self._pending.popitem()[1].settle(layers)
         return layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: all that has been counted, and nothing of who counts."""
+        layers = dict(enumerate(self.layers))
+        return {**self.__dict__, "_layers": layers}
 
     def at(self, layer_idx: int) -> LayerTrace:
         """Return one layer's counts to add to; what kernels have counted may not be in them yet."""
@@ -198,7 +203,7 @@ class Trace:
         return self._layers[layer_idx]
 
     def pending(self, owner: object, make: Callable[[], Counts]) -> Counts:
-        """Return an owner's counts that are added whenever layers are read; made at the first call."""
+        """Return an owner's counts, made where there are none; they are added, and let go, when layers are read."""
         if owner not in self._pending:
             self._pending[owner] = make()
         return self._pending[owner]  # type: ignore[return-value]

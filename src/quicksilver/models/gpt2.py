@@ -43,7 +43,7 @@ def adapt(model: Any) -> Adapter:
     return Adapter(
         spec=_spec(model),
         layers=tuple(_layer_ops(block, model.config.activation_function) for block in body.h),
-        embed=lambda ids, positions: body.wte(ids) + body.wpe(positions),
+        embed=partial(_embed, body),
         rotation=None,
         final_norm=body.ln_f,
         head=model.lm_head,
@@ -93,13 +93,21 @@ def _layer_ops(block: Any, activation: str) -> LayerOps:
         project_qkv=partial(project_qkv, attention.c_attn, heads, head_dim),
         project_kv=partial(project_kv, attention.c_attn, heads, head_dim),
         project_query=partial(project_query, attention.c_attn, heads, head_dim),
-        attn_output=lambda x, apply: apply(attention.c_proj, x),
+        attn_output=partial(_attn_output, attention),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp, _activation(block.mlp, activation)),
         scaling=attention.scaling,
         nested=nested_maps(block),
         leaves=Leaves(block.ln_1, block.ln_2, None, None, _ROLES, activation),
     )
+
+
+def _embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return body.wte(ids) + body.wpe(positions)
+
+
+def _attn_output(attention: Any, x: Tensor, apply: Apply) -> Tensor:
+    return apply(attention.c_proj, x)
 
 
 def _activation(mlp: Any, name: str) -> Map:

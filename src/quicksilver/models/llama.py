@@ -39,7 +39,7 @@ def adapt(model: Any) -> Adapter:
     return Adapter(
         spec=spec,
         layers=tuple(_layer_ops(layer, model.config.hidden_act) for layer in body.layers),
-        embed=lambda ids, positions: body.embed_tokens(ids),
+        embed=partial(_embed, body),
         rotation=RotationTable(partial(_rotation, _rotary_module(model), body.norm.weight), spec.max_positions),
         final_norm=body.norm,
         head=model.lm_head,
@@ -109,7 +109,7 @@ def _layer_ops(layer: nn.Module, activation: str) -> LayerOps:
         project_qkv=partial(_project_qkv, attention),
         project_kv=partial(_project_kv, attention),
         project_query=partial(_project_query, attention),
-        attn_output=lambda x, apply: apply(attention.o_proj, x),
+        attn_output=partial(_attn_output, attention),
         mlp_norm=layer.post_attention_layernorm,
         mlp=partial(_mlp, layer.mlp),
         scaling=attention.scaling,
@@ -123,6 +123,14 @@ def _layer_ops(layer: nn.Module, activation: str) -> LayerOps:
             activation=activation,
         ),
     )
+
+
+def _embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    return body.embed_tokens(ids)
+
+
+def _attn_output(attention: Any, x: Tensor, apply: Apply) -> Tensor:
+    return apply(attention.o_proj, x)
 
 
 def _heads(x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:

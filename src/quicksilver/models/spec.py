@@ -152,6 +152,8 @@ class LayerOps:
 class Adapter:
     """A frozen model as the runtime sees it; the tensors are the model's own, never copies.
 
+    What it holds refers to modules openly, by `functools.partial`, so that a copy made with the model is the copy's.
+
     Attributes:
         spec: declared facts.
         layers: leaf operations, one set per layer.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ _FEW = 16  # tokens that are looked at one by one
 class Decoder:
     """A frozen model under a plan. Holds no state between calls; the cache and the trace are the caller's.
 
+    A copy of it, with its model's, is built anew from what this one was built from; caches of the one are not the
+    other's.
+
     Args:
         adapter: the model.
         plan: what may be saved.
@@ -58,6 +62,7 @@ class Decoder:
         self.spec = adapter.spec
         self.plan = plan
         self.backend: AttentionBackend = backend
+        self._special_ids = tuple(special_ids)
         self._owner = (plan.hash, id(adapter))
         self._maps = OutputMaps(plan, adapter.spec)
         self._halting = HaltingStep(adapter, plan, special_ids, self._maps)
@@ -65,6 +70,10 @@ class Decoder:
         self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
         self._spans = self._native_spans()
+
+    def __reduce__(self) -> tuple[type[Decoder], tuple[Any, ...]]:
+        """Say how copies are made, since steps know modules by identity and kernels hold addresses."""
+        return type(self), (self.adapter, self.plan, self._special_ids, self.backend)
 
     @property
     def fusion_layers(self) -> tuple[int, ...]:

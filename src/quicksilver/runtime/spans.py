@@ -84,6 +84,7 @@ class LayerSpans:
         self._precision, self._shortcuts = precision_step, shortcut_step
         self._fill = kv.decide(plan.kv, 0).fill
         self._plain_head = adapter.normed_head is None  # PyTorch's threads multiply it next
+        self._key = object()  # of its counts in a trace, which does not keep these spans
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
         self._max_rows = max_rows(adapter.layers[0], plan)
@@ -150,7 +151,7 @@ class LayerSpans:
         storage = context.cache.extend(layers, layout.lengths)
         rotation = running.rotation if halted is None else context.rotation
         cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
-        counts = context.trace.pending(self, self._new_counts)
+        counts = context.trace.pending(self._key, self._new_counts)
         self._runner.run(
             layers.start,
             layers.stop,
@@ -279,7 +280,7 @@ class LayerSpans:
 
 
 class KernelCounts:
-    """What the kernels counted for one trace, until somebody reads it.
+    """What the kernels count for one trace, until somebody reads it.
 
     Attributes:
         counts: [layers, counts] int64.
@@ -295,22 +296,18 @@ class KernelCounts:
     ) -> None:
         self._spec, self._plan, self._layers = spec, plan, layers
         self._precision, self._shortcuts = precision_step, shortcut_step
-        with torch.inference_mode(False):  # it outlives the mode of the pass that makes it
-            self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
+        self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
 
     def address(self, layer_idx: int) -> int:
         """Return where a layer's counts lie."""
         return self.counts.data_ptr() + layer_idx * self.counts.stride(0) * self.counts.element_size()
 
     def settle(self, layers: Sequence[LayerTrace]) -> None:
-        """Add what has been counted since the last call."""
-        if not bool(self.counts.any()):
-            return
+        """Add what has been counted; called once."""
         for layer_idx, (trace, counted) in enumerate(zip(layers, self.counts.tolist(), strict=True)):
             self._settle_rows(trace, counted)
             self._settle_maps(layer_idx, trace, counted)
             self._settle_shortcuts(layer_idx, trace, counted)
-        self.counts.zero_()
 
     def _settle_rows(self, trace: LayerTrace, counted: list[int]) -> None:
         trace.query_rows += counted[_QUERY_ROWS]
