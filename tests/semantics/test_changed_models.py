@@ -21,6 +21,7 @@ from quicksilver.models.cost import executed_cost
 from quicksilver.models.nesting import nest
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
+from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, precision_plan, run_steps
@@ -44,10 +45,11 @@ def nested(family: str = "llama", seed: int = 0) -> Any:
 def test_a_model_converted_underneath_is_not_read_as_floats(family: str) -> None:
     model, ids = nested(family), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model, kernels="native")
-    accelerated(ids)
+    cache = accelerated(ids).past_key_values
     model.bfloat16()
-    with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's: the cache is still float32
-        accelerated(ids)
+    for past in (cache, None):
+        with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's: the cache is still float32
+            accelerated(ids, past_key_values=past)
 
 
 def parts(model: Any) -> dict[str, nn.Module]:
@@ -64,6 +66,57 @@ def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None
         parts(model)[name].bfloat16()
         logits.append(accelerated(ids).logits)
     torch.testing.assert_close(*logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+CHANNEL = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+
+
+def write_codes(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            module.get_buffer("plane_0")[::3] ^= 0b01
+
+
+def write_norms(model: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                parameter.mul_(1.3)
+
+
+def convert_layers(model: Any) -> None:
+    body = model.base_model
+    for layer in body.h if model.config.model_type == "gpt2" else body.layers:
+        layer.bfloat16().float()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "codes": write_codes,
+    "norms": write_norms,
+    "all": lambda model: model.load_state_dict(nested(model.config.model_type, seed=1).state_dict()),
+    "assigned": lambda model: model.load_state_dict(nested(model.config.model_type, 1).state_dict(), assign=True),
+    "converted": convert_layers,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("plan", [Plan.dense(), CHANNEL], ids=["dense", "channel"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, plan: Plan, name: str) -> None:
+    model, ids = nested(family), tiny.token_ids(9)[None]
+    accelerated = quicksilver.accelerate(model, plan, kernels="native")
+    before = accelerated(ids).logits
+    CHANGES[name](model)
+    after = accelerated(ids).logits
+    assert not torch.equal(after, before)
+    assert torch.equal(after, quicksilver.accelerate(copy.deepcopy(model), plan, kernels="native")(ids).logits)
+
+
+def test_weights_that_have_not_changed_are_not_packed_again() -> None:
+    engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
+    spans = engine._spans
+    run_steps(engine, tiny.token_ids(4))
+    assert engine._spans is spans is not None
 
 
 @pytest.mark.parametrize("entry_bits", [None, 16, 8])
@@ -118,8 +171,7 @@ def test_a_trace_keeps_no_spans() -> None:
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_copied_model_is_the_same_and_reads_its_own_weights(family: str, kernels: KernelChoice, copied: str) -> None:
-    plan = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
-    accelerated, ids = quicksilver.accelerate(nested(family), plan, kernels=kernels), tiny.token_ids(9)[None]
+    accelerated, ids = quicksilver.accelerate(nested(family), CHANNEL, kernels=kernels), tiny.token_ids(9)[None]
     wanted = accelerated(ids).logits
     second = COPIES[copied](accelerated)
     with torch.no_grad():

@@ -116,6 +116,12 @@ class Leaves:
     roles: tuple[MapRole, ...]
     activation: str
 
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """The norms that there are, by what they norm."""
+        norms = {"attention": self.attn_norm, "mlp": self.mlp_norm, "query": self.query_norm, "key": self.key_norm}
+        return {name: norm for name, norm in norms.items() if norm is not None}
+
 
 @dataclass(frozen=True)
 class LayerOps:

@@ -83,12 +83,16 @@ class NestedWeight(nn.Module):
         sizes = [self.get_buffer(name).shape[1] for name in BY_CHANNEL]
         return {name: part.contiguous() for name, part in zip(BY_CHANNEL, packed.split(sizes, dim=1), strict=True)}
 
+    def forget_norms(self) -> None:
+        """Let channels' norms be taken anew when they are next asked for; they are those of other codes."""
+        self._norms = None
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._norms = None  # of other codes
+        self.forget_norms()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._norms = None  # it stays behind where the buffers move
+        self.forget_norms()  # they stay behind where the buffers move
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

@@ -30,6 +30,7 @@ from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.spans import LayerSpans
 from quicksilver.runtime.status import Running, TokenStatus
+from quicksilver.runtime.watch import WeightWatch
 
 _FEW = 16  # tokens that are looked at one by one
 
@@ -67,9 +68,8 @@ class Decoder:
         self._maps = OutputMaps(plan, adapter.spec)
         self._halting = HaltingStep(adapter, plan, special_ids, self._maps)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
-        self._precision = PrecisionStep(adapter, plan, special_ids, self._halting.head_entropy)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
-        self._spans = self._native_spans()
+        self._bind_weights()
 
     def __reduce__(self) -> tuple[type[Decoder], tuple[Any, ...]]:
         """Say how copies are made, since steps know modules by identity and kernels hold addresses."""
@@ -123,6 +123,8 @@ class Decoder:
         self._check_inputs(token_ids, lengths, cache)
         of_prompt = self._flags(prompt, len(lengths))
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
+        if not any(cache.seq_lengths):
+            self._follow_weights()
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
         context = self._context(chunk, token_ids, all(of_prompt), self._fusion.takes_part(of_prompt), cache, trace)
@@ -139,18 +141,18 @@ class Decoder:
         self, first: int, running: Running, status: TokenStatus, context: PassContext
     ) -> tuple[Running, TokenStatus]:
         """Run the layers from `first` on."""
-        layer_idx = first - 1
+        layer_idx, spans = first - 1, self._spans
         while (layer_idx := layer_idx + 1) < self.spec.num_layers:
             layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                span = None if self._spans is None else self._spans.span(layer_idx, running, status, context)
-                if span is None:
+                span = None if spans is None else spans.span(layer_idx, running, status, context)
+                if span is None or spans is None:
                     running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
                 else:  # several layers at once, up to the next that must be asked about
-                    running = self._spans.run(span, running, status, context)
+                    running = spans.run(span, running, status, context)
                     layer_idx = span[-1]
                 split = self._halting.decide(layer_idx, before.state, running.state, before.update, context)
                 if self._halting.keeps_updates:
@@ -163,6 +165,22 @@ class Decoder:
                     self._run_again(layer_idx + 1, fused.rerun, context)
                 running, status = fused.running, fused.status
         return running, status
+
+    def _bind_weights(self) -> None:
+        """Make what is computed from the layers' weights."""
+        watch = WeightWatch(self.adapter.layers) if self.adapter.kernels == "native" else None
+        self._precision = PrecisionStep(self.adapter, self.plan, self._special_ids, self._halting.head_entropy)
+        self._spans = self._native_spans()
+        self._watch = watch
+
+    def _follow_weights(self) -> None:
+        """Make that anew where weights have changed: the kernels hold copies of them."""
+        if self._watch is None or not self._watch.has_changed():
+            return
+        for layer in self.adapter.layers:
+            for module in layer.nested:
+                module.forget_norms()
+        self._bind_weights()
 
     def _native_spans(self) -> LayerSpans | None:
         """Return what runs spans of layers by the native kernels, None where that cannot be."""

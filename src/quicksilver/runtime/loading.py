@@ -38,7 +38,10 @@ def accelerate(
     special_ids: Sequence[int] | None = None,
     kernels: KernelChoice = "auto",
 ) -> QuickSilverForCausalLM:
-    """Run a transformers model that is already loaded under a plan; no weight is copied or changed.
+    """Run a transformers model that is already loaded under a plan; no weight is changed.
+
+    Weights are used in place; compiled kernels pack those that are nested for themselves, and anew where they find them
+    changed when a sequence begins.
 
     Args:
         model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model.

@@ -208,15 +208,8 @@ class LayerSpans:
 
     def _layer(self, layer_idx: int, ops: LayerOps) -> Any:
         layer, leaves = native.extension().Layer(), ops.leaves
-        norms = {
-            "attention": leaves.attn_norm,
-            "mlp": leaves.mlp_norm,
-            "query": leaves.query_norm,
-            "key": leaves.key_norm,
-        }
-        for name, norm in norms.items():
-            if norm is not None:
-                layer.set_norm(name, *self._norm(norm))
+        for name, norm in leaves.norms.items():
+            layer.set_norm(name, *self._norm(norm))
         for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for part in ("attention", "mlp"):
@@ -347,8 +340,7 @@ class KernelCounts:
 
 
 def _unknown(leaves: Leaves) -> bool:
-    norms = [leaves.attn_norm, leaves.mlp_norm, leaves.query_norm, leaves.key_norm]
-    known = all(norm is None or norm_operands(norm) is not None for norm in norms)
+    known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
     return not known or leaves.activation not in _ACTIVATIONS
 
 
