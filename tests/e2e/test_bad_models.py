@@ -91,6 +91,16 @@ def test_sliding_windows_are_refused_by_reason(
     refused("eval", folder, "--text", text_file, names=("mistral", "sliding_window=16"))
 
 
+@pytest.mark.parametrize("rope_type", ["default", "linear"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_heads_rotated_in_part_are_refused_by_reason(
+    refused: Refused, model_copy: Callable[..., ModelFolder], text_file: Path, family: str, rope_type: str
+) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    folder = model_copy(family).edit_config(rope_parameters=rope)
+    refused("eval", folder, "--text", text_file, names=(family, "partial_rotary_factor=0.5"))
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -19,6 +19,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ChannelWidthRule, EntryConfig
 from quicksilver.models.cost import executed_cost
 from quicksilver.models.nesting import nest
+from quicksilver.models.rotary import Rotation
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
@@ -50,6 +51,21 @@ def test_a_model_converted_underneath_is_not_read_as_floats(family: str) -> None
     for past in (cache, None):
         with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's: the cache is still float32
             accelerated(ids, past_key_values=past)
+
+
+def test_rotations_of_another_size_are_not_read_as_heads() -> None:
+    """PyTorch refuses them; the kernels would read past their end."""
+    engine = decoder(nested(), Plan.dense(), kernels="native")
+    rotate = engine.adapter.rotation
+    assert rotate is not None
+
+    def halved(positions: torch.Tensor) -> Rotation:
+        rotation = rotate(positions)
+        return Rotation(rotation.cos[..., ::2].contiguous(), rotation.sin[..., ::2].contiguous())
+
+    engine.adapter = replace(engine.adapter, rotation=halved)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run_steps(engine, tiny.token_ids(4))
 
 
 def parts(model: Any) -> dict[str, nn.Module]:

@@ -54,6 +54,11 @@ def _check(config: Any) -> None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in _ROPE_TYPES:
         raise UnsupportedModelError(f"{family}: rotary scaling of type {rope_type!r} is not supported")
+    factor = config.rope_parameters.get("partial_rotary_factor")
+    if factor is not None and factor != 1:
+        raise UnsupportedModelError(
+            f"{family}: heads rotated in part (partial_rotary_factor={factor}) are not supported"
+        )
 
 
 def _max_positions(config: Any) -> int:
