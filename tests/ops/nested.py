@@ -43,12 +43,13 @@ def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: 
 
     def bytes_of(*shape: int) -> Tensor:
         drawn = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-        return torch.where(torch.rand(shape, generator=generator) < 0.2, torch.where(drawn < 128, 0, 255), drawn)
+        extremes = torch.where(drawn < 128, 0, 255).to(torch.uint8)
+        return torch.where(torch.rand(shape, generator=generator) < 0.2, extremes, drawn)
 
     groups = -(-num_outputs // group_size)
     grid = Grid(bytes_of(num_inputs, groups), bytes_of(num_inputs, groups), torch.tensor(0.37), group_size)
     tables = {width: centres(width).round().clamp(0, 255) for width in (4, 2)}
-    return NestedLinear(NestedCodes.pack(bytes_of(num_inputs, num_outputs).to(torch.uint8), grid, tables), None)
+    return NestedLinear(NestedCodes.pack(bytes_of(num_inputs, num_outputs), grid, tables), None)
 
 
 def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:

@@ -234,10 +234,15 @@ def test_what_does_not_fit_is_refused() -> None:
         "masses must be": lambda: attend(q, kv, kv, starts, counts, 1.0, masses=torch.ones(9)),
         "starts must be": lambda: attend(q, kv, kv, starts.int(), counts, 1.0),
         "not within the 9": lambda: attend(q, kv, kv, starts, counts + 1, 1.0),
+        "within the 9 that": lambda: attend(
+            q, kv, kv, torch.full_like(starts, 2**63 - 1), torch.ones_like(counts), 1.0
+        ),
         "is empty": lambda: attend(q, kv, kv, starts, counts - 4, 1.0),
         "silu, gelu_tanh": lambda: layer_parts.mlp(x, up, down, "relu"),
         "rows must be": lambda: layer_parts.mlp(draw(2, 8), up, down, "silu"),
         r"a bias must be \[70\]": lambda: layer_parts.mlp(x, up, down, "silu", biases=(draw(69), None)),
+        "groups of one size": lambda: layer_parts.mlp(x, up, module(70, 21, 64).stored, "silu"),
+        "as many outputs": lambda: layer_parts.mlp(x, up, down, "silu", gate=module(9, 69).stored),
         "not 9": lambda: layer_parts.mlp(x, up, down, "silu", width=9),
     }
     for message, call in wrong.items():

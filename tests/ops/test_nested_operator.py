@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.ops import native, nested_linear
+from quicksilver.ops.nested_linear import StoredMatrix
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import NestedCodes
 from quicksilver.quant.linear import keeping_expanded
@@ -54,10 +55,50 @@ def test_what_does_not_fit_is_refused() -> None:
         "widths must be": (x, widths[:2]),
         "uint8": (x, widths.int()),
         "not 9": (x, 9),
+        "0 to 8 bits, not 200": (x, widths.masked_fill(widths == 3, 200)),
     }
     for message, (rows, given) in wrong.items():
         with pytest.raises(ValueError, match=message):
             nested_linear.nested_linear(rows, stored, given)
+
+
+def malformed() -> dict[str, tuple[str, StoredMatrix]]:
+    """Return matrices that are none, and what is said of each."""
+    stored, few = module(70, 100).stored, module(70, 20).stored
+    planes = list(stored.planes)
+    empty = StoredMatrix([p[:, :0] for p in planes], few.exponents[:, :0], few.zeros[:, :0], few.constants, 32, 0)
+
+    def first(count: int) -> StoredMatrix:
+        return stored._replace(
+            planes=[p[:count] for p in planes], exponents=stored.exponents[:count], zeros=stored.zeros[:count]
+        )
+
+    return {
+        "no outputs": ("got 0 in", empty),
+        "no inputs": ("has input channels", first(0)),
+        "groups of nothing": ("groups of 0", few._replace(group_size=0)),
+        "groups of 16": (
+            "groups of 16",
+            few._replace(group_size=16, exponents=few.exponents.expand(70, 2), zeros=few.zeros.expand(70, 2)),
+        ),
+        "three planes": ("got 3", stored._replace(planes=planes[:3])),
+        "short planes": (r"planes must be \[70, 25\]", stored._replace(planes=[*planes[:3], planes[3][:69]])),
+        "narrow planes": (r"planes must be \[70, 25\]", stored._replace(planes=[p[:, :24] for p in planes])),
+        "planes of floats": ("planes must be", stored._replace(planes=[p.float() for p in planes])),
+        "signed exponents": ("exponents must be", stored._replace(exponents=stored.exponents.view(torch.int8))),
+        "flat exponents": ("has input channels", stored._replace(exponents=stored.exponents[0, 0])),
+        "zeros of another": (r"zeros must be \[70, 4\]", stored._replace(zeros=few.zeros)),
+        "few constants": (r"constants must be \[21\]", stored._replace(constants=stored.constants[:20])),
+        "real constants": ("constants must be", stored._replace(constants=stored.constants.view(torch.float32))),
+    }
+
+
+@pytest.mark.parametrize("name", malformed())
+def test_a_matrix_that_is_none_is_refused(name: str) -> None:
+    message, stored = malformed()[name]
+    x = draw(3, stored.exponents.shape[0] if stored.exponents.dim() else 70)
+    with pytest.raises(ValueError, match=message):
+        nested_linear.nested_linear(x, stored, 8)
 
 
 def test_rows_need_not_be_contiguous() -> None:
@@ -116,7 +157,7 @@ def test_a_view_of_a_packed_matrix_is_a_matrix_of_its_own() -> None:
     linear, x = module(64, 100), draw(3, 64)
     check(linear)
     planes, exponents, zeros, constants, *sizes = linear.stored
-    first = nested_linear.StoredMatrix([p[:32] for p in planes], exponents[:32], zeros[:32], constants, *sizes)
+    first = StoredMatrix([p[:32] for p in planes], exponents[:32], zeros[:32], constants, *sizes)
     y = nested_linear.nested_linear(x[:, :32], first, 8)
     widths = torch.full(x.shape, 8).masked_fill(torch.arange(64) >= 32, 0)
     assert_close(y, linear, x, widths)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import NormOperands, StoredMatrix, check_rows, multiply, prepared
+from quicksilver.ops.nested_linear import NormOperands, StoredMatrix, check_rows, multiply, readable
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Activations of MLPs that the kernels know; the second is GELU by the hyperbolic tangent."""
@@ -111,8 +111,11 @@ def mlp(
 
     Raises:
         KernelsUnavailableError: there are no kernels.
-        ValueError: shapes or types that do not fit, no such activation, or a matrix that is not readable.
+        ValueError: shapes, types or groups that do not fit, no such activation, or a matrix that is not readable.
     """
+    sized = [(stored.group_size, stored.num_outputs) for stored in (up if gate is None else gate, up)]
+    if sized[0] != sized[1] or down.group_size != up.group_size:
+        raise ValueError("the gate must have as many outputs as `up`, and all matrices groups of one size")
     tensors = [[] if stored is None else [*stored.planes, *stored[1:4]] for stored in (gate, up, down)]
     sizes = up.group_size, up.num_outputs, down.num_outputs
     return torch.ops.quicksilver.mlp.default(x, *tensors, *biases, *sizes, width, activation)
@@ -172,7 +175,7 @@ def _attention(
         _check("masses", masses, (num_entries,), torch.int32)
     _check("starts", starts, (num_rows,), torch.int64)
     _check("counts", counts, (num_rows,), torch.int64)
-    if bool(((starts < 0) | (counts < 1) | (starts + counts > num_entries)).any()):
+    if bool(((starts < 0) | (counts < 1) | (starts > num_entries - counts)).any()):
         raise ValueError(f"a query's run of entries is empty or not within the {num_entries} that there are")
     asked, out = queries.clone(memory_format=torch.contiguous_format), queries.new_empty(queries.shape)
     kept = [None if t is None else t.contiguous() for t in (keys, values, key_scales, value_scales, masses)]
@@ -217,10 +220,8 @@ def _product(
     """Return rows times a matrix in nested codes, given as the operator gets it, plus a bias."""
     *planes, exponents, zeros, constants = tensors
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
+    matrix = readable(stored)
     check_rows(x, stored, None, width)
-    matrix = prepared(stored, by_channel=False)
-    if matrix is None:
-        raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     y = multiply(x, matrix, uniform=width)
     if bias is None:
         return y

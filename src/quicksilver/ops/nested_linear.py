@@ -21,6 +21,9 @@ MAX_ROWS_BY_CHANNEL = 512
 """The same where each row chooses widths for its channels: PyTorch then makes a product for every width."""
 
 _MAX_WIDTH = 8
+_NUM_PLANES = 4
+_GROUP_STEP = 32  # outputs that the kernels read with one scale
+_NUM_CONSTANTS = 21
 _LIBRARY = torch.library.Library("quicksilver", "DEF")
 _LIBRARY.define(
     "nested_linear(Tensor x, Tensor[] planes, Tensor exponents, Tensor zeros, Tensor constants, Tensor? widths,"
@@ -37,7 +40,7 @@ class StoredMatrix(NamedTuple):
         exponents: [in, groups] uint8.
         zeros: [in, groups] uint8.
         constants: [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits.
-        group_size: outputs of one group.
+        group_size: outputs of one group, a multiple of 32.
         num_outputs: out.
     """
 
@@ -110,12 +113,14 @@ def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
 
     Raises:
         KernelsUnavailableError: there are no kernels.
+        ValueError: its tensors are not those of a matrix.
     """
     tensors = (*stored.planes, *stored[1:4])
     state = (*map(_state, tensors), *stored[4:])
     key = stored.exponents.data_ptr()
     found = _entries.get(key)
     if found is None or found.state != state:
+        _check_stored(stored)
         found = _entries[key] = _Prepared({} if has_whole_levels(stored) else None, state, _owners(key, tensors))
     if found.layouts is None:
         return None
@@ -124,6 +129,19 @@ def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
     if by_channel not in found.layouts:
         found.layouts[by_channel] = _pack(stored, by_channel)
     return found.layouts[by_channel]
+
+
+def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
+    """Return a matrix as `prepared` does.
+
+    Raises:
+        KernelsUnavailableError: there are no kernels.
+        ValueError: its tensors are not those of a matrix, or the kernels cannot read it.
+    """
+    matrix = prepared(stored, by_channel)
+    if matrix is None:
+        raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
+    return matrix
 
 
 def has_bfloat16() -> bool:
@@ -184,7 +202,7 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
 
     Raises:
         KernelsUnavailableError: there are no kernels.
-        ValueError: shapes or types that do not fit, or a matrix that is not readable.
+        ValueError: shapes, types or widths that do not fit, or a matrix that is not readable.
     """
     each, uniform = (None, widths) if isinstance(widths, int) else (widths, _MAX_WIDTH)
     return torch.ops.quicksilver.nested_linear.default(x, list(stored.planes), *stored[1:4], each, uniform, *stored[4:])
@@ -202,10 +220,8 @@ def _run(
     num_outputs: int,
 ) -> Tensor:
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
+    matrix = readable(stored, by_channel=widths is not None and widths.dim() == 2)
     check_rows(x, stored, widths, uniform)
-    matrix = prepared(stored, by_channel=widths is not None and widths.dim() == 2)
-    if matrix is None:
-        raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     return multiply(x, matrix, widths, uniform)
 
 
@@ -235,8 +251,35 @@ def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: 
         raise ValueError(
             f"widths must be {list(x.shape)} or {list(x.shape[:1])} uint8, got {list(widths.shape)} {widths.dtype}"
         )
+    if widths is not None and bool((widths > _MAX_WIDTH).any()):
+        raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {int(widths.max())}")
     if not 0 <= uniform <= _MAX_WIDTH:
         raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
+
+
+def _check_stored(stored: StoredMatrix) -> None:
+    """Raise ValueError where tensors and sizes are not those of a matrix that has inputs and outputs."""
+    out, group_size, exponents = stored.num_outputs, stored.group_size, stored.exponents
+    if out < 1 or group_size < 1 or group_size % _GROUP_STEP:
+        raise ValueError(
+            f"a matrix has outputs, in groups of a multiple of {_GROUP_STEP}; got {out} in groups of {group_size}"
+        )
+    if exponents.dim() != 2 or exponents.shape[0] < 1 or len(stored.planes) != _NUM_PLANES:
+        raise ValueError(
+            f"a matrix has input channels and {_NUM_PLANES} planes; got {len(stored.planes)} and exponents"
+            f" {list(exponents.shape)}"
+        )
+    of_group = exponents.shape[0], -(-out // group_size)
+    wanted = [
+        *(("planes", plane, (exponents.shape[0], -(-out // 4)), torch.uint8) for plane in stored.planes),
+        ("exponents", exponents, of_group, torch.uint8),
+        ("zeros", stored.zeros, of_group, torch.uint8),
+        ("constants", stored.constants, (_NUM_CONSTANTS,), torch.int32),
+    ]
+    for name, tensor, shape, dtype in wanted:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+            got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
+            raise ValueError(f"{name} must be {list(shape)} {dtype} on cpu, got {got}")
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
@@ -251,7 +294,7 @@ def _owners(key: int, tensors: Sequence[Tensor]) -> tuple[weakref.ref[Any], ...]
 
 
 def _pack(stored: StoredMatrix, by_channel: bool) -> Any:
-    largest, *tables = stored.constants.view(torch.float32).split([1, 16, 4])
+    largest, *tables = stored.constants.contiguous().view(torch.float32).split([1, 16, 4])
     *planes, exponents, zeros = (tensor.contiguous() for tensor in (*stored.planes, stored.exponents, stored.zeros))
     return native.extension().prepare(
         planes, exponents, zeros, float(largest), *tables, stored.group_size, stored.num_outputs, by_channel
