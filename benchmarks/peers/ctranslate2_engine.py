@@ -72,6 +72,7 @@ class CTranslate2:
             str(folder), compute_type="int8", inter_threads=1, intra_threads=threads
         )
         self.weight_bytes = float((folder / "model.bin").stat().st_size - _row_bytes(floats))
+        self._prompt: Sequence[int] = ()  # that `prefill` fed last
         self.details: dict[str, Any] = {"compute_type": self._generator.compute_type}
 
     def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
@@ -83,7 +84,16 @@ class CTranslate2:
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Generate one token after a prompt: the first so many forward at once, the last as a step."""
+        self._prompt = ids
         self._generate(_tokens(ids), 1)
+
+    def prefilled(self) -> np.ndarray:
+        """Return the logits of that token, [1, vocab] float32: the generator keeps none, so it generates once more.
+
+        A least length would take the end of the text out of the logits; the greatest, which stays, makes it one token.
+        """
+        (result,) = self._run(_tokens(self._prompt), max_length=1, return_logits_vocab=True)
+        return np.array(result.logits, dtype=np.float32)[0]
 
     def start(self, prompt: Sequence[int]) -> list[str]:
         """Have the state after a prompt kept; return the prompt, by which it is found again."""
@@ -100,16 +110,14 @@ class CTranslate2:
         return self._generate(_tokens(prompt), count)
 
     def _generate(self, start: list[str], count: int, static_prompt: list[str] | None = None) -> list[int]:
-        (result,) = self._generator.generate_batch(
-            [start],
-            max_length=count,
-            min_length=count,
-            static_prompt=static_prompt,
-            cache_static_prompt=True,
-            include_prompt_in_result=False,
-            sampling_topk=1,
+        (result,) = self._run(
+            start, max_length=count, min_length=count, static_prompt=static_prompt, cache_static_prompt=True
         )
         return result.sequences_ids[0]
+
+    def _run(self, start: list[str], **options: Any) -> Any:
+        """Generate greedily; what comes before the last start token is fed at once."""
+        return self._generator.generate_batch([start], include_prompt_in_result=False, sampling_topk=1, **options)
 
 
 def load(name: str, baseline: str, folder: Path, floats: Path, threads: int) -> list[CTranslate2]:

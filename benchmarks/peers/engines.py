@@ -52,6 +52,10 @@ class Engine(Protocol):
         """Feed a prompt at once, up to the logits of its last token."""
         ...
 
+    def prefilled(self) -> np.ndarray:
+        """Return the logits [1, vocab] float32 of the prompt's last token, as the last call of `prefill` made them."""
+        ...
+
     def start(self, prompt: Sequence[int]) -> Any:
         """Feed a prompt; return what `decode` goes on from."""
         ...
@@ -74,6 +78,7 @@ class TorchEngine:
     model: Any
     weight_bytes: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
+    _prefilled: torch.Tensor | None = field(default=None, init=False, repr=False)  # [1, 1, vocab]
 
     def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
         """Nothing has to be done."""
@@ -91,7 +96,13 @@ class TorchEngine:
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> None:
         """Feed a prompt at once."""
-        run(Prefill(torch.tensor([ids])), self.model, None)
+        (self._prefilled,) = Prefill(torch.tensor([ids])).calls(self.model, None)
+
+    @torch.inference_mode()
+    def prefilled(self) -> np.ndarray:
+        """Return what the last call of `prefill` gave, [1, vocab] float32."""
+        assert self._prefilled is not None, "no prompt was fed"
+        return self._prefilled[0].float().numpy()
 
     @torch.inference_mode()
     def start(self, prompt: Sequence[int]) -> Any:

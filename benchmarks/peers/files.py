@@ -50,11 +50,21 @@ def prepare(subject: Subject, names: Sequence[str], threads: int, say: Callable[
             make(ours.plan_file(subject, name), ours.fit_to, nested, name)
 
 
-def reference_logits(subject: Subject, ids: Sequence[int], threads: int, say: Callable[[str], None]) -> np.ndarray:
-    """Return the float model's logits [T, vocab], computed in float32 whatever the dtype of its weights."""
-    digest = hashlib.sha256(repr(list(ids)).encode()).hexdigest()[:8]
+def reference_logits(
+    subject: Subject, ids: Sequence[int], keep: int, threads: int, say: Callable[[str], None]
+) -> np.ndarray:
+    """Return the float model's logits [keep, vocab], computed in float32 whatever the dtype of its weights.
+
+    Args:
+        subject: the model.
+        ids: tokens, fed in one pass.
+        keep: of how many of the last tokens.
+        threads: of the process that computes them, where they are not there yet.
+        say: told that they are made.
+    """
+    digest = hashlib.sha256(repr((list(ids), keep)).encode()).hexdigest()[:8]
     target = subject.cache / f"reference-{digest}.npy"
-    _make(target, threads, say, _write_reference, subject.floats, list(ids))
+    _make(target, threads, say, _write_reference, subject.floats, list(ids), keep)
     return np.load(target)
 
 
@@ -90,10 +100,10 @@ def _call(threads: int, function: Callable[..., None], *arguments: Any) -> None:
         function(*arguments)
 
 
-def _write_reference(floats: Path, ids: list[int], target: Path) -> None:
+def _write_reference(floats: Path, ids: list[int], keep: int, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
     with open(target, "wb") as file:
-        np.save(file, model(torch.tensor([ids])).logits[0].numpy())
+        np.save(file, model(torch.tensor([ids]), logits_to_keep=keep).logits[0].numpy())

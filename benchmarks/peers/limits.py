@@ -57,7 +57,7 @@ _BARS: dict[str, tuple[Bar, ...]] = {
 }
 
 
-def check(found: Mapping[str, Quality]) -> None:
+def check(found: Mapping[str, Quality], what: str = "logits") -> None:
     """Raise GateError where engines' logits are further from the float model's than they may be.
 
     Forced halting has no such limit: what it computes is another function. Its plan without halting is checked, and
@@ -65,9 +65,10 @@ def check(found: Mapping[str, Quality]) -> None:
 
     Args:
         found: by engine.
+        what: was compared, in words.
     """
     failed = [
-        f"{name}: logits differ from the float model's by {quality.relative:.3g} of their spread, allowed {limit}"
+        f"{name}: {what} differ from the float model's by {quality.relative:.3g} of their spread, allowed {limit}"
         for name, quality in found.items()
         if not quality.relative <= (limit := TOLERANCES.get(name, np.inf))  # NaN fails too
     ]

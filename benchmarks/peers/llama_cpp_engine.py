@@ -56,6 +56,7 @@ class LlamaCpp:
         self._vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self._contexts = {flash: self._context(threads, flash) for flash in (False, True)}
         self._flash = {"prefill": False, "decode": False}
+        self._prefilled: Any = None  # the context that `prefill` fed last
         self._batch = self._new_batch()
         self._sampler = lib.llama_sampler_init_greedy()
         self.details: dict[str, Any] = {"system": lib.llama_print_system_info().decode().strip()}
@@ -86,7 +87,13 @@ class LlamaCpp:
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Feed a prompt in one batch."""
-        self._feed(self._emptied("prefill"), ids, 0)
+        self._prefilled = self._emptied("prefill")
+        self._feed(self._prefilled, ids, 0)
+
+    def prefilled(self) -> np.ndarray:
+        """Return the logits that the last call of `prefill` left in its context, [1, vocab] float32."""
+        pointer = self._lib.llama_get_logits_ith(self._prefilled, -1)
+        return np.ctypeslib.as_array(pointer, (1, self._vocab_size)).copy()
 
     def start(self, prompt: Sequence[int]) -> tuple[Any, int]:
         """Feed a prompt; return the context and how many tokens it holds."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,25 @@ class Settings:
         return max(self.prefill_tokens, self.prompt_tokens, self.quality_tokens) + self.new_tokens
 
 
+class References(NamedTuple):
+    """The float model's logits, computed in float32.
+
+    Attributes:
+        tokens: [quality_tokens, vocab], of every token of a text.
+        prefill: [1, vocab], of the last token of the prompt that is timed.
+    """
+
+    tokens: np.ndarray
+    prefill: np.ndarray
+
+    @classmethod
+    def of(cls, subject: Subject, settings: Settings, ids: Sequence[int]) -> References:
+        """Return a subject's, computed where no run has computed them yet."""
+        compared, prefill = ids[: settings.quality_tokens], ids[: settings.prefill_tokens]
+        made = ((compared, len(compared)), (prefill, 1))
+        return cls(*(files.reference_logits(subject, fed, keep, settings.threads, say) for fed, keep in made))
+
+
 def measure(
     subject: Subject, names: Sequence[str], settings: Settings, ids: list[int], memory: list[Measurement]
 ) -> list[dict[str, Any]]:
@@ -55,9 +74,9 @@ def measure(
         GateError: an engine computes something else than it should.
         WorkerError: a process of engines failed or died.
     """
-    reference = files.reference_logits(subject, ids[: settings.quality_tokens], settings.threads, say)
+    references = References.of(subject, settings, ids)
     with roster.apart(subject, names, settings.threads, settings.context) as engines:
-        limits.check({engine.name: _quality(engine, settings, ids, reference) for engine in engines})
+        check(engines, settings, ids, references)
         seconds = measure_seconds(engines, settings, ids, end_to_end=not subject.is_random)
     weight_bytes = {engine.name: engine.weight_bytes for engine in engines}
     measurements = [*seconds, *(_with_details(m, engines) for m in memory)]
@@ -76,6 +95,32 @@ def measure(
             row["tokens_per_second"] = 1 / row["median"]
             row["bandwidth_fraction"] = limits.bandwidth_fraction(row["engine"], measurements, weight_bytes)
     return measured
+
+
+def check(engines: Sequence[RemoteEngine], settings: Settings, ids: list[int], references: References) -> None:
+    """Have engines tuned, hold their logits against the float model's, and keep the figures for their rows.
+
+    Logits of every token are one thing, what `prefill` comes to in the very call that is timed is another: an engine
+    that is asked for the last token's logits alone may compute them in another way.
+
+    Raises:
+        GateError: an engine's are further from the float model's than they may be.
+    """
+    tokens, prefill = {}, {}
+    for engine in engines:
+        engine.tune(ids, settings.prompt_tokens, settings.prefill_tokens)
+        found = tokens[engine.name] = quality.compare(
+            references.tokens, engine.logits(ids[: settings.quality_tokens], _SINGLY)
+        )
+        engine.prefill(ids[: settings.prefill_tokens])
+        after = prefill[engine.name] = quality.compare(references.prefill, engine.prefilled())
+        engine.details |= {"quality": found.to_dict(), "prefill_quality": after.to_dict()}
+        say(
+            f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g};"
+            f" after the prompt {after.relative:.3g}, {after.kl:.3g}"
+        )
+    limits.check(tokens)
+    limits.check(prefill, "logits after the prompt that is timed")
 
 
 def measure_seconds(
@@ -126,22 +171,13 @@ def load_and_decode(subject: Subject, name: str, settings: Settings, ids: list[i
     engine.decode(state, ids[:_DECODED_ALONE])
 
 
-def _quality(engine: RemoteEngine, settings: Settings, ids: list[int], reference: np.ndarray) -> quality.Quality:
-    """Hold an engine's logits against the float model's, and keep the figures for its rows."""
-    engine.tune(ids, settings.prompt_tokens, settings.prefill_tokens)
-    found = quality.compare(reference, engine.logits(ids[: settings.quality_tokens], _SINGLY))
-    engine.details["quality"] = found.to_dict()
-    say(f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g}")
-    return found
-
-
 def _details(engine: RemoteEngine) -> dict[str, Any]:
     return {**engine.details, "weight_bytes_per_token": engine.weight_bytes}
 
 
 def _with_details(memory: Measurement, engines: Sequence[RemoteEngine]) -> Measurement:
     (engine,) = (e for e in engines if e.name == memory.engine)
-    details = {"quality": engine.details["quality"]}
+    details = {key: engine.details[key] for key in ("quality", "prefill_quality")}
     return Measurement(memory.task, memory.engine, engine.baseline, memory.unit, memory.values, details)
 
 

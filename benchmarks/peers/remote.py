@@ -52,6 +52,10 @@ class RemoteEngine:
         """Return the seconds of a prompt fed at once."""
         return self._call("prefill", ids).seconds
 
+    def prefilled(self) -> np.ndarray:
+        """Return the logits of the prompt that was fed last so, [1, vocab] float32."""
+        return self._call("prefilled").value
+
     def decode(self, prompt: Sequence[int], ids: Sequence[int]) -> float:
         """Return the seconds of as many tokens as there are ids, after a prompt, whose own are not among them."""
         return self._call("decode", ids, prompt=prompt).seconds

@@ -33,6 +33,9 @@ _COLUMNS = (
     "top-1",
     "max abs",
     "mean abs",
+    "KL after prefill",
+    "top-1 after prefill",
+    "max abs after prefill",
 )
 
 
@@ -112,8 +115,18 @@ def _table_row(engine: str, by_task: dict[tuple[str, str], Row]) -> str:
         f"{quality['top1_agreement']:.1%}",
         f"{quality['max_abs']:.3g}",
         f"{quality['mean_abs']:.3g}",
+        *_after_prefill(engine, by_task),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _after_prefill(engine: str, by_task: dict[tuple[str, str], Row]) -> tuple[str, str, str]:
+    """Return how near the one token after the timed prompt was, nothing where a run did not compare it."""
+    rows = (row for (_, name), row in by_task.items() if name == engine)
+    quality = next((row["prefill_quality"] for row in rows if "prefill_quality" in row), None)
+    if quality is None:
+        return ("", "", "")
+    return f"{quality['kl']:.2e}", "same" if quality["top1_agreement"] == 1 else "other", f"{quality['max_abs']:.3g}"
 
 
 def _speed(row: Row | None) -> str:

@@ -131,17 +131,19 @@ def row(task: str, engine: str, median: float, **more: Any) -> dict[str, Any]:
     settings = {"rounds": 9, "new_tokens": 64, "prompt_tokens": 64, "prefill_tokens": 512, "quick": False}
     model = {"name": "gpt2", "family": "gpt2", "layers": 12, "hidden_size": 768, "vocab_size": 50257}
     found = quality.Quality(0.1, 0.01, 0.02, 1e-4, 0.99, 128).to_dict()
+    after = quality.Quality(0.5, 0.05, 0.08, 3e-2, 0.0, 1).to_dict()
     return {
         "task": task, "engine": engine, "median": median, "baseline": Q8, "ratio_to_baseline": 0.5, "date": "today",
         "model": {**model, "weights": "random, seed 0", "dtype": "float32"}, "settings": settings, "bars": [],
         "peers": {"gguf": "1.0", "ctranslate2": None}, "threads": 2, "cpu": "cpu", "quicksilver": "0", "torch": "2",
-        "transformers": "5", "command": "python -m benchmarks.peers", "quality": found, **more,
+        "transformers": "5", "command": "python -m benchmarks.peers", "quality": found, "prefill_quality": after,
+        **more,
     }  # fmt: skip
 
 
 def run_of_two() -> list[dict[str, Any]]:
     read = row("bandwidth", STREAMING_READ, 20e9, method="sum")
-    del read["quality"]
+    del read["quality"], read["prefill_quality"]
     size = {"weight_bytes_per_token": 1e8, "bandwidth_fraction": 0.5}
     bar = {"task": "decode", "quantity": "a / b", "ratio": 1.2, "bound": "at least", "limit": 1.0, "passed": True}
     return [
@@ -157,14 +159,22 @@ def test_a_table_has_a_cell_for_every_column_and_no_ratio_to_itself() -> None:
     text = report.markdown(run_of_two())
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {15}
+    assert {line.count("|") for line in lines} == {18}
     theirs, mine = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])
     assert theirs[:6] == [Q8, "20.00", "50.0", "", "100.0", "0.50"]
     assert mine[:6] == ["uniform-8", "10.00", "100.0", "2.00 llama.cpp-q8_0", "100.0", "0.50"]
     assert (theirs[6], theirs[9], mine[6], mine[9]) == ("300.0", "300", "", "")
+    assert theirs[10:] == ["1.00e-04", "99.0%", "0.1", "0.01", "3.00e-02", "other", "0.5"]
     assert "- pass: decode, a / b = 1.200, at least 1.00" in text
     assert "gguf 1.0" in text
     assert "ctranslate2 None" not in text
+
+
+def test_rows_that_do_not_say_how_near_the_prompt_came_have_empty_cells() -> None:
+    rows = [{key: value for key, value in row.items() if key != "prefill_quality"} for row in run_of_two()]
+    lines = [line for line in report.markdown(rows).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {18}
+    assert all(line.split("|")[-4:-1] == ["  "] * 3 for line in lines[2:])
 
 
 def test_only_the_last_run_of_a_model_is_shown() -> None:

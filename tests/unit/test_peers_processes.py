@@ -41,6 +41,9 @@ class Toy:
             with open(self._log, "a", encoding="utf-8") as file:
                 file.write(f"{self.name} ")
 
+    def prefilled(self) -> np.ndarray:
+        return np.array([[float(os.getpid())]])
+
     def start(self, prompt: Sequence[int]) -> Any:
         time.sleep(_START_SECONDS)
         return lambda: len(prompt)  # cannot be sent, and need not be
@@ -82,6 +85,7 @@ def test_what_an_engine_is_and_returns_comes_back_from_its_process() -> None:
         assert (first.weight_bytes, first.details["tuned"], first.details["quality"]) == (4.0, 8, "kept")
         assert (second.weight_bytes, "tuned" in second.details) == (1.0, False)
         assert first.logits([1, 2], 0).tolist() == [[1.0, 2.0]]
+        assert first.prefilled().tolist() == [[first.details["pid"]]]
         # The state stays where it is; neither `start` nor the pipe is in the seconds.
         assert 2 * _WORK_SECONDS <= first.decode([1, 2, 3], [1, 2]) < _START_SECONDS
     assert gone(first)
