@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from quicksilver.cache.coded import decode, encode
 from quicksilver.ops import layer_parts, native
 from quicksilver.ops.nested_linear import NormOperands
-from tests.ops.nested import INSTRUCTION_SETS, draw, expected, module, using
+from tests import tolerances
+from tests.ops.nested import INSTRUCTION_SETS, draw, expected, module, threads, using
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 ISAS = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-CLOSE = {"atol": 2e-6, "rtol": 2e-6}  # float32 sums of normal numbers against float64
+CLOSE = {"atol": tolerances.SUMS, "rtol": tolerances.SUMS}
 KEPT = [torch.float32, torch.bfloat16, torch.int8]
 
 
@@ -59,7 +60,7 @@ def test_norms_are_layer_norm_and_by_the_root_mean_square(isa: str, rows: int, s
         layer = layer_parts.norm(x, NormOperands(weight, bias, 1e-5))
         root = layer_parts.norm(x, NormOperands(weight, None, 1e-6))
     x, weight, bias = x.double(), weight.double(), bias.double()
-    torch.testing.assert_close(layer.double(), F.layer_norm(x, (size,), weight, bias, 1e-5), atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.double(), F.layer_norm(x, (size,), weight, bias, 1e-5), **tolerances.LAYER_NORM)
     torch.testing.assert_close(root.double(), F.rms_norm(x, (size,), weight, 1e-6), **CLOSE)
 
 
@@ -95,19 +96,24 @@ def test_attention_over_ragged_entries(
 
 
 @ISAS
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_instruction_sets_change_no_bit(isa: str, threads: int) -> None:
-    queries, keys, values = draw(3, 4, 40), draw(9, 2, 40, seed=1), draw(9, 2, 40, seed=2)
-    starts, counts = torch.tensor([0, 2, 0]), torch.tensor([9, 5, 1])
-    with using(INSTRUCTION_SETS[-1]):
-        once = layer_parts.attention(queries, keys, values, starts, counts, 0.2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with using(isa):
-            assert torch.equal(layer_parts.attention(queries, keys, values, starts, counts, 0.2), once)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", KEPT, ids=str)
+@pytest.mark.parametrize("size", [5, 40, 72])
+def test_threads_and_instruction_sets_change_no_bit(isa: str, count: int, dtype: torch.dtype, size: int) -> None:
+    queries = draw(3, 4, size)
+    keys, key_scales, _ = entries(23, 2, size, dtype, 1)
+    values, value_scales, _ = entries(23, 2, size, dtype, 2)
+    scales = None if key_scales is None or value_scales is None else (key_scales, value_scales)
+    runs = torch.tensor([0, 2, 0]), torch.tensor([23, 17, 1])
+
+    def attend(masses: Tensor | None) -> Tensor:
+        return layer_parts.attention(queries, keys, values, *runs, 0.2, scales=scales, masses=masses)
+
+    for masses in (None, torch.arange(1, 24, dtype=torch.int32)):
+        with using(INSTRUCTION_SETS[-1]), threads(1):
+            once = attend(masses)
+        with using(isa), threads(count):
+            assert torch.equal(attend(masses), once)
 
 
 @ISAS
@@ -145,12 +151,12 @@ def test_mlps_gated_and_plain(isa: str, gated: bool, activation: str, rows: int,
         y = layer_parts.mlp(
             x, up.stored, down.stored, activation, gate=gate.stored if gated else None, biases=biases, width=6
         )
-    risen = expected(up, x, torch.full(x.shape, 6)) + (0.0 if biases[0] is None else biases[0].double())
+    up_states = expected(up, x, torch.full(x.shape, 6)) + (0.0 if biases[0] is None else biases[0].double())
     act = F.silu if activation == "silu" else lambda t: F.gelu(t, approximate="tanh")
-    inside = act(expected(gate, x, torch.full(x.shape, 6))) * risen if gated else act(risen)
+    inside = act(expected(gate, x, torch.full(x.shape, 6))) * up_states if gated else act(up_states)
     wanted = inside @ down.codes.dequantize(6).double() + (0.0 if biases[1] is None else biases[1].double())
     rms = float((y.double() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt())
-    assert rms < 5e-4  # the products' own rounding is bounded in test_nested_product.py
+    assert rms < tolerances.MLP_RMS
 
 
 def calls() -> dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]]:

@@ -66,7 +66,7 @@ def test_real_models_have_their_published_loss(name: str, perplexity: float, sha
     )
     path = shared_dir / "data" / "models" / name
     model, ids = quicksilver.load(path), AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
-    assert torch.exp(model(ids, labels=ids).loss).item() == pytest.approx(perplexity, abs=2e-4)
+    assert torch.exp(model(ids, labels=ids).loss).item() == pytest.approx(perplexity, abs=tolerances.PERPLEXITY)
 
 
 @pytest.mark.parametrize(

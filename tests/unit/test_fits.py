@@ -25,7 +25,7 @@ from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.policies.halting.fitted import gate_features
 from quicksilver.policies.shortcuts import log_error
-from tests import tiny
+from tests import tiny, tolerances
 
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(16)]
 UNSEEN = [tiny.token_ids(60, seed=seed) for seed in range(100, 104)]
@@ -138,7 +138,7 @@ def test_a_divergence_is_never_negative_and_none_from_itself() -> None:
     with torch.no_grad():
         log_p, log_q = (torch.log_softmax(adapter.head(adapter.final_norm(x)), -1) for x in (states[-1], states[1]))
     wanted = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(nats, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(nats, wanted, atol=tolerances.DIVERGENCE, rtol=tolerances.DIVERGENCE)
     assert float(nats.min()) > 0.0
 
 

@@ -155,5 +155,5 @@ def test_divergence_is_from_the_dense_prediction() -> None:
         for e in engines
     )
     expected = F.kl_div(plan, dense, log_target=True, reduction="none").sum(-1)[window.first_scored - 1 :].sum()
-    assert records[1].kl == pytest.approx(expected.item(), rel=1e-4)
+    assert records[1].kl == pytest.approx(expected.item(), rel=tolerances.DIVERGENCE)
     assert records[1].agreed == int((dense.argmax(-1) == plan.argmax(-1))[window.first_scored - 1 :].sum())

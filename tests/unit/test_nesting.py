@@ -13,7 +13,7 @@ from quicksilver.errors import InputError, ModelError, UnsupportedModelError
 from quicksilver.models.nesting import nest, nested_names
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
-from tests import tiny
+from tests import tiny, tolerances
 
 COMPENSATED = QuantizationConfig(method="compensated", head=True)
 WINDOWS = [tiny.token_ids(30).tolist(), tiny.token_ids(17, seed=1).tolist()]
@@ -43,7 +43,7 @@ def test_hessians_are_the_second_moments_of_the_inputs(name: str) -> None:
     assert hessians.keys() == set(names)
     for path in names:
         x = torch.cat(seen[path])  # [47, in]
-        torch.testing.assert_close(hessians[path], x.T @ x, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(hessians[path], x.T @ x, **tolerances.HESSIAN)
     assert hooks(model) == before
 
 

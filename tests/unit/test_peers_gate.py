@@ -21,7 +21,7 @@ from quicksilver.models.nesting import nest
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import has_bfloat16
 from quicksilver.quant.config import QuantizationConfig
-from tests import tiny
+from tests import tiny, tolerances
 
 _IDS = list(range(3, 43))
 _SETTINGS = Settings(
@@ -110,12 +110,12 @@ def test_the_reference_of_a_prompt_is_the_float_models_last_row(tmp_path: Path) 
     whole = files.reference_logits(subject, _IDS, len(_IDS), 1, said.append)
     with torch.inference_mode():
         expected = model(torch.tensor([_IDS])).logits[0].numpy()
-    np.testing.assert_allclose(whole, expected, atol=1e-5)
-    np.testing.assert_allclose(last, expected[-1:], atol=1e-5)
+    np.testing.assert_allclose(whole, expected, atol=tolerances.LOGITS[torch.float32])
+    np.testing.assert_allclose(last, expected[-1:], atol=tolerances.LOGITS[torch.float32])
     assert len(said) == 2  # neither was taken for the other
     engine = TorchEngine(HUGGINGFACE, HUGGINGFACE, model)
     engine.prefill(_IDS)
-    np.testing.assert_allclose(engine.prefilled(), last, atol=1e-5)
+    np.testing.assert_allclose(engine.prefilled(), last, atol=tolerances.LOGITS[torch.float32])
 
 
 @pytest.mark.skipif(not native.is_available() or not has_bfloat16(), reason="prompts are computed like any tokens here")

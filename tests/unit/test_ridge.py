@@ -9,10 +9,11 @@ from torch import Tensor
 from quicksilver.calibrate.ridge import PENALTY, Affine, RidgeSums, named_tensors
 from quicksilver.core.tensors import AffineMap
 from quicksilver.errors import ModelError
+from tests import tolerances
 
 CPU = torch.device("cpu")
 ROWS, INPUTS, OUTPUTS = 400, 12, 12
-CLOSE = 2e-4  # the sums are of products in float32; without the penalty weights differ a hundred times as much
+CLOSE = tolerances.RIDGE
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -57,7 +58,9 @@ def test_the_constant_is_not_penalised() -> None:
     x, _ = rows()
     fitted = sums_of((x, torch.full((ROWS, OUTPUTS), 100.0))).solve("layer 0")
     assert float(fitted.weight.abs().max()) < 1e-3
-    torch.testing.assert_close(fitted.bias, torch.full_like(fitted.bias, 100.0), atol=2e-3, rtol=0.0)
+    torch.testing.assert_close(
+        fitted.bias, torch.full_like(fitted.bias, 100.0), atol=0.0, rtol=tolerances.RIDGE_CONSTANT
+    )
 
 
 def test_pieces_give_what_the_whole_gives() -> None:
@@ -103,7 +106,7 @@ def test_a_map_of_low_rank_becomes_two_matrices(rank: int) -> None:
     named = {key: tensor.float() for key, tensor in named_tensors("output.0", factors, fitted.bias).items()}
     assert set(named) == {"output.0.down", "output.0.up", "output.0.bias"}
     applied = AffineMap.named(named, "output.0", INPUTS)(x)
-    torch.testing.assert_close(applied.double(), short + fitted.bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(applied.double(), short + fitted.bias, atol=tolerances.MAPPED, rtol=tolerances.MAPPED)
 
 
 def test_outputs_that_are_nothing_have_a_map_that_is_nothing() -> None:

@@ -10,7 +10,7 @@ import torch
 from benchmarks import rounding
 from quicksilver.quant.codes import GROUP_SIZES
 from quicksilver.quant.rounding import quantize
-from tests import tiny
+from tests import tiny, tolerances
 
 ALL_CODES = torch.arange(256, dtype=torch.uint8)
 
@@ -68,7 +68,9 @@ def test_gains_are_least_squares() -> None:
     told[3] = 0.0
     factors = rounding.gains(weight, told)
     residual = weight - factors * told
-    assert torch.allclose((residual * told).sum(1), torch.zeros(6), atol=1e-4)  # at right angles to what is scaled
+    assert torch.allclose(
+        (residual * told).sum(1), torch.zeros(6), atol=tolerances.RESIDUAL
+    )  # at right angles to what is scaled
     assert factors[3] == 1.0
     assert torch.isfinite(factors).all()
 
