@@ -7,15 +7,14 @@ through transformers' own leaf modules, attention is written out, groups are for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ShareFill, ZeroFill
-from quicksilver.quant import NestedSplit
+from tests.oracle_parts import Layer, Read, parts_of
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 """(layer, states before, states after, previous update), each [T, d], to which tokens would halt, [T] bool."""
@@ -23,10 +22,6 @@ Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 Alike = Callable[[int, Tensor, Tensor, int, int], bool]
 """(layer, states [T, d], keys before rotation [T, Hkv, D], earlier, later) to whether the two tokens may fuse."""
-
-
-Read = Callable[[int, Any, Tensor], Tensor]
-"""(layer, a linear map's module, its inputs [T, in]) to its outputs [T, out]."""
 
 
 Bypass = Callable[[int, str, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -108,81 +103,173 @@ def run(
     keys are left out by what the large components of a query say, and from what magnitude on those are large, in the
     same multiples.
     """
-    parts = (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
-    hidden = parts.embedded
-    running = torch.ones(len(ids), dtype=torch.bool)
-    masses = torch.ones(len(ids), dtype=torch.long)  # 0: absorbed
-    shift = torch.zeros_like(hidden)
-    depths = torch.zeros(len(ids), dtype=torch.long)
-    newest_key = newest_value = previous_update = None
-    attended, skipped, unscored, again, all_masses, sizes, past = [], [], [], [], [], [], []
-    num_layers = len(parts.layers)
+    parts = parts_of(model, ids, read)
+    asked = _Asked(fill, halts, fusion, bypass, skip_below, query_below, entry_bits, screen)
+    tokens, counts = _Tokens.at_first(parts.embedded), _Counts()
     for layer_idx, layer in enumerate(parts.layers):
-        query = layer.qkv(hidden)[0]  # [H, T, D]
-        _, key, value = layer.qkv(hidden + shift)  # [Hkv, T, D]
-        own_key, own_value = key, value
-        halted = ~running & (masses > 0)
-        if isinstance(fill, ZeroFill):
-            key, value = key.clone(), value.clone()
-            key[:, halted], value[:, halted] = 0.0, 0.0
-        elif isinstance(fill, ShareFill) and newest_key is not None:
-            key = torch.where(running[None, :, None], key, newest_key)
-            value = torch.where(running[None, :, None], value, newest_value)
-        else:
-            assert isinstance(fill, DropFill | PropagateFill | ShareFill)
-        listed = running if isinstance(fill, DropFill) else masses > 0
-        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & listed[None, :]
-        all_masses.append(masses)
-        past_attention, mapped = bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
-        asking = running & ~past_attention
-        attended.append(int(mask[asking].sum()))
-        whole_query = query
-        if query_below is not None:
-            query, small = _leave_out(query, query_below[layer_idx])
-            unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
-        if entry_bits is not None:
-            key, value = (_code(t) if entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
-        weights = _weights(query, key, mask, layer.scaling, masses)
-        if screen is not None and screen[layer_idx][0] > 0:
-            later = _leave_out(whole_query, screen[layer_idx][1])[1] & (query != 0)
-            first = _weights(torch.where(later, 0.0, query), key, mask, layer.scaling, masses)
-            screened = _screened(first, mask, screen[layer_idx][0])
-            weights = torch.where(screened, 0.0, weights) / torch.where(screened, 0.0, weights).sum(-1, keepdim=True)
-            weights = weights.nan_to_num(0.0)
-            unscored[-1] += int((later.sum(-1) * screened.sum(-1))[:, asking].sum())
-            again.append(int((mask & ~screened)[:, asking].sum()))
-        else:
-            screened = torch.zeros_like(weights, dtype=torch.bool)
-        if skip_below is not None:
-            weights, left_out = _skip(weights, mask, skip_below[layer_idx])
-            skipped.append(int((left_out | screened)[:, asking].sum()))
-        added = layer.attn_output(_weigh(weights, value))
-        after = hidden + torch.where(past_attention[:, None], mapped, added)
-        normed = layer.mlp_norm(after)
-        past_mlp, mapped = bypass(layer_idx, "mlp", normed, after)
-        after = after + torch.where(past_mlp[:, None], mapped, layer.mlp(normed))
-        after = torch.where(running[:, None], after, hidden)
-        past.append({"attention": int((running & past_attention).sum()), "mlp": int((running & past_mlp).sum())})
-        depths += running
-        if newest_key is None:
-            newest_key, newest_value = own_key, own_value
-        newest_key = torch.where(running[None, :, None], own_key, newest_key)
-        newest_value = torch.where(running[None, :, None], own_value, newest_value)
-        if layer_idx < num_layers - 1:
-            running = running & ~halts(layer_idx, hidden, after, previous_update)
-        previous_update = after - hidden
-        formed: list[int] = []
-        if fusion is not None and layer_idx in fusion.after_layers:
-            keys = layer.raw_keys(hidden + shift)
-            after, shift, masses, formed = _fuse(fusion, layer_idx, after, shift, keys, running, masses)
-            running = running & (masses > 0)
-        sizes.append(sorted(formed))
-        hidden = after
+        is_last = layer_idx == len(parts.layers) - 1
+        _run_layer(layer_idx, layer, is_last, tokens, asked, counts)
+    hidden, depths = tokens.hidden, tokens.depths
     for layer_idx, added in (maps or {}).items():
         stopped = depths == layer_idx + 1
         hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
     logits = model.lm_head(parts.final_norm(hidden))
-    return OracleRun(logits, depths, attended, skipped, unscored, again, torch.stack(all_masses), sizes, past)
+    return OracleRun(
+        logits,
+        depths,
+        counts.attended,
+        counts.skipped,
+        counts.unscored,
+        counts.again,
+        torch.stack(counts.masses),
+        counts.sizes,
+        counts.past,
+    )
+
+
+class _Asked(NamedTuple):
+    """Which mechanisms take part, and how; see `run`."""
+
+    fill: KVFill
+    halts: Halts
+    fusion: Fusion | None
+    bypass: Bypass
+    skip_below: Sequence[float] | None
+    query_below: Sequence[float] | None
+    entry_bits: int | None
+    screen: Sequence[tuple[float, float]] | None
+
+
+@dataclass
+class _Tokens:
+    """A sequence between two layers.
+
+    Attributes:
+        hidden: [T, d] states; those of halted tokens stay.
+        running: [T] bool.
+        masses: [T] tokens that each stands for, 0 where it was absorbed.
+        shift: [T, d] what keys and values are made of beside the state, where groups go on by them alone.
+        depths: [T] layers run.
+        newest: each token's key and value, [Hkv, T, D] each, in the last layer that it ran; None before the first.
+        previous_update: [T, d] what the layer before added, None before the second.
+    """
+
+    hidden: Tensor
+    running: Tensor
+    masses: Tensor
+    shift: Tensor
+    depths: Tensor
+    newest: tuple[Tensor, Tensor] | None = None
+    previous_update: Tensor | None = None
+
+    @classmethod
+    def at_first(cls, embedded: Tensor) -> _Tokens:
+        """Return all of them running, from their embeddings [T, d]."""
+        count = len(embedded)
+        ones, zeros = torch.ones(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        return cls(embedded, torch.ones(count, dtype=torch.bool), ones, torch.zeros_like(embedded), zeros)
+
+
+@dataclass
+class _Counts:
+    """What is counted in each layer; see `OracleRun`."""
+
+    attended: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    unscored: list[int] = field(default_factory=list)
+    again: list[int] = field(default_factory=list)
+    masses: list[Tensor] = field(default_factory=list)
+    sizes: list[list[int]] = field(default_factory=list)
+    past: list[dict[str, int]] = field(default_factory=list)
+
+
+def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, asked: _Asked, counts: _Counts) -> None:
+    """Take a sequence through a layer."""
+    hidden, running = tokens.hidden, tokens.running
+    query = layer.qkv(hidden)[0]  # [H, T, D]
+    _, *own = layer.qkv(hidden + tokens.shift)  # [Hkv, T, D]
+    listed = running if isinstance(asked.fill, DropFill) else tokens.masses > 0
+    mask = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril() & listed[None, :]
+    counts.masses.append(tokens.masses)
+    past_attention, mapped = asked.bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
+    asking = running & ~past_attention
+    key, value = _filled(asked.fill, tokens, *own)
+    added = layer.attn_output(
+        _attend(layer_idx, layer.scaling, (query, key, value), mask, asking, tokens, asked, counts)
+    )
+    after = hidden + torch.where(past_attention[:, None], mapped, added)
+    normed = layer.mlp_norm(after)
+    past_mlp, mapped = asked.bypass(layer_idx, "mlp", normed, after)
+    after = after + torch.where(past_mlp[:, None], mapped, layer.mlp(normed))
+    after = torch.where(running[:, None], after, hidden)
+    counts.past.append({"attention": int((running & past_attention).sum()), "mlp": int((running & past_mlp).sum())})
+    tokens.depths += running
+    before = own if tokens.newest is None else tokens.newest
+    newest_key, newest_value = (torch.where(running[None, :, None], *pair) for pair in zip(own, before, strict=True))
+    tokens.newest = newest_key, newest_value
+    if not is_last:
+        tokens.running = running & ~asked.halts(layer_idx, hidden, after, tokens.previous_update)
+    tokens.previous_update = after - hidden
+    formed: list[int] = []
+    if asked.fusion is not None and layer_idx in asked.fusion.after_layers:
+        keys = layer.raw_keys(hidden + tokens.shift)
+        groups = _fuse(asked.fusion, layer_idx, after, tokens.shift, keys, tokens.running, tokens.masses)
+        after, tokens.shift, tokens.masses, formed = groups
+        tokens.running = tokens.running & (tokens.masses > 0)
+    counts.sizes.append(sorted(formed))
+    tokens.hidden = after
+
+
+def _filled(fill: KVFill, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values [Hkv, T, D] of a layer, those of halted tokens as the fill makes them."""
+    if isinstance(fill, ZeroFill):
+        halted = ~tokens.running & (tokens.masses > 0)
+        key, value = key.clone(), value.clone()
+        key[:, halted], value[:, halted] = 0.0, 0.0
+    elif isinstance(fill, ShareFill) and tokens.newest is not None:
+        newest_key, newest_value = tokens.newest
+        key = torch.where(tokens.running[None, :, None], key, newest_key)
+        value = torch.where(tokens.running[None, :, None], value, newest_value)
+    else:
+        assert isinstance(fill, DropFill | PropagateFill | ShareFill)
+    return key, value
+
+
+def _attend(
+    layer_idx: int,
+    scaling: float,
+    heads: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor,
+    asking: Tensor,
+    tokens: _Tokens,
+    asked: _Asked,
+    counts: _Counts,
+) -> Tensor:
+    """Return what queries, of heads [H, T, D] and twice [Hkv, T, D], make of the values, [T, H * D]; count it."""
+    whole_query, key, value = heads
+    query, masses = whole_query, tokens.masses
+    counts.attended.append(int(mask[asking].sum()))
+    if asked.query_below is not None:
+        query, small = _leave_out(query, asked.query_below[layer_idx])
+        counts.unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
+    if asked.entry_bits is not None:
+        key, value = (_code(t) if asked.entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
+    weights = _weights(query, key, mask, scaling, masses)
+    if asked.screen is not None and asked.screen[layer_idx][0] > 0:
+        below, large_from = asked.screen[layer_idx]
+        later = _leave_out(whole_query, large_from)[1] & (query != 0)
+        first = _weights(torch.where(later, 0.0, query), key, mask, scaling, masses)
+        screened = _screened(first, mask, below)
+        weights = torch.where(screened, 0.0, weights) / torch.where(screened, 0.0, weights).sum(-1, keepdim=True)
+        weights = weights.nan_to_num(0.0)
+        counts.unscored[-1] += int((later.sum(-1) * screened.sum(-1))[:, asking].sum())
+        counts.again.append(int((mask & ~screened)[:, asking].sum()))
+    else:
+        screened = torch.zeros_like(weights, dtype=torch.bool)
+    if asked.skip_below is not None:
+        weights, left_out = _skip(weights, mask, asked.skip_below[layer_idx])
+        counts.skipped.append(int((left_out | screened)[:, asking].sum()))
+    return _weigh(weights, value)
 
 
 def _fuse(
@@ -264,83 +351,3 @@ def _weigh(weights: Tensor, value: Tensor) -> Tensor:
     """Return the values [Hkv, T, D] under the weights [H, T, T], [T, H * D]."""
     value = value.repeat_interleave(len(weights) // len(value), 0)
     return (weights @ value).transpose(0, 1).flatten(1)
-
-
-class _Layer(NamedTuple):
-    qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    raw_keys: Callable[[Tensor], Tensor]
-    attn_norm: Callable[[Tensor], Tensor]
-    attn_output: Callable[[Tensor], Tensor]
-    mlp_norm: Callable[[Tensor], Tensor]
-    mlp: Callable[[Tensor], Tensor]
-    scaling: float
-
-
-class _Parts(NamedTuple):
-    embedded: Tensor
-    layers: list[_Layer]
-    final_norm: Callable[[Tensor], Tensor]
-
-
-def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
-    body = model.transformer
-
-    def layer(layer_idx: int, block: Any) -> _Layer:
-        apply = partial(read, layer_idx)
-
-        def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            c_attn, normed = block.attn.c_attn, block.ln_1(x)
-            if isinstance(c_attn, NestedSplit):
-                parts = [apply(part, normed) for part in c_attn.parts]
-            else:
-                parts = c_attn(normed).split(block.attn.split_size, dim=1)
-            query, key, value = (
-                p.view(len(x), block.attn.num_heads, block.attn.head_dim).transpose(0, 1) for p in parts
-            )
-            return query, key, value
-
-        def mlp(normed: Tensor) -> Tensor:
-            return apply(block.mlp.c_proj, block.mlp.act(apply(block.mlp.c_fc, normed)))
-
-        def raw_keys(x: Tensor) -> Tensor:
-            return qkv(x)[1].transpose(0, 1)
-
-        output = partial(apply, block.attn.c_proj)
-        return _Layer(qkv, raw_keys, block.ln_1, output, block.ln_2, mlp, block.attn.scaling)
-
-    embedded = body.wte(ids) + body.wpe(torch.arange(len(ids)))
-    return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.h)], body.ln_f)
-
-
-def _llama_parts(model: Any, ids: Tensor, read: Read) -> _Parts:
-    body = model.model
-    embedded = body.embed_tokens(ids)
-    cos, sin = body.rotary_emb(embedded[None], torch.arange(len(ids))[None])
-
-    def layer(layer_idx: int, block: Any) -> _Layer:
-        attention, apply = block.self_attn, partial(read, layer_idx)
-
-        def heads(x: Tensor, norm: Any = None) -> Tensor:
-            x = x.view(len(x), -1, attention.head_dim)
-            return (x if norm is None else norm(x)).transpose(0, 1)
-
-        def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x = block.input_layernorm(x)
-            query = heads(apply(attention.q_proj, x), getattr(attention, "q_norm", None))
-            query, key = apply_rotary_pos_emb(query[None], unrotated(x)[None], cos, sin)
-            return query[0], key[0], heads(apply(attention.v_proj, x))
-
-        def unrotated(x: Tensor) -> Tensor:
-            return heads(apply(attention.k_proj, x), getattr(attention, "k_norm", None))
-
-        def raw_keys(x: Tensor) -> Tensor:
-            return unrotated(block.input_layernorm(x)).transpose(0, 1)
-
-        def mlp(normed: Tensor) -> Tensor:
-            gated = block.mlp.act_fn(apply(block.mlp.gate_proj, normed)) * apply(block.mlp.up_proj, normed)
-            return apply(block.mlp.down_proj, gated)
-
-        norms, output = (block.input_layernorm, block.post_attention_layernorm), partial(apply, attention.o_proj)
-        return _Layer(qkv, raw_keys, norms[0], output, norms[1], mlp, attention.scaling)
-
-    return _Parts(embedded, [layer(i, block) for i, block in enumerate(body.layers)], body.norm)
