@@ -24,6 +24,7 @@ SENTENCES = "The river rises in the hills and runs to the sea. Nobody has counte
 FORCED = {"rule": {"type": "forced", "depths": [1, 3, 2, 4]}, "min_layer": 1, "protect_first": 0}
 CUT = ("--context", 32, "--stride", 16)
 RANDOM = {"rule": {"type": "random", "probability": 0.4}, "min_layer": 1, "protect_first": 2}
+DEEP, LONG_NUMBER = "[" * 100_000, "1" * 5000  # JSON that parsers give up on
 NO_SERVER = "http://127.0.0.1:9"  # the discard port: refuses at once
 
 
@@ -47,6 +48,12 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 def model() -> Any:
     """A tiny dense model."""
     return quicksilver.accelerate(tiny.model("llama"))
+
+
+@pytest.fixture
+def folder(tiny_model_dir: Callable[[str], Path]) -> Path:
+    """A good model."""
+    return tiny_model_dir("llama")
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ Refused = Callable[..., str]
 TinyModelDir = Callable[[str], Path]
 
 
-@pytest.fixture
-def folder(tiny_model_dir: TinyModelDir) -> Path:
-    """A good model."""
-    return tiny_model_dir("llama")
-
-
 @pytest.mark.parametrize("place", ["./nowhere", "/nowhere/at/all", "a/b/c", ""])
 def test_a_model_folder_that_is_not_there(refused: Refused, text_file: Path, place: str) -> None:
     refused("eval", place, "--text", text_file, names=(place, "no such model folder"))

@@ -1,0 +1,87 @@
+"""Bad plans: a file or a name that is no plan, or one that does not fit the model, is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import DEEP, LONG_NUMBER
+
+Refused = Callable[..., str]
+THRESHOLD = {"type": "drift", "threshold": 0.1}
+
+BAD_PLANS: dict[str, tuple[Any, str]] = {
+    "not JSON": ("halting: all", "JSON"),
+    "empty": ("", "JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "JSON"),
+    "a list": ([], "object"),
+    "no version": ({"version": None}, "version"),
+    "wrong version": ({"version": 2}, "version 2"),
+    "unknown key": ({"haltin": {}}, "haltin"),
+    "unknown rule": ({"halting": {"rule": {"type": "vibes"}}}, "vibes"),
+    "no rule": ({"halting": {"min_layer": 2}}, "rule"),
+    "unknown key of a rule": ({"halting": {"rule": {**THRESHOLD, "speed": 1}}}, "speed"),
+    "unknown fill": ({"kv": {"type": "forget"}}, "forget"),
+    "threshold NaN": ({"halting": {"rule": {**THRESHOLD, "threshold": float("nan")}}}, "threshold"),
+    "threshold a string": ({"halting": {"rule": {**THRESHOLD, "threshold": "low"}}}, "low"),
+    "threshold null": ({"halting": {"rule": {**THRESHOLD, "threshold": None}}}, "threshold"),
+    "threshold missing": ({"halting": {"rule": {"type": "drift"}}}, "threshold"),
+    "a threshold in a list": ({"halting": {"rule": {**THRESHOLD, "threshold": [0.1, "x", 0.1, 0.1]}}}, "threshold"),
+    "fusion": ({"fusion": {"type": "cosine"}}, "fusion"),
+    "precision": ({"precision": {"widths": [8, 4]}}, "precision"),
+    "wrong hash": ({"halting": {"rule": THRESHOLD}, "hash": "0" * 16}, "hash"),
+    "hash of another type": ({"hash": 7}, "hash"),
+    "layers of another type": ({"halting": {"rule": {"type": "entropy", "threshold": 1, "layers": 3}}}, "layers"),
+    "nested without end": (DEEP, "JSON"),
+    "an endless number": (f'{{"version": {LONG_NUMBER}}}', "bad.json"),
+    "threshold beyond floats": ({"halting": {"rule": {**THRESHOLD, "threshold": 10**400}}}, "threshold"),
+    "seed a string": ({"halting": {"rule": {"type": "random", "probability": 0.5, "seed": "x"}}}, "seed"),
+    "seed a fraction": ({"halting": {"rule": {"type": "random", "probability": 0.5, "seed": 0.5}}}, "seed"),
+    "protect_special a string": ({"halting": {"rule": THRESHOLD, "protect_special": "no"}}, "protect_special"),
+    "a depth beyond integers": ({"halting": {"rule": {"type": "forced", "depths": [10**30]}}}, "depths"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), BAD_PLANS.values(), ids=list(BAD_PLANS))
+def test_plan_files(refused: Refused, tmp_path: Path, content: Any, named: str) -> None:
+    path = tmp_path / "bad.json"
+    if isinstance(content, dict):
+        content = json.dumps({"version": 1, **content})
+    elif isinstance(content, list):
+        content = json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused("plan", "validate", path, names=(path, named))
+    refused("plan", "show", path, names=(path, named))
+
+
+def test_a_bad_plan_is_found_before_the_model_is_read(refused: Refused, tmp_path: Path, text_file: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    refused("eval", tmp_path / "no-model", "--text", text_file, "--plan", "paper", "--plan", bad, names=(bad,))
+    refused("generate", tmp_path / "no-model", "Once", "--plan", bad, names=(bad,))
+
+
+def test_an_unknown_preset(refused: Refused, folder: Path, text_file: Path) -> None:
+    for arguments in (("plan", "show", "papper"), ("plan", "validate", "papper")):
+        refused(*arguments, names=("papper", "paper"))
+    refused("eval", folder, "--text", text_file, "--plan", "papper", names=("papper", "paper"))
+    refused("generate", folder, "Once", "--plan", "papper", names=("papper", "paper"))
+
+
+def test_a_plan_given_as_json_instead_of_a_file(refused: Refused) -> None:
+    inline = json.dumps({"version": 1, "halting": {"rule": {**THRESHOLD, "threshold": [0.1] * 99}}})
+    refused("plan", "validate", inline, names=("plan file",))
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_thresholds_that_do_not_fit_the_models_depth(
+    refused: Refused, folder: Path, text_file: Path, plan_file: Callable[..., Path], count: int
+) -> None:
+    plan = plan_file(halting={"rule": {"type": "relative", "threshold": [0.1] * count}})
+    names = ("mine", f"{count} thresholds", "4 layers")
+    refused("eval", folder, "--text", text_file, "--context", 32, "--plan", plan, names=names)
+    refused("generate", folder, "Once", "--plan", plan, names=names)
