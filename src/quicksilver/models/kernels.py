@@ -65,6 +65,17 @@ def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) ->
 
     A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
     and for more rows, it is `norm`'s and `NestedLinear`'s `forward`.
+
+    Args:
+        module: the head, [d, vocab].
+        hidden: [M, d]; float32 on the CPU goes the shortest way.
+        norm: the norm before it, None where states are normed already.
+
+    Returns:
+        [M, vocab] logits in the dtype of `hidden`.
+
+    Raises:
+        KernelsUnavailableError: there are no kernels.
     """
     operands = None if norm is None else norm_operands(norm)
     known = norm is None or operands is not None

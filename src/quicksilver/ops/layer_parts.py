@@ -31,7 +31,14 @@ _KEPT = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8}  # bits of a numb
 
 
 def norm(x: Tensor, operands: NormOperands) -> Tensor:
-    """Return rows [N, d] normed: LayerNorm, or by the root mean square where there is no bias.
+    """Norm rows: LayerNorm, or by the root mean square where there is no bias.
+
+    Args:
+        x: [N, d] float32 on the CPU.
+        operands: of the norm: weight and bias [d] float32, and the epsilon.
+
+    Returns:
+        [N, d] float32.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
@@ -41,7 +48,15 @@ def norm(x: Tensor, operands: NormOperands) -> Tensor:
 
 
 def rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return heads [N, H, D] rotated by cos and sin [N, D]; D is even, and its halves are paired, as Llama's are.
+    """Rotate heads by their positions: x cos + rotate_half(x) sin, where rotate_half pairs halves, as Llama's does.
+
+    Args:
+        heads: [N, H, D] float32 on the CPU, D even.
+        cos: [N, D] float32, of each row's position.
+        sin: likewise.
+
+    Returns:
+        [N, H, D] float32; `heads` stay as they are.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
@@ -208,9 +223,9 @@ def _mlp(
 ) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    risen = _product(x, up, group_size, inner, uniform, up_bias)
-    gated = _product(x, gate, group_size, inner, uniform, None) if gate else risen
-    native.extension().activate(activation, gated.data_ptr(), risen.data_ptr() if gate else 0, gated.numel())
+    up_states = _product(x, up, group_size, inner, uniform, up_bias)
+    gated = _product(x, gate, group_size, inner, uniform, None) if gate else up_states
+    native.extension().activate(activation, gated.data_ptr(), up_states.data_ptr() if gate else 0, gated.numel())
     return _product(gated, down, group_size, num_outputs, uniform, down_bias)
 
 

@@ -150,7 +150,19 @@ def has_bfloat16() -> bool:
 
 
 def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
-    """Return a matrix that `prepared` gave as `width` bits tell it, [in, out] float32 or bfloat16."""
+    """Expand a matrix to the floats that its codes mean.
+
+    Args:
+        matrix: [in, out], as `prepared` gave it.
+        width: bits to read, 1 to 8.
+        dtype: float32, or bfloat16: the same numbers rounded to nearest, ties to even.
+
+    Returns:
+        [in, out] in that dtype.
+
+    Raises:
+        ValueError: no such width.
+    """
     weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
     native.extension().expand(matrix, width, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
     return weight
@@ -161,12 +173,17 @@ def multiply(
 ) -> Tensor:
     """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks.
 
+    Shapes, types and widths are not checked, and nothing is raised: a caller that did not make them calls `check_rows`.
+
     Args:
         x: [N, in] float32.
-        matrix: [in, out]; prepared for widths by channel where they are.
-        widths: uint8, [N, in] by channel or [N] by row, or None where `uniform` bits are read throughout.
-        uniform: 0 to 8.
-        norm: of the rows first.
+        matrix: [in, out], as `prepared` gave it; for widths by channel where they are.
+        widths: uint8 bits to read, [N, in] by channel or [N] by row, or None where `uniform` are read throughout.
+        uniform: 0 to 8; 0 gives zeros.
+        norm: applied to the rows before they are multiplied; None where they are multiplied as they come.
+
+    Returns:
+        [N, out] float32.
     """
     y = x.new_empty((x.shape[0], matrix.num_outputs))
     rows = x if x.is_contiguous() else x.contiguous()
