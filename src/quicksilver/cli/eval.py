@@ -85,9 +85,7 @@ def command(
     if json_path is not None:
         check_target("--json", json_path)
     chosen = resolve_plans(plans or ("dense",), model)
-    if (text, documents, dataset).count(None) != 2:
-        raise InputError("give exactly one of --text, --documents and --dataset")
-    (corpus,) = read_texts(text, documents, dataset)
+    corpus = _read_one(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
@@ -100,3 +98,11 @@ def command(
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")
+
+
+def _read_one(text: str | None, documents: str | None, dataset: str | None) -> Any:
+    """Return the corpus that exactly one of the options names."""
+    if (text, documents, dataset).count(None) != 2:
+        raise InputError("give exactly one of --text, --documents and --dataset")
+    (corpus,) = read_texts(text, documents, dataset)
+    return corpus

@@ -18,7 +18,10 @@ _BLOCK = 128  # queries whose weights are held at a time, where they must be see
 
 
 class Screen(NamedTuple):
-    """Scores in two steps; see `ragged_attention`.
+    """Scores in two steps: of a query's large components with all keys that it sees, then of the others with fewer.
+
+    In the second step are the keys alone whose score lies at most `log(n / below)` below the largest so far, n the keys
+    that the query sees, or is the largest. The others weigh 0, and their values are not read.
 
     Attributes:
         below: keys are left out below this, in multiples of `1 / n`, of the largest weight known after the first step.
@@ -93,6 +96,9 @@ def ragged_attention(
 ) -> Attended:
     """Attend from each query to the keys at its own and earlier positions.
 
+    What leaves something out is defined here, not saved: components are set to 0 before the backend runs, values and
+    keys are masked out rather than left unread, by plain products whatever the backend.
+
     Args:
         queries: [M, num_heads, head_dim].
         keys: [n, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads.
@@ -105,15 +111,10 @@ def ragged_attention(
         masses: [n] tokens that each key stands for: `log(mass)` is added to its scores (Bolya et al. 2022, "Token
             Merging", proportional attention); None where each stands for one.
         skip_below: a head does not read the values that it weighs below `skip_below / n`, n the keys that the query
-            sees; the others are scaled to weigh 1. At 0 nothing is skipped; above, the products are plain whatever
-            the backend, and values are masked out rather than left unread: this is the definition, not a saving.
+            sees; the others are scaled to weigh 1. At 0 nothing is skipped.
         query_below: components of a head's query of magnitude below `query_below` times their root mean square are
-            left out of its products with the keys. At 0 nothing is; above, they are set to 0 before the backend runs:
-            this too is the definition. A kernel that saves would not read those components of the keys.
-        screen: scores are made in two steps: first of a query's components from `large_from` times their root mean
-            square on, with all keys that it sees; then of the others, with the keys alone whose score lies at most
-            `log(n / below)` below the largest so far, or is the largest. The others weigh 0, and their values are not
-            read. None is for one step; as with `skip_below` the products are plain and masked.
+            left out of its products with the keys. At 0 nothing is.
+        screen: makes scores in two steps; None is for one.
 
     Returns:
         The attended values and the counts.

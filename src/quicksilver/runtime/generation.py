@@ -195,10 +195,16 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         keep = 0 if labels is not None else logits_to_keep
         logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, grid)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        given: dict[str, Any] = {_CACHE: cache if use_cache else None}
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **given)
+        output = self._output(logits, loss, cache, use_cache)
         return output.to_tuple() if return_dict is False else output
+
+    def _output(
+        self, logits: Tensor, loss: Tensor | None, cache: RaggedKVCache, use_cache: bool | None
+    ) -> CausalLMOutputWithPast:
+        """Return what `forward` gives, the cache where it is wanted."""
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        given: dict[str, Any] = {_CACHE: cache if wanted else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
 
     @staticmethod
     def _check_call(
