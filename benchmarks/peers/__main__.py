@@ -6,8 +6,10 @@ This file is the order of the work and its options; what is made, run, checked a
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -77,31 +79,44 @@ def main(
     settings = Settings(rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS), quick=quick, **sizes)
     words = None if text is None else text.read_text(encoding="utf-8")
     runs = []
-    with ExitStack() as stack:
+    with ExitStack() as stack, _explained():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
-        try:
-            subjects = [Subject.of(name, folder, quick) for name in _listed(shapes)]
-            rosters = [(each, roster.select(each, _listed(engines), say)) for each in subjects]
-            tokens = [each.token_ids(settings.context, words) for each in subjects]
-            for subject, names in rosters:
-                files.prepare(subject, names, settings.threads, say)
-            memories = [
-                measure_memory(*given, settings, ids) if memory else []
-                for given, ids in zip(rosters, tokens, strict=True)
-            ]
-            torch.set_num_threads(settings.threads)
-            for (subject, names), ids, weighed in zip(rosters, tokens, memories, strict=True):
-                runs.append(measure(subject, names, settings, ids, weighed))
-                rows.append(output, runs[-1])
-                click.echo(report.markdown(runs[-1]))
-        except GateError as error:
-            raise click.ClickException(f"correctness gate failed, nothing was timed: {error}") from None
-        except WorkerError as error:
-            raise click.ClickException(str(error)) from None
-        except (QuickSilverError, ValueError) as error:
-            raise click.UsageError(str(error)) from None
+        subjects = [Subject.of(name, folder, quick) for name in _listed(shapes)]
+        for measured in _compare(subjects, _listed(engines), settings, words, memory):
+            runs.append(measured)
+            rows.append(output, measured)
+            click.echo(report.markdown(measured))
     if plot is not None:
         report.draw(plot, runs)
+
+
+def _compare(
+    subjects: Sequence[Subject], engines: Sequence[str], settings: Settings, words: str | None, memory: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield each subject's rows; before anything is timed all files are made and all memory is measured."""
+    rosters = [(each, roster.select(each, engines, say)) for each in subjects]
+    tokens = [each.token_ids(settings.context, words) for each in subjects]
+    for subject, names in rosters:
+        files.prepare(subject, names, settings.threads, say)
+    memories = [
+        measure_memory(*given, settings, ids) if memory else [] for given, ids in zip(rosters, tokens, strict=True)
+    ]
+    torch.set_num_threads(settings.threads)
+    for (subject, names), ids, weighed in zip(rosters, tokens, memories, strict=True):
+        yield measure(subject, names, settings, ids, weighed)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Have what a user can mend, or must know, end the command in one line."""
+    try:
+        yield
+    except GateError as error:
+        raise click.ClickException(f"correctness gate failed, nothing was timed: {error}") from None
+    except WorkerError as error:
+        raise click.ClickException(str(error)) from None
+    except (QuickSilverError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _listed(names: str) -> list[str]:
