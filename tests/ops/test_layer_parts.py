@@ -203,6 +203,16 @@ def test_compiled_they_give_the_same(name: str, backend: str) -> None:
         assert torch.equal(compiled(x), doubled(x))
 
 
+@pytest.mark.parametrize("name", calls() if native.is_available() else [])
+def test_gradients_are_refused_and_not_cut(name: str) -> None:
+    operator, (x, *rest) = calls()[name]
+    y = operator(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match=f"{operator._opname} has no gradient"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not operator(x, *rest).requires_grad
+
+
 def test_rows_need_not_be_contiguous() -> None:
     x, weight = draw(3, 20)[:, ::2], draw(20, seed=1)[::2]
     plain = layer_parts.norm(x.contiguous(), NormOperands(weight.contiguous(), None, 1e-5))

@@ -101,6 +101,15 @@ def test_a_matrix_that_is_none_is_refused(name: str) -> None:
         nested_linear.nested_linear(x, stored, 8)
 
 
+def test_gradients_are_refused_and_not_cut() -> None:
+    linear, x = module(70, 100), draw(3, 70).requires_grad_()
+    y = nested_linear.nested_linear(x, linear.stored, 8)
+    with pytest.raises(RuntimeError, match="nested_linear has no gradient"):
+        y.sum().backward()
+    linear(x, kernels="native").sum().backward()  # PyTorch's way
+    assert x.grad is not None
+
+
 def test_rows_need_not_be_contiguous() -> None:
     linear, x, widths = module(70, 100), draw(3, 140)[:, ::2], draw_widths(70, 3).T
     y = nested_linear.nested_linear(x, linear.stored, widths)
@@ -178,8 +187,8 @@ def test_a_packed_matrix_goes_when_any_of_its_tensors_goes() -> None:
 
 def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, calls = module(70, 100), []
-    run = nested_linear.nested_linear
-    monkeypatch.setattr("quicksilver.quant.linear.nested_linear", lambda *args: calls.append(1) or run(*args))
+    run = nested_linear.multiply
+    monkeypatch.setattr("quicksilver.quant.linear.multiply", lambda *args: calls.append(1) or run(*args))
 
     def uses_kernels(x: Tensor, kernels: native.Kernels = "native") -> bool:
         calls.clear()
@@ -206,8 +215,8 @@ def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pyt
 def test_the_kernels_take_more_rows_that_choose_widths_for_their_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = nested_linear.MAX_ROWS + 50
     linear, x, widths = module(70, 100), draw(rows, 70), draw_widths(rows, 70)
-    run, calls = nested_linear.nested_linear, []
-    monkeypatch.setattr("quicksilver.quant.linear.nested_linear", lambda *args: calls.append(1) or run(*args))
+    run, calls = nested_linear.multiply, []
+    monkeypatch.setattr("quicksilver.quant.linear.multiply", lambda *args: calls.append(1) or run(*args))
     assert_close(linear(x, widths, kernels="native"), linear, x, widths)
     assert calls
     most = nested_linear.MAX_ROWS_BY_CHANNEL

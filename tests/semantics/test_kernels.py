@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -158,6 +158,16 @@ def test_a_norm_that_is_not_contiguous_is_run_by_pytorch(name: str, place: str) 
     setattr(norm, name, nn.Parameter(strided(getattr(norm, name).detach())))
     runs = [run_steps(decoder(model, Plan.dense(), kernels=each), tiny.token_ids(9)) for each in ("native", "torch")]
     close(*runs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_leaves_gradients_of_its_norm_to_pytorch(family: str) -> None:
+    model = tiny.from_config(tiny.CONFIGS[family]())
+    nest(model, QuantizationConfig(head=True))
+    adapter = adapt(model, "native")
+    adapter.logits(draw(2, adapter.spec.hidden_size)).sum().backward()
+    weight = cast(torch.nn.Module, adapter.final_norm).weight
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

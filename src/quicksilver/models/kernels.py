@@ -64,7 +64,7 @@ def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) ->
     """Apply a nested head to states [M, d], normed first; few rows go to the compiled kernels by the shortest way.
 
     A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
-    and for more rows, it is `norm`'s and `NestedLinear`'s `forward`.
+    where states or the norm want a gradient, and for more rows, it is `norm`'s and `NestedLinear`'s `forward`.
 
     Args:
         module: the head, [d, vocab].
@@ -78,12 +78,17 @@ def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) ->
         KernelsUnavailableError: there are no kernels.
     """
     operands = None if norm is None else norm_operands(norm)
-    known = norm is None or operands is not None
+    known = norm is None or (operands is not None and not _wants_gradient(operands))
     matrix = prepared(module.stored, by_channel=False) if known and accepts(hidden) and not module.is_expanded else None
     if matrix is None:
         return module(hidden if norm is None else norm(hidden), kernels="native")
     logits = multiply(hidden, matrix, norm=operands)
     return logits if module.bias is None else logits + module.bias
+
+
+def _wants_gradient(operands: NormOperands) -> bool:
+    tensors = operands.weight, operands.bias
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _unfit(spec: ModelSpec) -> str | None:

@@ -1,7 +1,8 @@
 """Operators of a decoder layer's parts by the compiled kernels: norm, rotary, attention over entries, MLP.
 
 They are what a span of layers is made of, one by one: `norm`, `rotary`, `attention` and `mlp` of
-`torch.ops.quicksilver`, registered when this module is imported. All are pure functions of float32 tensors on the CPU.
+`torch.ops.quicksilver`, registered when this module is imported. All are pure functions of float32 tensors on the CPU,
+and have no gradients: a backward pass through one raises RuntimeError.
 The products of an MLP are `nested_linear.py`'s.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import NormOperands, StoredMatrix, check_rows, multiply, readable
+from quicksilver.ops.nested_linear import NormOperands, StoredMatrix, check_rows, multiply, readable, refuse_gradients
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Activations of MLPs that the kernels know; the second is GELU by the hyperbolic tangent."""
@@ -272,3 +273,4 @@ for _schema, _run, _fake in zip(
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _run, "CPU")
     torch.library.register_fake(f"quicksilver::{_name}", _fake, lib=_LIBRARY)
+    refuse_gradients(_name, _LIBRARY)

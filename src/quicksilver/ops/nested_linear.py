@@ -206,7 +206,8 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
     """Multiply rows by a matrix in nested codes.
 
     Activations are rounded to 16 bits for each block of 64 channels, so results differ from the float product by about
-    4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN.
+    4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN. There is
+    no gradient: the backward pass raises RuntimeError.
 
     Args:
         x: [N, in] float32 on the CPU.
@@ -256,8 +257,20 @@ def _fake(
     return x.new_empty((x.shape[0], num_outputs))
 
 
+def refuse_gradients(name: str, library: torch.library.Library) -> None:
+    """Let the backward pass of an operator of `library` raise RuntimeError; without one, gradients would be cut."""
+
+    def backward(context: object, *gradients: object) -> None:
+        raise RuntimeError(
+            f"quicksilver::{name} has no gradient; its weights are frozen, call it under torch.no_grad()"
+        )
+
+    torch.library.register_autograd(f"quicksilver::{name}", backward, lib=library)
+
+
 _LIBRARY.impl("nested_linear", _run, "CPU")
 torch.library.register_fake("quicksilver::nested_linear", _fake, lib=_LIBRARY)
+refuse_gradients("nested_linear", _LIBRARY)
 
 
 def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.ops.native import Kernels
-from quicksilver.ops.nested_linear import StoredMatrix, accepts, expand, has_bfloat16, nested_linear, prepared
+from quicksilver.ops.nested_linear import StoredMatrix, accepts, check_rows, expand, has_bfloat16, multiply, prepared
 from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
@@ -158,12 +158,19 @@ class NestedLinear(NestedWeight):
         rows = x.reshape(-1, self.num_inputs)
         by_channel = isinstance(widths, Tensor) and widths.dim() == 2
         read = kernels == "native" and self._expanded is None and accepts(rows, by_channel)
-        if read and prepared(self.stored) is not None:
-            y = nested_linear(rows, self.stored, widths)
-        else:
+        matrix = prepared(self.stored, by_channel) if read else None
+        if matrix is None:
             y = self._by_width(rows, widths, present, _Expansion(kernels, coarse))
+        else:
+            y = self._by_kernels(rows, matrix, widths)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.num_outputs)
+
+    def _by_kernels(self, rows: Tensor, matrix: Any, widths: int | Tensor) -> Tensor:
+        """Return [N, out], by the kernels, past PyTorch's dispatcher."""
+        each, uniform = (None, widths) if isinstance(widths, int) else (widths, MAX_WIDTH)
+        check_rows(rows, self.stored, each, uniform)
+        return multiply(rows, matrix, each, uniform)
 
     def _by_width(self, rows: Tensor, widths: int | Tensor, present: Sequence[int], expansion: _Expansion) -> Tensor:
         """Return [N, out], by products with weights expanded to floats."""
