@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <string>
 
 #include "decoder.h"
 #include "isa.h"
 #include "matrix.h"
+#include "names.h"
 #include "pool.h"
 #include "product.h"
 #include "selection.h"
@@ -172,17 +174,32 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
   Pool::shared().run(threads, expand_share, Next::kOthers);
 }
 
-void set_map(Layer& layer, int map, const NestedMatrix& matrix, Address bias, Address mean, int width) {
-  LinearMap& linear = layer.maps[map];
+template <std::size_t N>
+nb::dict by_name(const Named (&all)[N]) {
+  nb::dict indices;
+  for (const Named& each : all) indices[each.name] = each.index;
+  return indices;
+}
+
+LinearMap& map_of(Layer& layer, const std::string& name) {
+  for (const Named& each : kMapNames) {
+    if (name == each.name) return layer.maps[each.index];
+  }
+  throw std::invalid_argument("no such map: " + name);
+}
+
+void set_map(Layer& layer, const std::string& map, const NestedMatrix& matrix, Address bias, Address mean, int width) {
+  LinearMap& linear = map_of(layer, map);
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
   linear.mean = floats_at(mean);
   linear.width = width;
 }
 
-void grade_map(Layer& layer, int map, std::vector<float> thresholds, std::vector<std::uint8_t> levels, Address norms) {
+void grade_map(Layer& layer, const std::string& map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
+               Address norms) {
   if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
-  LinearMap& linear = layer.maps[map];
+  LinearMap& linear = map_of(layer, map);
   if (!linear.matrix || linear.matrix->layout() != Layout::kRuns) {
     throw std::invalid_argument("the matrix is not laid out for widths by channel");
   }
@@ -217,34 +234,42 @@ void set_norm(Layer& layer, const std::string& which, Address weight, Address bi
 
 constexpr int kRowFields = 7, kStorageFields = 7;
 
-std::vector<Row> rows_of(const std::vector<std::int64_t>& fields) {
+void check_fields(const std::vector<std::int64_t>& fields, std::size_t count, int each, const char* of) {
+  if (fields.size() != count * each) {
+    throw std::invalid_argument(std::to_string(count) + " " + of + " of " + std::to_string(each) +
+                                " fields are needed, got " + std::to_string(fields.size()) + " fields");
+  }
+}
+
+std::vector<Row> rows_of(const std::vector<std::int64_t>& fields, int num_rows, int num_sequences) {
+  check_fields(fields, num_rows, kRowFields, "rows");
   std::vector<Row> rows;
-  for (std::size_t i = 0; i + kRowFields <= fields.size(); i += kRowFields) {
-    const std::int64_t* f = fields.data() + i;
+  for (auto f = fields.begin(); f != fields.end(); f += kRowFields) {
+    if (f[0] < 0 || f[0] >= num_sequences) throw std::invalid_argument("a row is of a sequence that there is not");
     rows.push_back({static_cast<int>(f[0]), static_cast<int>(f[1]), static_cast<int>(f[2]), f[3] != 0, f[4] != 0,
                     f[5] != 0, static_cast<int>(f[6])});
   }
   return rows;
 }
 
-std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields) {
+std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields, std::size_t count) {
+  check_fields(fields, count, kStorageFields, "places");
   std::vector<Storage> storage;
-  for (std::size_t i = 0; i + kStorageFields <= fields.size(); i += kStorageFields) {
-    const std::int64_t* f = fields.data() + i;
+  for (auto f = fields.begin(); f != fields.end(); f += kStorageFields) {
     storage.push_back({at<void>(f[0]), at<void>(f[1]), at<float>(f[2]), at<float>(f[3]), at<std::int32_t>(f[4]),
                        at<std::int32_t>(f[5]), static_cast<int>(f[6])});
   }
   return storage;
 }
 
-void run_layers(LayerRunner& runner, int first, int last, Address hidden, std::vector<std::int64_t> rows, Address cos,
-                Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts, int threads,
-                bool then_others) {
-  const std::vector<Row> of_pass = rows_of(rows);
-  const std::vector<Storage> places = storage_of(storage);
-  if (first < 0 || last > runner.num_layers() || places.size() != std::size_t(last - first) * num_sequences) {
-    throw std::invalid_argument("storage does not fit the layers");
+void run_layers(LayerRunner& runner, int first, int last, Address hidden, int num_rows, std::vector<std::int64_t> rows,
+                Address cos, Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts,
+                int threads, bool then_others) {
+  if (first < 0 || last < first || last > runner.num_layers() || num_rows < 0 || num_sequences < 0 || threads < 1) {
+    throw std::invalid_argument("there are no such layers, rows, sequences or threads");
   }
+  const std::vector<Row> of_pass = rows_of(rows, num_rows, num_sequences);
+  const std::vector<Storage> places = storage_of(storage, std::size_t(last - first) * num_sequences);
   nb::gil_scoped_release release;
   runner.run(first, last, at<float>(hidden), of_pass, floats_at(cos), floats_at(sin), places, num_sequences,
              at<std::int64_t>(counts), threads, then_others ? Next::kOthers : Next::kRun);
@@ -359,7 +384,9 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "activation"_a, "entry_bits"_a)
       .def("run", &run_layers);
-  m.attr("LAYER_COUNTS") = static_cast<int>(kLayerCounts);
+  m.attr("MAPS") = by_name(kMapNames);
+  m.attr("LAYER_COUNTS") = by_name(kCountNames);
+  m.attr("NUM_LAYER_COUNTS") = static_cast<int>(kLayerCounts);
   m.def("instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(current_kernels().name); });
   m.def("use_instruction_set", &use_instruction_set, "name"_a);

@@ -6,7 +6,7 @@ What a layer is, is `block.py`'s; this makes the same happen in one call, for fe
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,40 +15,24 @@ from torch import Tensor, nn
 from quicksilver.core.decisions import Fill
 from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import ENTRY_BITS, ShareFill, UniformWidthRule
+from quicksilver.core.rules import ShareFill, UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.core.trace import LayerTrace
 from quicksilver.models.gpt2 import TANH_GELUS
 from quicksilver.models.kernels import norm_operands
-from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole, ModelSpec
+from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.context import PassContext
+from quicksilver.runtime.kernel_counts import KernelCounts
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.status import Running, TokenStatus
 
-_MAPS: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # the kernels' order
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
-_WIDTHS = MAX_WIDTH + 1
 _WORK_LIMIT = 3 * 2**27  # rows times weights of a layer: from about there on expanding weights first is faster
 _SMALL_LAYERS_ROWS, _LARGE_LAYERS_ROWS = 128, 32  # and from so many rows on however small a layer is, or large
-(
-    _QUERY_ROWS,
-    _FILL_ROWS,
-    _ASKING_ROWS,
-    _ENTRIES_READ,
-    _PAIRS,
-    _VALUES_SKIPPED,
-    _SCORES_SKIPPED,
-    _SCORED_TWICE,
-    _PAST_MLP,
-    _PAST_ATTENTION,
-    _GATED_MLP,
-    _GATED_ATTENTION,
-) = range(len(_MAPS) * _WIDTHS, len(_MAPS) * _WIDTHS + 12)
 
 
 def max_rows(layer: LayerOps, plan: Plan) -> int:
@@ -156,6 +140,7 @@ class LayerSpans:
             layers.start,
             layers.stop,
             hidden.data_ptr(),
+            len(hidden),
             fields,
             cos,
             sin,
@@ -180,28 +165,33 @@ class LayerSpans:
     @staticmethod
     def _fields(layout: Any, halted: Tensor | None, status: TokenStatus, context: PassContext) -> list[int]:
         """Return for each row: sequence, place among its sequence's new entries, position, flags, bits at most."""
-        origins = layout.origin.tolist()
-        stopped = set() if halted is None else set(halted.tolist())
-        exempt, unshortened, caps = (
-            None if t is None else t.tolist() for t in (context.exempt, context.unshortened, status.caps)
-        )
+        marks = iter(LayerSpans._marks(layout, halted, status, context))
+        positions = iter(layout.positions.tolist())
         fields: list[int] = []
-        row = 0
-        positions = layout.positions.tolist()
         for sequence, length in enumerate(layout.lengths):
             for offset in range(length):
-                origin = origins[row]
-                fields += (
-                    sequence,
-                    offset,
-                    positions[row],
-                    origin in stopped,
-                    exempt is not None and exempt[origin],
-                    unshortened is not None and unshortened[origin],
-                    MAX_WIDTH if caps is None else caps[origin],
-                )
-                row += 1
+                fields += (sequence, offset, next(positions), *next(marks))
         return fields
+
+    @staticmethod
+    def _marks(
+        layout: Any, halted: Tensor | None, status: TokenStatus, context: PassContext
+    ) -> list[tuple[bool, bool, bool, int]]:
+        """Return for each row whether it has halted, reads all bits, and runs all sublayers, and its bits at most."""
+        given = context.exempt, context.unshortened, status.caps
+        if halted is None and all(tensor is None for tensor in given):
+            return [(False, False, False, MAX_WIDTH)] * layout.num_tokens
+        stopped = set() if halted is None else set(halted.tolist())
+        exempt, unshortened, caps = (None if tensor is None else tensor.tolist() for tensor in given)
+        return [
+            (
+                origin in stopped,
+                exempt is not None and exempt[origin],
+                unshortened is not None and unshortened[origin],
+                MAX_WIDTH if caps is None else caps[origin],
+            )
+            for origin in layout.origin.tolist()
+        ]
 
     def _new_counts(self) -> KernelCounts:
         return KernelCounts(self._spec, self._plan, self._layers, self._precision, self._shortcuts)
@@ -237,14 +227,14 @@ class LayerSpans:
             bias = product if bias is None else bias + product
         rule = None if self._plan.precision is None else self._plan.precision.rule
         channels = precision.channel_rule(rule)
-        index, matrix = _MAPS.index(role), prepared(module.stored, by_channel=channels is not None)
+        matrix = prepared(module.stored, by_channel=channels is not None)
         self._kept.append(matrix)
         width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
-        layer.set_map(index, matrix, self._address(bias), self._address(mean), width)
+        layer.set_map(role, matrix, self._address(bias), self._address(mean), width)
         if channels is not None:
             norms = module.channel_norms if channels.score == "weighted" else None
             thresholds = channels.thresholds_at(layer_idx, map_idx, len(self._layers[0].nested))
-            layer.grade_map(index, list(thresholds), list(channels.widths), self._address(norms))
+            layer.grade_map(role, list(thresholds), list(channels.widths), self._address(norms))
 
     def _set_shortcut(self, layer: Any, layer_idx: int, part: Any) -> None:
         bound = self._shortcuts.bound(layer_idx, part)
@@ -270,73 +260,6 @@ class LayerSpans:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-class KernelCounts:
-    """What the kernels count for one trace, until somebody reads it.
-
-    Attributes:
-        counts: [layers, counts] int64.
-    """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        plan: Plan,
-        layers: Sequence[LayerOps],
-        precision_step: PrecisionStep,
-        shortcut_step: ShortcutStep,
-    ) -> None:
-        self._spec, self._plan, self._layers = spec, plan, layers
-        self._precision, self._shortcuts = precision_step, shortcut_step
-        self.counts = torch.zeros((spec.num_layers, native.extension().LAYER_COUNTS), dtype=torch.int64)
-
-    def address(self, layer_idx: int) -> int:
-        """Return where a layer's counts lie."""
-        return self.counts.data_ptr() + layer_idx * self.counts.stride(0) * self.counts.element_size()
-
-    def settle(self, layers: Sequence[LayerTrace]) -> None:
-        """Add what has been counted; called once."""
-        for layer_idx, (trace, counted) in enumerate(zip(layers, self.counts.tolist(), strict=True)):
-            self._settle_rows(trace, counted)
-            self._settle_maps(layer_idx, trace, counted)
-            self._settle_shortcuts(layer_idx, trace, counted)
-
-    def _settle_rows(self, trace: LayerTrace, counted: list[int]) -> None:
-        trace.query_rows += counted[_QUERY_ROWS]
-        trace.fill_rows += counted[_FILL_ROWS]
-        trace.entries_read += counted[_ENTRIES_READ]
-        trace.attended.add(counted[_PAIRS])
-        trace.values_skipped.add(counted[_VALUES_SKIPPED])
-        trace.scores_skipped.add(counted[_SCORES_SKIPPED])
-        trace.scored_twice.add(counted[_SCORED_TWICE])
-        if self._plan.entry_bits == ENTRY_BITS:
-            trace.signal_rows["entry"] += counted[_QUERY_ROWS] + counted[_FILL_ROWS]
-
-    def _settle_maps(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
-        rule = None if self._plan.precision is None else self._plan.precision.rule
-        channels, ops = precision.channel_rule(rule), self._layers[layer_idx]
-        for role, module in zip(ops.leaves.roles, ops.nested, strict=True):
-            at = _MAPS.index(role) * _WIDTHS
-            by_width = counted[at : at + _WIDTHS]
-            trace.widths.add(by_width, module.num_outputs, module.channel_bytes)
-            if channels is not None and channels.score == "weighted":
-                trace.signal_rows["score"] += sum(by_width)
-            centre = self._precision.centre(module)
-            if centre is not None:
-                nbytes = sum(t.nbytes for t in centre.bind(module.channel_norms))
-                trace.record_fitted(sum(by_width) // module.num_inputs, 0, nbytes)
-        attention, screening = self._plan.attention, self._plan.screening
-        leaves_out = attention is not None and attention.query_threshold_in(layer_idx) > 0.0
-        if leaves_out or (screening is not None and screening.threshold_in(layer_idx) > 0.0):
-            trace.signal_rows["query"] += counted[_ASKING_ROWS]
-
-    def _settle_shortcuts(self, layer_idx: int, trace: LayerTrace, counted: list[int]) -> None:
-        rows = {"mlp": (_PAST_MLP, _GATED_MLP), "attention": (_PAST_ATTENTION, _GATED_ATTENTION)}
-        for part, (past, gated) in rows.items():
-            bound = self._shortcuts.bound(layer_idx, part)  # type: ignore[arg-type]
-            if bound is not None:
-                bound.record(trace, part, counted[past], counted[gated])
 
 
 def _unknown(leaves: Leaves) -> bool:
