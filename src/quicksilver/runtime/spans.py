@@ -118,10 +118,11 @@ class LayerSpans:
 
     def _reads(self, running: Running) -> bool:
         """Whether states and rotations are what the kernels take them for, whatever has become of the model."""
-        fit, rotation = _is_floats(running.state.hidden, self._spec.hidden_size), running.rotation
+        hidden, rotation = running.state.hidden, running.rotation
+        fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
         if rotation is None or not fit:
             return fit
-        return all(_is_floats(t, self._spec.head_dim) and t.is_contiguous() for t in (rotation.cos, rotation.sin))
+        return rotation.cos.dtype == torch.float32 and rotation.cos.shape[-1] == self._spec.head_dim
 
     def run(self, layers: range, running: Running, status: TokenStatus, context: PassContext) -> Running:
         """Run layers for the running tokens, write their entries, count; as `run_layer` does one by one.
@@ -265,11 +266,6 @@ class LayerSpans:
 def _unknown(leaves: Leaves) -> bool:
     known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
     return not known or leaves.activation not in _ACTIVATIONS
-
-
-def _is_floats(rows: Tensor, size: int) -> bool:
-    """Whether rows [..., size] are float32 on the CPU."""
-    return rows.dtype == torch.float32 and rows.shape[-1] == size and rows.device.type == "cpu"
 
 
 def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:
