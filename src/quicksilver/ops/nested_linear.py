@@ -212,6 +212,7 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
     Args:
         x: [N, in] float32 on the CPU.
         stored: the matrix; it is packed for the kernels when it is first met, and again when a tensor of it changes.
+            What PyTorch does not count is not noticed: writes through `.data`, and writes to inference tensors.
         widths: bits to read: one number, uint8 [N] for the rows, or uint8 [N, in] for the channels of each row; 0
             leaves a row or a channel out.
 
