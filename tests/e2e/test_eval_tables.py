@@ -32,6 +32,58 @@ def test_stdout_is_the_table_and_stderr_is_empty(
     assert "\x1b" not in outcome.out
 
 
+PARTS = {
+    "attention": {"threshold": 0.9, "query_threshold": 0.8},
+    "screening": {"threshold": 0.5, "query_threshold": 1.0},
+    "entries": {"bits": 16},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_plan_of_one_part_has_its_row_in_every_table(
+    cli: Callable[..., Outcome],
+    tiny_model_dir: Callable[[str], Path],
+    text_file: Path,
+    plan_file: Callable[..., Path],
+    tmp_path: Path,
+    part: str,
+) -> None:
+    given = ("--plan", "settled", "--plan", plan_file(**{part: PARTS[part]}), "--json", tmp_path / "out.json")
+    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, *given, *CUT)
+    assert outcome.status == 0, outcome.err
+    tables = outcome.out.split("\n\n")[1:5]
+    assert [rows(table) for table in tables] == [["plan", "dense", "settled", "mine"]] * 3 + [["plan", "dense", "mine"]]
+    side = json.loads((tmp_path / "out.json").read_text())[1]["accelerated"]
+    shares = [f"{side[name]:.1%}" for name in ("query_components_read", "values_read")]
+    header, dense, mine = (line.split() for line in tables[3].splitlines())
+    assert header == ["plan", "scores", "values", "shortcuts", "entries"]
+    assert dense == ["dense", "100.0%", "100.0%", "32"]
+    assert mine == ["mine", *shares, "0.0%", "16" if part == "entries" else "32"]
+    assert (shares == ["100.0%", "100.0%"]) == (part == "entries")
+    assert "scores, values: " in " ".join(outcome.out.split())
+
+
+def test_a_plan_of_shortcuts_has_its_row(
+    evaluate: Callable[..., Any], tiny_model_dir: Callable[[str], Path], text_file: Path
+) -> None:
+    """Shortcuts need fitted tensors, so a measured result is dressed up as one of theirs."""
+    (result,) = evaluate(tiny_model_dir("gpt2"), "--text", text_file, "--plan", "settled", *CUT)
+    result["plan"] = {"version": 1, "name": "past", "halting": None, "shortcuts": {"shortcuts": []}}
+    result["accelerated"]["shortcuts_by_layer"] = {"mlp": [1.0, 0.0, 0.0, 0.0], "attention": [0.5, 0.0, 0.0, 0.0]}
+    out = io.StringIO()
+    print_table([result], out)
+    tables = out.getvalue().split("\n\n")[1:5]
+    assert [rows(table) for table in tables] == [["plan", "dense", "past"]] * 4
+    assert tables[3].splitlines()[2].split() == ["past", "100.0%", "100.0%", "18.8%", "32"]
+
+
+def test_a_plan_file_with_everything_off_has_its_row(
+    cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], text_file: Path, plan_file: Callable[..., Path]
+) -> None:
+    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", plan_file(), *CUT)
+    assert rows(outcome.out.split("\n\n")[1]) == ["plan", "dense", "mine"]
+
+
 def rows(table: str) -> list[str]:
     """Return the first column of a printed table."""
     return [re.split(r"\s{2,}", line)[0] for line in table.splitlines()]

@@ -15,6 +15,12 @@ _LEGEND = (
     " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed, of all fed, prompts"
     " included. bits: read of a weight of the layers, on average."
 )
+_PARTS_LEGEND = (
+    "scores, values: of attention's products with keys, the share that was done; of the values that it weighs, the"
+    " share that was read. shortcuts: of the layers' MLPs and attentions, the share that tokens went past. entries:"
+    " bits of a number in the cache."
+)
+_PARTS = frozenset(("attention", "screening", "shortcuts", "entries"))  # of a plan, which the last table is about
 _NESTED_BASELINE = "dense is the nested weights ({}), all 8 bits of them read, not the model they were made of"
 _PLAIN_BASELINE = "dense is the {} weights as loaded"
 
@@ -24,12 +30,16 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
     console, protocol = Console(file=file), results[0]["protocol"]
     for line in _heading(results):
         console.print(line, highlight=False, markup=False)
-    plans = [r for r in results if r["plan"]["halting"] is not None or {"fusion", "precision"} & r["plan"].keys()]
+    plans = [result for result in results if result["plan"]["name"] != "dense"]  # no other plan bears that name
     _print_columns(console, ("ppl", "Δppl [95 % CI]", "Δnll", "KL", "top-1"), _dense_loss(results[0]), plans, _loss)
     _print_columns(
         console, ("layers", "fused", "bits", "FLOPs", "body", "bitops"), _dense_work(results[0]), plans, _work
     )
     _print_columns(console, ("weights", "KV", "speed"), _dense_bytes(results[0]), plans, _bytes)
+    inside = [result for result in plans if _PARTS & result["plan"].keys()]
+    if inside:
+        names = ("scores", "values", "shortcuts", "entries")
+        _print_columns(console, names, ["100.0%", "100.0%", "", _entry_bits(results[0], {})], inside, _parts)
     console.print()
     if protocol["prompt"] is not None:
         _print_prompts(console, results)
@@ -38,7 +48,7 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
             "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses.", highlight=False
         )
     if legend:
-        console.print(_LEGEND, highlight=False)
+        console.print(f"{_LEGEND} {_PARTS_LEGEND}" if inside else _LEGEND, highlight=False)
 
 
 def number(value: float, sign: str = "") -> str:
@@ -56,7 +66,7 @@ def _print_columns(
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("dense", *dense)
     for result in plans:
-        table.add_row(escape(result["plan"]["name"]), *row(result["accelerated"], result["delta"]))
+        table.add_row(escape(result["plan"]["name"]), *row(result))
     console.print()
     console.print(table)
 
@@ -97,7 +107,8 @@ def _dense_loss(result: dict[str, Any]) -> list[str]:
     return [number(dense["ppl"]), f"{dense['bits_per_byte']:.3f} bits/byte", f"{dense['nll']:.4f} nats", "", ""]
 
 
-def _loss(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+def _loss(result: dict[str, Any]) -> list[str]:
+    side, delta = result["accelerated"], result["delta"]
     return [
         number(side["ppl"]),
         f"{number(delta['ppl'], '+')} {_interval(delta['ppl_ci95'])}",
@@ -117,7 +128,8 @@ def _dense_work(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _work(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+def _work(result: dict[str, Any]) -> list[str]:
+    side, delta = result["accelerated"], result["delta"]
     return [
         f"{side['mean_depth']:.2f}",
         f"{side['fused_fraction']:.1%}",
@@ -135,9 +147,23 @@ def _dense_bytes(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _bytes(side: dict[str, Any], delta: dict[str, Any]) -> list[str]:
+def _bytes(result: dict[str, Any]) -> list[str]:
+    delta = result["delta"]
     saved = (_saved(delta[f"{key}_reduction"]) for key in ("weight_bytes", "kv_bytes"))
     return [*saved, f"{delta['speedup']:.2f}x"]
+
+
+def _parts(result: dict[str, Any]) -> list[str]:
+    """Return what attention did and read, how many sublayers tokens went past, and bits of the cache's numbers."""
+    side = result["accelerated"]
+    past = [share for shares in side["shortcuts_by_layer"].values() for share in shares]
+    shares = (side["query_components_read"], side["values_read"], sum(past) / len(past))
+    return [*(f"{share:.1%}" for share in shares), _entry_bits(result, result["plan"])]
+
+
+def _entry_bits(result: dict[str, Any], plan: dict[str, Any]) -> str:
+    kept = plan.get("entries")
+    return "".join(filter(str.isdigit, result["model"]["dtype"])) if kept is None else str(kept["bits"])
 
 
 def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
