@@ -89,8 +89,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def refused(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs a command which must be refused, checks how, and returns the error's line.
 
-    Exit status 2, nothing on stdout, one line on stderr (after the usage, where the usage was wrong) that
-    holds each of `names`, and no file written.
+    Exit status 2, nothing on stdout, one line on stderr that holds each of `names`, and no file written.
     """
 
     def check(*args: object, names: tuple[object, ...] = (), stdin: bytes = b"") -> str:
@@ -111,11 +110,8 @@ def assert_refusal(outcome: Outcome, *names: object) -> None:
     assert outcome.status == 2, outcome
     assert outcome.out == ""
     lines = outcome.err.splitlines()
-    if lines[0].startswith("Usage:"):
-        assert lines[-1].startswith("Error: "), outcome.err
-    else:
-        assert len(lines) == 1, outcome.err
-        assert lines[0].startswith("quicksilver: error: ")
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("quicksilver: error: ")
     for name in names:
         assert str(name) in lines[-1], outcome.err
 

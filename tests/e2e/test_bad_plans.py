@@ -1,4 +1,4 @@
-"""Bad plans: a file or a name that is no plan, or one that does not fit the model, is refused by name."""
+"""Bad plans: exit status 2, one line that names the plan, or what its name stands for, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quicksilver.runtime.presets import calibrated_plans
 from tests.e2e.conftest import DEEP, LONG_NUMBER
 
 Refused = Callable[..., str]
@@ -72,6 +73,13 @@ def test_an_unknown_preset(refused: Refused, folder: Path, text_file: Path) -> N
     refused("generate", folder, "Once", "--plan", "papper", names=("papper", "paper"))
 
 
+def test_a_plan_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    line = refused("plan", "validate", tmp_path / "missing.json", names=("missing.json: there is no such file",))
+    assert "preset" not in line
+    (tmp_path / "folder.json").mkdir()
+    refused("plan", "validate", tmp_path / "folder.json", names=("folder.json: is not a plan file",))
+
+
 def test_a_plan_given_as_json_instead_of_a_file(refused: Refused) -> None:
     inline = json.dumps({"version": 1, "halting": {"rule": {**THRESHOLD, "threshold": [0.1] * 99}}})
     refused("plan", "validate", inline, names=("plan file",))
@@ -85,3 +93,10 @@ def test_thresholds_that_do_not_fit_the_models_depth(
     names = ("mine", f"{count} thresholds", "4 layers")
     refused("eval", folder, "--text", text_file, "--context", 32, "--plan", plan, names=names)
     refused("generate", folder, "Once", "--plan", plan, names=names)
+
+
+@pytest.mark.skipif("ref-gpt2/strong" not in calibrated_plans(), reason="this checkout holds no embedded model")
+def test_a_preset_of_another_model_is_named_with_it(refused: Refused, folder: Path, text_file: Path) -> None:
+    names = ("'ref-gpt2/strong'", "the model has 4 layers", "fitted to ref-gpt2")
+    refused("eval", folder, "--text", text_file, "--context", 32, "--plan", "ref-gpt2/strong", names=names)
+    refused("generate", folder, "Once", "--plan", "ref-gpt2/strong", names=names)

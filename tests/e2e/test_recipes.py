@@ -81,6 +81,16 @@ def test_another_model_is_warned_of(
         assert ("WARNING" in outcome.err) == (family == "mistral")
 
 
+def test_a_model_of_another_family_is_refused_without_a_warning_besides(
+    cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, text_file: Path
+) -> None:
+    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", fitted, "--context", 32)
+    assert outcome.out.startswith("weights nested in memory")
+    assert len(outcome.err.splitlines()) == 1
+    assert "sets of thresholds" in outcome.err
+    assert f"fitted to {tiny_model_dir('llama').name}" in outcome.err
+
+
 def test_the_library_warns_too(cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
     for family in ("llama", "mistral"):
         assert cli("quantize", tiny_model_dir(family), "-o", tmp_path / family).status == 0

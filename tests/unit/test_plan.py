@@ -146,6 +146,32 @@ def test_malformed_plans_are_refused_by_name(change: dict[str, Any], message: st
     assert str(caught.value).startswith("mine.json")
 
 
+NAMED_TWICE: list[tuple[dict[str, Any], str]] = [
+    ({"entries": {"bits": 7}}, "mine.json: entries: bits must be 8 or 16, got 7"),
+    ({"attention": {"threshold": 2}}, "mine.json: attention: threshold must lie in [0, 1], got 2.0"),
+    ({"screening": {"threshold": -1}}, "mine.json: screening: threshold must be 0 or more, got -1.0"),
+    ({"fusion": {**FUSION, "layers": []}}, "mine.json: fusion.layers is empty"),
+    ({"maps": {"output": 1}}, "mine.json: maps.output must be true or false, got 1"),
+    (
+        {"shortcuts": {"shortcuts": [{"layer": 1, "part": "norm"}]}},
+        "mine.json: shortcuts[0]: part must be one of mlp, attention, got 'norm'",
+    ),
+    ({"shortcuts": {"shortcuts": []}}, "mine.json: shortcuts must name at least one sublayer, and each one once"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NAMED_TWICE, ids=lambda value: "".join(value)[:20])
+def test_an_error_names_its_part_once(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.from_dict({"version": 1, **change}, "mine.json")
+    assert str(caught.value) == message
+
+
+def test_a_plan_without_a_version_is_told_so() -> None:
+    with pytest.raises(PlanError, match=r'mine.json: version is missing: a plan says "version": 1'):
+        Plan.from_dict({"name": "mine"}, "mine.json")
+
+
 def test_skipping_values_is_a_mechanism_with_one_threshold_or_one_for_each_layer() -> None:
     data = {"version": 1, "attention": {"threshold": [0, 0.5, 1]}}
     plan = Plan.from_dict(data)

@@ -46,7 +46,7 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
-        calibrated = [resolve_plan(plan) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
+        calibrated = [resolve_plan(plan, name) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
         plans = [*halting.plans, *map(Plan.preset, demo.WIDTH_PLANS), *calibrated]
         nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
         measured = (replace(halting, plans=tuple(fitted)), fusing)

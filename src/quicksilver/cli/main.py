@@ -97,8 +97,7 @@ def _run() -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        _refuse(error)
     except (KeyboardInterrupt, click.Abort):
         _stop(128 + signal.SIGINT)
     except _Terminated:
@@ -106,6 +105,17 @@ def _run() -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _refuse(error: click.ClickException) -> None:
+    """Say what was wrong with a command, and where its help is."""
+    message = error.format_message()
+    if message.startswith("Usage: "):  # nothing was asked for, and click answers with all of the help
+        error.show()
+        sys.exit(2)
+    context = getattr(error, "ctx", None)
+    hint = "" if context is None else f" (see `{context.command_path} --help`)"
+    _fail(f"{message[:1].lower()}{' '.join(message[1:].split()).rstrip('.')}{hint}")
 
 
 def _fail(message: str) -> None:

@@ -44,6 +44,9 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
         replace(plan, precision=None).check_model(spec.num_layers, 0, spec.hidden_size)
     windows, source, tokens = _windows(model, tokenizer, corpus) if recipes else ([], "", 0)
     nested = None if all(plan.precision is None for plan in plans) else nested_copy(model)
+    for plan in plans:  # an error about a plan stands alone, without the warning that explains it
+        if nested is not None and not plan.is_recipe:
+            plan.check_model(spec.num_layers, len(nested.adapter.layers[0].nested), spec.hidden_size)
     for plan in plans:
         warn_fitted_elsewhere(plan, model if nested is None or plan.precision is None else nested)
     if nested is None or not recipes:

@@ -183,4 +183,6 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
     try:
         return cls(**values)
     except (PlanError, TypeError) as error:
-        raise PlanError(f"{where}: {error}") from None
+        source, _, part = where.rpartition(": ")
+        named = str(error).startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
+        raise PlanError(f"{source if named else where}: {error}") from None

@@ -125,7 +125,9 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{source}: a plan is a JSON object, got {type(data).__name__}")
         data = dict(data)
-        version = data.pop("version", None)
+        if "version" not in data:
+            raise PlanError(f'{source}: version is missing: a plan says "version": {PLAN_VERSION}')
+        version = data.pop("version")
         if version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
         declared_hash = data.pop("hash", None)
@@ -235,7 +237,8 @@ class Plan:
             self.shortcut_gates(hidden_size)
             self.fitted_gates(num_layers, hidden_size)
         except PlanError as error:
-            raise PlanError(f"plan {self.name!r}: {error}") from None
+            whose = "" if self.fitted_to is None else f"; the plan was fitted to {self.fitted_to.model}"
+            raise PlanError(f"plan {self.name!r}: {error}{whose}") from None
 
     def fitted_maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
         """Return the fitted maps that the plan uses, by name: `output.LAYER`, and each shortcut's.

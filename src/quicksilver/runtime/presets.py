@@ -16,7 +16,7 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
 
     Args:
         plan: any of these. A preset that is calibrated to an embedded model is called MODEL/NAME, such as
-            "ref-llama/mild".
+            "ref-llama/mild", and keeps that name where MODEL is not the one that will run it.
         model: the embedded model that will run it, so that NAME alone will do.
 
     Raises:
@@ -31,7 +31,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
     calibrated = calibrated_plans()
     for name in (plan, f"{model}/{plan}"):
         if isinstance(name, str) and name in calibrated:
-            return Plan.load(CALIBRATED / f"{name}.json").renamed(name.rpartition("/")[2])
+            owner, _, short = name.rpartition("/")
+            return Plan.load(CALIBRATED / f"{name}.json").renamed(short if str(model) == owner else name)
     if _is_file(plan):
         loaded = Plan.load(plan)
         return loaded.renamed(Path(plan).stem) if loaded.name in ("plan", "calibrated") else loaded
@@ -40,6 +41,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
             f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))}."
             " Give one of these names if your folder holds that model; else `quicksilver calibrate` makes one for yours"
         )
+    if not isinstance(plan, str) or plan.endswith(".json"):
+        raise PlanError(f"{plan}: {'is not a plan file' if os.path.exists(plan) else 'there is no such file'}")
     raise PlanError(f"{plan}: neither a preset ({', '.join((*PRESETS, *calibrated))}) nor a plan file")
 
 

@@ -51,14 +51,14 @@ class Shortcut:
 
     def __post_init__(self) -> None:
         if not is_whole(self.layer) or not 0 <= self.layer < LARGE:
-            raise PlanError(f"shortcut.layer must be a layer's index, got {self.layer!r}")
+            raise PlanError(f"layer must be a layer's index, got {self.layer!r}")
         if self.part not in get_args(Part):
-            raise PlanError(f"shortcut.part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
+            raise PlanError(f"part must be one of {', '.join(get_args(Part))}, got {self.part!r}")
         limit = self.threshold
         if limit is None:
             return
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0.0 < limit < 1e300:
-            raise PlanError(f"shortcut.threshold must be a positive number or null, got {limit!r}")
+            raise PlanError(f"threshold must be a positive number or null, got {limit!r}")
         object.__setattr__(self, "threshold", float(limit))
 
     @property
