@@ -281,6 +281,25 @@ def test_the_progress_bar_is_for_terminals(
     assert shown == [("windows", 7)]
 
 
+@pytest.mark.parametrize("windows", [2, 14])
+def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(
+    cli: Callable[..., Outcome],
+    tiny_model_dir: Callable[[str], Path],
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    windows: int,
+) -> None:
+    """Here after every window that is run, the warm-up and what is timed again included."""
+    monkeypatch.setattr("quicksilver.cli.common._REPORT_SECONDS", 0.0)
+    cut = ("--context", 32, "--stride", 16, "--max-tokens", 16 * (windows + 1))
+    outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, *cut)
+    runs = {2: 1 + 3 * 2, 14: 1 + 14}[windows]
+    assert [line.split(",")[0] for line in outcome.err.splitlines()] == [
+        f"windows: {done} of {runs}" for done in range(1, runs + 1)
+    ]
+    assert outcome.err.endswith(", about 0 s left\n")
+
+
 def test_a_hopeless_model_is_measured_all_the_same(
     cli: Callable[..., Outcome], model_copy: Callable[..., ModelFolder], text_file: Path
 ) -> None:

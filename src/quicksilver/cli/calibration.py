@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from quicksilver.version import __version__
 _FIT_TOKENS = 16384
 _SAMPLED_CONTEXT = 256  # tokens of a window at most, where the text is the model's own
 _HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
-_REPORT_SECONDS = 20.0  # between lines of progress where there is no terminal
 
 
 def run(
@@ -60,7 +57,7 @@ def run(
         options["seed"],
     )
     fingerprint = _fingerprint(runner, protocol, parts)
-    result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, _reported).run()
+    result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, progress).run()
     facts = _facts(name, protocol, parts, model.device)
     if result.verified.chosen is not None:
         record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], _tokens(parts))
@@ -188,25 +185,3 @@ def _cells(row: dict[str, Any], settings: Settings) -> list[str]:
         )
     ]  # fmt: skip
     return [f"{delta[unit]:+.4f}", f"{settings.budget.upper(row):+.4f}", *(f"{share:+.1%}" for share in saved)]
-
-
-@contextmanager
-def _reported(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show progress with an estimate of the time left: a bar on a terminal, else a line now and then."""
-    with progress(label, total) as advance:
-        if sys.stderr.isatty():
-            yield advance
-            return
-        begin = last = time.monotonic()
-        done = 0
-
-        def count() -> None:
-            nonlocal done, last
-            done += 1
-            now = time.monotonic()
-            if now - last >= _REPORT_SECONDS:
-                last = now
-                left = (now - begin) / done * (total - done)
-                print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
-
-        yield count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import click
 from quicksilver.errors import InputError
 
 _DEFAULT_CONTEXT = 2048
+_REPORT_SECONDS = 20.0  # between lines of progress where there is no terminal
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -210,9 +212,9 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr where that is a terminal; yield the function that advances it."""
+    """Show progress on stderr, a bar on a terminal, else a line now and then; yield the function that advances it."""
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield _lines(label, total)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -220,3 +222,20 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda: bar.advance(task)
+
+
+def _lines(label: str, total: int) -> Callable[[], None]:
+    """Return a function that counts, and prints now and then how far it is and how long the rest may take."""
+    begin = last = time.monotonic()
+    done = 0
+
+    def count() -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last >= _REPORT_SECONDS:
+            last = now
+            left = (now - begin) / done * (total - done)
+            print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return count

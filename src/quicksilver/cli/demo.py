@@ -30,6 +30,7 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
     from quicksilver.cli.table import print_table
     from quicksilver.core.plan import Plan
     from quicksilver.measure import demo
+    from quicksilver.measure.scoring import num_runs
     from quicksilver.runtime.loading import embedded_models
     from quicksilver.runtime.presets import calibrated_plans, resolve_plan
 
@@ -50,7 +51,7 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
         plans = [*halting.plans, *map(Plan.preset, demo.WIDTH_PLANS), *calibrated]
         nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
         measured = (replace(halting, plans=tuple(fitted)), fusing)
-        with progress(name, sum(len(part.text.windows) for part in measured)) as advance:
+        with progress(name, sum(num_runs(len(part.text.windows)) for part in measured)) as advance:
             results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, nested)
         for rows in results:
             print_table(rows, legend=rows is results[-1])

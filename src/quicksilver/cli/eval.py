@@ -80,6 +80,7 @@ def command(
     from quicksilver.cli.table import print_table
     from quicksilver.core.files import check_target, write_atomically
     from quicksilver.measure.report import evaluate
+    from quicksilver.measure.scoring import num_runs
     from quicksilver.measure.windows import cut, default_bos
 
     if json_path is not None:
@@ -93,7 +94,7 @@ def command(
     windowed, name = cut(corpus, tokenizer, protocol), display_name(model)
     nested, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
     check_kernels(kernels, model, loaded, nested)
-    with progress("windows", len(windowed.windows)) as advance:
+    with progress("windows", num_runs(len(windowed.windows))) as advance:
         results = evaluate(loaded, chosen, windowed, protocol, mode, name, advance, nested)
     print_table(results)
     if json_path is not None:

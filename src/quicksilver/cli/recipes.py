@@ -77,12 +77,13 @@ def nested_copy(model: Any) -> Any:
         return model
     import copy
 
-    from quicksilver.models.nesting import nest
+    from quicksilver.models.nesting import nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import accelerate
 
     config, plain = QuantizationConfig(), copy.deepcopy(model.model)
-    nest(plain, config)
+    with progress("nesting weights", len(nested_names(plain, config))) as advance:
+        nest(plain, config, on_map=advance)
     print(
         f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose widths;\n"
         "`quicksilver quantize` with --calibration does better"

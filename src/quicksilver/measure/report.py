@@ -42,7 +42,7 @@ def evaluate(
         protocol: recorded with the results.
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
-        on_window: called after each window.
+        on_window: called after each window that is run, `scoring.num_runs` times.
         nested: the model with nested weights, on which plans that choose widths are run; by default `model`.
 
     Returns:

@@ -87,22 +87,33 @@ def run_windows(
         decoders: the baseline and the plans, all on the same model.
         windows: what to score.
         mode: "score" or "decode".
-        on_window: called after each window of the first round.
+        on_window: called after each window, the warm-up and those run for their timings included: `num_runs` times.
     """
     windows = list(windows)
     records = [new_record(decoder) for decoder in decoders]
     _run_window(_fresh(records), windows[0], mode)
+    on_window()
     for window in windows:
         _run_window(records, window, mode)
         on_window()
-    for _ in range(-(-MIN_TIMINGS // len(windows)) - 1):
+    for _ in range(_num_rounds(len(windows)) - 1):
         for window in windows:
             again = _fresh(records)
             _run_window(again, window, mode)
+            on_window()
             for record, timed in zip(records, again, strict=True):
                 record.seconds += timed.seconds
                 record.prompt_seconds += timed.prompt_seconds
     return records
+
+
+def num_runs(num_windows: int) -> int:
+    """Return how often `run_windows` runs a window, given so many."""
+    return 1 + num_windows * _num_rounds(num_windows)
+
+
+def _num_rounds(num_windows: int) -> int:
+    return -(-MIN_TIMINGS // num_windows)
 
 
 def new_record(decoder: Decoder) -> EngineRecord:
