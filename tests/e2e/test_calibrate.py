@@ -49,6 +49,7 @@ def test_a_plan_is_found_and_eval_confirms_it(
     )
     assert done.status == 0, done.err
     assert done.err == ""
+    check_table(done.out, "precision" in mechanisms)
     plan = Plan.load(target)
     assert not plan.is_dense
     assert not plan.is_recipe
@@ -76,6 +77,19 @@ def test_a_plan_is_found_and_eval_confirms_it(
     assert row["delta"]["nll"] == pytest.approx(held["delta"]["nll"], abs=0.15)
     generated = cli("generate", folder, "The river", "--plan", target, "--max-new-tokens", 3)
     assert generated.status == 0, generated.err
+
+
+def check_table(out: str, nested: bool) -> None:
+    """Names are whole and on lines of their own, in 80 columns, and it is said what savings are against."""
+    table = out[out.index("best inside the budget") :].splitlines()[1:]
+    assert table[0].split() == ["group", "lost", "at", "most", "FLOPs", "body", "bitops", "weights", "KV"]
+    assert max(map(len, table)) <= 80
+    assert "…" not in out
+    for name in ("paper, as published", "together", "chosen, held out"):
+        (line,) = (line for line in table if line.startswith(f"{name} "))
+        assert len(line.removeprefix(name).split()) == 7
+    said = "bitops and weight bytes: against it with its layers nested, all 8 bits read" in " ".join(out.split())
+    assert said == nested
 
 
 def calibration(folder: Path, book: Path, target: Path) -> tuple[object, ...]:

@@ -29,6 +29,12 @@ from quicksilver.version import __version__
 _FIT_TOKENS = 16384
 _SAMPLED_CONTEXT = 256  # tokens of a window at most, where the text is the model's own
 _HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
+_LEGEND = "lost: {} added; at most: the upper end of its 95 % interval. {}; body: the head left out."
+_ONE_BASELINE = "All savings are against the model as given"
+_TWO_BASELINES = (
+    "FLOPs, body and KV bytes: saved against the model as given; bitops and weight bytes: against it with its layers"
+    " nested, all 8 bits read, so that plans which choose no widths are far below zero"
+)
 
 
 def run(
@@ -63,7 +69,7 @@ def run(
         record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], _tokens(parts))
         result = replace(result, plan=replace(result.plan, fitted_to=record))
     _write(result, settings, output, facts)
-    _print(result, settings, parts)
+    _print(result, settings, parts, _ONE_BASELINE if runner is model else _TWO_BASELINES)
     return result.verified.chosen is not None
 
 
@@ -154,14 +160,15 @@ def _write(result: Calibration, settings: Settings, output: Path, facts: dict[st
     print(f"frontier: {beside}.json, {', '.join(map(str, pictures))}")
 
 
-def _print(result: Calibration, settings: Settings, parts: Split) -> None:
+def _print(result: Calibration, settings: Settings, parts: Split, baselines: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     print(f"best inside the budget on {parts.search.text.name}; w/o: the chosen plan without one mechanism")
-    table = Table()
-    for column in ("group", "lost", "95 % up to", "FLOPs", "body", "bitops", "weights", "KV"):
-        table.add_column(column, justify="left" if column == "group" else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # the longest name leaves 80 columns no more room
+    for column in ("group", "lost", "at most", "FLOPs", "body", "bitops", "weights", "KV"):
+        is_name = column == "group"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=True)
     rows = {group: each.row for group, each in best_of_groups(result.candidates, settings).items()}
     rows |= {f"w/o {name}": row for name, row in result.leave_one_out.items()}
     if result.verified.row is not None:
@@ -169,6 +176,8 @@ def _print(result: Calibration, settings: Settings, parts: Split) -> None:
     for group, row in rows.items():
         table.add_row(group, *_cells(row, settings))
     Console().print(table)
+    unit = "perplexity" if settings.budget.unit == "ppl" else "nats per token"
+    Console().print(_LEGEND.format(unit, baselines), highlight=False)
     for candidate, row in result.verified.failed:
         delta = summary(row, settings)["delta"]
         print(f"did not hold on held-out text: plan {candidate.row['plan']['hash']}, {delta['nll']:+.4f} nats")
