@@ -58,7 +58,10 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
         print(
             "`mild` and `strong` are calibrated to the model (`quicksilver calibrate`), to lose at most 0.010 and\n"
             "0.036 nats. `paper` is the published rule, literally, `uniform-8bit` reads all bits of nested weights,\n"
-            "and the others show what halting and fusion without calibration cost. See docs/results.",
+            "and the others show what halting and fusion without calibration cost. See docs/results.\n"
+            "speed is of whole windows against the plain model in PyTorch: with many tokens at once, what `mild`\n"
+            "and `strong` leave out is counted work and not seconds. What compiled kernels gain shows token by token,\n"
+            "as in generation: `quicksilver eval` with `--mode decode`; beside other engines, docs/results/peers.md.",
         )
         sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
         depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"

@@ -15,6 +15,7 @@ import torch
 
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
+from quicksilver.core.rules import HaltingConfig, PropagateFill, RelativeDriftRule
 from quicksilver.measure.picture import TokenPanel, draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
@@ -27,6 +28,8 @@ ARTICLES = Path(__file__).parent.parent / "data" / "demo"
 PLANS = ("paper", "relative", "settled")
 WIDTH_PLANS = ("uniform-8bit",)
 PROMPT_PLANS = ("fused-prompt",)
+LOOSER = (0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0)  # thresholds for `relative` where its own stops next to no token
+STOPPED = 0.1  # share of the tokens shown that should stop early
 PROMPT = "The river rises in the mountains and"
 
 
@@ -102,6 +105,26 @@ def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[
     return trace.depths[0].tolist()
 
 
+def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int]) -> tuple[Plan, list[int]]:
+    """Return a plan under which some of a text's tokens stop early, and how many layers each of them ran.
+
+    Args:
+        model: the model.
+        first: returned where that is true of it; else `relative` is, with the lowest threshold that will do.
+        token_ids: of the text.
+    """
+    fill, min_layer = PropagateFill(), 0.66  # those of `relative`
+    looser = [
+        Plan(f"relative, threshold {limit:g}", HaltingConfig(RelativeDriftRule(limit), min_layer), fill)
+        for limit in LOOSER
+    ]
+    for plan in (first, *looser):
+        depths = token_depths(model, plan, token_ids, False)
+        if sum(depth < model.adapter.spec.num_layers for depth in depths) >= STOPPED * len(depths):
+            break
+    return plan, depths
+
+
 def run(
     model: QuickSilverForCausalLM,
     tokenizer: Any,
@@ -120,13 +143,14 @@ def run(
     ]
     token_ids = measured[0].text.windows[0].token_ids
     tokens = [tokenizer.decode([token]) for token in token_ids]
+    halting, depths = stopping(model, shallowest(results[0]), token_ids)
+    fusing, fused = measured[1].plans[0], token_depths(model, measured[1].plans[0], token_ids, True)
     panels = [
-        TokenPanel(f"layers each token ran under plan '{plan.name}'{where}", tokens, depths)
-        for plan, is_prompt, where in (
-            (shallowest(results[0]), False, ""),
-            (measured[1].plans[0], True, ", as a prompt: dark tokens were absorbed by the next"),
+        TokenPanel(f"layers each token ran under plan '{plan.name}'{where}", tokens, ran)
+        for plan, ran, where in (
+            (halting, depths, ""),
+            (fusing, fused, ", as a prompt: dark tokens were absorbed by the next"),
         )
-        for depths in [token_depths(model, plan, token_ids, is_prompt)]
     ]
     picture = folder / f"{name}.png"
     draw_summary(picture, [row for rows in results for row in rows], panels)
