@@ -6,6 +6,7 @@ The rows are written by `__main__.py`; nothing is measured here.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ _COLUMNS = (
     "top-1 after prefill",
     "max abs after prefill",
 )
+_COLOURS = (*(f"C{i}" for i in range(10)), "black", "gold", "navy", "lime")
+_LEAST_KL = 1e-6
 
 
 def latest(rows: Iterable[Row]) -> list[list[Row]]:
@@ -138,29 +141,59 @@ def _speed(row: Row | None) -> str:
 
 def draw(path: Path, runs: Sequence[Sequence[Row]]) -> None:
     """Write a PNG: each model's tokens per second against the bytes of weights read, and against its KL."""
+    image = io.BytesIO()
+    figure(runs).savefig(image, format="png", dpi=110)
+    write_atomically(path, image.getvalue())
+
+
+def figure(runs: Sequence[Sequence[Row]]) -> Any:
+    """Return the picture, two panels for each model; an engine has one colour in all of them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6 * len(runs)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for rows, (left, right) in zip(runs, figure.subplots(len(runs), 2, squeeze=False), strict=True):
-        decoded = [row for row in rows if row["task"] == "decode"]
+    drawn = Figure(figsize=(12, 4.6 * len(runs)), layout="constrained")
+    FigureCanvasAgg(drawn)
+    decoded = [[row for row in rows if row["task"] == "decode"] for rows in runs]
+    engines = dict.fromkeys(row["engine"] for rows in decoded for row in rows)
+    colours = dict(zip(engines, itertools.cycle(_COLOURS)))
+    for rows, shown, (left, right) in zip(runs, decoded, drawn.subplots(len(runs), 2, squeeze=False), strict=True):
         (read,) = (row for row in rows if row["task"] == "bandwidth")
-        for row in decoded:
-            speed, megabytes = 1 / row["median"], row["weight_bytes_per_token"] / 1e6
-            style = {"marker": "s" if row["engine"] in PEERS else "o", "s": 60, "label": row["engine"]}
-            left.scatter(megabytes, speed, **style)
-            right.scatter(max(row["quality"]["kl"], 1e-12), speed, **style)
-        sizes = sorted(row["weight_bytes_per_token"] / 1e6 for row in decoded)
-        reach = [sizes[0] * 0.8, sizes[-1] * 1.2]
-        left.plot(reach, [read["median"] / 1e6 / size for size in reach], color="0.5", label="measured read bandwidth")
-        left.set(xlabel="weights read, MB per token", ylabel="tokens/s", xscale="log", yscale="log")
-        right.set(xlabel="KL(float || engine), nats per token", ylabel="tokens/s", xscale="log", yscale="log")
-        left.set_title(f"{rows[0]['model']['name']}, decode, {rows[0]['threads']} thread(s), {rows[0]['cpu']}")
-        left.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    write_atomically(path, image.getvalue())
+        _draw_run(left, right, shown, read["median"], colours)
+        settings = f"decode, {rows[0]['threads']} thread(s), {rows[0]['cpu']}"
+        left.set_title(f"{rows[0]['model']['name']}: speed and bytes ({settings})", fontsize=11)
+        right.set_title(f"{rows[0]['model']['name']}: speed and distance from the float model", fontsize=11)
+    return drawn
+
+
+def _draw_run(left: Any, right: Any, decoded: Sequence[Row], bandwidth: float, colours: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    for row in decoded:
+        speed, megabytes = 1 / row["median"], row["weight_bytes_per_token"] / 1e6
+        engine = row["engine"]
+        style = {"marker": "s" if engine in PEERS else "o", "s": 60, "color": colours[engine], "label": engine}
+        left.scatter(megabytes, speed, **style)
+        right.scatter(max(row["quality"]["kl"], _LEAST_KL), speed, **style)
+    sizes = sorted(row["weight_bytes_per_token"] / 1e6 for row in decoded)
+    reach = [sizes[0] * 0.8, sizes[-1] * 1.2]
+    left.plot(reach, [bandwidth / 1e6 / size for size in reach], color="0.5", label="measured read bandwidth")
+    left.set(xlabel="weights read, MB per token", ylabel="tokens/s", xscale="log", yscale="log")
+    label = f"KL(float || engine), nats per token ({_LEAST_KL:g} stands for less)"
+    right.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        _tick(axis)
+    right.xaxis.set_major_locator(LogLocator())
+    left.legend(fontsize=8)
+
+
+def _tick(axis: Any) -> None:
+    """Mark a logarithmic axis at round numbers written out, the more of them the fewer decades it spans."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if high < 5 * low else (1, 2, 5), numticks=20))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

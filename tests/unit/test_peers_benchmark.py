@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,28 @@ def test_only_the_last_run_of_a_model_is_shown() -> None:
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     report.draw(tmp_path / "peers.png", [run_of_two()])
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engine_has_one_colour_in_all_panels_and_every_panel_a_title() -> None:
+    other = [{**each, "model": {**each["model"], "name": "llama1b"}} for each in run_of_two()]
+    other = [each for each in other if each["engine"] != Q8]  # so that colours by place would differ
+    figure = report.figure([run_of_two(), other])
+    colours: dict[str, set[str]] = {}
+    for axes in figure.axes:
+        for points in axes.collections:
+            colours.setdefault(points.get_label(), set()).add(str(points.get_facecolor().tolist()))
+    assert set(colours) == {Q8, ours.UNIFORM_8}
+    assert all(len(each) == 1 for each in colours.values())
+    assert colours[Q8] != colours[ours.UNIFORM_8]
+    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["gpt2", "gpt2", "llama1b", "llama1b"]
+
+
+def test_ticks_of_speeds_and_bytes_are_round_numbers() -> None:
+    figure = report.figure([run_of_two()])
+    figure.canvas.draw()
+    left, right = figure.axes
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert len(labels) >= 2
+        assert all(re.fullmatch(r"0*\.?0*(1|1\.5|15|2|3|4|5|7)0*", label) for label in labels), labels
+        assert not axis.get_minorticklocs().size
