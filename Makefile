@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# PyTorch first and by its exact version, so that a machine without a GPU gets the CPU build.
+# PyTorch first and by its exact version: the one that figures are measured with.
 TORCH := torch==2.13.0
 
 # Another environment's packages, and this one without its kernels.

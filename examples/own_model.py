@@ -7,14 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import quicksilver
-from quicksilver.core.rules import HaltingConfig, PropagateFill, RelativeDriftRule
+from quicksilver import rules
 
 torch.manual_seed(0)
 hf_model = AutoModelForCausalLM.from_config(
     GPT2Config(n_layer=6, n_embd=192, n_head=6, vocab_size=1000, bos_token_id=0, eos_token_id=0)
 ).eval()
 
-plan = quicksilver.Plan("mine", HaltingConfig(RelativeDriftRule(1.0), min_layer=0.5, protect_first=4), PropagateFill())
+halting = rules.HaltingConfig(rules.RelativeDriftRule(1.0), min_layer=0.5, protect_first=4)
+plan = quicksilver.Plan("mine", halting, rules.PropagateFill())
 model = quicksilver.accelerate(hf_model, plan)  # the weights are shared, not copied
 
 prompt = torch.randint(0, 1000, (1, 32))

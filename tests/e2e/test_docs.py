@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from quicksilver.core.plan import PRESETS
 from quicksilver.measure.demo import ARTICLES
 from quicksilver.runtime.loading import embedded_models
+from quicksilver.runtime.presets import calibrated_plans
 from scripts.cli_docs import render
+from tests import tolerances
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,6 +39,23 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.py"))], ids=lambda p: p.name)
+def test_pages_and_examples_use_public_names(page: Path) -> None:
+    assert "quicksilver.core" not in page.read_text()
+
+
+def test_the_kernels_page_states_the_tolerances() -> None:
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    assert f"{tolerances.KERNEL_LOGITS:g} for any logit (`KERNEL_LOGITS`" in page
+    assert f"{tolerances.KERNEL_LOSS:g} nats for a mean loss (`KERNEL_LOSS`)" in page
+
+
+def test_the_plans_page_names_every_preset() -> None:
+    page = (ROOT / "docs" / "plans.md").read_text().split("## Presets")[1]
+    for name in (*PRESETS, *calibrated_plans()):
+        assert f"`{name.rpartition('/')[2]}`" in page
+
+
 def test_the_readme_shows_commands() -> None:
     assert len(readme_commands()) >= 4
 
@@ -44,7 +64,9 @@ def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatc
     """In order, in one folder, as a reader would; with fewer tokens."""
     if not embedded_models():
         pytest.skip("this checkout holds no embedded model")
-    (tmp_path / "book.txt").write_text("".join(path.read_text() for path in sorted(ARTICLES.glob("*.txt"))))
+    articles = sorted(ARTICLES.glob("*.txt"))
+    for name, chosen in (("book.txt", articles[::2]), ("other.txt", articles[1::2])):
+        (tmp_path / name).write_text("".join(path.read_text() for path in chosen))
     monkeypatch.chdir(tmp_path)
     for line in readme_commands():
         arguments, _, output = line.partition(">")
