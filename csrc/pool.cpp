@@ -75,6 +75,7 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next
   Barrier barrier(threads);
   const auto part = [&]() noexcept { task(0, barrier); };
   if (threads <= 1) {
+    if (next == Next::kOthers) next_.store(next, std::memory_order_relaxed);
     part();
     return;
   }
@@ -86,7 +87,7 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next
     task_ = &task;
     barrier_ = &barrier;
     active_ = threads;
-    next_ = next;
+    next_.store(next, std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_release);
   }
   wake_.notify_all();
@@ -101,9 +102,10 @@ void Pool::run(int threads, const std::function<void(int, Barrier&)>& task, Next
 }
 
 void Pool::work(int thread, unsigned seen) {
-  for (bool awake = true;;) {
+  for (;;) {
     const auto until = std::chrono::steady_clock::now() + kSpinTime;
-    for (int spins = 1; awake && round_.load(std::memory_order_acquire) == seen; ++spins) {
+    for (int spins = 1; round_.load(std::memory_order_acquire) == seen; ++spins) {
+      if (next_.load(std::memory_order_relaxed) == Next::kOthers) break;
       pause();
       if (spins % 64 == 0 && std::chrono::steady_clock::now() > until) break;
     }
@@ -112,7 +114,6 @@ void Pool::work(int thread, unsigned seen) {
       wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
     }
     seen = round_.load(std::memory_order_acquire);
-    awake = next_ == Next::kRun;
     if (thread < active_) (*task_)(thread, *barrier_);
     running_.fetch_sub(1, std::memory_order_acq_rel);
   }

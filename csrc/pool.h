@@ -46,7 +46,7 @@ class Pool {
   const std::function<void(int, Barrier&)>* task_ = nullptr;
   Barrier* barrier_ = nullptr;
   int active_ = 0;
-  Next next_ = Next::kRun;
+  std::atomic<Next> next_{Next::kRun};
   std::atomic<unsigned> round_{0};
   std::atomic<int> running_{0};
 };
