@@ -29,8 +29,8 @@ int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
 int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
-// A strip's runs of some of a block's channels, to be fetched in so many half quads' time. Quads are read in order, which
-// the processor sees by itself, and sooner undisturbed.
+// A strip's runs of some of a block's channels, to be fetched in so many half quads' time. Quads are read in order,
+// which the processor sees by itself, and sooner undisturbed.
 Upcoming runs_of(const NestedMatrix& matrix, int strip, int block, const std::uint32_t* channels, int slots,
                  const Part* parts, int half_quads) {
   Upcoming next;

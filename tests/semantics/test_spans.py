@@ -31,7 +31,7 @@ from quicksilver.core.rules import (
 from quicksilver.models.cost import Cost, executed_cost
 from quicksilver.models.nesting import nest
 from quicksilver.models.spec import LayerOps
-from quicksilver.ops import native
+from quicksilver.ops import native, nested_linear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.linear import keeping_expanded
 from quicksilver.runtime.decoder import Decoder
@@ -231,6 +231,17 @@ def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is(
     assert calls == [range(engine.spec.num_layers)] * 3
     assert span_ends(6, ()) == [6] * 6
     assert span_ends(6, (2, 3)) == [2, 2, 3, 4, 6, 6]
+
+
+def test_weights_are_packed_when_a_span_first_runs() -> None:
+    packed = nested_linear._entries
+    plan, model, before = precision_plan(CHANNEL), tiny.nested("llama"), set(packed)
+    engine = decoder(model, plan, kernels="native")
+    assert set(packed) <= before
+    run_steps(engine, tiny.token_ids(3))
+    layers = set(packed) - before
+    assert len(layers) == sum(len(layer.nested) for layer in engine.adapter.layers)
+    assert all(list(packed[key].layouts or ()) == [True] for key in layers)
 
 
 def test_kept_floats_come_first() -> None:

@@ -72,19 +72,7 @@ class LayerSpans:
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
         self._max_rows = max_rows(adapter.layers[0], plan)
-        layers = [self._layer(i, layer) for i, layer in enumerate(adapter.layers)]
-        down = adapter.layers[0].nested[-1]
-        activation = _ACTIVATIONS[adapter.layers[0].leaves.activation]
-        self._runner = native.extension().LayerRunner(
-            layers,
-            spec.hidden_size,
-            down.num_inputs,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            activation,
-            plan.entry_bits or 8 * torch.float32.itemsize,
-        )
+        self._runner: Any = None
 
     @staticmethod
     def obstacle(adapter: Adapter, plan: Plan) -> str | None:
@@ -137,6 +125,8 @@ class LayerSpans:
         rotation = running.rotation if halted is None else context.rotation
         cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
         counts = context.trace.pending(self._key, self._new_counts)
+        if self._runner is None:  # not before it is needed: it takes as much memory as the weights
+            self._runner = self._new_runner()
         self._runner.run(
             layers.start,
             layers.stop,
@@ -193,6 +183,19 @@ class LayerSpans:
             )
             for origin in layout.origin.tolist()
         ]
+
+    def _new_runner(self) -> Any:
+        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].nested[-1]
+        return native.extension().LayerRunner(
+            [self._layer(i, layer) for i, layer in enumerate(self._layers)],
+            spec.hidden_size,
+            down.num_inputs,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            _ACTIVATIONS[leaves.activation],
+            self._plan.entry_bits or 8 * torch.float32.itemsize,
+        )
 
     def _new_counts(self) -> KernelCounts:
         return KernelCounts(self._spec, self._plan, self._layers, self._precision, self._shortcuts)
