@@ -74,8 +74,7 @@ class RowBuffer:
         end = self._length + count
         if end > self._capacity:
             self._grow(end)
-        self._account.used += count * self.row_nbytes
-        self._length = end
+        self.length = end
         return self._storage.data_ptr()  # not kept: a copy of the buffer has its rows elsewhere
 
     def extend_coded(self, count: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import HaltingConfig, PropagateFill, RelativeDriftRule
+from quicksilver.core.rules import RelativeDriftRule
 from quicksilver.measure.picture import TokenPanel, draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
@@ -113,9 +113,14 @@ def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int
         first: returned where that is true of it; else `relative` is, with the lowest threshold that will do.
         token_ids: of the text.
     """
-    fill, min_layer = PropagateFill(), 0.66  # those of `relative`
+    relative = Plan.preset("relative")
+    assert relative.halting is not None
     looser = [
-        Plan(f"relative, threshold {limit:g}", HaltingConfig(RelativeDriftRule(limit), min_layer), fill)
+        replace(
+            relative,
+            name=f"relative, threshold {limit:g}",
+            halting=replace(relative.halting, rule=RelativeDriftRule(limit)),
+        )
         for limit in LOOSER
     ]
     for plan in (first, *looser):

@@ -148,8 +148,7 @@ class Decoder:
                 fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
-                span = None if spans is None else spans.span(layer_idx, running, status, context)
-                if span is None or spans is None:
+                if spans is None or (span := spans.span(layer_idx, running, status, context)) is None:
                     running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
                 else:  # several layers at once, up to the next that must be asked about
                     running = spans.run(span, running, status, context)
