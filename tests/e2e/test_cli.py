@@ -148,7 +148,12 @@ def test_sampling_options_reach_generate(
     cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(GenerationMixin, "generate", lambda self, *args, **kwargs: seen.update(kwargs))
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return kwargs["input_ids"]
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
     arguments = ("generate", tiny_model_dir("gpt2"), "x", "--max-new-tokens", 3)
     cli(*arguments)
     assert (seen["do_sample"], seen["max_new_tokens"]) == (False, 3)

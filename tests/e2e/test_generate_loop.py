@@ -186,7 +186,7 @@ def test_a_second_turn_continues_the_cache(loops: Any) -> None:
             patch.setattr(QuickSilverForCausalLM, "_sample", sample)
             cache = first.past_key_values
             second = model.generate(ids, attention_mask=mask, past_key_values=cache, **FREE, max_new_tokens=5)
-        sequences.append((second, cache.columns, cache.seq_lengths))
+        sequences.append((second, cache.get_seq_length(), cache.seq_lengths))
     assert torch.equal(sequences[0][0], sequences[1][0])
     assert sequences[0][1:] == sequences[1][1:] == (20, [20, 16, 12])
 

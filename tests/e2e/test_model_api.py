@@ -102,7 +102,7 @@ REFUSED_BY_GENERATE: dict[str, Callable[[], dict[str, Any]]] = {
     "another cache": lambda: {"past_key_values": DynamicCache()},
     "output_hidden_states": lambda: {"output_hidden_states": True, "return_dict_in_generate": True},
     "output_attentions": lambda: {"output_attentions": True, "return_dict_in_generate": True},
-    "position_ids": lambda: {"position_ids": torch.arange(9)[None]},
+    "position_ids": lambda: {"position_ids": torch.arange(1, 10)[None]},
     "inputs_embeds": lambda: {"inputs_embeds": torch.zeros(1, 9, 32)},
 }
 
@@ -119,7 +119,7 @@ def test_generate_refuses_what_it_cannot_do(model: Any, feature: str) -> None:
     [
         {"output_hidden_states": True},
         {"output_attentions": True},
-        {"position_ids": torch.arange(9)[None]},
+        {"position_ids": torch.arange(1, 10)[None]},
         {"past_key_values": DynamicCache()},
         {"no_such_argument": 1},
     ],

@@ -5,6 +5,7 @@ Which tokens write, and what, is decided elsewhere; attention is computed elsewh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from quicksilver.cache.buffers import Account, RowBuffer
 from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer, RoundedRowBuffer
+from quicksilver.cache.columns import FedColumns
 from quicksilver.cache.stores import EntryRows, EntryStore, OwnedEntries, SharedEntries
 from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.rules import ENTRY_BITS, HALF_BITS
+from quicksilver.errors import InputError
 
 _BUFFERS = {None: RowBuffer, HALF_BITS: RoundedRowBuffer, ENTRY_BITS: CodedRowBuffer}  # by the bits of a number
 
@@ -83,7 +86,7 @@ class RaggedKVCache:
 
     Attributes:
         seq_lengths: logical length of each sequence.
-        columns: columns of the padded grids fed so far, kept by whoever feeds grids.
+        fed: the columns of the padded grids fed so far, kept by whoever feeds grids.
         in_pass: a pass has begun and not ended; if none is under way, it failed and the entries are not whole.
         tails: where each sequence's last group stands at each fusion layer.
     """
@@ -103,7 +106,7 @@ class RaggedKVCache:
         self.shape = shape
         self.owner = owner
         self.seq_lengths = [0] * batch_size
-        self.columns = 0
+        self.fed = FedColumns()
         self.in_pass = False
         self.tails = FusionTails(fusion_layers, batch_size)
         rows = _BUFFERS[shape.entry_bits]
@@ -112,7 +115,7 @@ class RaggedKVCache:
         def new_rows(account: Account) -> EntryRows:
             return rows(row_shape, shape.dtype, shape.device, account)
 
-        self._stores = [store(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)]
+        self._stores: list[EntryStore] = [store(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)]
 
     @property
     def batch_size(self) -> int:
@@ -195,6 +198,99 @@ class RaggedKVCache:
             store.drop_last([i for i, found in zip(deeper, last, strict=True) if found == position])
         return self.tails.take_back(after_layer, seq, position)
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Take back the last tokens of sequences, as if they had not been fed.
+
+        Args:
+            lengths: tokens that each sequence keeps.
+
+        Raises:
+            InputError: a length that is not from 0 to the sequence's, or a cut through a group of fused tokens, or
+                behind tokens that what comes next may fuse with; then nothing is taken back.
+        """
+        if len(lengths) != self.batch_size:
+            raise InputError(f"{len(lengths)} lengths were given for a cache of {self.batch_size} sequences")
+        cut = [(seq, n) for seq, (n, seen) in enumerate(zip(lengths, self.seq_lengths, strict=True)) if n != seen]
+        for seq, length in cut:
+            if not 0 <= length <= self.seq_lengths[seq]:
+                raise InputError(f"sequence {seq} holds {self.seq_lengths[seq]} tokens; it cannot be cut to {length}")
+            if length and (self.tails.has(seq) or self._stores[seq].splits_group(length)):
+                raise InputError(
+                    f"sequence {seq} cannot be cut to {length} tokens: the plan has fused tokens there; start a new"
+                    " cache, or take back all of it"
+                )
+        for seq, length in cut:
+            self._stores[seq].truncate(length)
+            self.tails.forget(seq)
+            if self.fed.count:
+                self.fed.hide_last(seq, self.seq_lengths[seq] - length)
+            self.seq_lengths[seq] = length
+
+    def follow_mask(self, visible: Tensor) -> None:
+        """Take back the tokens that a mask over the columns fed so far, [B, P] bool, no longer shows.
+
+        Raises:
+            InputError: the mask shows what was padding, or hides other tokens than a sequence's last; see `truncate`.
+        """
+        lengths = self.fed.kept_by(visible)
+        if lengths is not None:
+            self.truncate(lengths)
+
+    def crop(self, columns: int) -> None:
+        """Take back columns, as transformers' caches do.
+
+        Args:
+            columns: -n takes back the last n, 0 none; n > 0 keeps the first n, as in transformers before 5.23.
+
+        Raises:
+            InputError: more columns than there are, or see `truncate`.
+        """
+        count = columns if columns > 0 else self.fed.count + columns
+        if not 0 <= count <= self.fed.count:
+            raise InputError(f"crop({columns}) does not fit a cache of {self.fed.count} columns")
+        if count == self.fed.count:
+            return
+        real = self.fed.real
+        self.truncate([count] * self.batch_size if real is None else real[:, :count].sum(1).tolist())
+        self.fed.crop(count)
+
+    def reset(self) -> None:
+        """Take back everything, also what a pass that failed has left."""
+        self.truncate([0] * self.batch_size)
+        for store in self._stores:
+            store.truncate(0)
+        self.fed = FedColumns()
+        self.in_pass = False
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let the sequences be those of indices [R], or of a mask [B], from now on; a sequence may be there often.
+
+        Raises:
+            InputError: an index of no sequence.
+        """
+        if indices.dtype == torch.bool and tuple(indices.shape) == (self.batch_size,):
+            indices = indices.nonzero().squeeze(-1)
+        chosen = indices.tolist()
+        if indices.dim() != 1 or not all(-self.batch_size <= seq < self.batch_size for seq in chosen):
+            raise InputError(f"indices {chosen} do not choose among the cache's {self.batch_size} sequences")
+        chosen = [seq % self.batch_size for seq in chosen]
+        first = [chosen.index(seq) == place for place, seq in enumerate(chosen)]
+        stores = self._stores
+        self._stores = [
+            stores[seq] if own else copy.deepcopy(stores[seq]) for seq, own in zip(chosen, first, strict=True)
+        ]
+        self.seq_lengths = [self.seq_lengths[seq] for seq in chosen]
+        self.tails.take(chosen)
+        self.fed.take_rows(torch.tensor(chosen, device=self.shape.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let each sequence be there `repeats` times, one after another."""
+        self.batch_select_indices(torch.tensor([seq for seq in range(self.batch_size) for _ in range(repeats)]))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Do as `batch_select_indices`; transformers has both names."""
+        self.batch_select_indices(beam_idx)
+
     def entries(self, layer_idx: int, seq: int) -> Entries:
         """Return one sequence's entries in one layer, oldest first."""
         store = self._stores[seq]
@@ -221,4 +317,4 @@ class RaggedKVCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns seen, padding included, by which transformers slices what it feeds next."""
-        return max(self.columns, *self.seq_lengths)
+        return max(self.fed.count, *self.seq_lengths)

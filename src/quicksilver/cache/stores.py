@@ -39,6 +39,10 @@ class EntryStore(ABC):
         """Forget the last key and value of each of these layers."""
 
     @abstractmethod
+    def _keep(self, counts: list[int], length: int) -> None:
+        """Forget all but the first keys and values of each layer, those of positions below `length`."""
+
+    @abstractmethod
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [n, num_kv_heads, head_dim] of a layer."""
 
@@ -94,6 +98,35 @@ class EntryStore(ABC):
             self._positions[layer_idx].length -= 1
             if layer_idx in self._masses:
                 self._masses[layer_idx].length -= 1
+
+    def truncate(self, length: int) -> None:
+        """Forget the entries of all layers at positions from `length` on."""
+        counts = self._counts_below(length)
+        self._keep(counts, length)
+        for layer_idx, count in enumerate(counts):
+            self._positions[layer_idx].length = count
+            if layer_idx in self._masses:
+                self._masses[layer_idx].length = count
+
+    def splits_group(self, length: int) -> bool:
+        """Whether an entry stands for tokens on both sides of position `length`, or may do so.
+
+        Fused tokens are neighbours among those that ran on, and their entry is at the last one's position. Whether a
+        token before it that has no entry belongs to it or has halted, the entries do not say.
+        """
+        counts = self._counts_below(length)
+        for layer_idx, masses in self._masses.items():
+            count, positions = counts[layer_idx], self.positions(layer_idx)
+            if count < len(positions) and int(masses.rows[count]) > 1:
+                last_kept = int(positions[count - 1]) if count else -1
+                if last_kept < length - 1:
+                    return True
+        return False
+
+    def _counts_below(self, length: int) -> list[int]:
+        """Return how many entries each layer has at positions below `length`; positions ascend."""
+        counts = [(self.positions(layer_idx) < length).sum() for layer_idx in range(len(self._positions))]
+        return torch.stack(counts).tolist()
 
     def positions(self, layer_idx: int) -> Tensor:
         """Return the positions of a layer's entries, [n]."""
@@ -153,6 +186,11 @@ class OwnedEntries(EntryStore):
             self._keys[layer_idx].length -= 1
             self._values[layer_idx].length -= 1
 
+    def _keep(self, counts: list[int], length: int) -> None:
+        for buffers in (self._keys, self._values):
+            for buffer, count in zip(buffers, counts, strict=True):
+                buffer.length = count
+
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, views where they are kept as they are."""
         return self._keys[layer_idx].rows, self._values[layer_idx].rows
@@ -200,6 +238,14 @@ class SharedEntries(EntryStore):
             self._free = torch.cat((self._free, slots.unique()))
         for layer_idx in layers:
             self._slots[layer_idx].length -= 1
+
+    def _keep(self, counts: list[int], length: int) -> None:
+        """Free the slots of all entries that go: every slot that a position has had is listed in some layer."""
+        gone = [slots.rows[count:] for slots, count in zip(self._slots, counts, strict=True)]
+        self._free = torch.cat((self._free, torch.cat(gone).unique()))
+        for slots, count in zip(self._slots, counts, strict=True):
+            slots.length = count
+        self._newest.length = min(self._newest.length, length)
 
     @property
     def used_nbytes(self) -> int:

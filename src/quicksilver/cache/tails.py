@@ -5,6 +5,7 @@ A tail says what was decided; deciding, and what a changed mind costs, is the ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -64,6 +65,14 @@ class FusionTails:
         """Drop a sequence's rows: a pass in which it did not fuse has gone by, and nothing is adjacent any more."""
         for stacks in self._stacks.values():
             stacks[seq] = ()
+
+    def has(self, seq: int) -> bool:
+        """Whether a sequence has rows that what comes next may join."""
+        return any(stacks[seq] for stacks in self._stacks.values())
+
+    def take(self, seqs: Sequence[int]) -> None:
+        """Let the sequences be those of these indices from now on."""
+        self._stacks = {layer_idx: [stacks[seq] for seq in seqs] for layer_idx, stacks in self._stacks.items()}
 
     def depth(self, layer_idx: int) -> int:
         """Return how many rows a fusion layer's stacks hold at most."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model
-from quicksilver.errors import InputError
+from quicksilver.errors import InputError, QuickSilverError
 
 _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
 
@@ -55,6 +55,7 @@ def command(
         raise InputError("the prompt is not UTF-8 text")
     loaded, tokenizer = open_model(model, plan, dtype, device, threads, kernels)
     check_kernels(kernels, model, loaded)
+    _check_folder_settings(loaded.generation_config, model)
     encoded = tokenizer(text, return_tensors="pt")
     room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
     if encoded.input_ids.shape[1] == 0:
@@ -65,9 +66,8 @@ def command(
     if max_new_tokens > room:
         print(f"quicksilver: note: only {room} tokens fit the model's context", file=sys.stderr)
         max_new_tokens = room
-    seconds = _generate(loaded, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
+    generated, seconds = _generate(loaded, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
     if stats:
-        generated = loaded.stats.tokens - encoded.input_ids.shape[1] + 1
         print(f"\n{loaded.stats.summary()}", file=sys.stderr)
         print(
             f"time            {seconds:.2f} s, {generated / seconds:.1f} new tokens/s, prefill included",
@@ -82,6 +82,16 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
         raise InputError(f"--top-p {top_p} must be above 0 and at most 1")
     if temperature == 0.0 and (top_k is not None or top_p is not None):
         raise InputError("--top-k and --top-p need --temperature above 0")
+
+
+def _check_folder_settings(config: Any, model: str) -> None:
+    """Refuse what a model's generation settings ask for and one streamed continuation is not."""
+    asked = config.num_return_sequences
+    if asked is not None and asked != 1:
+        raise InputError(
+            f"{model}: generation_config.json asks for num_return_sequences={asked}, and this command writes one"
+            " continuation; take the setting out of the file, or generate from Python"
+        )
 
 
 def _read_stdin() -> str:
@@ -100,12 +110,14 @@ def _generate(
     top_k: int | None,
     top_p: float | None,
     seed: int,
-) -> float:
-    """Stream the continuation to stdout; return the seconds it took."""
+) -> tuple[int, float]:
+    """Stream the continuation to stdout; return how many tokens it has, and the seconds it took."""
     import time
 
     import torch
     from transformers import TextStreamer
+
+    from quicksilver.runtime.loading import first_line
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0.0:
@@ -113,12 +125,19 @@ def _generate(
     torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     begin = time.perf_counter()
-    model.generate(
-        input_ids=encoded.input_ids.to(model.device),
-        attention_mask=encoded.attention_mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
-    return time.perf_counter() - begin
+    try:
+        output = model.generate(
+            input_ids=encoded.input_ids.to(model.device),
+            attention_mask=encoded.attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            tokenizer=tokenizer,  # which stop strings need
+            return_dict_in_generate=False,
+            **sampling,
+        )
+    except QuickSilverError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # transformers' refusals of the folder's settings
+        raise InputError(f"cannot generate with the model's generation settings: {first_line(error)}") from None
+    return output.shape[1] - encoded.input_ids.shape[1], time.perf_counter() - begin

@@ -254,15 +254,19 @@ class Decoder:
         trace.head_rows += hidden.shape[0]
         return self.adapter.logits(hidden)
 
-    def _check_inputs(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache) -> None:
-        if len(lengths) != cache.batch_size:
-            raise InputError(f"{len(lengths)} sequences were given to a cache of {cache.batch_size}")
+    def check_cache(self, cache: RaggedKVCache, batch_size: int) -> None:
+        """Raise InputError where a cache cannot be continued under this plan by so many sequences."""
+        if batch_size != cache.batch_size:
+            raise InputError(f"{batch_size} sequences were given to a cache of {cache.batch_size}")
         if cache.owner != self._owner:
             raise InputError(
                 f"the cache was written by another model or under another plan than {self.plan.name!r}; start a new one"
             )
         if cache.in_pass:
             raise InputError("an earlier pass over this cache failed and left it incomplete; start a new one")
+
+    def _check_inputs(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache) -> None:
+        self.check_cache(cache, len(lengths))
         for seen, length in zip(cache.seq_lengths, lengths, strict=True):
             if seen + length > self.spec.max_positions:
                 raise InputError(

@@ -23,8 +23,9 @@ from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
+from quicksilver.runtime.continuation import rejoin
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.grids import grid_logits, real_tokens, shifted_loss
+from quicksilver.runtime.grids import check_positions, grid_logits, real_tokens, shifted_loss, split_mask
 from quicksilver.runtime.sampling import Ending, TokenChoice, extend
 from quicksilver.runtime.stats import RunStats
 
@@ -154,14 +155,15 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         trace: Trace | None = None,
         prompt: bool | None = None,
         cache: RaggedKVCache | None = None,
-        **unsupported: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model on a grid of tokens.
 
         Args:
             input_ids: [B, T] token ids.
             attention_mask: [B, P + T] or [B, T], 0 where a token is padding; padding is not computed, and
-                positions count real tokens from 0. P is what the cache has seen.
+                positions count real tokens from 0. P is what the cache has seen. Cached tokens at a row's end that it
+                no longer shows are taken back.
             past_key_values: a cache this model returned, extended in place.
             labels: [B, T] targets, -100 where none; the loss is the mean over targets, shifted by one.
             use_cache: return a cache (default: the configuration's).
@@ -171,27 +173,36 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             prompt: the tokens belong to a prompt, so that a plan may fuse them (default: where only the last of
                 several columns' logits are asked for).
             cache: another name of `past_key_values`.
-            **unsupported: transformers' other arguments; anything but None or False is refused.
+            **others: transformers' other arguments; anything but None or False is refused, but for `position_ids`
+                ([B, T] or [1, T]) that are what mask and cache imply. Were they named here, `generate` would make some.
 
         Returns:
             Logits [B, K, vocab] (zeros at padding), the loss where labels are given, and the cache.
 
         Raises:
-            InputError: token ids out of range, no real token, a context longer than the model's, or two caches.
+            InputError: token ids out of range, no real token, a context longer than the model's, two caches, or a mask
+                that hides other cached tokens than the last.
             UnsupportedFeatureError: an argument this runtime does not implement.
         """
-        input_ids = self._check_call(input_ids, unsupported, prompt, labels)
+        position_ids = others.pop("position_ids", None)
+        input_ids = self._check_call(input_ids, others, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
-        grid = real_tokens(input_ids.to(self.device), attention_mask, cache.columns)
+        input_ids = input_ids.to(self.device)
+        seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
+        if seen is not None:
+            cache.follow_mask(seen.to(self.device))
+        grid = real_tokens(input_ids, None if real is None else real.to(self.device))
+        if position_ids is not None:
+            check_positions(position_ids, grid, cache.seq_lengths)
         if prompt is None:
             prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
         if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
             hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
             hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
-        cache.columns += grid.columns
+        cache.fed.append(input_ids.clone(), None if grid.places is None else real)
         keep = 0 if labels is not None else logits_to_keep
         logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, grid)
@@ -226,7 +237,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
             InputError: prompts that are empty or padded on the right, more new tokens than the model's context holds,
-                or two caches.
+                two caches, or a cache that is not the beginning of the prompt.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
@@ -247,6 +258,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         logits_to_keep: int | None = None,
         use_cache: bool | None = None,
         is_first_iteration: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Select what `forward` needs of generation's state; called by transformers."""
@@ -263,6 +275,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             "use_cache": use_cache,
             # Without a cache every step feeds the prompt again, and must find it as it was.
             "prompt": bool(is_first_iteration) and cached,
+            "position_ids": None if position_ids is None else position_ids[..., -input_ids.shape[1] :],
             **kwargs,  # the cache among them
         }
 
@@ -323,6 +336,11 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         Without a cache, where a record of every step is asked for, and where `forward` is watched or replaced, all is
         transformers'. The plan is that of the call's beginning.
         """
+        if (cache := model_kwargs.get(_CACHE)) is not None:
+            self._decoder.check_cache(self._check_cache(cache, len(input_ids)), len(input_ids))
+            mask = model_kwargs.get("attention_mask")
+            columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            rejoin(cache, input_ids, mask, columns or input_ids.shape[1])
         recorded = synced_gpus or generation_config.return_dict_in_generate
         if recorded or not model_kwargs["use_cache"] or self._is_watched:
             return super()._sample(
@@ -333,7 +351,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
         def step(tokens: Tensor) -> Tensor:
             hidden = decoder.run(tokens.to(self.device), lengths, cache, trace)
-            cache.columns += 1
+            cache.fed.append(tokens[:, None], None)
             return decoder.logits(hidden, trace)
 
         padding = generation_config._pad_token_tensor

@@ -5,14 +5,14 @@ Which tokens run, and how, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quicksilver.errors import InputError
+from quicksilver.errors import InputError, UnsupportedFeatureError
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,56 @@ class Grid:
         return self.shape[1]
 
 
-def real_tokens(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Grid:
-    """Take the real tokens out of a padded grid [B, T] that follows `seen` columns.
+def split_mask(attention_mask: Tensor | None, shape: tuple[int, int], seen: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
 
     Raises:
         InputError: a mask that is neither [B, T] nor [B, seen + T].
     """
-    batch, columns = input_ids.shape
     if attention_mask is None:
-        return Grid(input_ids.reshape(-1), [columns] * batch, (batch, columns), None)
-    if tuple(attention_mask.shape) not in ((batch, columns), (batch, seen + columns)):
+        return None, None
+    batch, columns = shape
+    if tuple(attention_mask.shape) not in (shape, (batch, seen + columns)):
+        before = f" after {seen} columns in the cache" if seen else ""
         raise InputError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}"
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit input_ids {shape}{before}"
         )
-    real = attention_mask[:, -columns:].to(input_ids.device) != 0
+    visible = attention_mask != 0
+    before = visible[:, :seen] if seen and visible.shape[1] > columns else None
+    return before, visible[:, visible.shape[1] - columns :]
+
+
+def real_tokens(input_ids: Tensor, real: Tensor | None) -> Grid:
+    """Take the real tokens, where `real` [B, T] is True, out of a padded grid [B, T]; None is for all of them."""
+    batch, columns = input_ids.shape
+    if real is None:
+        return Grid(input_ids.reshape(-1), [columns] * batch, (batch, columns), None)
     lengths = real.sum(1).tolist()
     if sum(lengths) == batch * columns:
         return Grid(input_ids.reshape(-1), lengths, (batch, columns), None)
     places = real.flatten().nonzero().squeeze(-1)
     return Grid(input_ids.reshape(-1)[places], lengths, (batch, columns), places)
+
+
+def check_positions(position_ids: Tensor, grid: Grid, seen: Sequence[int]) -> None:
+    """Raise UnsupportedFeatureError where tokens are given other positions than they have.
+
+    Args:
+        position_ids: [B, T] or [1, T]; what they say of padding does not matter.
+        grid: the tokens.
+        seen: tokens before each row's.
+    """
+    batch, columns = grid.shape
+    if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
+        raise InputError(f"position_ids of shape {tuple(position_ids.shape)} do not fit input_ids {grid.shape}")
+    given = position_ids.expand(batch, columns).reshape(-1)
+    given = given if grid.places is None else given[grid.places.to(given.device)]
+    own = [first + i for first, length in zip(seen, grid.lengths, strict=True) for i in range(length)]
+    if given.tolist() != own:
+        raise UnsupportedFeatureError(
+            "position_ids other than those that attention_mask and cache imply are not supported: a row's tokens are"
+            f" at {own[0]} and on, padding not counted"
+        )
 
 
 def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -66,16 +97,20 @@ def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[
         grid: where they stand.
         keep: number of last columns to keep (0: all), or their indices [K].
         head: [M, d] to [M, vocab].
+
+    Raises:
+        InputError: indices of columns that there are not.
     """
     batch, columns = grid.shape
     if columns == 1 and grid.places is None and isinstance(keep, int):
         return head(hidden).view(batch, 1, -1)
     kept = torch.arange(columns, device=hidden.device)
-    kept = kept[-keep:] if isinstance(keep, int) else kept[keep.to(kept.device)]
+    kept = kept[-keep:] if isinstance(keep, int) else _chosen(kept, keep)
     if grid.places is None:
         rows = kept + columns * torch.arange(batch, device=hidden.device)[:, None]  # [B, K]
-        chosen = hidden if len(kept) == columns else hidden[rows.flatten()]
-        return head(chosen).view(batch, len(kept), -1)
+        in_order = isinstance(keep, int) and len(kept) == columns
+        logits = head(hidden if in_order else hidden[rows.flatten()])
+        return logits.view(batch, len(kept), logits.shape[-1])
     row_of = torch.full((batch * columns,), -1, device=hidden.device)
     row_of[grid.places] = torch.arange(hidden.shape[0], device=hidden.device)
     rows = row_of.view(batch, columns)[:, kept].flatten()  # [B * K], -1 at padding
@@ -83,7 +118,15 @@ def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[
     logits = head(hidden[rows[real]])
     padded = logits.new_zeros((rows.shape[0], logits.shape[-1]))
     padded[real] = logits
-    return padded.view(batch, len(kept), -1)
+    return padded.view(batch, len(kept), padded.shape[-1])
+
+
+def _chosen(columns: Tensor, indices: Tensor) -> Tensor:
+    """Return the columns of indices [K], which may count from the end, or of a mask."""
+    try:
+        return columns[indices.to(columns.device)].reshape(-1)
+    except IndexError as error:
+        raise InputError(f"logits_to_keep does not choose among {len(columns)} columns: {error}") from None
 
 
 def shifted_loss(logits: Tensor, labels: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,108 @@
+"""The padded grids that a cache was fed: which token stood in which column of which row, and which were padding.
+
+A grid's columns are what callers count in; the entries that they led to are `stores.py`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quicksilver.errors import InputError
+
+
+class FedColumns:
+    """Columns fed so far, of a batch of rows."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._token_ids: list[Tensor] = []  # [B, T] each; joined when they are asked for, not at every token
+        self._real: Tensor | None = None  # [B, k] of the first k columns; those after them are all real
+
+    @property
+    def count(self) -> int:
+        """Columns fed, P."""
+        return self._count
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[B, P] tokens, whatever they were at padding."""
+        self._token_ids = [torch.cat(self._token_ids, dim=1)]
+        return self._token_ids[0]
+
+    @property
+    def real(self) -> Tensor | None:
+        """[B, P] bool, False at padding and at tokens taken back; None where all are real."""
+        if self._real is not None and self._real.shape[1] < self._count:
+            self._real = torch.nn.functional.pad(self._real, (0, self._count - self._real.shape[1]), value=True)
+        return self._real
+
+    def append(self, token_ids: Tensor, real: Tensor | None) -> None:
+        """Add columns.
+
+        Args:
+            token_ids: [B, T]; kept, so nobody may write to them any more.
+            real: [B, T] bool, or None where no token is padding.
+        """
+        before = self.real
+        self._count += token_ids.shape[1]
+        self._token_ids.append(token_ids)
+        if real is not None:
+            shape = (token_ids.shape[0], self._count - token_ids.shape[1])
+            before = real.new_ones(shape) if before is None else before
+            self._real = torch.cat((before, real), dim=1)
+
+    def crop(self, count: int) -> None:
+        """Forget all but the first `count` columns."""
+        real = self.real
+        self._token_ids = [self.token_ids[:, :count]]
+        self._real = None if real is None else real[:, :count]
+        self._count = count
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Let the rows be those of indices [R] from now on."""
+        real = self.real
+        if self._count:
+            self._token_ids = [self.token_ids[rows]]
+        self._real = None if real is None else real[rows]
+
+    def lengths(self) -> list[int] | None:
+        """Return the real tokens of each row; None where all are real."""
+        return None if self.real is None else self.real.sum(1).tolist()
+
+    def hide_last(self, row: int, count: int) -> None:
+        """Count the last `count` real tokens of a row as padding."""
+        real = self.real
+        if real is None:
+            real = torch.ones_like(self.token_ids, dtype=torch.bool)
+        self._real = real = real.clone()
+        real[row, real[row].nonzero()[-count:, 0]] = False
+
+    def kept_by(self, visible: Tensor) -> list[int] | None:
+        """Return how many tokens a mask leaves of each row, from the first on; None where it leaves all.
+
+        Args:
+            visible: [B, P] bool.
+
+        Raises:
+            InputError: a row in which the mask hides a token and shows a later one, or shows what was padding.
+        """
+        real = self.real
+        if bool(visible.all()) if real is None else torch.equal(visible, real):
+            return None
+        real = torch.ones_like(visible) if real is None else real
+        _refuse(visible & ~real, "shows column {column} of row {row}, which was padding, or has been taken back")
+        gone = (real & ~visible).cumsum(1) > 0
+        _refuse(
+            visible & gone,
+            "hides cached tokens of row {row} and shows column {column} after them; tokens can be taken back from the"
+            " end alone: feed what is to be seen to a new cache",
+        )
+        return visible.sum(1).tolist()
+
+
+def _refuse(wrong: Tensor, problem: str) -> None:
+    """Raise InputError naming the first place, if any, of [B, P] bool."""
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(f"attention_mask {problem.format(row=row, column=column)}")
