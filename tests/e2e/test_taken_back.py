@@ -135,6 +135,8 @@ def test_a_cache_that_is_no_beginning_of_the_prompt_is_refused(model: Any) -> No
     for ids, problem in ((PROMPT[:, :5], "holds 9 columns and the prompt 5"), (other, "differ at column 4")):
         with pytest.raises(InputError, match=problem):
             model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(InputError, match="use_cache=False"):
+        model.generate(PROMPT, past_key_values=cache, use_cache=False, max_new_tokens=2)
     whole = torch.cat((PROMPT, PROMPT), 1)  # what was refused has left the cache as it was
     expected = model.generate(whole, **FREE, max_new_tokens=3)
     assert torch.equal(model.generate(whole, **FREE, max_new_tokens=3, past_key_values=cache), expected)

@@ -44,13 +44,13 @@ class FedColumns:
             token_ids: [B, T]; kept, so nobody may write to them any more.
             real: [B, T] bool, or None where no token is padding.
         """
-        before = self.real
+        if real is not None:
+            before = self.real
+            if before is None:
+                before = real.new_ones((real.shape[0], self._count))
+            self._real = torch.cat((before, real), dim=1)
         self._count += token_ids.shape[1]
         self._token_ids.append(token_ids)
-        if real is not None:
-            shape = (token_ids.shape[0], self._count - token_ids.shape[1])
-            before = real.new_ones(shape) if before is None else before
-            self._real = torch.cat((before, real), dim=1)
 
     def crop(self, count: int) -> None:
         """Forget all but the first `count` columns."""

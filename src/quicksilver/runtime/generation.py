@@ -316,7 +316,10 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         fed = max_cache_length - padding
         if fed > limit:
             raise InputError(f"prompt and new tokens, {fed} to feed, are longer than the model's context of {limit}")
-        if model_kwargs.get(_CACHE) is not None or generation_config.use_cache is False:
+        given = model_kwargs.get(_CACHE) is not None
+        if given and generation_config.use_cache is False:
+            raise InputError("a cache was given, and use_cache=False says not to use one; leave out one of them")
+        if given or generation_config.use_cache is False:
             return
         sequences = batch_size * (generation_config.num_return_sequences or 1)
         model_kwargs[_CACHE] = self._decoder.new_cache(sequences)
