@@ -66,10 +66,6 @@ class FedColumns:
             self._token_ids = [self.token_ids[rows]]
         self._real = None if real is None else real[rows]
 
-    def lengths(self) -> list[int] | None:
-        """Return the real tokens of each row; None where all are real."""
-        return None if self.real is None else self.real.sum(1).tolist()
-
     def hide_last(self, row: int, count: int) -> None:
         """Count the last `count` real tokens of a row as padding."""
         real = self.real
