@@ -38,3 +38,7 @@ class KernelsUnavailableError(QuickSilverError, RuntimeError):
 
 class KernelsMissingWarning(UserWarning):
     """Nested weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""
+
+
+class ByteOrderMarkWarning(UserWarning):
+    """A text begins with a byte order mark, which is no part of it and was left out."""

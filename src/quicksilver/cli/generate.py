@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model
+from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model, own_lines
 from quicksilver.errors import InputError
 
 _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
@@ -85,10 +85,10 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
 
 
 def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt on stdin is not UTF-8 text (byte {error.start})") from None
+    from quicksilver.measure.texts import decode
+
+    with own_lines():
+        return decode(sys.stdin.buffer.read(), "the prompt on stdin")
 
 
 def _generate(
