@@ -103,9 +103,9 @@ def open_model(
     if threads is not None:
         torch.set_num_threads(threads)
     with own_lines():
-        loaded = load(model, plan, dtype, device, kernels=kernels)
+        loaded, tokenizer = load(model, plan, dtype, device, kernels=kernels), load_tokenizer(model)
     warn_fitted_elsewhere(loaded.plan, loaded)
-    return loaded, load_tokenizer(model)
+    return loaded, tokenizer
 
 
 def check_kernels(kernels: str, model: str, *runs: Any) -> None:
@@ -129,9 +129,14 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
 @contextmanager
 def own_lines() -> Iterator[None]:
     """Say on lines of our own, on stderr, what the library warns of as it reads; others' warnings pass through."""
-    from quicksilver.errors import ByteOrderMarkWarning, FittedElsewhereWarning, KernelsMissingWarning
+    from quicksilver.errors import (
+        ByteOrderMarkWarning,
+        FittedElsewhereWarning,
+        KernelsMissingWarning,
+        WeightFilesWarning,
+    )
 
-    notes = (ByteOrderMarkWarning, KernelsMissingWarning)
+    notes = (ByteOrderMarkWarning, KernelsMissingWarning, WeightFilesWarning)
     with warnings.catch_warnings(record=True) as caught:
         for category in notes:
             warnings.simplefilter("always", category)

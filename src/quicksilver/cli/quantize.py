@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import calibration_windows, progress, quiet_transformers, read_texts
+from quicksilver.cli.common import calibration_windows, own_lines, progress, quiet_transformers, read_texts
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -78,7 +78,8 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)
-    loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
+    with own_lines():
+        loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
     hessians = (
         None
