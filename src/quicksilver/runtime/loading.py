@@ -26,11 +26,11 @@ from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.plain import read_plain
 from quicksilver.runtime.presets import resolve_plan
+from quicksilver.runtime.tokenizers import read_tokenizer
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
 _READ_SUFFIXES = (".json", ".safetensors", ".model")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def accelerate(
@@ -154,27 +154,12 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     source = resolve_model(path_or_id)
-    return _read_tokenizer(source, _local_only(source))
-
-
-def _read_tokenizer(source: str, local: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"
-    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(absent)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-    except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
-        raise ModelError(f"{source}: cannot load the tokenizer: {first_line(error)}") from None
-    if not tokenizer("a").input_ids:  # what transformers makes of too few tokenizer files
-        raise ModelError(absent)
-    return tokenizer
+    return read_tokenizer(source, _local_only(source))
 
 
 def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
     try:
-        return _read_tokenizer(source, local).all_special_ids
+        return read_tokenizer(source, local).all_special_ids
     except ModelError:
         return []
 
