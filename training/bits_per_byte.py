@@ -70,11 +70,11 @@ def score_tokens(model: torch.nn.Module, tokens: list[int], context: int, stride
 
 def score_text(model, tokenizer, text: str, context: int, stride: int, max_tokens: int = 0) -> Score:
     """Score one document, led in by the end-of-text token so that its first token counts too."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(text.encode())
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids, count = encoded["input_ids"], len(text.encode())
     if max_tokens and len(ids) > max_tokens:
         ids = ids[:max_tokens]
-        count = len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
+        count = len(text[: encoded["offset_mapping"][max_tokens - 1][1]].encode())
     nats = score_tokens(model, [tokenizer.eos_token_id, *ids], context, stride)
     return Score(nats, len(ids), count)
 
@@ -85,7 +85,7 @@ def read_scored_documents(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     try:
-        return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+        return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: each line must be a JSON object with a `text` field") from error
 

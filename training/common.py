@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_BLANK_LINES = re.compile(r"(?>\r\n|\r|\n){2,}")  # a CRLF is one line end, never two
 
 
 class InputError(Exception):
@@ -36,7 +39,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
 
 def read_text(path: Path) -> str:
-    """Return the UTF-8 text of a plain or `.xz` file.
+    """Return the UTF-8 text of a plain or `.xz` file, line ends as they are, without a byte order mark before it.
 
     Raises:
         InputError: the file is missing, empty, damaged or not UTF-8.
@@ -45,10 +48,13 @@ def read_text(path: Path) -> str:
         raise InputError(f"no such text file: {path}")
     opener = lzma.open if path.suffix == ".xz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            text = handle.read()
+        with opener(path, "rb") as handle:
+            text = handle.read().decode("utf-8")
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    if text.startswith("\ufeff"):
+        say(f"{path}: the byte order mark it begins with is left out")
+        text = text[1:]
     if not text.strip():
         raise InputError(f"{path} holds no text")
     return text
@@ -56,7 +62,7 @@ def read_text(path: Path) -> str:
 
 def split_documents(text: str) -> list[str]:
     """Split text at blank lines into documents, dropping empty ones."""
-    return [part for part in (piece.strip("\n") for piece in text.split("\n\n")) if part.strip()]
+    return [part for part in (piece.strip("\r\n") for piece in _BLANK_LINES.split(text)) if part.strip()]
 
 
 def read_documents(paths: list[Path], whole_files: bool = False) -> Iterator[str]:

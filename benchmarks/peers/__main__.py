@@ -22,6 +22,7 @@ from benchmarks.peers.measuring import Settings, measure, measure_memory, say
 from benchmarks.peers.remote import WorkerError
 from benchmarks.peers.subjects import SHAPES, Subject
 from quicksilver.errors import QuickSilverError
+from quicksilver.measure.texts import read_text
 
 _RESULTS = Path(__file__).parent.parent / "results" / "peers.jsonl"
 _ROUNDS, _QUICK_ROUNDS = 9, 3
@@ -77,9 +78,9 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     settings = Settings(rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS), quick=quick, **sizes)
-    words = None if text is None else text.read_text(encoding="utf-8")
     runs = []
     with ExitStack() as stack, _explained():
+        words = None if text is None else read_text(text).texts[0]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
         subjects = [Subject.of(name, folder, quick) for name in _listed(shapes)]
         for measured in _compare(subjects, _listed(engines), settings, words, memory):

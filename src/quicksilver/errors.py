@@ -38,3 +38,16 @@ class KernelsUnavailableError(QuickSilverError, RuntimeError):
 
 class KernelsMissingWarning(UserWarning):
     """Nested weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""
+
+
+class ByteOrderMarkWarning(UserWarning):
+    """A text begins with a byte order mark, which is no part of it and was left out."""
+
+
+class WeightFilesWarning(UserWarning):
+    """Weight files hold what the configuration has no place for: tensors, or a head of its own where it is tied."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, or its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

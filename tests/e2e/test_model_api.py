@@ -246,6 +246,36 @@ def test_the_plan_may_be_changed(model: Any) -> None:
     assert torch.equal(model(PROMPT).logits, dense)
 
 
+def test_the_plan_may_be_changed_by_name_or_file(model: Any, tmp_path: Path) -> None:
+    HALTING.save(tmp_path / "saved.json")
+    model.plan = tmp_path / "saved.json"
+    assert model.plan == HALTING
+    model.plan = "settled"
+    assert model.plan == Plan.preset("settled")
+    with pytest.raises(PlanError, match="neither a preset"):
+        model.plan = "nonesuch"
+    with pytest.raises(PlanError, match="not int"):
+        model.plan = 3
+    assert model.plan == Plan.preset("settled")
+
+
+def test_widths_on_plain_weights_say_the_python_call(tiny_model_dir: Callable[[str], Path]) -> None:
+    folder, plain = tiny_model_dir("llama"), tiny.model("llama")
+    model = quicksilver.accelerate(plain)
+    way = r"quicksilver\.load\(FOLDER, plan=\.\.\.\) nests them in memory"
+    with pytest.raises(PlanError, match=way):
+        quicksilver.accelerate(plain, "uniform-8bit")
+    with pytest.raises(PlanError, match=way):
+        model.plan = "uniform-8bit"
+    assert quicksilver.load(folder, plan="uniform-8bit").plan.name == "uniform-8bit"
+    for way_in in (
+        lambda: quicksilver.accelerate(plain, "channel-5bit"),
+        lambda: quicksilver.load(folder, "channel-5bit"),
+    ):
+        with pytest.raises(PlanError, match=r"plan fit MODEL PLAN -o FILE\.json` writes a plan file"):
+            way_in()
+
+
 def test_a_plan_that_does_not_fit_is_refused_and_the_old_one_stays(model: Any) -> None:
     misfit = Plan.from_dict({"version": 1, "halting": {"rule": {"type": "drift", "threshold": [1.0, 2.0]}}})
     with pytest.raises(PlanError, match="2 thresholds, the model has 4 layers"):

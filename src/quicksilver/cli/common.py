@@ -56,7 +56,7 @@ def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def read_texts(text: str | None, documents: str | None, dataset: str | None) -> list[Any]:
+def read_texts(text: str | None, documents: str | None = None, dataset: str | None = None) -> list[Any]:
     """Return the corpora that `text_options` name, in their order.
 
     Raises:
@@ -65,7 +65,8 @@ def read_texts(text: str | None, documents: str | None, dataset: str | None) -> 
     from quicksilver.measure.texts import read_dataset, read_documents, read_text
 
     given = ((read_text, text), (read_documents, documents), (read_dataset, dataset))
-    return [read(value) for read, value in given if value is not None]
+    with own_lines():
+        return [read(value) for read, value in given if value is not None]
 
 
 def window_protocol(
@@ -102,9 +103,9 @@ def open_model(
     if threads is not None:
         torch.set_num_threads(threads)
     with own_lines():
-        loaded = load(model, plan, dtype, device, kernels=kernels)
+        loaded, tokenizer = load(model, plan, dtype, device, kernels=kernels), load_tokenizer(model)
     warn_fitted_elsewhere(loaded.plan, loaded)
-    return loaded, load_tokenizer(model)
+    return loaded, tokenizer
 
 
 def check_kernels(kernels: str, model: str, *runs: Any) -> None:
@@ -127,15 +128,22 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
 
 @contextmanager
 def own_lines() -> Iterator[None]:
-    """Say on lines of our own, on stderr, what the library warns of as a model is made ready; others' pass through."""
-    from quicksilver.errors import FittedElsewhereWarning, KernelsMissingWarning
+    """Say on lines of our own, on stderr, what the library warns of as it reads; others' warnings pass through."""
+    from quicksilver.errors import (
+        ByteOrderMarkWarning,
+        FittedElsewhereWarning,
+        KernelsMissingWarning,
+        WeightFilesWarning,
+    )
 
+    notes = (ByteOrderMarkWarning, KernelsMissingWarning, WeightFilesWarning)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", KernelsMissingWarning)
+        for category in notes:
+            warnings.simplefilter("always", category)
         warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
         yield
     for warning in caught:
-        if issubclass(warning.category, KernelsMissingWarning):
+        if issubclass(warning.category, notes):
             print(f"quicksilver: note: {warning.message}", file=sys.stderr)
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model
-from quicksilver.errors import InputError, QuickSilverError
+from quicksilver.cli.common import check_kernels, kernels_option, model_options, open_model, own_lines
+from quicksilver.errors import InputError, QuickSilverError, first_line
 
 _COLDEST = 1e-3  # below this a float32 softmax over logits / temperature is greedy or overflows
 
@@ -95,10 +95,10 @@ def _check_folder_settings(config: Any, model: str) -> None:
 
 
 def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt on stdin is not UTF-8 text (byte {error.start})") from None
+    from quicksilver.measure.texts import decode
+
+    with own_lines():
+        return decode(sys.stdin.buffer.read(), "the prompt on stdin")
 
 
 def _generate(
@@ -116,8 +116,6 @@ def _generate(
 
     import torch
     from transformers import TextStreamer
-
-    from quicksilver.runtime.loading import first_line
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0.0:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import calibration_windows, progress, quiet_transformers
+from quicksilver.cli.common import calibration_windows, own_lines, progress, quiet_transformers, read_texts
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -66,7 +66,6 @@ def command(
     """
     import torch
 
-    from quicksilver.measure.texts import read_text
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
@@ -74,12 +73,13 @@ def command(
 
     method = _method(method, calibration, calibration_tokens)
     check_target(output)
-    corpus = None if calibration is None else read_text(calibration)
+    corpus = None if calibration is None else read_texts(calibration)[0]
     quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)
-    loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
+    with own_lines():
+        loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
     hessians = (
         None

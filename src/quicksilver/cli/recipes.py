@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from quicksilver.cli.common import calibration_windows, own_lines, progress, warn_fitted_elsewhere
+from quicksilver.cli.common import calibration_windows, own_lines, progress, read_texts, warn_fitted_elsewhere
 from quicksilver.errors import InputError
 
 CALIBRATION_HELP = "UTF-8 text that width thresholds are fitted to (default: text sampled from the model)."
@@ -20,13 +20,11 @@ def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
     Raises:
         InputError: it cannot be read, or no plan is a recipe.
     """
-    from quicksilver.measure.texts import read_text
-
     if path is None:
         return None
     if not any(plan.is_recipe for plan in plans):
         raise InputError(f"--calibration {path} is of no use: no --plan is a recipe, such as channel-5bit")
-    return read_text(path)
+    return read_texts(path)[0]
 
 
 def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: Any) -> tuple[Any, list[Any]]:

@@ -298,10 +298,16 @@ class Plan:
 
     @staticmethod
     def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:
-        if num_maps == 0:
-            raise PlanError("it chooses widths of nested weights, the model's are plain; `quicksilver quantize` it")
         if not precision.rule.is_fitted:
-            raise PlanError("its thresholds are still to be fitted to the model: `quicksilver plan fit`")
+            raise PlanError(
+                "its thresholds are still to be fitted to the model: the shell command `quicksilver plan fit MODEL PLAN"
+                " -o FILE.json` writes a plan file that has them, to be given instead"
+            )
+        if num_maps == 0:
+            raise PlanError(
+                "it chooses widths of nested weights, the model's are plain: quicksilver.load(FOLDER, plan=...) nests"
+                " them in memory, the shell command `quicksilver quantize FOLDER -o NESTED` once and for all"
+            )
         precision.rule.check_maps(num_layers, num_maps)
 
     def _body(self) -> dict[str, Any]:

@@ -42,5 +42,6 @@ class FittedTo:
             return None
         return (
             f"its thresholds were fitted to another model ({self.model}, {self.fingerprint}) than this one"
-            f" ({fingerprint}); they are absolute and mean something else here: fit it anew with `quicksilver plan fit`"
+            f" ({fingerprint}); they are absolute and mean something else here: fit it anew with the shell command"
+            " `quicksilver plan fit`"
         )

@@ -5,17 +5,26 @@ Cutting them into windows is `windows.py`'s.
 
 from __future__ import annotations
 
+import codecs
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quicksilver.errors import InputError
-from quicksilver.runtime.loading import first_line, hub_answers
+from quicksilver.errors import ByteOrderMarkWarning, InputError, first_line
+from quicksilver.runtime.loading import hub_answers
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
+_MARK = "\ufeff"
+_OTHER_MARKS = {  # UTF-32 first: its mark may begin with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,13 @@ class Corpus:
 
 
 def read_text(path: str | Path) -> Corpus:
-    """Read one long UTF-8 text.
+    """Read one long UTF-8 text, every character as it is in the file, line ends too.
 
     Raises:
         InputError: missing, not UTF-8, or empty.
+
+    Warns:
+        ByteOrderMarkWarning: it begins with a byte order mark, which is left out.
     """
     text = _read(path)
     if not text.strip():
@@ -46,10 +58,13 @@ def read_text(path: str | Path) -> Corpus:
 
 
 def read_documents(path: str | Path) -> Corpus:
-    """Read documents from JSON lines with a "text" field.
+    """Read documents from JSON lines with a "text" field; a line feed, and nothing else, ends a line.
 
     Raises:
         InputError: missing, not UTF-8, a malformed line, or no text at all.
+
+    Warns:
+        ByteOrderMarkWarning: the file begins with a byte order mark, which is left out.
     """
     texts = []
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -58,7 +73,8 @@ def read_documents(path: str | Path) -> Corpus:
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+            marked = ": a byte order mark stands before it" if line.startswith(_MARK) else ""
+            raise InputError(f'{path}, line {number}: not a JSON object with a "text" field{marked}') from None
         if not isinstance(text, str):
             raise InputError(f'{path}, line {number}: "text" is not a string')
         if not is_encodable(text):
@@ -101,6 +117,33 @@ def read_dataset(name: str) -> Corpus:
         ) from None
 
 
+def decode(data: bytes, source: str | Path) -> str:
+    """Return UTF-8 text, no character changed; a byte order mark before it is left out.
+
+    Args:
+        data: the text's bytes.
+        source: where they are from, for messages.
+
+    Raises:
+        InputError: it is not UTF-8.
+
+    Warns:
+        ByteOrderMarkWarning: there is such a mark.
+    """
+    other = next((mark for mark in _OTHER_MARKS if data.startswith(mark)), None)
+    if other is not None:
+        shown = other.hex(" ").upper()
+        raise InputError(f"{source}: {_OTHER_MARKS[other]} text, by its first bytes {shown}; convert it to UTF-8")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    if not text.startswith(_MARK):
+        return text
+    warnings.warn(f"{source}: the byte order mark it begins with is left out", ByteOrderMarkWarning, stacklevel=2)
+    return text.removeprefix(_MARK)
+
+
 def is_encodable(text: str) -> bool:
     """Return whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
     return not any("\ud800" <= symbol <= "\udfff" for symbol in text)
@@ -129,8 +172,7 @@ _DATASETS: dict[str, tuple[str, Callable[[str, str, Any], Corpus]]] = {
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return decode(data, path)

@@ -97,8 +97,8 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
     for text in corpus.texts:
         if left is not None and left < 2:
             break
-        ids, offsets = _tokenize(tokenizer, text)
-        ids = ids[:left]
+        all_ids, offsets = _tokenize(tokenizer, text)
+        ids = all_ids[:left]
         room = protocol.room
         if not corpus.separate and len(ids) < room:
             limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
@@ -110,7 +110,7 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
         if left is not None and (fresh or not protocol.prompt):  # a document no longer than the prompt costs nothing
             left -= len(ids)
         windows += fresh
-        scored_bytes += sum(_scored_bytes(text, len(ids), offsets, window) for window in fresh)
+        scored_bytes += sum(_scored_bytes(text, len(all_ids), offsets, window) for window in fresh)
     if not windows:
         raise InputError(f"{corpus.name}: no text long enough to score")
     return WindowedText(corpus.name, tuple(windows), scored_bytes)
@@ -153,9 +153,17 @@ def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int
 
 
 def _scored_bytes(text: str, num_tokens: int, offsets: list[tuple[int, int]] | None, window: Window) -> int:
-    """Return the UTF-8 bytes of the text behind a window's scored tokens; in proportion without offsets."""
-    if offsets is None:
-        return len(text.encode()) * window.num_scored // num_tokens
+    """Return the UTF-8 bytes of the text behind a window's scored tokens; in proportion without offsets.
+
+    Args:
+        text: all of it.
+        num_tokens: of all of it.
+        offsets: of each token, or None.
+        window: scores some of them.
+    """
     first, last = window.text_start, window.text_start + window.num_scored - 1
+    if offsets is None:
+        size = len(text.encode())
+        return size * (last + 1) // num_tokens - size * first // num_tokens  # so that windows add up to the whole
     start = offsets[first - 1][1] if first else 0  # a character cut by two tokens counts once
     return len(text[start : offsets[last][1]].encode())

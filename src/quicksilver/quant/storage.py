@@ -76,7 +76,7 @@ def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Te
             or dtype; the message names it.
     """
     tensors: dict[str, Tensor] = {}
-    shards = _shards(folder)
+    shards = list_shards(folder)
     for file, names in shards.items():
         tensors |= _read_shard(folder / file, names, expected)
     missing = [name for name in expected if name not in tensors]
@@ -85,8 +85,12 @@ def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Te
     return tensors
 
 
-def _shards(folder: Path) -> dict[str, set[str] | None]:
-    """Return the files to read, and the tensors that the index says each holds (None without an index)."""
+def list_shards(folder: Path) -> dict[str, set[str] | None]:
+    """Return the files to read, and the tensors that the index says each holds (None without an index).
+
+    Raises:
+        ModelError: there is neither a single file nor an index, or the index is damaged.
+    """
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
     path = folder / INDEX

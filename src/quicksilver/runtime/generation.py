@@ -5,6 +5,7 @@ Padded grids are turned into ragged rows and back by `grids.py`; what runs in be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,6 +27,7 @@ from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.continuation import rejoin
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.grids import check_positions, grid_logits, real_tokens, shifted_loss, split_mask
+from quicksilver.runtime.presets import resolve_plan
 from quicksilver.runtime.sampling import Ending, TokenChoice, extend
 from quicksilver.runtime.stats import RunStats
 
@@ -77,12 +79,12 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
 
     @property
     def plan(self) -> Plan:
-        """The plan in force; assign another `Plan` to change it."""
+        """The plan in force; assign another, a preset's name or a plan file to change it."""
         return self._decoder.plan
 
     @plan.setter
-    def plan(self, plan: Plan) -> None:
-        self._decoder = Decoder(self._adapter, plan, self._special_ids, self._backend)
+    def plan(self, plan: Plan | str | os.PathLike[str]) -> None:
+        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._backend)
 
     @property
     def decoder(self) -> Decoder:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quicksilver.core.plan import Plan
-from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError
+from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError, first_line
 from quicksilver.models import registry
 from quicksilver.models.fingerprint import fingerprint
 from quicksilver.models.nesting import nest
@@ -24,12 +24,13 @@ from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
+from quicksilver.runtime.plain import read_plain
 from quicksilver.runtime.presets import resolve_plan
+from quicksilver.runtime.tokenizers import read_tokenizer
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
 _READ_SUFFIXES = (".json", ".safetensors", ".model")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def accelerate(
@@ -103,6 +104,7 @@ def load(
     Warns:
         FittedElsewhereWarning: the plan says that it was fitted to another model.
         KernelsMissingWarning: the compiled kernels would have been used and cannot be.
+        WeightFilesWarning: the weight files hold something that the model has no place for.
     """
     resolved = resolve_plan(plan, path_or_id)  # before the slow part
     if native.check_choice(kernels) == "native":
@@ -127,13 +129,16 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
         ModelError: the model cannot be found or read, its weights are corrupt, missing or not finite, or they are
             nested already.
         UnsupportedModelError: the family or an option of it is not supported.
+
+    Warns:
+        WeightFilesWarning: the weight files hold something that the model has no place for.
     """
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = _local_only(source)
     config = _read_config(source, local)
     if is_nested(config):
         raise ModelError(f"{source}: the model's weights are nested already")
-    model = _read_plain(source, config, "auto", local)
+    model = read_plain(source, config, "auto", local)
     try:
         registry.adapt(model)
         check_finite(model)
@@ -149,27 +154,12 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     source = resolve_model(path_or_id)
-    return _read_tokenizer(source, _local_only(source))
-
-
-def _read_tokenizer(source: str, local: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"
-    if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelError(absent)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-    except Exception as error:  # the Rust tokenizers raise bare Exception on a corrupt file
-        raise ModelError(f"{source}: cannot load the tokenizer: {first_line(error)}") from None
-    if not tokenizer("a").input_ids:  # what transformers makes of too few tokenizer files
-        raise ModelError(absent)
-    return tokenizer
+    return read_tokenizer(source, _local_only(source))
 
 
 def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
     try:
-        return _read_tokenizer(source, local).all_special_ids
+        return read_tokenizer(source, local).all_special_ids
     except ModelError:
         return []
 
@@ -282,11 +272,6 @@ def check_finite(model: Any) -> None:
             raise ModelError(f"weight {name!r} holds NaN or infinite values")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first non-empty line of an error's message, or its type's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def hub_answers(kind: str, repo_id: str) -> str | None:
     """Ask the hub for a "model" or "dataset", once and with a short time limit.
 
@@ -326,10 +311,10 @@ def _local_only(source: str) -> bool:
 
 
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read configuration and safetensors weights, plain or nested; refuse anything unexpected."""
+    """Read configuration and safetensors weights, plain or nested."""
     config = _read_config(source, local)
     if not is_nested(config):
-        return _read_plain(source, config, dtype, local)
+        return read_plain(source, config, dtype, local)
     from quicksilver.runtime.nested import load_nested
 
     return load_nested(_folder(source, local), config, dtype)
@@ -363,28 +348,3 @@ def _folder(source: str, local: bool) -> str:
         return snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], local_files_only=local)
     except Exception as error:  # network, full disk, refused access
         raise ModelError(f"{source}: cannot download the weights: {first_line(error)}") from None
-
-
-def _read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if os.path.isdir(source) and not list(Path(source).glob("*.safetensors")):
-        raise ModelError(f"{source}: no .safetensors weights (other formats are not read)")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
-    except Exception as error:  # a configuration may ask for anything, and a file may hold anything
-        raise ModelError(f"{source}: cannot read the weights: {first_line(error)}") from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(str(name) for name in sorted(info[kind], key=str)[:3])
-            raise ModelError(f"{source}: the weight files do not fit the model; {kind.replace('_', ' ')}: {names}")
-    return model

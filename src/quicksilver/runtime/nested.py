@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quicksilver.errors import InputError, ModelError
+from quicksilver.errors import InputError, ModelError, first_line
 from quicksilver.models import nesting
 from quicksilver.quant import NestedWeight
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, read_tensors, write_tensors
-from quicksilver.runtime.loading import first_line
 
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -39,7 +39,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
     if isinstance(plan, str) and plan in {name.rpartition("/")[2] for name in calibrated}:
         raise PlanError(
             f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))}."
-            " Give one of these names if your folder holds that model; else `quicksilver calibrate` makes one for yours"
+            " Give one of these names if your folder holds that model; else the shell command `quicksilver calibrate`"
+            " writes a plan file for yours, to be given instead"
         )
     if not isinstance(plan, str) or plan.endswith(".json"):
         raise PlanError(f"{plan}: {'is not a plan file' if os.path.exists(plan) else 'there is no such file'}")

@@ -1,0 +1,117 @@
+"""Plain weights, read through transformers: what is missing is refused by name, what is not used is said.
+
+Nested weights are `nested.py`'s; which model to read, `loading.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quicksilver.errors import ModelError, WeightFilesWarning, first_line
+from quicksilver.models.nesting import is_tied
+from quicksilver.quant.storage import INDEX, list_shards
+
+_NAMED = 3  # of all names, where there are many
+_NO_WEIGHTS = re.compile(
+    r"\.attn\.masked_bias$"
+)  # a constant in old files of GPT-2; transformers leaves out the others
+
+
+def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
+    """Read a model's safetensors into transformers' model of its configuration.
+
+    Args:
+        source: a folder, or an id on the hub.
+        config: the model's configuration.
+        dtype: of the weights, or "auto".
+        local: whether the hub is not to be asked.
+
+    Raises:
+        ModelError: a file is missing or corrupt, or a tensor is missing or has another shape.
+
+    Warns:
+        WeightFilesWarning: a tensor has no place in the model, or a head has one where it should be tied.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if os.path.isdir(source):
+        _check_files(Path(source))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except NotImplementedError:  # transformers compares the two, and one was not read
+        raise ModelError(
+            f"{source}: lm_head.weight or the token embedding, which the configuration ties to one another"
+            " (tie_word_embeddings), is stored in another shape than the configuration says"
+        ) from None
+    except Exception as error:  # a configuration may ask for anything, and a file may hold anything
+        raise ModelError(f"{source}: cannot read the weights: {first_line(error)}") from None
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name))
+    _check_fit(source, sorted(info["missing_keys"]), info["mismatched_keys"], unexpected)
+    if unexpected:
+        _warn(f"{source}: the weight files hold tensors that the model has no place for, not used: {_some(unexpected)}")
+    if model.config.tie_word_embeddings and not is_tied(model):
+        _warn(
+            f"{source}: the configuration ties the head to the token embedding (tie_word_embeddings), but the weight"
+            " files hold another lm_head.weight; that is used, as in transformers"
+        )
+    return model
+
+
+def _check_files(folder: Path) -> None:
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no .safetensors weights (other formats are not read)")
+    for file in list_shards(folder):
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder / file}: this weight file is missing; {INDEX} names it")
+
+
+def _check_fit(source: str, missing: list[str], mismatched: Iterable[Any], unexpected: list[str]) -> None:
+    """Raise ModelError where a tensor is missing or has another shape; the names that are there may tell why."""
+    problems = []
+    if missing:
+        problems.append(f"missing keys: {_some(missing)}")
+    shapes = [f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in sorted(mismatched)]
+    if shapes:
+        problems.append(f"mismatched keys: {_some(shapes)}")
+    if not problems:
+        return
+    if unexpected:
+        problems.append(f"stored and not in the model: {_some(unexpected)}")
+    prefix = _prefix(missing, unexpected)
+    if prefix is not None:
+        problems.append(f"all of these begin with {prefix!r}: save them again without it")
+    raise ModelError(f"{source}: the weight files do not fit the model; {'; '.join(problems)}")
+
+
+def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
+    """Return what stands before every name that is stored, where names that are missing are the same without it."""
+    if not unexpected:
+        return None
+    prefixes = (unexpected[0].removesuffix(name) for name in missing if unexpected[0].endswith(f".{name}"))
+    return next((each for each in prefixes if all(name.startswith(each) for name in unexpected)), None)
+
+
+def _some(names: Collection[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, WeightFilesWarning, stacklevel=5)  # whoever called `load`
