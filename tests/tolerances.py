@@ -8,6 +8,9 @@ LOGITS = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 0.15}
 LOSS = 1e-5
 """Largest absolute difference of a mean loss, in nats."""
 
+LOGLIKELIHOOD = 1e-3
+"""Largest absolute difference of a request's loglikelihood between two ways of computing it, in nats."""
+
 LOSS_SHARE = 1e-5
 """Largest relative difference of a mean loss from the same one computed by hand, in float32."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 import subprocess
 import sys
 
@@ -22,6 +24,7 @@ def test_all_names_exist_and_are_all() -> None:
     [
         "import quicksilver",
         "import quicksilver.core.plan",
+        "import quicksilver.integrations",
         "import sys; sys.argv = ['quicksilver', 'plan', 'show', 'paper']\n"
         "from quicksilver.cli.main import cli; cli.main(['-h'], standalone_mode=False)",
     ],
@@ -31,3 +34,17 @@ def test_import_is_inert(code: str) -> None:
     if code == "import quicksilver":
         check += "\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
+
+
+def test_the_plug_in_names_the_package_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, "quicksilver.integrations.lm_eval", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'quicksilver-llm\[lm-eval\]'"):
+        importlib.import_module("quicksilver.integrations.lm_eval")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("quicksilver.integrations.lm_eval", run_name="__main__")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("quicksilver: error: lm-evaluation-harness cannot be imported")

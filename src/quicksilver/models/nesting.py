@@ -204,6 +204,9 @@ def _weight(model: Any, name: str, layout: Layout) -> Tensor:
 
 
 def _replace_all(model: Any, config: QuantizationConfig, encode: Encode, on_map: Callable[[], None] | None) -> None:
+    from quicksilver.quant.registration import register_method
+
+    register_method()  # the configuration will name it
     layout = layout_of(model)
     untied = config.head and is_tied(model)
     for name in nested_names(model, config):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quicksilver.cache import CacheShape
 from quicksilver.models.rotary import Rotation
 from quicksilver.ops.native import Kernels
-from quicksilver.quant import NestedLinear, NestedWeight
+from quicksilver.quant import NestedEmbedding, NestedLinear, NestedWeight
 from quicksilver.quant.planes import MAX_WIDTH
 
 Map = Callable[[Tensor], Tensor]
@@ -192,8 +192,14 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 def num_parameters(model: nn.Module) -> int:
     """Return the parameters of a model, nested weights included."""
+    return sum(p.numel() for p in model.parameters()) + num_nested(model)
+
+
+def num_nested(model: nn.Module, exclude_embeddings: bool = False) -> int:
+    """Return the nested weights of a model, those of its token embedding included unless it says otherwise."""
     nested = (m for m in model.modules() if isinstance(m, NestedWeight))
-    return sum(p.numel() for p in model.parameters()) + sum(m.num_inputs * m.num_outputs for m in nested)
+    counted = (m for m in nested if not (exclude_embeddings and isinstance(m, NestedEmbedding)))
+    return sum(m.num_inputs * m.num_outputs for m in counted)
 
 
 def nested_bytes(*modules: nn.Module) -> int:

@@ -21,7 +21,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError, UnsupportedFeatureError
 from quicksilver.models.registry import adapt
-from quicksilver.models.spec import Adapter
+from quicksilver.models.spec import Adapter, num_nested
 from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.continuation import rejoin
@@ -135,6 +135,24 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
     def is_remote_code(self) -> bool:
         """Whether the model's code came from a hub; never."""
         return False
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the wrapped model came from; empty where it was made from a configuration."""
+        return self.model.name_or_path
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, nested weights among them as transformers' own count leaves them out."""
+        plain = self.model.num_parameters(only_trainable, exclude_embeddings)
+        return plain + (0 if only_trainable else num_nested(self.model, exclude_embeddings))
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of parameters and of buffers, which nested weights are."""
+        return self.model.get_memory_footprint(return_buffers)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the wrapped model's weights as its configuration says; they are from the beginning."""
+        self.model.tie_weights(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the wrapped model's token embedding."""

@@ -25,6 +25,8 @@ from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, read_tensors, write_tensors
 
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
+_NO_FILE = "load-with-quicksilver.safetensors"
+"""Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -154,6 +156,7 @@ def _stored_config(model: Any) -> Any:
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.tie_word_embeddings = nesting.is_tied(model)
+    config.transformers_weights = _NO_FILE
     return config
 
 
