@@ -19,9 +19,8 @@ from quicksilver.models.nesting import is_tied
 from quicksilver.quant.storage import INDEX, list_shards
 
 _NAMED = 3  # of all names, where there are many
-_NO_WEIGHTS = re.compile(
-    r"\.attn\.masked_bias$"
-)  # a constant in old files of GPT-2; transformers leaves out the others
+_NO_WEIGHTS = re.compile(r"\.attn\.masked_bias$")
+"""A constant in old files of GPT-2; other constants transformers leaves out itself."""
 
 
 def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
@@ -60,7 +59,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
             " (tie_word_embeddings), is stored in another shape than the configuration says"
         ) from None
     except Exception as error:  # a configuration may ask for anything, and a file may hold anything
-        raise ModelError(f"{source}: cannot read the weights: {first_line(error)}") from None
+        raise ModelError(f"{source}: cannot load the model: {first_line(error)}") from None
     unexpected = sorted(name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name))
     _check_fit(source, sorted(info["missing_keys"]), info["mismatched_keys"], unexpected)
     if unexpected:

@@ -68,11 +68,10 @@ class SentencePieceModel:
         if trainer.get(24) or not normalizer.get(5, 1):
             raise ValueError("a sentencepiece model with spaces after words, or unescaped, which is not supported")
         ids = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2), "pad": trainer.get(43)}
+        known = {name: i for name, i in ids.items() if i is not None and i < len(pieces)}  # none is -1: 2 ** 64 - 1
         return cls(
             pieces,
-            {
-                name: index for name, index in ids.items() if index is not None and index < len(pieces)
-            },  # -1 is 2**64 - 1
+            known,
             kind == _UNIGRAM,
             bool(trainer.get(35, 0)),
             normalizer.get(2, b""),
