@@ -38,3 +38,8 @@ class KernelsUnavailableError(QuickSilverError, RuntimeError):
 
 class KernelsMissingWarning(UserWarning):
     """Nested weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, or its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -316,7 +316,12 @@ def test_bad_texts(refused: Callable[..., str], tiny_model_dir: Any, tmp_path: P
     refused("calibrate", tiny_model_dir("llama"), "--text", text, *LOOSE, "-o", target, names=("bad.txt",))
     missing = tmp_path / "missing.txt"
     refused("calibrate", tiny_model_dir("llama"), "--text", missing, *LOOSE, "-o", target, names=(missing,))
-    refused("calibrate", tmp_path / "no-model", "--text", text, *LOOSE, "-o", target, names=("no-model",))
+
+
+def test_a_missing_model(refused: Callable[..., str], text_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "results" / "mine.json"
+    target.parent.mkdir()
+    refused("calibrate", tmp_path / "no-model", "--text", text_file, *LOOSE, "-o", target, names=("no-model",))
 
 
 def test_bad_outputs(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:

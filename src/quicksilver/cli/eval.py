@@ -10,6 +10,7 @@ import click
 
 from quicksilver.cli.common import (
     check_kernels,
+    check_window_options,
     display_name,
     kernels_option,
     model_options,
@@ -77,10 +78,7 @@ def command(
       quicksilver eval ref-llama --text book.txt --plan fused-prompt --prompt 448 --context 512
       quicksilver eval ref-llama --text book.txt --plan channel-5bit --calibration other-book.txt
     """
-    from quicksilver.cli.table import print_table
     from quicksilver.core.files import check_target, write_atomically
-    from quicksilver.measure.report import evaluate
-    from quicksilver.measure.scoring import num_runs
     from quicksilver.measure.windows import cut, default_bos
 
     if json_path is not None:
@@ -88,7 +86,12 @@ def command(
     chosen = resolve_plans(plans or ("dense",), model)
     corpus = _read_one(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
+    check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
+    from quicksilver.cli.table import print_table
+    from quicksilver.measure.report import evaluate
+    from quicksilver.measure.scoring import num_runs
+
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
     protocol = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
     windowed, name = cut(corpus, tokenizer, protocol), display_name(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import calibration_windows, progress, quiet_transformers
+from quicksilver.cli.common import announce, calibration_windows, check_model, progress, quiet_transformers
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -64,18 +64,22 @@ def command(
       quicksilver quantize ./my-gpt2 -o my-gpt2-nested --calibration book.txt
       quicksilver quantize ./my-qwen -o my-qwen-nested --group-size 64 --head --embeddings
     """
+    from quicksilver.core.files import check_new_folder
+    from quicksilver.measure.texts import read_text
+
+    method = _method(method, calibration, calibration_tokens)
+    check_new_folder(output)
+    corpus = None if calibration is None else read_text(calibration)
+    check_model(model, device)
+    announce(model)
+    quiet_transformers()
     import torch
 
-    from quicksilver.measure.texts import read_text
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import check_target, save_nested
+    from quicksilver.runtime.nested import save_nested
 
-    method = _method(method, calibration, calibration_tokens)
-    check_target(output)
-    corpus = None if calibration is None else read_text(calibration)
-    quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)

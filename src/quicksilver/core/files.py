@@ -51,6 +51,40 @@ def check_target(option: str, given: str) -> None:
         raise InputError(f"{option} {given}: cannot write: {error.strerror or error}") from None
 
 
+def check_folder(option: str, given: str) -> None:
+    """Raise InputError where files could not be written later into a folder that is there, or can be made.
+
+    `option` names where it was asked for.
+    """
+    if not given:
+        raise InputError(f"{option} is empty: give a folder's name")
+    path = Path(os.path.abspath(given))
+    try:
+        place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        if not stat.S_ISDIR(os.stat(place).st_mode):
+            raise InputError(f"{option} {given}: cannot make the folder: {place} is a file")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{option} {given}: cannot make the folder: {error.strerror or error}") from None
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError where a folder cannot be written: it exists and is not empty, or has no parent."""
+    if not os.fspath(folder):
+        raise InputError("the name of the folder to write is empty")
+    path = Path(folder)
+    try:
+        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+            raise InputError(f"{folder}: exists already; give a new folder")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{folder}: the folder it would be in does not exist")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{folder}: cannot write: Permission denied")
+
+
 def _mode(path: Path) -> int | None:
     """Return the type and permissions of what a path leads to, None where there is nothing."""
     try:

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quicksilver.errors import InputError
-from quicksilver.runtime.loading import first_line, hub_answers
+from quicksilver.errors import InputError, first_line
+from quicksilver.runtime.sources import hub_answers
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
 
