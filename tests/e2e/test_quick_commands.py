@@ -63,7 +63,7 @@ def run_all(commands: list[list[str]]) -> list[tuple[int, str]]:
 
 
 def test_help_lists_and_presets() -> None:
-    for status, err in run_all([["--version"], ["models"], ["plan", "list"], *HELP, *PLANS]):
+    for status, err in run_all([["--version"], ["models"], ["eval", "--explain"], ["plan", "list"], *HELP, *PLANS]):
         assert (status, err) == (0, "")
 
 

@@ -25,6 +25,15 @@ from quicksilver.cli.recipes import CALIBRATION_HELP, read_calibration, ready
 from quicksilver.errors import InputError
 
 
+def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print what the columns mean, and nothing else, where that is wanted."""
+    if wanted:
+        from quicksilver.cli.table import EXPLANATION
+
+        click.echo(EXPLANATION)
+        context.exit()
+
+
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @text_options
@@ -46,6 +55,14 @@ from quicksilver.errors import InputError
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Explain the tables' columns and exit.",
+)
 @model_options
 @kernels_option
 def command(
