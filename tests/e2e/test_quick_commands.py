@@ -177,6 +177,9 @@ def test_refusals(tiny_model_dir: Callable[[str], Path], text_file: Path, tmp_pa
         ["demo", "--model", nowhere],
         ["demo", "--max-tokens", "10"],
     ]
+    if Path("/proc/self").is_dir():  # where root may write by its permissions, and nobody can
+        refused += [[*run, "--json", "/proc/x"], ["quantize", model, "-o", "/proc/x"], ["demo", "--output", "/proc/x"]]
+        refused += [[*fit, "channel-5bit", "-o", "/proc/x"], [*calibrate, *loss, "-o", "/proc/x.json"]]
     before = sorted(tmp_path.rglob("*"))
     for command, (status, err) in zip(refused, run_all(refused), strict=True):
         assert status == 2, command
