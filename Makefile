@@ -1,9 +1,11 @@
-# Needs Python >= 3.11 with pip; with a C++ compiler the kernels are built too. Every target works on a fresh clone.
+# Needs Python >= 3.11 with venv and pip; with a C++ compiler and Python's headers the kernels are built too. Every target
+# works on a fresh clone, and says what is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch first and by its exact version: the one that figures are measured with.
 TORCH := torch==2.13.0
+NEEDED := Python 3.11 or newer with venv and pip is needed; name another with make PYTHON=python3.12
 
 # Another environment's packages, and this one without its kernels.
 PURE := build/pure
@@ -48,9 +50,17 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: pyproject.toml requirements-dev.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) > /dev/null || { echo "There is no $(PYTHON): $(NEEDED)." >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): $(NEEDED)." >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2> /dev/null \
+		|| { echo "$(PYTHON) lacks venv or ensurepip (Debian, Ubuntu: apt install python3-venv): $(NEEDED)." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e ".[dev]"
+	@$(BIN)/python -c "import quicksilver.ops._native" 2> /dev/null || echo "Note: there are no compiled kernels: no C++17" \
+		"compiler or no Python headers (Debian, Ubuntu: apt install g++ python3-dev), or the build failed" \
+		"(\`$(BIN)/pip install -v .\` shows how). All works without them, more slowly; tests of them are skipped." >&2
 	touch $@
 
 clean:

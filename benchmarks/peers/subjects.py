@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quicksilver.runtime.loading import EMBEDDED, resolve_model
+from quicksilver.runtime.sources import EMBEDDED, resolve_model
 
 SEED = 0
 SHAPES = ("gpt2", "llama1b")

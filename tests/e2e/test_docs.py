@@ -12,8 +12,8 @@ import pytest
 
 from quicksilver.core.plan import PRESETS
 from quicksilver.measure.demo import ARTICLES
-from quicksilver.runtime.loading import embedded_models
 from quicksilver.runtime.presets import calibrated_plans
+from quicksilver.runtime.sources import embedded_models
 from scripts.cli_docs import render
 from tests import tolerances
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quicksilver.cli.table import print_table
+from quicksilver.cli.table import _COST, _LOSS, _PARTS_RAN, _RAN, EXPLANATION, print_table
 from tests.e2e.conftest import CUT, FORCED, RANDOM, SENTENCES, Outcome
 
 UNIFORM = {"rule": {"type": "uniform", "width": 4}}
@@ -27,7 +27,9 @@ def test_stdout_is_the_table_and_stderr_is_empty(
     heading = " ".join(heading.split())
     assert heading.split(" ", 1)[1].startswith("(gpt2, 4 layers, ")
     assert " on book.txt: 239 tokens scored in 14 windows context 32, stride 16, no BOS, mode score; cpu, " in heading
-    assert heading.endswith(" dense is the float32 weights as loaded")
+    assert re.search(
+        r" dense is the float32 weights as loaded dense: \d\.\d{4} nats per token, \S+ bits per byte$", heading
+    )
     assert [rows(table) for table in tables[:3]] == [["plan", "dense", "mine"]] * 3
     assert "\x1b" not in outcome.out
 
@@ -51,16 +53,17 @@ def test_a_plan_of_one_part_has_its_row_in_every_table(
     given = ("--plan", "settled", "--plan", plan_file(**{part: PARTS[part]}), "--json", tmp_path / "out.json")
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, *given, *CUT)
     assert outcome.status == 0, outcome.err
-    tables = outcome.out.split("\n\n")[1:5]
-    assert [rows(table) for table in tables] == [["plan", "dense", "settled", "mine"]] * 3 + [["plan", "dense", "mine"]]
+    tables = outcome.out.split("\n\n")[1:4]
+    assert [rows(table) for table in tables] == [["plan", "dense", "settled", "mine"]] * 3
     side = json.loads((tmp_path / "out.json").read_text())[1]["accelerated"]
     shares = [f"{side[name]:.1%}" for name in ("query_components_read", "values_read")]
-    header, dense, mine = (line.split() for line in tables[3].splitlines())
-    assert header == ["plan", "scores", "values", "shortcuts", "entries"]
-    assert dense == ["dense", "100.0%", "100.0%", "32"]
-    assert mine == ["mine", *shares, "0.0%", "16" if part == "entries" else "32"]
+    above, below, dense, settled, mine = (re.split(r"\s{2,}", line.strip()) for line in tables[2].splitlines())
+    assert above == ["layers", "tokens", "weight", "scores", "values", "MLP, attn.", "cache"]
+    assert below == ["plan", "run", "fused", "bits", "done", "read", "skipped", "bits"]
+    assert dense == ["dense", "4", "32", "100.0%", "100.0%", "32"]
+    assert settled[3:] == ["32", "100.0%", "100.0%", "0.0%", "32"]
+    assert mine == ["mine", "4.00", "0.0%", "32", *shares, "0.0%", "16" if part == "entries" else "32"]
     assert (shares == ["100.0%", "100.0%"]) == (part == "entries")
-    assert "scores, values: " in " ".join(outcome.out.split())
 
 
 def test_a_plan_of_shortcuts_has_its_row(
@@ -72,9 +75,9 @@ def test_a_plan_of_shortcuts_has_its_row(
     result["accelerated"]["shortcuts_by_layer"] = {"mlp": [1.0, 0.0, 0.0, 0.0], "attention": [0.5, 0.0, 0.0, 0.0]}
     out = io.StringIO()
     print_table([result], out)
-    tables = out.getvalue().split("\n\n")[1:5]
-    assert [rows(table) for table in tables] == [["plan", "dense", "past"]] * 4
-    assert tables[3].splitlines()[2].split() == ["past", "100.0%", "100.0%", "18.8%", "32"]
+    tables = out.getvalue().split("\n\n")[1:4]
+    assert [rows(table) for table in tables] == [["plan", "dense", "past"]] * 3
+    assert tables[2].splitlines()[3].split()[3:] == ["32", "100.0%", "100.0%", "18.8%", "32"]
 
 
 def test_a_plan_file_with_everything_off_has_its_row(
@@ -85,8 +88,36 @@ def test_a_plan_file_with_everything_off_has_its_row(
 
 
 def rows(table: str) -> list[str]:
-    """Return the first column of a printed table."""
-    return [re.split(r"\s{2,}", line)[0] for line in table.splitlines()]
+    """Return the first column of a printed table, its heading included, which stands in the second of two lines."""
+    return [re.split(r"\s{2,}", line)[0] for line in table.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("mode", ["score", "decode"])
+def test_headings_hold_the_units_and_two_lines_explain_the_rest(
+    cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], text_file: Path, mode: str
+) -> None:
+    arguments = ("--text", text_file, "--plan", "settled", "--mode", mode, *CUT)
+    outcome = cli("eval", tiny_model_dir("gpt2"), *arguments)
+    assert outcome.status == 0, outcome.err
+    _, *tables, legend = outcome.out.split("\n\n")
+    assert len(tables) == 3
+    loss, cost, ran = ([" ".join(line.split()) for line in table.splitlines()[:2]] for table in tables)
+    assert loss == ["Δnll FLOPs in the", "plan ppl Δppl [95 % CI] [nats] saved layers"]
+    assert cost == ["KL top-1 bitops weights KV cache speed", "plan [nats] same saved saved saved [x dense]"]
+    assert ran == ["layers tokens weight", "plan run fused bits"]
+    assert len(legend.splitlines()) == 2
+    assert max(map(len, legend.splitlines())) <= 80
+    assert ("--mode decode" in legend) == (mode == "score")
+
+
+def test_every_column_is_explained_without_a_model(cli: Callable[..., Outcome]) -> None:
+    outcome = cli("eval", "--explain")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out.strip() == EXPLANATION
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in (*_LOSS, *_COST, *_RAN, *_PARTS_RAN):
+        assert any(line.startswith(f"{' '.join(name.split())}  ") for line in lines), name
 
 
 @pytest.mark.parametrize("ppl", [1.0, 999.9994, 123456.789, 9.87e11, 1e300])

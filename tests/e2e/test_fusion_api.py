@@ -120,7 +120,9 @@ def test_eval_scores_only_what_follows_a_fused_prompt(
     assert result["delta"]["kv_read_bytes_reduction"] > 0.2
     assert sum(int(size) * count for size, count in prompt["groups_by_size"].items()) > 30
     assert "after a prompt of 24" in outcome.out
-    assert f"prompts under pairs: {prompt['tokens']} tokens" in outcome.out
+    prompts = outcome.out.split("\n\n")[4].splitlines()
+    shown = [f"{prompt['tokens']}", f"{prompt['fused_fraction']:.1%}", f"{prompt['flops_reduction']:+.1%}"]
+    assert (prompts[1].split()[0], prompts[3].split()[:4]) == ("prompts", ["pairs", *shown])
 
 
 def test_generate_accepts_a_plan_with_fusion(
@@ -135,7 +137,8 @@ def test_generate_accepts_a_plan_with_fusion(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompt", 40), "the prompt must lie between 1 and"),
+        (("--prompt", 40), "--prompt 40 leaves nothing to score of --context 40"),
+        (("--prompt", 39, "--context", 40, "--stride", 2), "a prompt of 39"),
         (("--prompt", 24, "--stride", 30), "a prompt of 24"),
         (("--prompt", 0), "--prompt"),
     ],

@@ -24,8 +24,8 @@ from quicksilver.errors import InputError, ModelError
 from quicksilver.models.nesting import nest
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.runtime.loading import embedded_models
 from quicksilver.runtime.nested import save_nested
+from quicksilver.runtime.sources import embedded_models
 from tests import tiny
 from tests.e2e.conftest import ModelFolder, Outcome, assert_refusal
 

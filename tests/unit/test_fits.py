@@ -17,9 +17,9 @@ from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, layer_states, watch_sublayers
 from quicksilver.calibrate.outputs import divergence, fit_gates, fit_maps
 from quicksilver.calibrate.shortcuts import fit_in_order, fit_units, units
+from quicksilver.core.affine import AffineMap
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import Shortcut, ShortcutConfig
-from quicksilver.core.tensors import AffineMap
 from quicksilver.errors import ModelError
 from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quicksilver.core.affine import AffineMap
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import Shortcut
-from quicksilver.core.tensors import AffineMap, PlanTensors
+from quicksilver.core.tensors import PlanTensors
 from quicksilver.errors import PlanError
 from tests import tiny
 from tests.engines import decoder, run_whole, shortcut_plan
@@ -48,6 +49,18 @@ def test_files_round_trip_and_run_alike(tmp_path: Path, rank: int | None) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "mine.safetensors"]
     runs = [run_whole(decoder(tiny.model("llama"), each), tiny.token_ids(9)).logits for each in (plan, again)]
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_files_of_another_dtype_are_the_same_plan_where_the_values_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"m.bias": torch.arange(6.0).reshape(2, 3), "none": torch.zeros(0, 4), "one": torch.tensor(0.5)}
+    plan = replace(PLAN, tensors=PlanTensors(tensors))
+    path = saved(tmp_path, plan)
+    for kept in (torch.float32, dtype):
+        save_file({name: value.to(kept) for name, value in tensors.items()}, tmp_path / "mine.safetensors")
+        again = Plan.load(path).tensors
+        assert again == plan.tensors
+        assert all(torch.equal(again[name], value) for name, value in tensors.items())
 
 
 def test_a_plan_and_its_tensors_can_move_together(tmp_path: Path) -> None:

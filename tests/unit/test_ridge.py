@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.ridge import PENALTY, Affine, RidgeSums, named_tensors
-from quicksilver.core.tensors import AffineMap
+from quicksilver.core.affine import AffineMap
 from quicksilver.errors import ModelError
 from tests import tolerances
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, layer_states
 from quicksilver.calibrate.ridge import RidgeSums, named_tensors
-from quicksilver.core.tensors import AffineMap
+from quicksilver.core.affine import AffineMap
 from quicksilver.models.spec import Adapter
 from quicksilver.policies.halting.fitted import gate_features
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from quicksilver.cli.common import display_name, model_options, open_model, read_texts, text_options
+from quicksilver.cli.common import (
+    check_window_options,
+    display_name,
+    model_options,
+    open_model,
+    read_texts,
+    text_options,
+)
 from quicksilver.errors import InputError
 
 NOTHING_HELD = 3
@@ -63,19 +71,18 @@ def command(**options: Any) -> None:
       quicksilver calibrate ./my-gpt2 --max-delta-ppl 0.2 --minimise bitops --mechanisms precision -o mine.json
       quicksilver calibrate ref-llama --text book.txt --prompt 448 --context 512 --max-delta-ppl 0.2 -o mine.json
     """
-    from quicksilver.cli.calibration import run
-
     for name in ("max_delta_ppl", "max_delta_nll", "time_limit"):
         if not math.isfinite(options[name] or 0.0):
             raise InputError(f"--{name.replace('_', '-')} must be a finite number, got {options[name]}")
     budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
     output = _output(options["output"], options["force"])
     names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
-    work = options["work"]
-    if work is not None and not Path(work).absolute().parent.is_dir():
-        raise InputError(f"--work {work}: the folder it would be in does not exist")
-    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
+    _check_work(options["work"], output)
+    check_window_options(options["context"], prompt=options["prompt"])
     corpora = read_texts(options["text"], options["documents"], options["dataset"])
+    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
+    from quicksilver.cli.calibration import run
+
     held = run(model, tokenizer, display_name(options["model"]), corpora, options, budget, names, output)
     if not held:
         sys.exit(NOTHING_HELD)
@@ -103,6 +110,15 @@ def _output(path: str, force: bool) -> Path:
         if each.exists() and not force:
             raise InputError(f"-o {path}: {each.name} exists already; --force overwrites it")
     return output
+
+
+def _check_work(work: str | None, output: Path) -> None:
+    """Refuse a folder that cannot be made to keep what is found."""
+    if work is not None and not Path(work).absolute().parent.is_dir():
+        raise InputError(f"--work {work}: the folder it would be in does not exist")
+    folder = output.with_suffix(".work") if work is None else Path(work)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder}: cannot make the folder: there is a file of that name")
 
 
 def _mechanisms(given: str, prompt: int | None, explicit: bool) -> tuple[str, ...]:

@@ -29,11 +29,19 @@ from quicksilver.version import __version__
 _FIT_TOKENS = 16384
 _SAMPLED_CONTEXT = 256  # tokens of a window at most, where the text is the model's own
 _HELD_OUT_FACTOR = 1.5  # tokens verified on, for each token searched on
-_LEGEND = "lost: {} added; at most: the upper end of its 95 % interval. {}; body: the head left out."
-_ONE_BASELINE = "All savings are against the model as given"
+_COLUMNS = (
+    "lost\n[{}]",
+    "at most\n[95 % CI]",
+    "FLOPs\nsaved",
+    "in the\nlayers",
+    "bitops\nsaved",
+    "weights\nsaved",
+    "KV\nsaved",
+)
+_ONE_BASELINE = "saved: of the model as given"
 _TWO_BASELINES = (
-    "FLOPs, body and KV bytes: saved against the model as given; bitops and weight bytes: against it with its layers"
-    " nested, all 8 bits read, so that plans which choose no widths are far below zero"
+    "saved: of the model as given; bitops and weights: of it nested, all 8 bits read,\n"
+    "so that plans which choose no widths are far below zero there"
 )
 
 
@@ -162,13 +170,15 @@ def _write(result: Calibration, settings: Settings, output: Path, facts: dict[st
 
 def _print(result: Calibration, settings: Settings, parts: Split, baselines: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     print(f"best inside the budget on {parts.search.text.name}; w/o: the chosen plan without one mechanism")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # the longest name leaves 80 columns no more room
-    for column in ("group", "lost", "at most", "FLOPs", "body", "bitops", "weights", "KV"):
-        is_name = column == "group"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=True)
+    table.add_column("group", no_wrap=True, vertical="bottom")
+    unit = "ppl" if settings.budget.unit == "ppl" else "nats"
+    for column in _COLUMNS:
+        table.add_column(escape(column.format(unit)), justify="right", no_wrap=True)
     rows = {group: each.row for group, each in best_of_groups(result.candidates, settings).items()}
     rows |= {f"w/o {name}": row for name, row in result.leave_one_out.items()}
     if result.verified.row is not None:
@@ -176,8 +186,7 @@ def _print(result: Calibration, settings: Settings, parts: Split, baselines: str
     for group, row in rows.items():
         table.add_row(group, *_cells(row, settings))
     Console().print(table)
-    unit = "perplexity" if settings.budget.unit == "ppl" else "nats per token"
-    Console().print(_LEGEND.format(unit, baselines), highlight=False)
+    print(baselines)
     for candidate, row in result.verified.failed:
         delta = summary(row, settings)["delta"]
         print(f"did not hold on held-out text: plan {candidate.row['plan']['hash']}, {delta['nll']:+.4f} nats")

@@ -91,10 +91,36 @@ def window_protocol(
     return Protocol(context, stride, bos_id, max_tokens, prompt)
 
 
+def check_window_options(
+    context: int | None, stride: int | None = None, prompt: int | None = None, max_tokens: int | None = None
+) -> None:
+    """Refuse options that do not fit one another under any model; `window_protocol` knows the model's own limits.
+
+    Raises:
+        InputError: such options.
+    """
+    if context is None:
+        return
+    if prompt is not None and prompt >= context:
+        raise InputError(f"--prompt {prompt} leaves nothing to score of --context {context}")
+    if stride is not None and stride > context - (prompt or 0):
+        room = (
+            f"--context {context}" if prompt is None else f"what --context {context} holds after a prompt of {prompt}"
+        )
+        raise InputError(f"--stride {stride} is longer than {room}")
+    if max_tokens is not None and max_tokens < context - 1:
+        raise InputError(f"--max-tokens {max_tokens} is less than one window of --context {context}")
+
+
 def open_model(
     model: str, plan: Any, dtype: str | None, device: str, threads: int | None, kernels: Any = "auto"
 ) -> tuple[Any, Any]:
     """Load a model under a plan, and its tokenizer; say where the plan was fitted to another model."""
+    from quicksilver.runtime.presets import resolve_plan
+
+    plan = resolve_plan(plan, model)
+    check_model(model, device)
+    announce(model)
     quiet_transformers()
     import torch
 
@@ -106,6 +132,24 @@ def open_model(
         loaded, tokenizer = load(model, plan, dtype, device, kernels=kernels), load_tokenizer(model)
     warn_fitted_elsewhere(loaded.plan, loaded)
     return loaded, tokenizer
+
+
+def check_model(model: str, device: str = "cpu") -> None:
+    """Refuse a MODEL that is not there and a --device that is none, before PyTorch takes seconds to be imported.
+
+    Raises:
+        ModelError: one of these.
+    """
+    from quicksilver.runtime import sources
+
+    sources.check_device(device)
+    sources.check_model(model)
+
+
+def announce(model: str) -> None:
+    """Say on a terminal what the seconds are spent on that PyTorch and a model take to be there."""
+    if sys.stderr.isatty():
+        print(f"quicksilver: loading {model} ...", file=sys.stderr)
 
 
 def check_kernels(kernels: str, model: str, *runs: Any) -> None:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import click
 
-from quicksilver.cli.common import display_name, open_model, progress
+from quicksilver.cli.common import check_model, display_name, open_model, progress
 from quicksilver.cli.recipes import ready
 from quicksilver.errors import InputError, ModelError
+
+_TIME = "Time is not saved in windows yet: plans save work there, not seconds."
+_CALIBRATED = (
+    "`mild` and `strong` are calibrated, to lose at most 0.010 and 0.036 nats; `paper`\n"
+    "is the published rule, literally; the others are not calibrated: docs/results."
+)
 
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,43 +33,46 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo
       quicksilver demo --output results --max-tokens 20000
     """
-    from quicksilver.cli.table import print_table
-    from quicksilver.core.plan import Plan
-    from quicksilver.measure import demo
-    from quicksilver.measure.scoring import num_runs
-    from quicksilver.runtime.loading import embedded_models
-    from quicksilver.runtime.presets import calibrated_plans, resolve_plan
+    from quicksilver.core.files import check_folder
+    from quicksilver.runtime.sources import embedded_models
 
     names = models or tuple(embedded_models())
     if not names:
         raise ModelError("this installation holds no embedded model; pass one with --model")
-    if not output:
-        raise InputError("--output is empty: give a folder's name")
+    check_folder("--output", output)
+    for name in names:
+        check_model(name)
     folder = Path(output)
     for name in names:
-        model, tokenizer = open_model(name, "dense", None, "cpu", threads)
-        halting, fusing = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output {output}: cannot make the folder: {error.strerror or error}") from None
-        calibrated = [resolve_plan(plan, name) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
-        plans = [*halting.plans, *map(Plan.preset, demo.WIDTH_PLANS), *calibrated]
-        nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
-        measured = (replace(halting, plans=tuple(fitted)), fusing)
-        with progress(name, sum(num_runs(len(part.text.windows)) for part in measured)) as advance:
-            results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, nested)
-        for rows in results:
-            print_table(rows, legend=rows is results[-1])
-        print(
-            "`mild` and `strong` are calibrated to the model (`quicksilver calibrate`), to lose at most 0.010 and\n"
-            "0.036 nats. `paper` is the published rule, literally, `uniform-8bit` reads all bits of nested weights,\n"
-            "and the others show what halting and fusion without calibration cost. See docs/results.\n"
-            "speed is of whole windows against the plain model in PyTorch: with many tokens at once, what `mild`\n"
-            "and `strong` leave out is counted work and not seconds. What compiled kernels gain shows token by token,\n"
-            "as in generation: `quicksilver eval` with `--mode decode`; beside other engines, docs/results/peers.md.",
-        )
-        sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
-        depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
-        print(f"\nGenerated under plan '{sample.plan}' ({depth}):\n  {sample.text}\n")
-        print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")
+        _measure(name, folder, max_tokens, threads)
+
+
+def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> None:
+    """Measure one model, print its tables and a sample, write the picture and the figures."""
+    model, tokenizer = open_model(name, "dense", None, "cpu", threads)
+    from quicksilver.cli.table import print_table
+    from quicksilver.core.plan import Plan
+    from quicksilver.measure import demo
+    from quicksilver.measure.scoring import num_runs
+    from quicksilver.runtime.presets import calibrated_plans, resolve_plan
+
+    halting, fusing = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror or error}") from None
+    calibrated = [resolve_plan(plan, name) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
+    plans = [*calibrated, *map(Plan.preset, demo.WIDTH_PLANS), *halting.plans]
+    nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
+    measured = (replace(halting, plans=tuple(fitted)), fusing)
+    with progress(name, sum(num_runs(len(part.text.windows)) for part in measured)) as advance:
+        results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, nested)
+    for rows in results:
+        print_table(rows, legend=rows is results[-1])
+    print(_TIME)
+    if calibrated:
+        print(_CALIBRATED)
+    sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
+    depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
+    print(f"\nGenerated under plan '{sample.plan}' ({depth}):\n  {sample.text}\n")
+    print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")

@@ -10,6 +10,7 @@ import click
 
 from quicksilver.cli.common import (
     check_kernels,
+    check_window_options,
     display_name,
     kernels_option,
     model_options,
@@ -22,6 +23,15 @@ from quicksilver.cli.common import (
 )
 from quicksilver.cli.recipes import CALIBRATION_HELP, read_calibration, ready
 from quicksilver.errors import InputError
+
+
+def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print what the columns mean, and nothing else, where that is wanted."""
+    if wanted:
+        from quicksilver.cli.table import EXPLANATION
+
+        click.echo(EXPLANATION)
+        context.exit()
 
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +55,14 @@ from quicksilver.errors import InputError
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Explain the tables' columns and exit.",
+)
 @model_options
 @kernels_option
 def command(
@@ -77,10 +95,7 @@ def command(
       quicksilver eval ref-llama --text book.txt --plan fused-prompt --prompt 448 --context 512
       quicksilver eval ref-llama --text book.txt --plan channel-5bit --calibration other-book.txt
     """
-    from quicksilver.cli.table import print_table
     from quicksilver.core.files import check_target, write_atomically
-    from quicksilver.measure.report import evaluate
-    from quicksilver.measure.scoring import num_runs
     from quicksilver.measure.windows import cut, default_bos
 
     if json_path is not None:
@@ -88,7 +103,12 @@ def command(
     chosen = resolve_plans(plans or ("dense",), model)
     corpus = _read_one(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
+    check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
     loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
+    from quicksilver.cli.table import print_table
+    from quicksilver.measure.report import evaluate
+    from quicksilver.measure.scoring import num_runs
+
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
     protocol = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
     windowed, name = cut(corpus, tokenizer, protocol), display_name(model)

@@ -13,8 +13,8 @@ def command() -> None:
     Examples:
       quicksilver models
     """
-    from quicksilver.models.registry import FAMILIES
-    from quicksilver.runtime.loading import embedded_models
+    from quicksilver.models.families import FAMILIES
+    from quicksilver.runtime.sources import embedded_models
 
     print("families:")
     for name in FAMILIES:

@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import calibration_windows, own_lines, progress, quiet_transformers, read_texts
+from quicksilver.cli.common import (
+    announce,
+    calibration_windows,
+    check_model,
+    own_lines,
+    progress,
+    quiet_transformers,
+    read_texts,
+)
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -64,17 +72,21 @@ def command(
       quicksilver quantize ./my-gpt2 -o my-gpt2-nested --calibration book.txt
       quicksilver quantize ./my-qwen -o my-qwen-nested --group-size 64 --head --embeddings
     """
+    from quicksilver.core.files import check_new_folder
+
+    method = _method(method, calibration, calibration_tokens)
+    check_new_folder(output)
+    corpus = None if calibration is None else read_texts(calibration)[0]
+    check_model(model, device)
+    announce(model)
+    quiet_transformers()
     import torch
 
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import check_target, save_nested
+    from quicksilver.runtime.nested import save_nested
 
-    method = _method(method, calibration, calibration_tokens)
-    check_target(output)
-    corpus = None if calibration is None else read_texts(calibration)[0]
-    quiet_transformers()
     if threads is not None:
         torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)

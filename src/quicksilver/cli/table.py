@@ -2,53 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+EXPLANATION = """\
+The row `dense` shows what the dense model takes; the rows of plans show the
+shares that they save of it, and below zero take more. FLOPs, bitops and weights
+are per token.
+
+ppl                   perplexity of the scored tokens
+Δppl [95 % CI]        added to dense's; paired bootstrap over windows
+Δnll [nats]           added to dense's mean loss per token
+FLOPs saved           maps, gates, scores and the head included
+in the layers         FLOPs saved of those of the layers: the head left out
+KL [nats]             mean KL(dense || plan) of the predictions
+top-1 same            tokens whose likeliest continuation is dense's
+bitops saved          multiply-adds x weight bits x activation bits
+weights saved         bytes of weights read
+KV cache saved        bytes of keys and values kept
+speed [x dense]       dense seconds / plan seconds, median over windows that
+                      both run in turn: whole windows in --mode score, token by
+                      token, as in generation, in --mode decode
+layers run            by a token, on average
+tokens fused          absorbed by a later one, of all fed, prompts included
+weight bits           read of a weight of the layers, on average
+scores done           of attention's products with keys
+values read           of those that attention weighs
+MLP, attn. skipped    sublayers that tokens went past, of all in the layers
+cache bits            of a number in the cache
+prompts               with --prompt: what was fed before the tokens scored, of
+                      which the other tables hold only the tokens fused
+
+How each is counted: docs/measuring.md. All figures: --json."""
 _LEGEND = (
-    "FLOPs, body (head left out), bitops, weights read and KV bytes: saved against dense, per token; below zero, the"
-    " plan costs more. speed: dense seconds / plan seconds, median over windows run in turn. KL: from the dense"
-    " predictions, nats. top-1: same likeliest token. fused: tokens that a later one absorbed, of all fed, prompts"
-    " included. bits: read of a weight of the layers, on average."
+    "saved: of what the dense row shows, per token; below zero, the plan takes more.",
+    "speed: {}. More: eval --explain.",
 )
-_PARTS_LEGEND = (
-    "scores, values: of attention's products with keys, the share that was done; of the values that it weighs, the"
-    " share that was read. shortcuts: of the layers' MLPs and attentions, the share that tokens went past. entries:"
-    " bits of a number in the cache."
-)
-_PARTS = frozenset(("attention", "screening", "shortcuts", "entries"))  # of a plan, which the last table is about
+_SPEED = {"score": "of whole windows; of generation: --mode decode", "decode": "token by token, as in generation"}
+_LOSS = ("ppl", "Δppl [95 % CI]", "Δnll\n[nats]", "FLOPs\nsaved", "in the\nlayers")
+_COST = ("KL\n[nats]", "top-1\nsame", "bitops\nsaved", "weights\nsaved", "KV cache\nsaved", "speed\n[x dense]")
+_RAN = ("layers\nrun", "tokens\nfused", "weight\nbits")
+_PROMPTS = ("tokens", "tokens\nfused", "FLOPs\nsaved", "speed\n[x dense]")
+_PARTS_RAN = ("scores\ndone", "values\nread", "MLP, attn.\nskipped", "cache\nbits")
+_PARTS = frozenset(("attention", "screening", "shortcuts", "entries"))  # of a plan, which the last columns are about
 _NESTED_BASELINE = "dense is the nested weights ({}), all 8 bits of them read, not the model they were made of"
 _PLAIN_BASELINE = "dense is the {} weights as loaded"
 
 
 def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: bool = True) -> None:
-    """Print evaluation results of one model on one text; `legend` explains the columns below."""
+    """Print evaluation results of one model on one text; `legend` says below how the columns are to be read."""
     console, protocol = Console(file=file), results[0]["protocol"]
     for line in _heading(results):
         console.print(line, highlight=False, markup=False)
     plans = [result for result in results if result["plan"]["name"] != "dense"]  # no other plan bears that name
-    _print_columns(console, ("ppl", "Δppl [95 % CI]", "Δnll", "KL", "top-1"), _dense_loss(results[0]), plans, _loss)
-    _print_columns(
-        console, ("layers", "fused", "bits", "FLOPs", "body", "bitops"), _dense_work(results[0]), plans, _work
-    )
-    _print_columns(console, ("weights", "KV", "speed"), _dense_bytes(results[0]), plans, _bytes)
-    inside = [result for result in plans if _PARTS & result["plan"].keys()]
-    if inside:
-        names = ("scores", "values", "shortcuts", "entries")
-        _print_columns(console, names, ["100.0%", "100.0%", "", _entry_bits(results[0], {})], inside, _parts)
-    console.print()
+    _print_columns(console, _LOSS, _dense_loss(results[0]), plans, _loss)
+    _print_columns(console, _COST, _dense_cost(results[0]), plans, _cost)
+    if any(_PARTS & result["plan"].keys() for result in plans):
+        dense = [*_dense_ran(results[0]), "100.0%", "100.0%", "", _entry_bits(results[0], {})]
+        _print_columns(console, (*_RAN, *_PARTS_RAN), dense, plans, lambda result: [*_ran(result), *_parts(result)])
+    else:
+        _print_columns(console, _RAN, _dense_ran(results[0]), plans, _ran)
     if protocol["prompt"] is not None:
-        _print_prompts(console, results)
-    elif protocol["mode"] == "score" and any(_fuses_prompts(result["plan"]) for result in results):
-        console.print(
-            "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses.", highlight=False
-        )
+        tokens = [f"{results[0]['accelerated']['prompt']['tokens']}"]
+        _print_columns(console, _PROMPTS, tokens, plans, _prompt, "prompts")
+    console.print()
+    if protocol["prompt"] is None and protocol["mode"] == "score" and any(map(_fuses_prompts, plans)):
+        line = "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses."
+        console.print(line, highlight=False)
     if legend:
-        console.print(f"{_LEGEND} {_PARTS_LEGEND}" if inside else _LEGEND, highlight=False)
+        for line in _LEGEND:
+            console.print(line.format(_SPEED[protocol["mode"]]), highlight=False, markup=False)
 
 
 def number(value: float, sign: str = "") -> str:
@@ -58,12 +85,17 @@ def number(value: float, sign: str = "") -> str:
 
 
 def _print_columns(
-    console: Console, names: tuple[str, ...], dense: list[str], plans: Sequence[dict[str, Any]], row: Any
+    console: Console,
+    names: tuple[str, ...],
+    dense: list[str],
+    plans: Sequence[dict[str, Any]],
+    row: Callable[[dict[str, Any]], list[str]],
+    first: str = "plan",
 ) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("plan", overflow="fold")
+    table.add_column(first, overflow="fold", vertical="bottom")
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True, vertical="bottom")
     table.add_row("dense", *dense)
     for result in plans:
         table.add_row(escape(result["plan"]["name"]), *row(result))
@@ -71,8 +103,8 @@ def _print_columns(
     console.print(table)
 
 
-def _fuses_prompts(plan: dict[str, Any]) -> bool:
-    return plan.get("fusion", {}).get("scope") == "prompt"
+def _fuses_prompts(result: dict[str, Any]) -> bool:
+    return result["plan"].get("fusion", {}).get("scope") == "prompt"
 
 
 def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -88,6 +120,7 @@ def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
         f" {env['device']}, {env['threads']} threads, {env['cpu']}, torch {env['torch']},"
         f" transformers {env['transformers']}",
         _baseline(results),
+        f"dense: {result['dense']['nll']:.4f} nats per token, {result['dense']['bits_per_byte']:.3f} bits per byte",
     ]
 
 
@@ -104,7 +137,8 @@ def _baseline(results: Sequence[dict[str, Any]]) -> str:
 
 def _dense_loss(result: dict[str, Any]) -> list[str]:
     dense = result["dense"]
-    return [number(dense["ppl"]), f"{dense['bits_per_byte']:.3f} bits/byte", f"{dense['nll']:.4f} nats", "", ""]
+    flops = (_scaled(dense[f"{key}_per_token"]).rstrip() for key in ("flops", "flops_body"))
+    return [number(dense["ppl"]), "", "", *flops]
 
 
 def _loss(result: dict[str, Any]) -> list[str]:
@@ -113,44 +147,39 @@ def _loss(result: dict[str, Any]) -> list[str]:
         number(side["ppl"]),
         f"{number(delta['ppl'], '+')} {_interval(delta['ppl_ci95'])}",
         f"{delta['nll']:+.4f}",
-        f"{delta['kl']:.4f}",
-        f"{delta['top1_agreement']:.1%}",
+        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body")),
     ]
 
 
-def _dense_work(result: dict[str, Any]) -> list[str]:
+def _dense_cost(result: dict[str, Any]) -> list[str]:
     dense = result["dense"]
     return [
-        f"{result['model']['layers']}",
         "",
-        f"{result['model']['weight_bits']}",
-        *(_scaled(dense[f"{key}_per_token"]).rstrip() for key in ("flops", "flops_body", "bitops")),
-    ]
-
-
-def _work(result: dict[str, Any]) -> list[str]:
-    side, delta = result["accelerated"], result["delta"]
-    return [
-        f"{side['mean_depth']:.2f}",
-        f"{side['fused_fraction']:.1%}",
-        f"{side['mean_bits']:.2f}".removesuffix(".00"),
-        *(_saved(delta[f"{key}_reduction"]) for key in ("flops", "flops_body", "bitops")),
-    ]
-
-
-def _dense_bytes(result: dict[str, Any]) -> list[str]:
-    dense = result["dense"]
-    return [
+        "",
+        _scaled(dense["bitops_per_token"]).rstrip(),
         f"{_scaled(dense['weight_bytes_per_token'])}B",
         f"{_scaled(dense['kv_bytes'])}B",
         f"{dense['tokens_per_second']:.0f} tok/s",
     ]
 
 
-def _bytes(result: dict[str, Any]) -> list[str]:
+def _cost(result: dict[str, Any]) -> list[str]:
     delta = result["delta"]
-    saved = (_saved(delta[f"{key}_reduction"]) for key in ("weight_bytes", "kv_bytes"))
-    return [*saved, f"{delta['speedup']:.2f}x"]
+    saved = (_saved(delta[f"{key}_reduction"]) for key in ("bitops", "weight_bytes", "kv_bytes"))
+    return [f"{delta['kl']:.4f}", f"{delta['top1_agreement']:.1%}", *saved, f"{delta['speedup']:.2f}"]
+
+
+def _dense_ran(result: dict[str, Any]) -> list[str]:
+    return [f"{result['model']['layers']}", "", f"{result['model']['weight_bits']}"]
+
+
+def _ran(result: dict[str, Any]) -> list[str]:
+    side = result["accelerated"]
+    return [
+        f"{side['mean_depth']:.2f}",
+        f"{side['fused_fraction']:.1%}",
+        f"{side['mean_bits']:.2f}".removesuffix(".00"),
+    ]
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
@@ -166,17 +195,11 @@ def _entry_bits(result: dict[str, Any], plan: dict[str, Any]) -> str:
     return "".join(filter(str.isdigit, result["model"]["dtype"])) if kept is None else str(kept["bits"])
 
 
-def _print_prompts(console: Console, results: Sequence[dict[str, Any]]) -> None:
-    """Say what the prompts took, of which the tables show nothing but how much of everything fused."""
-    for result in results:
-        prompt, name = result["accelerated"]["prompt"], result["plan"]["name"]
-        if prompt is not None:
-            console.print(
-                f"prompts under {name}: {prompt['tokens']} tokens, {prompt['fused_fraction']:.1%} fused,"
-                f" FLOPs {_saved(prompt['flops_reduction'])}, {prompt['speedup']:.2f}x",
-                highlight=False,
-                markup=False,
-            )
+def _prompt(result: dict[str, Any]) -> list[str]:
+    """Return what the prompts took, of which the other tables show nothing but how much of everything fused."""
+    prompt = result["accelerated"]["prompt"]
+    fused, saved = f"{prompt['fused_fraction']:.1%}", _saved(prompt["flops_reduction"])
+    return [f"{prompt['tokens']}", fused, saved, f"{prompt['speedup']:.2f}"]
 
 
 def _scaled(value: float) -> str:

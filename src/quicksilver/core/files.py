@@ -42,13 +42,56 @@ def check_target(option: str, given: str) -> None:
             raise InputError(f"{option} {given}: is a directory")
         if not stat.S_ISDIR(os.stat(path.parent).st_mode):
             raise InputError(f"{option} {given}: its folder is a file")
-        place = path if mode is not None and not stat.S_ISREG(mode) else path.parent
-        if not os.access(place, os.W_OK):
+        if mode is None or stat.S_ISREG(mode):
+            _try_to_write(path.parent)
+        elif not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except FileNotFoundError:
         raise InputError(f"{option} {given}: its folder does not exist") from None
     except OSError as error:
         raise InputError(f"{option} {given}: cannot write: {error.strerror or error}") from None
+
+
+def check_folder(option: str, given: str) -> None:
+    """Raise InputError where files could not be written later into a folder that is there, or can be made.
+
+    `option` names where it was asked for.
+    """
+    if not given:
+        raise InputError(f"{option} is empty: give a folder's name")
+    path = Path(os.path.abspath(given))
+    try:
+        place = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        if not stat.S_ISDIR(os.stat(place).st_mode):
+            raise InputError(f"{option} {given}: cannot make the folder: {place} is a file")
+        _try_to_write(place)
+    except OSError as error:
+        raise InputError(f"{option} {given}: cannot make the folder: {error.strerror or error}") from None
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError where a folder cannot be written: it exists and is not empty, or has no parent."""
+    if not os.fspath(folder):
+        raise InputError("the name of the folder to write is empty")
+    path = Path(folder)
+    try:
+        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+            raise InputError(f"{folder}: exists already; give a new folder")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{folder}: the folder it would be in does not exist")
+        _try_to_write(path.absolute().parent)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
+
+
+def _try_to_write(folder: str | os.PathLike[str]) -> None:
+    """Raise OSError where no file can be made in a folder; permissions do not say it of /proc, nor to root."""
+    probe = Path(folder) / f".{secrets.token_hex(8)}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileNotFoundError:  # the folder is there
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from None
+    os.unlink(probe)
 
 
 def _mode(path: Path) -> int | None:

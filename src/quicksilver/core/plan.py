@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
@@ -40,8 +38,13 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.core.tensors import AffineMap, PlanTensors, named_vector
+from quicksilver.core.tensors import PlanTensors, named_vector
 from quicksilver.errors import PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quicksilver.core.affine import AffineMap
 
 PLAN_VERSION = 1
 
@@ -248,6 +251,8 @@ class Plan:
         Raises:
             PlanError: tensors are missing or of another model's shape.
         """
+        from quicksilver.core.affine import AffineMap
+
         tensors = self.tensors or {}
         names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []
         if self.maps is not None and (self.maps.output or self.maps.entropy):

@@ -1,25 +1,36 @@
 """What calibration fitted to a model: named tensors that belong to a plan, as a value with a digest.
 
-How they are fitted is `quicksilver.calibrate`'s business; what they do, the runtime's.
+How they are fitted is `quicksilver.calibrate`'s business; what they do, the runtime's. Reading and checking a plan's
+file takes no PyTorch: values are bytes until a tensor is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+from array import array
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors import SafetensorError, deserialize
 
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class PlanTensors(Mapping[str, Tensor]):
+
+class _Values(NamedTuple):
+    """A tensor's shape and its float32 values, as they lie in memory."""
+
+    shape: tuple[int, ...]
+    data: bytearray
+
+
+class PlanTensors(Mapping[str, "Tensor"]):
     """Named float32 tensors on the CPU, compared by their contents.
 
     Args:
@@ -30,9 +41,13 @@ class PlanTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensors[name].detach().float().cpu().contiguous() for name in sorted(tensors)}
-        for name, tensor in self._tensors.items():
-            if not bool(tensor.isfinite().all()):
+        ready = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+        self._hold({name: _Values(tuple(t.shape), bytearray(t.numpy().tobytes())) for name, t in ready.items()})
+
+    def _hold(self, values: Mapping[str, _Values]) -> None:
+        self._values = {name: values[name] for name in sorted(values)}
+        for name, (_, data) in self._values.items():
+            if not math.isfinite(sum(array("f", data))):  # a float64 holds the sum of any float32 there are
                 raise PlanError(f"fitted tensor {name} holds NaN or infinite values")
 
     @classmethod
@@ -43,23 +58,33 @@ class PlanTensors(Mapping[str, Tensor]):
             PlanError: it is missing, unreadable or damaged.
         """
         try:
-            return cls(load_file(path))
+            data = path.read_bytes()
+            stored = dict(deserialize(data))
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan's tensors: {error.strerror or error}") from None
         except SafetensorError as error:
             raise PlanError(f"{path}: not a safetensors file: {error}") from None
+        if any(each["dtype"] != "F32" for each in stored.values()):
+            from safetensors.torch import load
+
+            return cls(load(data))
+        tensors = cls({})
+        tensors._hold({name: _Values(tuple(each["shape"]), each["data"]) for name, each in stored.items()})
+        return tensors
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; an interrupted write leaves nothing half-written."""
-        write_atomically(path, save(self._tensors))
+        from safetensors.torch import save
+
+        write_atomically(path, save(dict(self)))
 
     @cached_property
     def digest(self) -> str:
         """First 16 hexadecimal digits of SHA-256 over names, shapes and values."""
         total = hashlib.sha256()
-        for name, tensor in self._tensors.items():
-            total.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.numpy().tobytes())
+        for name, (shape, data) in self._values.items():
+            total.update(f"{name} {shape}\n".encode())
+            total.update(data)
         return total.hexdigest()[:16]
 
     def select(self, prefixes: tuple[str, ...]) -> PlanTensors:
@@ -67,13 +92,16 @@ class PlanTensors(Mapping[str, Tensor]):
         return PlanTensors({name: tensor for name, tensor in self.items() if name.startswith(prefixes)})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        import torch
+
+        shape, data = self._values[name]
+        return torch.frombuffer(data, dtype=torch.float32).reshape(shape) if data else torch.empty(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._values)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PlanTensors) and self.digest == other.digest
@@ -93,60 +121,3 @@ def named_vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
     if tuple(tensors[name].shape) != (size,):
         raise PlanError(f"the plan's tensor {name} has shape {tuple(tensors[name].shape)}, the model needs ({size},)")
     return tensors[name]
-
-
-class AffineMap:
-    """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`.
-
-    Args:
-        weights: one matrix [in, out], or two [in, rank] and [rank, out].
-        bias: [out].
-    """
-
-    def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
-        self.weights = weights
-        self.bias = bias
-
-    @classmethod
-    def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
-        """Return the map that tensors `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
-
-        Args:
-            tensors: of a plan.
-            name: of the map.
-            size: of its input and of its output.
-
-        Raises:
-            PlanError: one is missing, or of another shape.
-        """
-        weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
-        for key in (*weights, f"{name}.bias"):
-            if key not in tensors:
-                raise PlanError(f"the plan's tensor {key} is missing")
-        found, bias = tuple(tensors[key] for key in weights), tensors[f"{name}.bias"]
-        shapes = [tuple(t.shape) for t in found]
-        rank = found[0].shape[-1] if found[0].dim() else 0
-        wanted = [(size, size)] if len(found) == 1 else [(size, rank), (rank, size)]
-        if shapes != wanted or tuple(bias.shape) != (size,):
-            raise PlanError(f"the plan's map {name} has shapes {shapes}, the model needs {wanted[0][0]} to {size}")
-        return cls(found, bias)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds for one row."""
-        return sum(weight.numel() for weight in self.weights)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(t.numel() * t.element_size() for t in (*self.weights, self.bias))
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> AffineMap:
-        """Return the map on a device, in a dtype."""
-        return AffineMap(tuple(w.to(device, dtype) for w in self.weights), self.bias.to(device, dtype))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply it to rows [N, in]; return [N, out]."""
-        for weight in self.weights[:-1]:
-            x = x @ weight
-        return torch.addmm(self.bias, x, self.weights[-1])

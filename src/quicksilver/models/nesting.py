@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import ModelError
-from quicksilver.models import registry
+from quicksilver.models.families import check_family
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 from quicksilver.quant.codes import Grid, NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested
@@ -79,7 +79,7 @@ def layout_of(model: Any) -> Layout:
     Raises:
         UnsupportedModelError: the family is not supported.
     """
-    registry.check_family(model.config)
+    check_family(model.config)
     return LAYOUTS[model.config.model_type]
 
 

@@ -1,4 +1,4 @@
-"""The families the runtime can run, by transformers' `model_type`; anything else is refused by name."""
+"""From a loaded model to its adapter; what is not of a known family is refused by name."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Any
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
+from quicksilver.models.families import FAMILIES, check_family
 from quicksilver.models.kernels import head, resolve
 from quicksilver.models.spec import Adapter
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
 
-FAMILIES: dict[str, Callable[[Any], Adapter]] = {
-    "gpt2": gpt2.adapt,
-    "llama": llama.adapt,
-    "mistral": llama.adapt,
-    "qwen2": llama.adapt,
-    "qwen3": llama.adapt,
-}
-
-
-def check_family(config: Any) -> None:
-    """Raise UnsupportedModelError where the configuration's family is not one of FAMILIES."""
-    family = getattr(config, "model_type", None)
-    if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UnsupportedModelError(f"model type {family!r} is not supported; supported: {known}")
+_ADAPTERS: dict[str, Callable[[Any], Adapter]] = {"gpt2": gpt2.adapt, "llama": llama.adapt}
 
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
@@ -51,7 +38,7 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     if not hasattr(model, "lm_head"):
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head (lm_head)")
     _check_shape(model.config)
-    adapter = FAMILIES[model.config.model_type](model)
+    adapter = _ADAPTERS[FAMILIES[model.config.model_type]](model)
     resolved = resolve(kernels, model, adapter.spec)
     if resolved == "native" and isinstance(model.lm_head, NestedLinear):
         by_kernels = partial(head, model.lm_head)

@@ -6,10 +6,8 @@ Only safetensors are read, and no code from a model's folder is run.
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ import torch
 from quicksilver.core.plan import Plan
 from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError, first_line
 from quicksilver.models import registry
+from quicksilver.models.families import check_family
 from quicksilver.models.fingerprint import fingerprint
 from quicksilver.models.nesting import nest
 from quicksilver.models.spec import Adapter
@@ -26,11 +25,8 @@ from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.plain import read_plain
 from quicksilver.runtime.presets import resolve_plan
+from quicksilver.runtime.sources import check_device, is_local, resolve_model
 from quicksilver.runtime.tokenizers import read_tokenizer
-
-EMBEDDED = Path(__file__).parent.parent / "data" / "models"
-_HUB_TIMEOUT_S = 10.0
-_READ_SUFFIXES = (".json", ".safetensors", ".model")
 
 
 def accelerate(
@@ -110,7 +106,7 @@ def load(
     if native.check_choice(kernels) == "native":
         native.extension()
     source, target = resolve_model(path_or_id), resolve_device(device)
-    local = _local_only(source)
+    local = is_local(source)
     model = _read_model(source, resolve_dtype(dtype, target), local)
     if resolved.precision is not None and not is_nested(model.config):
         nest(model, QuantizationConfig())
@@ -134,7 +130,7 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
         WeightFilesWarning: the weight files hold something that the model has no place for.
     """
     source, target = resolve_model(path_or_id), resolve_device(device)
-    local = _local_only(source)
+    local = is_local(source)
     config = _read_config(source, local)
     if is_nested(config):
         raise ModelError(f"{source}: the model's weights are nested already")
@@ -154,7 +150,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     source = resolve_model(path_or_id)
-    return read_tokenizer(source, _local_only(source))
+    return read_tokenizer(source, is_local(source))
 
 
 def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
@@ -172,63 +168,16 @@ def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
     return problem and f"plan {plan.name!r}: {problem}"
 
 
-def embedded_models() -> list[str]:
-    """Return the names of the models that come with the package."""
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
-
-
-def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
-    """Return the folder of an embedded or local model, or the hub id as it is.
-
-    Raises:
-        ModelError: it looks like a path and there is no such folder.
-    """
-    name = os.fspath(path_or_id)
-    if name in embedded_models():
-        return str(EMBEDDED / name)
-    if _is_folder(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ModelError(f"{name}: the folder holds no config.json")
-        return name
-    if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise ModelError(f"{name or repr(name)}: no such model folder")
-    return name
-
-
-def _is_folder(name: str) -> bool:
-    """Return whether a path leads to a folder; what is read of one must be readable.
-
-    Raises:
-        ModelError: permission is refused; the message names the file.
-    """
-    try:
-        if not stat.S_ISDIR(os.stat(name).st_mode):
-            return False
-        files = sorted(path for path in Path(name).iterdir() if path.suffix in _READ_SUFFIXES and path.exists())
-    except PermissionError as error:
-        raise ModelError(f"{error.filename}: {error.strerror}") from None
-    except (OSError, ValueError):  # not there; too long a name, or one with a null character
-        return False
-    for path in files:
-        if not os.access(path, os.R_OK):
-            raise ModelError(f"{path}: Permission denied")
-    return True
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """Return the device; "auto" is the GPU where there is one.
 
     Raises:
         ModelError: the name is no device, or the device is not there.
     """
+    check_device(str(device))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"{device!r} is not a device; use cpu, cuda or cuda:N") from None
-    if target.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
+    target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(device)!r} was asked for, but PyTorch sees no GPU")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
@@ -272,44 +221,6 @@ def check_finite(model: Any) -> None:
             raise ModelError(f"weight {name!r} holds NaN or infinite values")
 
 
-def hub_answers(kind: str, repo_id: str) -> str | None:
-    """Ask the hub for a "model" or "dataset", once and with a short time limit.
-
-    Returns:
-        None where the hub has it, else the reason in one line.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        (api.model_info if kind == "model" else api.dataset_info)(repo_id, timeout=_HUB_TIMEOUT_S)
-    except Exception as error:  # network, offline mode, unknown name, refused access: all mean no
-        return first_line(error)
-    return None
-
-
-def _local_only(source: str) -> bool:
-    """Whether a model must come from disk: a folder, or an earlier download when the hub does not answer."""
-    if os.path.isdir(source):
-        return True
-    reason = hub_answers("model", source)
-    if reason is None:
-        return False
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(source, "config.json")
-    except HFValidationError as error:
-        raise ModelError(f"{source}: neither a local folder nor a hub id: {first_line(error)}") from None
-    if isinstance(cached, str):
-        return True
-    known = ", ".join(embedded_models()) or "none"
-    raise ModelError(
-        f"{source}: not a local folder or an embedded model ({known}), and the hub did not provide it: {reason}"
-    )
-
-
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
     """Read configuration and safetensors weights, plain or nested."""
     config = _read_config(source, local)
@@ -332,7 +243,7 @@ def _read_config(source: str, local: bool) -> Any:
         raise ModelError(f"{source}: cannot read the configuration: {first_line(error)}") from None
     if config is None:
         raise ModelError(f"{source}: config.json: quantization_config must be an object, got {type(stored).__name__}")
-    registry.check_family(config)
+    check_family(config)
     if getattr(config, "quantization_config", None) is not None and not is_nested(config):
         raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
     return config

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from quicksilver.core.affine import AffineMap
 from quicksilver.core.plan import Plan
-from quicksilver.core.tensors import AffineMap
 from quicksilver.core.trace import LayerTrace, Trace
 from quicksilver.models.spec import ModelSpec
 from quicksilver.runtime.status import Stop

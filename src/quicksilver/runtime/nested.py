@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.core.files import check_new_folder
 from quicksilver.errors import InputError, ModelError, first_line
 from quicksilver.models import nesting
 from quicksilver.quant import NestedWeight
@@ -28,22 +29,6 @@ _CODES = "codes"  # of a nested weight: one tensor for all that is kept by chann
 _NO_FILE = "load-with-quicksilver.safetensors"
 """Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_target(folder: str | os.PathLike[str]) -> None:
-    """Raise InputError where a folder cannot be written: it exists and is not empty, or has no parent."""
-    if not os.fspath(folder):
-        raise InputError("the name of the folder to write is empty")
-    path = Path(folder)
-    try:
-        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-            raise InputError(f"{folder}: exists already; give a new folder")
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"{folder}: the folder it would be in does not exist")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"{folder}: cannot write: Permission denied")
 
 
 def save_nested(
@@ -66,7 +51,7 @@ def save_nested(
     """
     if not is_nested(model.config):
         raise ModelError("only a nested model can be saved here; see quicksilver quantize")
-    check_target(folder)
+    check_new_folder(folder)
     with _staged(Path(folder)) as stage:
         write_tensors(_stored_tensors(model), stage, max_shard_size)
         if tokenizer is not None:

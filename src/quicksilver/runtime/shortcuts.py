@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quicksilver.core.affine import AffineMap
 from quicksilver.core.decisions import ShortcutView
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules.maps import Part
-from quicksilver.core.tensors import AffineMap
 from quicksilver.core.trace import LayerTrace
 from quicksilver.models.spec import Adapter
 from quicksilver.policies import shortcuts

@@ -1,0 +1,122 @@
+"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for.
+
+Nothing of the model is read here, so that a wrong name is refused without PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from quicksilver.errors import ModelError, first_line
+
+EMBEDDED = Path(__file__).parent.parent / "data" / "models"
+_HUB_TIMEOUT_S = 10.0
+_READ_SUFFIXES = (".json", ".safetensors", ".model")
+_DEVICES = re.compile(r"auto|(cpu|cuda)(:(0|[1-9]\d?))?")
+
+
+def embedded_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+
+
+def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
+    """Return the folder of an embedded or local model, or the hub id as it is.
+
+    Raises:
+        ModelError: it looks like a path and there is no such folder.
+    """
+    name = os.fspath(path_or_id)
+    if name in embedded_models():
+        return str(EMBEDDED / name)
+    if _is_folder(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ModelError(f"{name}: the folder holds no config.json")
+        return name
+    if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise ModelError(f"{name or repr(name)}: no such model folder")
+    return name
+
+
+def check_model(path_or_id: str | os.PathLike[str]) -> None:
+    """Raise ModelError where a model is neither a folder, nor downloaded, nor on the hub; only then is that asked."""
+    source = resolve_model(path_or_id)
+    if not os.path.isdir(source) and not _is_downloaded(source):
+        is_local(source)
+
+
+def check_device(device: str) -> None:
+    """Raise ModelError where a name is no device's; whether the device is there, only PyTorch knows."""
+    if not _DEVICES.fullmatch(device):
+        raise ModelError(f"device {device!r} is not supported; use cpu, cuda, cuda:N or auto")
+
+
+def _is_folder(name: str) -> bool:
+    """Return whether a path leads to a folder; what is read of one must be readable.
+
+    Raises:
+        ModelError: permission is refused; the message names the file.
+    """
+    try:
+        if not stat.S_ISDIR(os.stat(name).st_mode):
+            return False
+        files = sorted(path for path in Path(name).iterdir() if path.suffix in _READ_SUFFIXES and path.exists())
+    except PermissionError as error:
+        raise ModelError(f"{error.filename}: {error.strerror}") from None
+    except (OSError, ValueError):  # not there; too long a name, or one with a null character
+        return False
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path}: Permission denied")
+    return True
+
+
+def hub_answers(kind: str, repo_id: str) -> str | None:
+    """Ask the hub for a "model" or "dataset", once and with a short time limit.
+
+    Returns:
+        None where the hub has it, else the reason in one line.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        (api.model_info if kind == "model" else api.dataset_info)(repo_id, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # network, offline mode, unknown name, refused access: all mean no
+        return first_line(error)
+    return None
+
+
+def is_local(source: str) -> bool:
+    """Whether a model must come from disk: a folder, or an earlier download when the hub does not answer.
+
+    Args:
+        source: of `resolve_model`.
+
+    Raises:
+        ModelError: it is nowhere.
+    """
+    if os.path.isdir(source):
+        return True
+    reason = hub_answers("model", source)
+    if reason is None:
+        return False
+    if _is_downloaded(source):
+        return True
+    known = ", ".join(embedded_models()) or "none"
+    raise ModelError(
+        f"{source}: not a local folder or an embedded model ({known}), and the hub did not provide it: {reason}"
+    )
+
+
+def _is_downloaded(source: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError as error:
+        raise ModelError(f"{source}: neither a local folder nor a hub id: {first_line(error)}") from None
