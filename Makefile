@@ -17,11 +17,11 @@ PURE_TESTS := tests/ops tests/semantics/test_precision.py tests/semantics/test_e
 demo: $(VENV)/.installed
 	$(BIN)/quicksilver demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.developed
 	$(BIN)/pytest
 
 # What does not need the kernels, on an installation that has none.
-test-pure: $(VENV)/.installed
+test-pure: $(VENV)/.developed
 	$(BIN)/python -m venv $(PURE)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(PURE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
@@ -30,22 +30,22 @@ test-pure: $(VENV)/.installed
 	$(PURE)/bin/python -m pytest $(PURE_TESTS)
 
 # The kernels' tests on a build with the address and undefined behaviour sanitizers; needs a C++ compiler and CMake.
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.developed
 	$(BIN)/python -m scripts.sanitize
 
-check: $(VENV)/.installed
+check: $(VENV)/.developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.developed
 	$(BIN)/python -m benchmarks.engine
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.developed
 	$(BIN)/python -m scripts.cli_docs > docs/cli.md
 
-format: $(VENV)/.installed
+format: $(VENV)/.developed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -57,10 +57,17 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt $(wildcard csrc/*)
 		|| { echo "$(PYTHON) lacks venv or ensurepip (Debian, Ubuntu: apt install python3-venv): $(NEEDED)." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e .
 	@$(BIN)/python -c "import quicksilver.ops._native" 2> /dev/null || echo "Note: there are no compiled kernels: no C++17" \
 		"compiler or no Python headers (Debian, Ubuntu: apt install g++ python3-dev), or the build failed" \
 		"(\`$(BIN)/pip install -v .\` shows how). All works without them, more slowly; tests of them are skipped." >&2
+	touch $@
+
+# What tests and checks need besides, named without the package, which need not be built again.
+$(VENV)/.developed: $(VENV)/.installed
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" \
+		> $(VENV)/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements-dev.txt -r $(VENV)/dev.txt
 	touch $@
 
 clean:
