@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
+
+from torch import Tensor, nn
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
 from quicksilver.models.kernels import head, resolve
+from quicksilver.models.modules import ModuleLayout, ModuleWatch, causal_lm, check_nested_maps
 from quicksilver.models.spec import Adapter
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
+from quicksilver.quant.config import is_nested
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "gpt2": gpt2.adapt,
@@ -20,6 +25,13 @@ FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "mistral": llama.adapt,
     "qwen2": llama.adapt,
     "qwen3": llama.adapt,
+}
+MODULES: dict[str, ModuleLayout] = {
+    "gpt2": gpt2.MODULES,
+    "llama": llama.module_layout("Llama"),
+    "mistral": llama.module_layout("Mistral"),
+    "qwen2": llama.module_layout("Qwen2"),
+    "qwen3": llama.module_layout("Qwen3"),
 }
 
 
@@ -35,28 +47,34 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     """Return the adapter of a loaded transformers causal language model; no weight is copied.
 
     Args:
-        model: the model.
+        model: the model, or PEFT's wrapper of it.
         kernels: which kernels read its nested weights.
 
     Raises:
-        UnsupportedModelError: the family, or an option of its configuration, is not supported.
+        UnsupportedModelError: the family, an option of its configuration, where or in what form its weights are, or
+            what is on its modules or in their place is not supported.
         InputError: no such kernels.
         KernelsUnavailableError: "native" kernels are asked for and cannot be used.
     """
-    check_family(model.config)
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        names = ", ".join(sorted(str(device) for device in devices))
-        raise UnsupportedModelError(f"{model.config.model_type}: a model spread over {names} is not supported")
-    if not hasattr(model, "lm_head"):
-        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head (lm_head)")
-    _check_shape(model.config)
-    adapter = FAMILIES[model.config.model_type](model)
-    resolved = resolve(kernels, model, adapter.spec)
-    if resolved == "native" and isinstance(model.lm_head, NestedLinear):
-        by_kernels = partial(head, model.lm_head)
+    base = causal_lm(model)
+    check_family(base.config)
+    family = base.config.model_type
+    check_weights(base)
+    if not hasattr(base, "lm_head"):
+        raise UnsupportedModelError(f"{type(base).__name__} has no language-model head (lm_head)")
+    _check_shape(base.config)
+    adapter = FAMILIES[family](base)
+    if len(adapter.layers) != adapter.spec.num_layers:
+        found, declared = len(adapter.layers), adapter.spec.num_layers
+        raise UnsupportedModelError(f"{family}: the model has {found} layers, and its configuration says {declared}")
+    check_windows(base.config, adapter.spec.max_positions)
+    if adapter.spec.is_nested:
+        check_nested_maps(base, MODULES[family])
+    resolved = resolve(kernels, base, adapter.spec)
+    if resolved == "native" and isinstance(base.lm_head, NestedLinear):
+        by_kernels = partial(head, base.lm_head)
         adapter = replace(adapter, head=by_kernels, normed_head=partial(by_kernels, norm=adapter.final_norm))
-    return replace(adapter, kernels=resolved)
+    return replace(adapter, kernels=resolved, modules=ModuleWatch(model, MODULES[family], resolved == "native"))
 
 
 def _check_shape(config: Any) -> None:
@@ -76,3 +94,48 @@ def _check_shape(config: Any) -> None:
         raise ModelError(
             f"{config.model_type}: {config.num_attention_heads} heads do not share {kv_heads} key/value heads evenly"
         )
+
+
+def check_windows(config: Any, max_positions: int) -> None:
+    """Raise UnsupportedModelError naming the first layer to which transformers gives a window shorter than the context.
+
+    Mistral's masks follow `sliding_window`, Qwen's `layer_types`; the cache of every family follows `layer_types`
+    where there are any, else `sliding_window`.
+    """
+    family, window = config.model_type, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or (family == "mistral" and window is not None):
+        chunk = getattr(config, "attention_chunk_size", None)
+        kind = "full_attention" if chunk is None else "chunked_attention"
+        kinds = [kind if window is None else "sliding_attention"] * config.num_hidden_layers
+    for layer_idx, kind in enumerate(kinds[: config.num_hidden_layers]):
+        is_full = kind == "sliding_attention" and window is not None and window >= max_positions
+        if kind != "full_attention" and not is_full:
+            what = f"sliding_window={window}" if kind == "sliding_attention" else f"its type is {kind!r}"
+            raise UnsupportedModelError(
+                f"{family}: sliding-window attention in layer {layer_idx} ({what}) is not supported"
+            )
+
+
+def check_weights(model: Any) -> None:
+    """Raise UnsupportedModelError naming the first weight that is not in memory, or is no tensor of PyTorch's own."""
+    family = model.config.model_type
+    if getattr(model.config, "quantization_config", None) is not None and not is_nested(model.config):
+        raise UnsupportedModelError(f"{family}: weights quantized by another package are not supported")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{family}: weight {name!r} is on the meta device (never loaded, or offloaded to CPU or disk by"
+                " accelerate); load the whole model onto one device, without a device map"
+            )
+        if type(tensor) not in (nn.Parameter, Tensor):
+            raise UnsupportedModelError(
+                f"{family}: weight {name!r} is a {type(tensor).__name__}, quantized or distributed by another package;"
+                " load the model in float32 or bfloat16"
+            )
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise UnsupportedModelError(f"{family}: a model spread over {names} is not supported")
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UnsupportedModelError(f"{family}: layers of several shapes (per_layer_config) are not supported")

@@ -121,9 +121,20 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
         super()._apply(fn, recurse)
+        self._adapt()
+        return self
+
+    def _adapt(self) -> None:
         self._adapter = adapt(self.model, self._kernels)
         self.plan = self.plan
-        return self
+
+    def _follow_modules(self) -> None:
+        """Read the model anew where modules of it were replaced: adapters put in, or merged; refuse what cannot run."""
+        modules = self._adapter.modules
+        if modules is not None and modules.is_replaced:
+            self._adapt()
+        elif modules is not None:
+            modules.check()
 
     def can_generate(self) -> bool:
         """Whether `generate` works; always."""
@@ -180,6 +191,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
             InputError: token ids out of range, no real token, a context longer than the model's, or two caches.
             UnsupportedFeatureError: an argument this runtime does not implement.
         """
+        self._follow_modules()
         input_ids = self._check_call(input_ids, unsupported, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
@@ -234,6 +246,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         if any(isinstance(prompt, Tensor) and prompt.numel() == 0 for prompt in given):
             raise InputError("the prompt is empty; pass at least one sequence of at least one token")
         kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        self._follow_modules()
         trace = self._decoder.new_trace()
         output = super().generate(*args, trace=trace, **kwargs)
         self._trace = trace  # a processor may have called the model in between
