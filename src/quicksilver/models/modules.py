@@ -2,7 +2,7 @@
 
 Linear maps, norms, activations, embeddings and the head are called as modules. A layer, its attention, its MLP and all
 around them the runtime runs itself: what somebody has hung on these, or put in their place, would not run, and is
-refused by name. What a model's weights are is not looked at here.
+refused by name. What a model's weights are, `weights.py` says.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quicksilver.errors import UnsupportedModelError
+from quicksilver.models.weights import WeightPlaces
 from quicksilver.quant import NestedLinear, NestedSplit
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
@@ -84,6 +85,7 @@ class ModuleWatch:
         self._arguments, self._is_stale = (model, layout, bypasses), is_stale
         base = causal_lm(model)
         self._adapters: Mapping[str, Any] = {} if base is model else model.peft_config
+        self._config, self._weights = base.config, WeightPlaces(base)
         self._looked_up, self._family = _LookedUp(base.config), base.config.model_type
         places = list(_places(model, base, layout))
         self._run = [place for place in places if place.stands_for is not None]
@@ -100,20 +102,22 @@ class ModuleWatch:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether a module is not the one that was found; 0.01 ms for 12 layers."""
+        """Whether a module is not the one that was found, or windows are others; 0.01 ms for 12 layers."""
         return self._is_stale or self._found() != self._known
 
     def check(self) -> None:
         """Look again where something has changed; 0.01 ms for 12 layers where nothing has.
 
         Raises:
-            UnsupportedModelError: what would not run, or a module that was replaced; the message names the module.
+            UnsupportedModelError: what would not run, a module that was replaced, or weights that are no longer what
+                they were; the message names them.
         """
         if self.is_replaced:
             raise UnsupportedModelError(
-                f"{self._family}: modules of the model were replaced or added since it was accelerated; accelerate it"
-                " again"
+                f"{self._family}: modules of the model, or windows in its configuration, were changed since it was"
+                " accelerated; accelerate it again"
             )
+        self._weights.check()
         hooked = any(self._empty) or list(map(tuple, self._filled)) != self._hooks
         if hooked or True in map(contains, self._bare, repeat("forward")) or self._functions() != self._defined:
             self._look()
@@ -129,8 +133,9 @@ class ModuleWatch:
             self._next_hook = RemovableHandle.next_id
 
     def _found(self) -> list[object]:
-        """Return the modules' children and classes."""
-        return [*chain.from_iterable(map(dict.values, self._children)), *map(type, self._modules)]
+        """Return the modules' children and classes, and what the configuration says of windows."""
+        windows = map(vars(self._config).get, ("sliding_window", "layer_types"))
+        return [*chain.from_iterable(map(dict.values, self._children)), *map(type, self._modules), *map(str, windows)]
 
     def _look(self) -> None:
         """Refuse what would not run; remember what hangs on the modules, to notice when it is something else."""
@@ -169,7 +174,9 @@ def causal_lm(model: Any) -> Any:
     name = type(model).__name__
     inner = [each for each in ("_orig_mod", "module") if isinstance(getattr(model, each, None), nn.Module)]
     if isinstance(model, nn.Module) and inner:
-        raise UnsupportedModelError(f"{name} wraps a model, and would not run; give the model itself, its .{inner[0]}")
+        raise UnsupportedModelError(
+            f"{name} wraps a model, and would not run; give the model itself (.{inner[0]}), whole and on one device"
+        )
     raise UnsupportedModelError(f"a causal language model of transformers is needed, not {name}")
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
-
-from torch import Tensor, nn
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models import gpt2, llama
 from quicksilver.models.kernels import head, resolve
 from quicksilver.models.modules import ModuleLayout, ModuleWatch, causal_lm, check_nested_maps
 from quicksilver.models.spec import Adapter
+from quicksilver.models.weights import check_weights
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
-from quicksilver.quant.config import is_nested
 
 FAMILIES: dict[str, Callable[[Any], Adapter]] = {
     "gpt2": gpt2.adapt,
@@ -79,6 +76,10 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
 
 def _check_shape(config: Any) -> None:
     """Raise ModelError where a size is impossible; what is possible and odd is left to transformers."""
+    if getattr(config, "is_heterogeneous", False):
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers of several shapes (per_layer_config) are not supported"
+        )
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     sizes = {
         "num_hidden_layers": config.num_hidden_layers,
@@ -115,27 +116,3 @@ def check_windows(config: Any, max_positions: int) -> None:
             raise UnsupportedModelError(
                 f"{family}: sliding-window attention in layer {layer_idx} ({what}) is not supported"
             )
-
-
-def check_weights(model: Any) -> None:
-    """Raise UnsupportedModelError naming the first weight that is not in memory, or is no tensor of PyTorch's own."""
-    family = model.config.model_type
-    if getattr(model.config, "quantization_config", None) is not None and not is_nested(model.config):
-        raise UnsupportedModelError(f"{family}: weights quantized by another package are not supported")
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"{family}: weight {name!r} is on the meta device (never loaded, or offloaded to CPU or disk by"
-                " accelerate); load the whole model onto one device, without a device map"
-            )
-        if type(tensor) not in (nn.Parameter, Tensor):
-            raise UnsupportedModelError(
-                f"{family}: weight {name!r} is a {type(tensor).__name__}, quantized or distributed by another package;"
-                " load the model in float32 or bfloat16"
-            )
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        names = ", ".join(sorted(str(device) for device in devices))
-        raise UnsupportedModelError(f"{family}: a model spread over {names} is not supported")
-    if getattr(model.config, "is_heterogeneous", False):
-        raise UnsupportedModelError(f"{family}: layers of several shapes (per_layer_config) are not supported")
