@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quicksilver
 from quicksilver.core.plan import Plan
@@ -69,27 +69,68 @@ def test_real_models_have_their_published_loss(name: str, perplexity: float, sha
     assert torch.exp(model(ids, labels=ids).loss).item() == pytest.approx(perplexity, abs=tolerances.PERPLEXITY)
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+ALL_IN_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+
+
+def windowed(family: str, **options: Any) -> Any:
+    """Return a family's configuration with other windows."""
+    config = tiny.CONFIGS[family]()
+    own = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+    return type(config)(**{**{key: value for key, value in config.to_dict().items() if key not in own}, **options})
+
+
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("family", "options", "reason"),
     [
-        (MistralConfig(**{**tiny.CONFIGS["mistral"]().to_dict(), "sliding_window": 8}), "sliding_window=8"),
-        (
-            Qwen2Config(
-                **{
-                    **tiny.CONFIGS["qwen2"]().to_dict(),
-                    "use_sliding_window": True,
-                    "sliding_window": 8,
-                    "max_window_layers": 0,
-                    "layer_types": None,
-                }
-            ),
-            "sliding_window=8",
-        ),
+        ("mistral", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
+        ("mistral", {"sliding_window": 8, "layer_types": [FULL] * 4}, "layer 0 .sliding_window=8"),
+        ("mistral", {"sliding_window": None, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=None"),
+        ("qwen2", ALL_IN_WINDOWS, "layer 0 .sliding_window=8"),
+        ("qwen2", {**ALL_IN_WINDOWS, "max_window_layers": 3}, "layer 3 .sliding_window=8"),
+        ("qwen3", {**ALL_IN_WINDOWS, "sliding_window": 63}, "layer 0 .sliding_window=63"),
+        ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, FULL, SLIDING, FULL]}, "layer 2 .sliding_window=8"),
+        ("llama", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
+        ("llama", {"sliding_window": 8, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=8"),
+        ("llama", {"attention_chunk_size": 8}, "layer 0 .*chunked_attention"),
+        ("gpt2", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
     ],
 )
-def test_sliding_windows_are_refused_by_name(config: Any, reason: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=reason):
-        quicksilver.accelerate(tiny.from_config(config))
+def test_windows_that_transformers_gives_are_refused_by_layer(
+    family: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{family}: .*{reason}"):
+        quicksilver.accelerate(tiny.from_config(windowed(family, **options)))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {**ALL_IN_WINDOWS, "max_window_layers": 4}),
+        ("qwen2", {**ALL_IN_WINDOWS, "max_window_layers": 28}),
+        ("qwen2", {**ALL_IN_WINDOWS, "use_sliding_window": False}),
+        ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL] * 4}),
+        ("qwen3", {**ALL_IN_WINDOWS, "sliding_window": tiny.MAX_POSITIONS}),
+        ("mistral", {"sliding_window": 10 * tiny.MAX_POSITIONS}),
+        ("llama", {"sliding_window": 8, "layer_types": [FULL] * 4}),
+    ],
+)
+def test_windows_that_no_layer_has_do_not_matter(family: str, options: dict[str, Any]) -> None:
+    model, ids = tiny.from_config(windowed(family, **options)), tiny.token_ids(tiny.MAX_POSITIONS)
+    logits = quicksilver.accelerate(model)(ids[None]).logits[0]
+    torch.testing.assert_close(logits, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("mistral", None), ("qwen2", [FULL, FULL, SLIDING, FULL])])
+def test_a_window_declared_later_is_refused_at_the_next_call(family: str, kinds: list[str] | None) -> None:
+    model, ids = tiny.from_config(tiny.CONFIGS[family]()), tiny.token_ids(9)[None]
+    accelerated = quicksilver.accelerate(model)
+    accelerated(ids)
+    model.config.sliding_window = 4
+    if kinds is not None:
+        model.config.layer_types = kinds
+    with pytest.raises(UnsupportedModelError, match=f"layer {0 if kinds is None else 2} .sliding_window=4"):
+        accelerated(ids)
 
 
 def test_longrope_is_limited_to_the_length_at_which_its_frequencies_switch() -> None:

@@ -7,12 +7,12 @@ weights, which are rougher than a trained model's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
@@ -143,7 +143,8 @@ def test_the_kernels_take_norms_of_contiguous_float32_alone(name: str, odd: str)
     assert (operands.weight is norm.weight, operands.bias is norm.bias, operands.epsilon) == (True, True, norm.eps)
     setattr(norm, name, nn.Parameter(ODD_NORMS[odd](getattr(norm, name).detach())))
     assert norm_operands(norm) is None
-    by_root = SimpleNamespace(variance_epsilon=1e-6, weight=norm.weight)
+    by_root = LlamaRMSNorm(8)
+    by_root.weight = norm.weight
     assert (norm_operands(by_root) is None) == (name == "weight")
     assert norm_operands(nn.LayerNorm(8, bias=False)) is None
     assert norm_operands(nn.BatchNorm1d(8)) is None

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quicksilver.errors import UnsupportedModelError
+from quicksilver.models.kernels import activation_name
+from quicksilver.models.modules import ModuleLayout, float_weight, is_observed, runs_only
 from quicksilver.models.spec import (
     QKV,
     Adapter,
     Apply,
     LayerOps,
     Leaves,
-    Map,
     MapRole,
     ModelSpec,
     head_bits,
@@ -28,7 +29,37 @@ from quicksilver.models.spec import (
 from quicksilver.quant import NestedSplit
 
 _ROLES: tuple[MapRole, ...] = ("query", "key", "value", "output", "up", "down")
-TANH_GELUS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_CONV1D = "transformers.pytorch_utils"
+
+MODULES = ModuleLayout(
+    run={
+        "": "GPT2LMHeadModel",
+        "transformer": "GPT2Model",
+        "transformer.drop": "",
+        "transformer.h": "",
+        "transformer.h.*": "GPT2Block",
+        "transformer.h.*.attn": "GPT2Attention",
+        "transformer.h.*.attn.attn_dropout": "",
+        "transformer.h.*.attn.resid_dropout": "",
+        "transformer.h.*.mlp": "GPT2MLP",
+        "transformer.h.*.mlp.dropout": "",
+    },
+    maps=(
+        "transformer.h.*.attn.c_attn",
+        "transformer.h.*.attn.c_proj",
+        "transformer.h.*.mlp.c_fc",
+        "transformer.h.*.mlp.c_proj",
+    ),
+    called=(
+        "transformer.wte",
+        "transformer.wpe",
+        "transformer.h.*.ln_1",
+        "transformer.h.*.ln_2",
+        "transformer.h.*.mlp.act",
+        "transformer.ln_f",
+        "lm_head",
+    ),
+)
 
 
 def adapt(model: Any) -> Adapter:
@@ -42,7 +73,7 @@ def adapt(model: Any) -> Adapter:
     body = model.transformer
     return Adapter(
         spec=_spec(model),
-        layers=tuple(_layer_ops(block, model.config.activation_function) for block in body.h),
+        layers=tuple(_layer_ops(block) for block in body.h),
         embed=partial(_embed, body),
         rotation=None,
         final_norm=body.ln_f,
@@ -54,7 +85,7 @@ def _spec(model: Any) -> ModelSpec:
     config, body = model.config, model.transformer
     d = config.n_embd
     inner = config.n_inner if config.n_inner is not None else 4 * d
-    c_attn, dtype = body.h[0].attn.c_attn, body.ln_f.weight.dtype
+    c_attn, like = body.h[0].attn.c_attn, float_weight(body.ln_f, body)
     return ModelSpec(
         family=config.model_type,
         num_layers=config.n_layer,
@@ -75,14 +106,14 @@ def _spec(model: Any) -> ModelSpec:
         mlp_weight_bytes=weight_bytes(body.h[0].mlp),
         nested_weight_bytes=nested_bytes(body.h[0]),
         head_weight_bytes=weight_bytes(model.lm_head, body.ln_f) + nested_bytes(model.lm_head),
-        head_bits=head_bits(model.lm_head, dtype),
+        head_bits=head_bits(model.lm_head, like.dtype),
         parameters=num_parameters(model),
-        dtype=dtype,
-        device=body.ln_f.weight.device,
+        dtype=like.dtype,
+        device=like.device,
     )
 
 
-def _layer_ops(block: Any, activation: str) -> LayerOps:
+def _layer_ops(block: Any) -> LayerOps:
     attention = block.attn
     heads, head_dim, nested = attention.num_heads, attention.head_dim, isinstance(attention.c_attn, NestedSplit)
     project_qkv, project_kv, project_query = (
@@ -95,10 +126,10 @@ def _layer_ops(block: Any, activation: str) -> LayerOps:
         project_query=partial(project_query, attention.c_attn, heads, head_dim),
         attn_output=partial(_attn_output, attention),
         mlp_norm=block.ln_2,
-        mlp=partial(_mlp, block.mlp, _activation(block.mlp, activation)),
+        mlp=partial(_mlp, block.mlp),
         scaling=attention.scaling,
         nested=nested_maps(block),
-        leaves=Leaves(block.ln_1, block.ln_2, None, None, _ROLES, activation),
+        leaves=Leaves(block.ln_1, block.ln_2, None, None, _ROLES, block.mlp.act),
     )
 
 
@@ -110,13 +141,15 @@ def _attn_output(attention: Any, x: Tensor, apply: Apply) -> Tensor:
     return apply(attention.c_proj, x)
 
 
-def _activation(mlp: Any, name: str) -> Map:
-    """Return the activation; the tanh GELUs as PyTorch's fused one, the same formula in one pass."""
-    return partial(F.gelu, approximate="tanh") if name in TANH_GELUS else mlp.act
+def _mlp(mlp: Any, x: Tensor, apply: Apply) -> Tensor:
+    return apply(mlp.c_proj, _activate(mlp.act, apply(mlp.c_fc, x)))
 
 
-def _mlp(mlp: Any, activation: Map, x: Tensor, apply: Apply) -> Tensor:
-    return apply(mlp.c_proj, activation(apply(mlp.c_fc, x)))
+def _activate(activation: Any, x: Tensor) -> Tensor:
+    """Apply the activation; the tanh GELUs as PyTorch's fused one, the same formula in one pass."""
+    if activation_name(activation) == "gelu_tanh" and not is_observed(activation):
+        return F.gelu(x, approximate="tanh")
+    return activation(x)
 
 
 def _fused_qkv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> QKV:
@@ -124,12 +157,17 @@ def _fused_qkv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) 
 
 
 def _fused_kv(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
+    if not runs_only(c_attn, _CONV1D):  # an adapter, say: what it makes of keys and values, only the whole map knows
+        _, key, value = _fused_qkv(c_attn, heads, head_dim, x, apply)
+        return key, value
     d = heads * head_dim
     fused = torch.addmm(c_attn.bias[d:], x, c_attn.weight[:, d:]).view(-1, 2, heads, head_dim)
     return fused[:, 0], fused[:, 1]
 
 
 def _fused_query(c_attn: Any, heads: int, head_dim: int, x: Tensor, apply: Apply) -> Tensor:
+    if not runs_only(c_attn, _CONV1D):
+        return _fused_qkv(c_attn, heads, head_dim, x, apply).query
     d = heads * head_dim
     return torch.addmm(c_attn.bias[:d], x, c_attn.weight[:, :d]).view(-1, heads, head_dim)
 

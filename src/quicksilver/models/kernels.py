@@ -12,11 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
+from quicksilver.models.modules import defined_in, is_observed
 from quicksilver.models.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice, Kernels
 from quicksilver.ops.nested_linear import NormOperands, accepts, has_whole_levels, multiply, prepared
 from quicksilver.quant import NestedLinear
+
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+}
+"""Classes of PyTorch and transformers by name, and what the kernels call them."""
 
 
 def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
@@ -50,9 +60,10 @@ def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
 
 def norm_operands(norm: object) -> NormOperands | None:
     """Return what the compiled kernels need of a norm, None where they do not know it."""
-    if isinstance(norm, nn.LayerNorm):
+    found, made_in = None, defined_in(type(norm).forward) if isinstance(norm, nn.Module) else ""
+    if made_in == "torch.nn.modules.normalization" and isinstance(norm, nn.LayerNorm):
         found = None if norm.bias is None else NormOperands(norm.weight, norm.bias, norm.eps)
-    else:
+    elif made_in.startswith("transformers.models."):
         epsilon = getattr(norm, "variance_epsilon", None)
         found = None if epsilon is None else NormOperands(norm.weight, None, epsilon)  # type: ignore[attr-defined]
     tensors = [] if found is None else [found.weight, found.bias]
@@ -60,11 +71,17 @@ def norm_operands(norm: object) -> NormOperands | None:
     return found if fit else None
 
 
+def activation_name(module: nn.Module) -> str | None:
+    """Return what the compiled kernels call an activation, None where they do not know it."""
+    known = defined_in(type(module).forward) in ("torch.nn.modules.activation", "transformers.activations")
+    return _ACTIVATIONS.get(type(module).__name__) if known else None
+
+
 def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
     """Apply a nested head to states [M, d], normed first; few rows go to the compiled kernels by the shortest way.
 
     A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
-    where states or the norm want a gradient, and for more rows, it is `norm`'s and `NestedLinear`'s `forward`.
+    where states or the norm want a gradient, where hooks are on either, and for more rows, both are called as modules.
 
     Args:
         module: the head, [d, vocab].
@@ -78,8 +95,9 @@ def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) ->
         KernelsUnavailableError: there are no kernels.
     """
     operands = None if norm is None else norm_operands(norm)
-    known = norm is None or (operands is not None and not _wants_gradient(operands))
-    matrix = prepared(module.stored, by_channel=False) if known and accepts(hidden) and not module.is_expanded else None
+    known = norm is None or (operands is not None and not _wants_gradient(operands) and not is_observed(norm))
+    reads = known and accepts(hidden) and not module.is_expanded and not is_observed(module)
+    matrix = prepared(module.stored, by_channel=False) if reads else None
     if matrix is None:
         return module(hidden if norm is None else norm(hidden), kernels="native")
     logits = multiply(hidden, matrix, norm=operands)

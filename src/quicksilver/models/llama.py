@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
+from quicksilver.models.modules import ModuleLayout, float_weight
 from quicksilver.models.rotary import Rotation, RotationTable
 from quicksilver.models.spec import (
     QKV,
@@ -28,6 +29,34 @@ _ROLES: tuple[MapRole, ...] = ("query", "key", "value", "output", "gate", "up", 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
+def module_layout(prefix: str) -> ModuleLayout:
+    """Return where a family of this kind, whose classes' names begin with `prefix`, keeps its modules."""
+    attention = [f"model.layers.*.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    mlp = [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    return ModuleLayout(
+        run={
+            "": f"{prefix}ForCausalLM",
+            "model": f"{prefix}Model",
+            "model.rotary_emb": f"{prefix}RotaryEmbedding",
+            "model.layers": "",
+            "model.layers.*": f"{prefix}DecoderLayer",
+            "model.layers.*.self_attn": f"{prefix}Attention",
+            "model.layers.*.mlp": f"{prefix}MLP",
+        },
+        maps=(*attention, *mlp),
+        called=(
+            "model.embed_tokens",
+            "model.layers.*.input_layernorm",
+            "model.layers.*.self_attn.q_norm",
+            "model.layers.*.self_attn.k_norm",
+            "model.layers.*.post_attention_layernorm",
+            "model.layers.*.mlp.act_fn",
+            "model.norm",
+            "lm_head",
+        ),
+    )
+
+
 def adapt(model: Any) -> Adapter:
     """Read a Llama, Mistral, Qwen2 or Qwen3 model of transformers.
 
@@ -36,11 +65,12 @@ def adapt(model: Any) -> Adapter:
     """
     _check(model.config)
     body, spec = model.model, _spec(model)
+    like = float_weight(body.norm, body)
     return Adapter(
         spec=spec,
-        layers=tuple(_layer_ops(layer, model.config.hidden_act) for layer in body.layers),
+        layers=tuple(map(_layer_ops, body.layers)),
         embed=partial(_embed, body),
-        rotation=RotationTable(partial(_rotation, _rotary_module(model), body.norm.weight), spec.max_positions),
+        rotation=RotationTable(partial(_rotation, _rotary_module(model), like), spec.max_positions),
         final_norm=body.norm,
         head=model.lm_head,
     )
@@ -48,9 +78,6 @@ def adapt(model: Any) -> Adapter:
 
 def _check(config: Any) -> None:
     family = config.model_type
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        raise UnsupportedModelError(f"{family}: sliding-window attention (sliding_window={window}) is not supported")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in _ROPE_TYPES:
         raise UnsupportedModelError(f"{family}: rotary scaling of type {rope_type!r} is not supported")
@@ -79,7 +106,7 @@ def _spec(model: Any) -> ModelSpec:
     d, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     query_macs, kv_macs = 2 * d * heads * head_dim, 2 * d * kv_heads * head_dim
     mlp_macs = 3 * d * config.intermediate_size
-    attention, dtype = body.layers[0].self_attn, body.norm.weight.dtype
+    attention, like = body.layers[0].self_attn, float_weight(body.norm, body)
     return ModelSpec(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -100,15 +127,15 @@ def _spec(model: Any) -> ModelSpec:
         mlp_weight_bytes=weight_bytes(body.layers[0].mlp),
         nested_weight_bytes=nested_bytes(body.layers[0]),
         head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
-        head_bits=head_bits(model.lm_head, dtype),
+        head_bits=head_bits(model.lm_head, like.dtype),
         parameters=num_parameters(model),
-        dtype=dtype,
-        device=body.norm.weight.device,
+        dtype=like.dtype,
+        device=like.device,
     )
 
 
-def _layer_ops(layer: nn.Module, activation: str) -> LayerOps:
-    attention: Any = layer.self_attn
+def _layer_ops(layer: Any) -> LayerOps:
+    attention = layer.self_attn
     return LayerOps(
         attn_norm=layer.input_layernorm,
         project_qkv=partial(_project_qkv, attention),
@@ -125,7 +152,7 @@ def _layer_ops(layer: nn.Module, activation: str) -> LayerOps:
             query_norm=getattr(attention, "q_norm", None),
             key_norm=getattr(attention, "k_norm", None),
             roles=_ROLES,
-            activation=activation,
+            activation=layer.mlp.act_fn,
         ),
     )
 
@@ -165,7 +192,7 @@ def _rotary_module(model: Any) -> Any:
     """Return the model's rotary module; one of our own where it remembers the longest sequence it has seen."""
     shared = model.model.rotary_emb
     if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return type(shared)(model.config).to(model.model.norm.weight.device)
+        return type(shared)(model.config).to(float_weight(model.model.norm, model.model).device)
     return shared
 
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from quicksilver.errors import ModelError
 from quicksilver.models.families import check_family
+from quicksilver.models.modules import runs_only
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 from quicksilver.quant.codes import Grid, NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.rounding import quantize, walk_order
 
 HEAD = "lm_head"
+_PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
+"""Where modules that are no more than their weight and bias are defined."""
 
 Encode = Callable[[str, Tensor], NestedCodes]
 """Maps a map's name and its weight [in, out], or the embedding's and its table [vocab, d], to codes."""
@@ -173,6 +176,12 @@ def check(model: Any, config: QuantizationConfig) -> None:
 
 
 def _check_weight(model: Any, name: str) -> None:
+    module = model.get_submodule(name)
+    if not any(runs_only(module, source) for source in _PLAIN):
+        raise ModelError(
+            f"{name!r} ({type(module).__name__}) is more than its weight: merge adapters, remove hooks and put back"
+            " replaced modules before the model is nested"
+        )
     bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax()).float()
     if not bool(torch.isfinite(bounds).all()):
         raise ModelError(f"weight '{name}.weight' holds NaN or infinite values")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape
+from quicksilver.models.modules import ModuleWatch
 from quicksilver.models.rotary import Rotation
 from quicksilver.ops.native import Kernels
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedWeight
@@ -106,7 +107,7 @@ class Leaves:
         query_norm: of each query head, None where there is none.
         key_norm: likewise.
         roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
-        activation: of the MLP, by transformers' name.
+        activation: of the MLP.
     """
 
     attn_norm: nn.Module
@@ -114,7 +115,7 @@ class Leaves:
     query_norm: nn.Module | None
     key_norm: nn.Module | None
     roles: tuple[MapRole, ...]
-    activation: str
+    activation: nn.Module
 
     @property
     def norms(self) -> dict[str, nn.Module]:
@@ -169,6 +170,7 @@ class Adapter:
         head: normed states [N, d] to logits [N, vocab].
         normed_head: states [N, d] to logits, both in one; None where they are two.
         kernels: which kernels read nested weights.
+        modules: says whether the model's modules are still those that this was made of.
     """
 
     spec: ModelSpec
@@ -179,6 +181,7 @@ class Adapter:
     head: Map
     normed_head: Map | None = None
     kernels: Kernels = "torch"
+    modules: ModuleWatch | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""

@@ -119,7 +119,9 @@ class Decoder:
 
         Raises:
             InputError: a token id out of range, a sequence longer than the model allows, or flags of another number.
+            UnsupportedModelError: something was put on the model's modules, or in their place, that would not run.
         """
+        self._check_modules(decodes=len(token_ids) <= len(lengths) and any(cache.seq_lengths))
         self._check_inputs(token_ids, lengths, cache)
         of_prompt = self._flags(prompt, len(lengths))
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
@@ -137,11 +139,17 @@ class Decoder:
         hidden = running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
         return self._maps.map_stopped(hidden, status.stops, trace)
 
+    def _check_modules(self, decodes: bool) -> None:
+        """Look whether modules are as they were; from token to token for hooks alone, since all of it takes time."""
+        if (modules := self.adapter.modules) is not None:
+            (modules.check_hooks if decodes else modules.check)()
+
     def _run_layers(
         self, first: int, running: Running, status: TokenStatus, context: PassContext
     ) -> tuple[Running, TokenStatus]:
         """Run the layers from `first` on."""
-        layer_idx, spans = first - 1, self._spans
+        layer_idx, modules = first - 1, self.adapter.modules
+        spans = None if modules is not None and modules.is_observed else self._spans
         while (layer_idx := layer_idx + 1) < self.spec.num_layers:
             layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,11 +21,12 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError, UnsupportedFeatureError
 from quicksilver.models.registry import adapt
-from quicksilver.models.spec import Adapter, num_nested
+from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.continuation import rejoin
 from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.facts import ModelFacts
 from quicksilver.runtime.grids import check_positions, grid_logits, real_tokens, shifted_loss, split_mask
 from quicksilver.runtime.presets import resolve_plan
 from quicksilver.runtime.sampling import Ending, TokenChoice, extend
@@ -36,7 +37,7 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 """What transformers calls the cache: `cache` from 5.24 on. Callers may use either name."""
 
 
-class QuickSilverForCausalLM(nn.Module, GenerationMixin):
+class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
     """A frozen transformers model run under a plan, with transformers' own interface.
 
     The wrapped model's weights are used in place. Gradients are never computed.
@@ -49,13 +50,6 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         backend: attention implementation, "sdpa" or "eager".
         kernels: which kernels were asked for to read nested weights; the adapter says which do.
     """
-
-    main_input_name = "input_ids"
-    base_model_prefix = "model"
-    input_modalities = ("text",)
-    hf_quantizer = None
-    _is_stateful = False
-    _supports_cache_class = True
 
     def __init__(
         self,
@@ -124,43 +118,20 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
         super()._apply(fn, recurse)
-        self._adapter = adapt(self.model, self._kernels)
-        self.plan = self.plan
+        self._adapt()
         return self
 
-    def can_generate(self) -> bool:
-        """Whether `generate` works; always."""
-        return True
+    def _adapt(self) -> None:
+        self._adapter = adapt(self.model, self._kernels)
+        self.plan = self.plan
 
-    def is_remote_code(self) -> bool:
-        """Whether the model's code came from a hub; never."""
-        return False
-
-    @property
-    def name_or_path(self) -> str:
-        """Where the wrapped model came from; empty where it was made from a configuration."""
-        return self.model.name_or_path
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, nested weights among them as transformers' own count leaves them out."""
-        plain = self.model.num_parameters(only_trainable, exclude_embeddings)
-        return plain + (0 if only_trainable else num_nested(self.model, exclude_embeddings))
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of parameters and of buffers, which nested weights are."""
-        return self.model.get_memory_footprint(return_buffers)
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the wrapped model's weights as its configuration says; they are from the beginning."""
-        self.model.tie_weights(*args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the wrapped model's token embedding."""
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the wrapped model's head."""
-        return self.model.get_output_embeddings()
+    def _follow_modules(self) -> None:
+        """Read the model anew where modules of it were replaced: adapters put in, or merged; refuse what cannot run."""
+        modules = self._adapter.modules
+        if modules is not None and modules.is_replaced:
+            self._adapt()
+        elif modules is not None:
+            modules.check()
 
     @torch.no_grad()
     def forward(
@@ -204,6 +175,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
                 that hides other cached tokens than the last.
             UnsupportedFeatureError: an argument this runtime does not implement.
         """
+        self._follow_modules()
         position_ids = others.pop("position_ids", None)
         input_ids = self._check_call(input_ids, others, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
@@ -265,6 +237,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         if any(isinstance(prompt, Tensor) and prompt.numel() == 0 for prompt in given):
             raise InputError("the prompt is empty; pass at least one sequence of at least one token")
         kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        self._follow_modules()
         trace = self._decoder.new_trace()
         output = super().generate(*args, trace=trace, **kwargs)
         self._trace = trace  # a processor may have called the model in between

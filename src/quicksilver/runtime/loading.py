@@ -17,6 +17,7 @@ from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedMo
 from quicksilver.models import registry
 from quicksilver.models.families import check_family
 from quicksilver.models.fingerprint import fingerprint
+from quicksilver.models.modules import causal_lm
 from quicksilver.models.nesting import nest
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import native
@@ -38,10 +39,13 @@ def accelerate(
     """Run a transformers model that is already loaded under a plan; no weight is changed.
 
     Weights are used in place; compiled kernels pack those that are nested for themselves, and anew where they find them
-    changed when a sequence begins.
+    changed when a sequence begins. Linear maps, norms, activations, embeddings and the head are called as modules, on
+    rows [N, d]: hooks on them run, and so do modules in their place, adapters for one. What is on a layer, on its
+    attention or MLP, or on what is around them would not run, and is refused; so it is at the next pass where it came
+    later.
 
     Args:
-        model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model.
+        model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model, or PEFT's wrapper of one.
         plan: a `Plan`, a preset's name, or the path of a plan file.
         special_ids: token ids never halted or fused where the plan protects them (default: the configuration's
             BOS, EOS and padding ids).
@@ -49,7 +53,8 @@ def accelerate(
             ("native"), or PyTorch's own ("torch").
 
     Raises:
-        UnsupportedModelError: the family or an option of it is not supported.
+        UnsupportedModelError: the family or an option of it is not supported, or hooks, a `forward`, attention or
+            adapters would not run.
         ModelError: a weight is NaN or infinite.
         PlanError: the plan is unknown, malformed, or does not fit the model.
         KernelsUnavailableError: "native" kernels are asked for and cannot be used.
@@ -164,7 +169,7 @@ def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
     """Return why a plan's fitted thresholds mean nothing to a model; None where they may, or are not fitted."""
     if plan.fitted_to is None:
         return None
-    problem = plan.fitted_to.mismatch(fingerprint(model, adapter.spec))
+    problem = plan.fitted_to.mismatch(fingerprint(causal_lm(model), adapter.spec))
     return problem and f"plan {plan.name!r}: {problem}"
 
 

@@ -174,9 +174,9 @@ class PrecisionStep:
         counts = _channels_by_width(widths, x)
         trace.widths.add(counts, module.num_outputs, module.channel_bytes)
         if isinstance(counts, list):
-            return module(x, widths, kernels=self._kernels, coarse=coarse)
+            return module(x, widths=widths, kernels=self._kernels, coarse=coarse)
         present = [width for width, count in enumerate(counts.tolist()) if width and count]
-        return module(x, widths, present, self._kernels, coarse)
+        return module(x, widths=widths, present=present, kernels=self._kernels, coarse=coarse)
 
 
 def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centre]:

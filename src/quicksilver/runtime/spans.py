@@ -17,8 +17,7 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
 from quicksilver.core.rules import ShareFill, UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.models.gpt2 import TANH_GELUS
-from quicksilver.models.kernels import norm_operands
+from quicksilver.models.kernels import activation_name, norm_operands
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
@@ -30,7 +29,6 @@ from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.status import Running, TokenStatus
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", **dict.fromkeys(TANH_GELUS, "gelu_tanh")}
 _WORK_LIMIT = 3 * 2**27  # rows times weights of a layer: from about there on expanding weights first is faster
 _SMALL_LAYERS_ROWS, _LARGE_LAYERS_ROWS = 128, 32  # and from so many rows on however small a layer is, or large
 
@@ -193,7 +191,7 @@ class LayerSpans:
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            _ACTIVATIONS[leaves.activation],
+            activation_name(leaves.activation),
             self._plan.entry_bits or 8 * torch.float32.itemsize,
         )
 
@@ -268,7 +266,7 @@ class LayerSpans:
 
 def _unknown(leaves: Leaves) -> bool:
     known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
-    return not known or leaves.activation not in _ACTIVATIONS
+    return not known or activation_name(leaves.activation) is None
 
 
 def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:

@@ -18,8 +18,8 @@ _version_of = attrgetter("_version")
 class WeightWatch:
     """Remembers the tensors of layers' nested maps and norms, and how often each was written to.
 
-    Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors, and modules
-    replaced by others.
+    Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors. Modules replaced
+    by others are `ModuleWatch`'s business.
 
     Args:
         layers: the layers.
