@@ -70,7 +70,7 @@ def command(
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import check_target, save_nested
+    from quicksilver.runtime.nested import check_target, nest_and_save, save_nested
 
     method = _method(method, calibration, calibration_tokens)
     check_target(output)
@@ -81,14 +81,13 @@ def command(
     config = QuantizationConfig(int(group_size), method, head, embeddings)
     loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
-    hessians = (
-        None
-        if corpus is None
-        else _hessians(loaded, tokenizer, corpus, calibration_tokens or _CALIBRATION_TOKENS, head)
-    )
-    with progress("maps", len(nested_names(loaded, config))) as advance:
-        nest(loaded, config, hessians, advance)
-    save_nested(loaded, output, tokenizer)
+    hessians = None if corpus is None else _hessians(loaded, tokenizer, corpus, calibration_tokens, head)
+    with progress("maps", len(nested_names(loaded, config)) + embeddings) as advance:
+        if hessians is None:
+            nest_and_save(loaded, config, output, tokenizer, on_map=advance)
+        else:
+            nest(loaded, config, hessians, advance)
+            save_nested(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
 
 
