@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quicksilver.errors import ModelError
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
-from quicksilver.quant.rounding import fit_table, quantize, walk_order
+from quicksilver.quant.rounding import fit_tables, quantize, walk_order
 from tests import tolerances
 
 SHAPES = ((1, 1, 1), (3, 7, 5), (2, 33, 31), (5, 64, 129), (4, 50, 96), (1, 129, 200))  # rows, in, out
@@ -160,7 +160,7 @@ def test_levels_of_narrow_prefixes_are_the_best_whole_codes() -> None:
     weight = draw(40, 96)
     codes = quantize(weight, 32, refit=False)
     for width in (4, 2):
-        table = fit_table(weight, codes, width)
+        table = fit_tables(weight, codes.codes(), codes.grid)[width]
         fitted = quantize(weight, 32)
         assert torch.equal(fitted.tables[width], table)
         assert torch.equal(table, table.round().clamp(0, 255))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quicksilver.errors import ModelError
-from quicksilver.quant.storage import INDEX, SINGLE, Expected, read_tensors, write_tensors
+from quicksilver.quant.storage import INDEX, SINGLE, Expected, give_back, read_tensors, write_tensors
 
 TENSORS = {
     "layer.zeros": torch.arange(60, dtype=torch.uint8).view(20, 3),
@@ -157,3 +158,27 @@ def test_tensors_that_do_not_fit_are_named(
 def test_a_file_without_its_checksums_is_refused(single: Path, metadata: dict[str, str] | None) -> None:
     save_file(load_file(single), single, metadata)
     refused(single.parent, SINGLE, "header", "checksums")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is in memory")
+def test_a_mapped_tensor_gives_its_memory_back_and_stays_what_it_is(tmp_path: Path) -> None:
+    """And nothing happens to a tensor that is in memory alone."""
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+    tensor = torch.arange(2**22, dtype=torch.int32)
+    write_tensors({"large": tensor}, tmp_path)
+    with safe_open(tmp_path / SINGLE, framework="pt") as file:
+        mapped = file.get_tensor("large")
+    part = mapped[3:-5]  # begins and ends within a page
+    assert torch.equal(mapped, tensor)
+    before = resident()
+    give_back(part)
+    assert before - resident() > 0.9 * tensor.nbytes
+    assert torch.equal(mapped, tensor)
+    mine = tensor.clone()
+    give_back(mine)
+    assert torch.equal(mine, tensor)
+    give_back(tensor[:0])

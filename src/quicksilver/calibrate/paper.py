@@ -33,7 +33,8 @@ class PaperSearch:
 
     def __init__(self, adapter: Adapter, window: Tensor) -> None:
         states = layer_states(adapter, window)
-        drifts = torch.cat([(b - a)[PROTECTED:].norm(dim=-1) for a, b in itertools.pairwise(states)]).float()
+        steps = ((b.float() - a.float())[PROTECTED:] for a, b in itertools.pairwise(states))
+        drifts = torch.cat([step.norm(dim=-1) for step in steps])
         self._quantile = lambda share: float(torch.quantile(drifts, share))
 
     def propose(self, finished: Sequence[FrozenTrial]) -> tuple[Space, dict[str, Any] | None]:

@@ -85,7 +85,7 @@ def command(
     from quicksilver.models.nesting import check, nest, nested_names
     from quicksilver.quant.config import QuantizationConfig
     from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import save_nested
+    from quicksilver.runtime.nested import nest_and_save, save_nested
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -93,14 +93,13 @@ def command(
     with own_lines():
         loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
-    hessians = (
-        None
-        if corpus is None
-        else _hessians(loaded, tokenizer, corpus, calibration_tokens or _CALIBRATION_TOKENS, head)
-    )
-    with progress("maps", len(nested_names(loaded, config))) as advance:
-        nest(loaded, config, hessians, advance)
-    save_nested(loaded, output, tokenizer)
+    hessians = None if corpus is None else _hessians(loaded, tokenizer, corpus, calibration_tokens, head)
+    with progress("maps", len(nested_names(loaded, config)) + embeddings) as advance:
+        if hessians is None:
+            nest_and_save(loaded, config, output, tokenizer, on_map=advance)
+        else:
+            nest(loaded, config, hessians, advance)
+            save_nested(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
 
 

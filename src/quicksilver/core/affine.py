@@ -57,11 +57,13 @@ class AffineMap:
         return sum(t.numel() * t.element_size() for t in (*self.weights, self.bias))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AffineMap:
-        """Return the map on a device, in a dtype."""
+        """Return the map on a device, for rows of a dtype: in that, or in float32 for float16, too narrow for sums."""
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         return AffineMap(tuple(w.to(device, dtype) for w in self.weights), self.bias.to(device, dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply it to rows [N, in]; return [N, out]."""
+        """Apply it to rows [N, in]; return [N, out] in their dtype."""
+        between = x.to(self.bias.dtype)
         for weight in self.weights[:-1]:
-            x = x @ weight
-        return torch.addmm(self.bias, x, self.weights[-1])
+            between = between @ weight
+        return torch.addmm(self.bias, between, self.weights[-1]).to(x.dtype)

@@ -5,7 +5,7 @@ How codes are chosen is `quant/rounding.py`'s business; how a nested model is st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from quicksilver.errors import ModelError
 from quicksilver.models.families import check_family
 from quicksilver.models.modules import runs_only
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
-from quicksilver.quant.codes import Grid, NestedCodes
+from quicksilver.quant.codes import NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.rounding import quantize, walk_order
 
@@ -124,6 +124,29 @@ def nest(
         on_map: called after each map.
 
     Raises:
+        ModelError: as `nest_each` does.
+        UnsupportedModelError: the family is not supported.
+    """
+    for _ in nest_each(model, config, hessians):
+        if on_map is not None:
+            on_map()
+
+
+def nest_each(
+    model: Any,
+    config: QuantizationConfig,
+    hessians: Mapping[str, Tensor] | None = None,
+    after: Callable[[Tensor], None] = lambda weight: None,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Do what `nest` does, and yield each map, and the embedding where it is nested, by full path once it is replaced.
+
+    Args:
+        model: as for `nest`.
+        config: likewise.
+        hessians: likewise.
+        after: called with a weight that is not looked at again soon, or not at all.
+
+    Raises:
         ModelError: the model is nested already, a weight or Hessian is NaN or infinite, a weight's range is beyond
             that of float32, a Hessian is missing, of another size or not positive definite, or the configuration
             does not fit the model.
@@ -137,6 +160,7 @@ def nest(
     names = nested_names(model, config)
     for name in [*names, layout.embedding] if config.embeddings else names:
         _check_weight(model, name)
+        after(model.get_submodule(name).weight)
     if config.method == "compensated":
         for name in names:
             _check_hessian(name, hessians, len(_weight(model, name, layout)))
@@ -145,9 +169,11 @@ def nest(
 
     def encode(name: str, weight: Tensor) -> NestedCodes:
         read_narrow = name != layout.embedding
-        return quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
+        codes = quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
+        after(model.get_submodule(name).weight)
+        return codes
 
-    _replace_all(model, config, encode, on_map)
+    yield from _replace_all(model, config, encode)
 
 
 def outline(model: Any, config: QuantizationConfig) -> None:
@@ -159,12 +185,11 @@ def outline(model: Any, config: QuantizationConfig) -> None:
     """
 
     def encode(name: str, weight: Tensor) -> NestedCodes:
-        blank = torch.empty(weight.shape, device="meta")
-        grid = Grid.fit(blank, config.group_size)
-        return NestedCodes.pack(grid.nearest(blank), grid)
+        return NestedCodes.outline(*weight.shape, config.group_size)
 
     check(model, config)
-    _replace_all(model, config, encode, None)
+    for _ in _replace_all(model, config, encode):
+        pass
 
 
 def check(model: Any, config: QuantizationConfig) -> None:
@@ -212,7 +237,7 @@ def _weight(model: Any, name: str, layout: Layout) -> Tensor:
     return weight if layout.inputs_first and name != HEAD else weight.T
 
 
-def _replace_all(model: Any, config: QuantizationConfig, encode: Encode, on_map: Callable[[], None] | None) -> None:
+def _replace_all(model: Any, config: QuantizationConfig, encode: Encode) -> Iterator[tuple[str, nn.Module]]:
     from quicksilver.quant.registration import register_method
 
     register_method()  # the configuration will name it
@@ -220,12 +245,14 @@ def _replace_all(model: Any, config: QuantizationConfig, encode: Encode, on_map:
     untied = config.head and is_tied(model)
     for name in nested_names(model, config):
         bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name, layout)
-        model.set_submodule(name, _nested(weight, bias, layout.num_parts(name), partial(encode, name)))
-        if on_map is not None:
-            on_map()
+        module = _nested(weight, bias, layout.num_parts(name), partial(encode, name))
+        model.set_submodule(name, module)
+        yield name, module
     if config.embeddings:
         table = model.get_submodule(layout.embedding).weight
-        model.set_submodule(layout.embedding, NestedEmbedding(encode(layout.embedding, table), table.dtype))
+        module = NestedEmbedding(encode(layout.embedding, table), table.dtype)
+        model.set_submodule(layout.embedding, module)
+        yield layout.embedding, module
     if untied:
         model.config.tie_word_embeddings = False
     model.config.quantization_config = config.to_dict()

@@ -97,7 +97,8 @@ def ragged_attention(
     """Attend from each query to the keys at its own and earlier positions.
 
     What leaves something out is defined here, not saved: components are set to 0 before the backend runs, values and
-    keys are masked out rather than left unread, by plain products whatever the backend.
+    keys are masked out rather than left unread, by plain products whatever the backend. Plain products are made in
+    float32 where the dtype is narrower, as within the fused ones: float16 cannot hold every score that is not scaled.
 
     Args:
         queries: [M, num_heads, head_dim].
@@ -126,7 +127,7 @@ def ragged_attention(
         raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
     options = _Options(backend, scaling, skip_below, query_below, screen)
     sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses)
-    if not options.plain or len(queries) <= _BLOCK:
+    if not options.sees_weights or len(queries) <= _BLOCK:
         return _attend(sequence, newest, options)
     blocks = [_attend(block, newest, options) for block in sequence.blocks(newest)]
     output, *counts = zip(*blocks, strict=True)
@@ -143,9 +144,15 @@ class _Options(NamedTuple):
     screen: Screen | None
 
     @property
-    def plain(self) -> bool:
+    def sees_weights(self) -> bool:
         """Whether weights must be seen, so that the fused kernels will not do."""
         return self.skip_below > 0.0 or self.screen is not None
+
+    def dtype_of(self, queries: Tensor) -> torch.dtype:
+        """Return in what dtype queries meet keys and values."""
+        if self.backend == "sdpa" and not self.sees_weights:
+            return queries.dtype  # the fused kernels see to it themselves
+        return torch.promote_types(queries.dtype, torch.float32)
 
 
 class _Sequence(NamedTuple):
@@ -181,25 +188,27 @@ def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
     num_queries, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
+    dtype = options.dtype_of(queries)
     # K/V heads are the batch; the heads that share one are its inner heads, or its queries when M is 1.
-    key, value = (t.transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
+    key, value = (t.to(dtype).transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
     single = newest and num_queries == 1
     if group > 1 and not single:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
 
     def arrange(rows: Tensor) -> Tensor:  # [M, H, D] to [Hkv, 1, G, D] or [Hkv, G, M, D]
+        rows = rows.to(dtype)
         if single:
             return rows.view(num_kv_heads, 1, group, head_dim)
         return rows.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
 
     attend = _BACKENDS[options.backend]
-    if options.plain:
+    if options.sees_weights:
         large = None if split.large is None else arrange(split.large)
         attend = partial(_skipping, skip_below=options.skip_below, large=large, screen=options.screen)
-    bias = None if masses is None else masses.float().log().to(queries.dtype)[None, :]  # [1, n]
+    bias = None if masses is None else masses.float().log().to(dtype)[None, :]  # [1, n]
     sight = _sight(query_positions, key_positions, newest, bias)
     out, kept, left = attend(arrange(split.kept), key, value, sight.mask, sight.causal, options.scaling)
-    out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim)
+    out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim).to(queries.dtype)
     if left is not None:
         left = (left if single else left.permute(2, 0, 1)).reshape(num_queries, num_heads)
     return Attended(
@@ -277,8 +286,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
-    weights = _softmax(_scores(query, key, mask, causal, scaling))
-    return _Result(torch.matmul(weights.to(value.dtype), value))
+    weights = torch.softmax(_scores(query, key, mask, causal, scaling), dim=-1)
+    return _Result(torch.matmul(weights, value))
 
 
 def _skipping(
@@ -302,17 +311,16 @@ def _skipping(
         scores = _scores(query, key, bias, False, scaling).masked_fill_(screened, float("-inf"))
     else:
         scores = _scores(query, key, mask, causal, scaling)
-    weights = _softmax(scores)
+    weights = torch.softmax(scores, dim=-1)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
     weights.masked_fill_(weights < torch.minimum(skip_below / seen, weights.amax(-1, keepdim=True)), 0.0)
-    output = torch.matmul(weights.to(value.dtype), value) / weights.sum(-1, keepdim=True).to(value.dtype)
+    output = torch.matmul(weights, value) / weights.sum(-1, keepdim=True)
     return _Result(output, weights.count_nonzero(), left)
 
 
 def _num_seen(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Return how many keys each query sees, [M, 1] or [1, 1] in float32 at least."""
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    """Return how many keys each query sees, [M, 1] or [1, 1] in the dtype of the query."""
+    num_queries, num_keys, dtype = query.shape[-2], key.shape[-2], query.dtype
     if causal:
         return torch.arange(1, num_queries + 1, dtype=dtype, device=query.device)[:, None]
     if mask is None:
@@ -329,11 +337,6 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scali
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     return scores
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Return the weights, in float32 at least."""
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 _BACKENDS: dict[str, Callable[..., _Result]] = {"sdpa": _sdpa, "eager": _eager}

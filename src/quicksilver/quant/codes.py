@@ -15,11 +15,13 @@ from torch import Tensor
 from quicksilver.core.rules.checks import is_whole
 from quicksilver.errors import ModelError
 from quicksilver.quant import planes
+from quicksilver.quant.blocks import Block, blocks
 from quicksilver.quant.planes import MAX_WIDTH, Planes
 
 GROUP_SIZES = (32, 64, 128)
 STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs
 MAX_CODE = 2**MAX_WIDTH - 1
+_ROUNDING = 1.5 * 2**23  # added to a small float32 and taken away again, it rounds to whole numbers, ties to even
 TABLE_WIDTHS = (4, 2)
 """Widths whose levels are fitted by least squares and kept with the codes, in this order."""
 
@@ -52,17 +54,19 @@ class Grid:
 
     @classmethod
     def fit(cls, weight: Tensor, group_size: int) -> Grid:
-        """Fit levels to the range of each group of a matrix [in, out], float32.
+        """Fit levels to the range of each group of a matrix [in, out], of any float type.
 
         Raises:
-            ModelError: a group size that is none of `GROUP_SIZES`, or levels beyond the range of float32.
+            ModelError: a group size that is none of `GROUP_SIZES`, a value that is NaN or infinite in float32, or
+                levels beyond its range.
         """
-        parts = weight.split(check_group_size(group_size), dim=1)
-        low = torch.stack([part.amin(1) for part in parts], dim=1).clamp(max=0.0)  # zero is always a level
-        high = torch.stack([part.amax(1) for part in parts], dim=1).clamp(min=0.0)
+        low, high = _ranges(weight, check_group_size(group_size))
+        if not bool(torch.stack((low.amin(), high.amax())).isfinite().all()):
+            raise ModelError("it holds NaN or infinite values")
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is always a level
         needed = (high - low) / MAX_CODE
         largest = needed.max().clamp(min=torch.finfo(torch.float32).tiny)
-        if not largest.is_meta and not bool(torch.isfinite(largest * MAX_CODE)):
+        if not bool(torch.isfinite(largest * MAX_CODE)):
             raise ModelError("a group of its values spans more than the range of float32")
         octaves = torch.log2(largest / needed)  # infinite where a group is all zero
         exponents = (octaves * STEPS_PER_OCTAVE).floor().clamp(0, 255).to(torch.uint8)
@@ -72,7 +76,11 @@ class Grid:
     @property
     def scales(self) -> Tensor:
         """[in, groups] float32, the distance between two levels of 8-bit codes."""
-        return _scales(self.exponents, self.largest)
+        return self.scale_of(self.exponents)
+
+    def scale_of(self, exponents: Tensor) -> Tensor:
+        """Return the distance between two levels where an exponent is one of these, float32 of their shape."""
+        return _scales(exponents, self.largest)
 
     def select(self, channels: Tensor) -> Grid:
         """Return the grid of the given channels ([M])."""
@@ -90,12 +98,33 @@ class Grid:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Return the code of the level nearest to each weight, [in, out] uint8."""
-        return self.levels_of(weight).round().clamp(0, MAX_CODE).to(torch.uint8)
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        for block in blocks(weight.shape, self.group_size):
+            levels = self.levels_in(block, weight).clamp_(0, MAX_CODE)
+            nearest = levels.add_(_ROUNDING).sub_(_ROUNDING).to(torch.uint8)  # `round` itself is divided among threads
+            codes[block.inputs, block.outputs] = nearest.flatten(0, 1).T.contiguous()
+        return codes
+
+    def levels_in(self, block: Block, weight: Tensor) -> Tensor:
+        """Return what `levels_of` does of a block of a matrix, [groups, size, in]."""
+        scales, zeros = self.scale_of(block.of_groups(self.exponents)), block.of_groups(self.zeros).float()
+        return block.of(weight).div_(scales).add_(zeros)
 
     def weights_of(self, levels: Tensor) -> Tensor:
         """Return what levels [in, out], in units of codes, mean as weights, float32."""
         scales, zeros = (self.spread(values, levels.shape[1]) for values in (self.scales, self.zeros.float()))
         return scales * (levels - zeros)
+
+
+def _ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value of each group of a matrix [in, out], [in, groups] float32 each."""
+    num_inputs, num_outputs = weight.shape
+    shape = -(-num_outputs // group_size), num_inputs
+    low, high = (torch.empty(shape, dtype=torch.float32, device=weight.device) for _ in range(2))
+    for block in blocks(weight.shape, group_size):
+        values = block.of(weight)
+        low[block.groups, block.inputs], high[block.groups, block.inputs] = values.amin(1), values.amax(1)
+    return low.T.contiguous(), high.T.contiguous()
 
 
 def _scales(exponents: Tensor, largest: Tensor) -> Tensor:
@@ -135,6 +164,14 @@ class NestedCodes:
     grid: Grid
     num_outputs: int
     tables: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def outline(cls, num_inputs: int, num_outputs: int, group_size: int) -> NestedCodes:
+        """Return a matrix without content, on "meta"."""
+        of_groups = (num_inputs, -(-num_outputs // group_size))
+        exponents, zeros = (torch.empty(of_groups, dtype=torch.uint8, device="meta") for _ in range(2))
+        grid = Grid(exponents, zeros, torch.empty((), device="meta"), group_size)
+        return cls(planes.empty(num_inputs, num_outputs, "meta"), grid, num_outputs)
 
     @classmethod
     def pack(cls, codes: Tensor, grid: Grid, tables: Mapping[int, Tensor] | None = None) -> NestedCodes:

@@ -207,7 +207,11 @@ class NestedLinear(NestedWeight):
         return y
 
     def _by_channel(self, x: Tensor, widths: Tensor, present: Sequence[int], expansion: _Expansion) -> Tensor:
-        """Return [N, out]: for each width one product, over the channels that any row reads at it."""
+        """Return [N, out]: for each width one product, over the channels that any row reads at it.
+
+        Parts are products in float32 at least: float16 may not hold parts of a sum that it holds.
+        """
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         y = x.new_zeros((x.shape[0], self.num_outputs))
         for width in present:
             chosen = widths == width
@@ -216,7 +220,7 @@ class NestedLinear(NestedWeight):
                 part = torch.where(chosen, x, 0.0)
                 part = part if len(channels) == self.num_inputs else part.index_select(1, channels)
                 y += self._multiply(part, width, expansion, channels)
-        return y
+        return y.to(dtype)
 
 
 @contextmanager

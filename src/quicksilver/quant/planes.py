@@ -16,6 +16,9 @@ from quicksilver.core.rules.precision import MAX_WIDTH
 PLANE_BITS = (2, 2, 2, 2)
 """Bits of a code in each plane, leading bits first; MAX_WIDTH together."""
 
+_PER_BYTE = 4  # codes
+_FEW = 2**15 - 4  # codes packed at a time: what stays in the processor's cache, and in one thread
+
 Planes = tuple[Tensor, ...]
 """Codes [in, out] as one uint8 tensor [in, ceil(out * bits / 8)] for each plane.
 
@@ -41,10 +44,24 @@ def run_bytes(num_outputs: int, width: int) -> int:
 
 def split(codes: Tensor) -> Planes:
     """Pack codes ([in, out] uint8) into planes."""
-    ends = accumulate(PLANE_BITS)
-    return tuple(
-        _pack((codes >> (MAX_WIDTH - end)) & (2**bits - 1), bits) for bits, end in zip(PLANE_BITS, ends, strict=True)
-    )
+    num_inputs, num_outputs = codes.shape
+    planes = empty(num_inputs, num_outputs, codes.device)
+    width, few = planes[0].shape[1], max(_FEW // max(num_outputs, 1), 1)
+    for rows, *packed in zip(codes.split(few), *(plane.split(few) for plane in planes), strict=True):
+        words = F.pad(rows, (0, width * _PER_BYTE - rows.shape[1])).view(torch.int32)  # four codes each
+        for plane, end in zip(packed, accumulate(PLANE_BITS), strict=True):
+            bits = words >> (MAX_WIDTH - end)
+            bits &= 0x03030303  # two of each code, to be put side by side in the lowest byte
+            bits |= bits >> 6
+            bits |= bits >> 12
+            plane.copy_(bits & 0xFF)
+    return planes
+
+
+def empty(num_inputs: int, num_outputs: int, device: torch.device | str) -> Planes:
+    """Return planes for codes [in, out] without content."""
+    shape = num_inputs, -(-num_outputs // _PER_BYTE)
+    return tuple(torch.empty(shape, dtype=torch.uint8, device=device) for _ in PLANE_BITS)
 
 
 def join(planes: Planes, num_outputs: int, width: int = MAX_WIDTH) -> Tensor:
@@ -60,14 +77,6 @@ def join(planes: Planes, num_outputs: int, width: int = MAX_WIDTH) -> Tensor:
     for plane, bits in zip(planes[1:count], PLANE_BITS[1:count], strict=True):
         codes = codes << bits | _unpack(plane, bits, num_outputs)
     return codes >> (sum(PLANE_BITS[:count]) - width)
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    """Pack [in, out] values below 2 ** bits into bytes, [in, ceil(out * bits / 8)]."""
-    per_byte = 8 // bits
-    padded = F.pad(values, (0, -values.shape[1] % per_byte)).view(values.shape[0], -1, per_byte)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
-    return (padded << shifts).sum(-1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:

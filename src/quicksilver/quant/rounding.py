@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.errors import ModelError
+from quicksilver.quant.blocks import blocks
 from quicksilver.quant.codes import MAX_CODE, TABLE_WIDTHS, Grid, NestedCodes, centres
 
 REACH = 2.0
@@ -19,6 +20,7 @@ REACH = 2.0
 _DAMPING = 0.01  # of the mean diagonal of the Hessian
 _BLOCK = 128  # channels whose errors are passed on at once to those after them
 _CELL = 16  # 8-bit codes that share a 4-bit prefix
+_PREFIXES = 2**4
 
 
 def quantize(
@@ -37,32 +39,50 @@ def quantize(
         ModelError: a weight that is NaN, infinite or beyond the range of float32, a Hessian that is not positive
             definite, or an unknown group size.
     """
-    weight = weight.detach().float()
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError("it holds NaN or infinite values")
+    weight = weight.detach()
     grid = Grid.fit(weight, group_size)
-    codes = grid.nearest(weight) if hessian is None else _compensated(weight, grid, hessian, reach)
-    packed = NestedCodes.pack(codes, grid)
-    if not refit:
-        return packed
-    tables = {width: fit_table(weight, packed, width) for width in TABLE_WIDTHS}
-    return NestedCodes(packed.planes, grid, packed.num_outputs, tables)
+    codes = grid.nearest(weight) if hessian is None else _compensated(weight.float(), grid, hessian, reach)
+    return NestedCodes.pack(codes, grid, fit_tables(weight, codes, grid) if refit else None)
 
 
-def fit_table(weight: Tensor, codes: NestedCodes, width: int) -> Tensor:
-    """Return the best level of each prefix among the 8-bit codes, [2 ** width] float32, whole numbers.
+def fit_tables(weight: Tensor, codes: Tensor, grid: Grid) -> dict[int, Tensor]:
+    """Return for each of `TABLE_WIDTHS` the best level of each prefix among the 8-bit codes.
 
-    That is its weights' mean, each by its scale, rounded. A whole level fits a byte, so that kernels look narrow codes
-    up as bytes and multiply integers at every width. It costs next to nothing: a level moves by half a step of 8-bit
-    codes at most, one thirty-second of the distance between two levels of 4 bits.
+    That is its weights' mean, each by its scale squared, rounded. A whole level fits a byte, so that kernels look
+    narrow codes up as bytes and multiply integers at every width. It costs next to nothing: a level moves by half a
+    step of 8-bit codes at most, one thirty-second of the distance between two levels of 4 bits.
+
+    Args:
+        weight: [in, out], any float type.
+        codes: [in, out] uint8.
+        grid: where the codes' levels lie.
+
+    Returns:
+        [2 ** width] float32 by width, whole numbers.
     """
-    prefixes = codes.codes(width).flatten().long()
-    scales = codes.grid.spread(codes.grid.scales, codes.num_outputs).flatten().double().square()
-    levels = codes.grid.levels_of(weight).flatten().double()
-    total = torch.zeros(2**width, dtype=torch.float64, device=weight.device).index_add_(0, prefixes, scales)
-    summed = torch.zeros_like(total).index_add_(0, prefixes, scales * levels)
-    fitted = torch.where(total > 0, summed / total, centres(width).to(total))
-    return fitted.round().clamp(0, MAX_CODE).float()
+    counts, sums = _by_exponent(weight, codes, grid)
+    squares = grid.scale_of(torch.arange(len(counts), device=counts.device)).double().square()
+    total, summed = squares @ counts.double(), squares @ sums  # [16] each
+    tables = {}
+    for width in TABLE_WIDTHS:
+        of_prefix = [values.view(2**width, -1).sum(1) for values in (total, summed)]
+        fitted = torch.where(of_prefix[0] > 0, of_prefix[1] / of_prefix[0], centres(width).to(total))
+        tables[width] = fitted.round().clamp(0, MAX_CODE).float()
+    return tables
+
+
+def _by_exponent(weight: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return how many weights there are of each exponent and 4-bit prefix, and the sums of their levels, [256, 16]."""
+    size = 256 * _PREFIXES
+    counts = torch.zeros(size, dtype=torch.int64, device=weight.device)
+    sums = torch.zeros(size, dtype=torch.float64, device=weight.device)
+    for block in blocks(weight.shape, grid.group_size):
+        levels = grid.levels_in(block, weight)
+        prefixes = (codes[block.inputs, block.outputs] >> 4).T.contiguous().view(levels.shape)
+        places = (prefixes + block.of_groups(grid.exponents).short() * _PREFIXES).flatten()
+        counts += torch.bincount(places, minlength=size)
+        sums += torch.bincount(places, levels.flatten().double(), minlength=size)
+    return counts.view(256, _PREFIXES), sums.view(256, _PREFIXES)
 
 
 def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:

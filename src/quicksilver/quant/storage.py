@@ -5,11 +5,15 @@ What the tensors mean is the caller's business.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +26,17 @@ MAX_SHARD_SIZE = "2GB"
 
 _PATTERN = "model{suffix}.safetensors"
 _CHECKSUMS = "crc32"  # key of a shard's metadata: JSON, the CRC-32 of each tensor's bytes
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 
 
 class Expected(NamedTuple):
@@ -47,21 +62,86 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: i
     Raises:
         OSError: a file cannot be written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with TensorWriter(tensors, folder, max_shard_size) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
 
-    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        checksums = {name: _checksum(tensor) for name, tensor in shard.items()}
-        try:
-            save_file(shard, folder / file, {"format": "pt", _CHECKSUMS: json.dumps(checksums, sort_keys=True)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+class TensorWriter:
+    """Writes tensors as `write_tensors` does, one by one and in any order; files can be read after the `with` alone.
+
+    Args:
+        tensors: what will be written, by name; shapes and dtypes count, so that they may be on "meta".
+        folder: an existing folder.
+        max_shard_size: bytes, or a number with a unit ("2GB"); a larger tensor has a shard of its own.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        split = split_torch_state_dict_into_shards(
+            dict(tensors), filename_pattern=_PATTERN, max_shard_size=max_shard_size
+        )
+        self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+        self._folder, self._file_of = folder, split.tensor_to_filename
+        self._shards = {
+            file: _Shard({name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
+        }
+        self._open = ExitStack()
+
+    def __enter__(self) -> TensorWriter:
+        with self._open as stack:
+            self._files = {file: stack.enter_context((self._folder / file).open("wb")) for file in self._shards}
+            self._open = stack.pop_all()
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, once.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        file = self._file_of[name]
+        self._shards[file].write(self._files[file], name, tensor)
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        with self._open:
+            if kind is None:
+                for file, shard in self._shards.items():
+                    shard.finish(self._files[file])
+        if kind is None and self._index is not None:
+            index = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
+            (self._folder / INDEX).write_text(index, encoding="utf-8")
+
+
+class _Shard:
+    """One file of tensors: where each lies, and its checksum once it is written."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
+        ends = list(accumulate(tensors[name].nbytes for name in order))
+        self._entries = {
+            name: {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": place}
+            for name, place in zip(order, map(list, zip([0, *ends], ends, strict=False)), strict=True)
+        }
+        self._checksums = dict.fromkeys(order, "0" * 8)
+        self._begin = len(self._header())  # checksums have one length
+
+    def _header(self) -> bytes:
+        metadata = {"format": "pt", _CHECKSUMS: json.dumps(self._checksums, sort_keys=True)}
+        header = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
+
+    def write(self, file: BinaryIO, name: str, tensor: Tensor) -> None:
+        content = _bytes_of(tensor.detach().cpu())
+        self._checksums[name] = _checksum(content)
+        file.seek(self._begin + self._entries[name]["data_offsets"][0])
+        file.write(content)
+
+    def finish(self, file: BinaryIO) -> None:
+        file.seek(0)
+        file.write(self._header())
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
@@ -147,11 +227,45 @@ def _read_tensor(path: Path, shard: Any, name: str, checksum: str, expected: Map
     if tensor.dtype not in wanted.dtypes:
         dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted.dtypes)
         raise ModelError(f"{path}: tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}, not {dtypes}")
-    if _checksum(tensor) != checksum:
+    if _checksum(_bytes_of(tensor)) != checksum:
         raise ModelError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
     return tensor
 
 
-def _checksum(tensor: Tensor) -> str:
-    """Return the CRC-32 of a contiguous tensor's bytes on the CPU, eight hexadecimal digits."""
-    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(content: memoryview) -> str:
+    """Return the CRC-32 of bytes, eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
+
+
+def give_back(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that is a view of a file; its pages are read again when they are asked for.
+
+    So a model that is read tensor by tensor is never in memory as a whole; what was made of earlier ones, and freed, is
+    given back too. Where this system does not say that the tensor lies in a file, nothing is done. Nobody may have
+    written to the tensor: that would be lost.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and tensor.is_cpu and _is_of_file(first):
+        system = ctypes.CDLL(None)
+        system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        if hasattr(system, "malloc_trim"):
+            system.malloc_trim(ctypes.c_size_t(0))  # between small things that stay, holes of this size would grow
+
+
+def _is_of_file(address: int) -> bool:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # no Linux
+        return False
+    for line in lines:
+        place, _, _, _, inode, *_ = line.split()
+        begin, end = (int(bound, 16) for bound in place.split("-"))
+        if begin <= address < end:
+            return inode != "0"
+    return False

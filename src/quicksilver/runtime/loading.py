@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quicksilver.core.plan import Plan
 from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError, first_line
@@ -23,6 +24,7 @@ from quicksilver.models.spec import Adapter
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant.storage import give_back
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.plain import read_plain
 from quicksilver.runtime.presets import resolve_plan
@@ -142,7 +144,7 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
     model = read_plain(source, config, "auto", local)
     try:
         registry.adapt(model)
-        check_finite(model)
+        check_finite(model, give_back)
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
     return model.eval().to(target)
@@ -218,12 +220,13 @@ def configured_special_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def check_finite(model: Any) -> None:
-    """Raise ModelError naming the first weight that holds NaN or infinity."""
+def check_finite(model: Any, after: Callable[[Tensor], None] = lambda weight: None) -> None:
+    """Raise ModelError naming the first weight that holds NaN or infinity; call `after` with each that does not."""
     for name, parameter in model.named_parameters():
         bounds = torch.stack(parameter.detach().aminmax())  # unlike isfinite, without a copy of the weight
         if not bool(torch.isfinite(bounds).all()):
             raise ModelError(f"weight {name!r} holds NaN or infinite values")
+        after(parameter)
 
 
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:

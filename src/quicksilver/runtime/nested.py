@@ -9,7 +9,7 @@ import copy
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from quicksilver.models import nesting
 from quicksilver.quant import NestedWeight
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.linear import BY_CHANNEL
-from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, read_tensors, write_tensors
+from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, give_back, read_tensors, write_tensors
 
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
@@ -54,10 +54,73 @@ def save_nested(
     check_new_folder(folder)
     with _staged(Path(folder)) as stage:
         write_tensors(_stored_tensors(model), stage, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
-        model.generation_config.to_json_file(stage / "generation_config.json")
-        (stage / "config.json").write_text(_stored_config(model).to_json_string(), encoding="utf-8")  # now it loads
+        _write_others(model, stage, tokenizer)
+
+
+def nest_and_save(
+    model: Any,
+    config: QuantizationConfig,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    on_map: Callable[[], None] = lambda: None,
+) -> None:
+    """Do what `nest` and `save_nested` do, one map at a time: neither the weights nor their codes are kept.
+
+    Args:
+        model: a transformers model that `load_plain` gave and that nobody has changed; where it is nested, it is left
+            without content, on "meta".
+        config: each weight is rounded on its own, whatever its method.
+        folder: does not exist, or is empty.
+        tokenizer: saved too, or None.
+        max_shard_size: of one weight file, in bytes or with a unit.
+        on_map: called after each map, and the embedding where it is nested.
+
+    Raises:
+        InputError: the folder cannot be written.
+        ModelError: as `nest` does.
+        UnsupportedModelError: the family is not supported.
+    """
+    check_new_folder(folder)
+    outline = _without_content(model)
+    nesting.outline(outline, config)
+    with _staged(Path(folder)) as stage:
+        with TensorWriter(_stored_tensors(outline), stage, max_shard_size) as writer, _one_thread():
+            for name, module in nesting.nest_each(model, config, after=give_back):
+                for part, tensor in _stored_tensors(module).items():
+                    writer.write(f"{name}.{part}", tensor)
+                module.to("meta")
+                on_map()
+            for name, tensor in _stored_tensors(model).items():
+                if not tensor.is_meta:
+                    writer.write(name, tensor)
+                    give_back(tensor)
+        _write_others(model, stage, tokenizer)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: what is divided here is short, and threads that wait for one another take longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _without_content(model: nn.Module) -> Any:
+    """Return a copy of a model whose parameters are on "meta"."""
+    blank = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, blank)  # which copies nothing that it finds copied
+
+
+def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
+    """Write what a folder holds beside weights."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(stage)
+    model.generation_config.to_json_file(stage / "generation_config.json")
+    (stage / "config.json").write_text(_stored_config(model).to_json_string(), encoding="utf-8")  # now it loads
 
 
 def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
@@ -108,8 +171,6 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         stage.mkdir()
         yield stage
-        for file in stage.glob("*.safetensors"):  # safetensors writes them for their owner alone
-            file.chmod(stage.stat().st_mode & 0o666)
         stage.rename(target)
     except OSError as error:
         raise InputError(f"{folder}: cannot write: {error.strerror or error}") from None
@@ -122,9 +183,10 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
     for name, module in _nested_weights(model):
-        tensors[f"{name}.{_CODES}"] = module.pack_channels()
+        prefix = f"{name}." if name else ""
+        tensors[f"{prefix}{_CODES}"] = module.pack_channels()
         for part in BY_CHANNEL:
-            del tensors[f"{name}.{part}"]
+            del tensors[f"{prefix}{part}"]
     return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **tensors}
 
 

@@ -6,6 +6,7 @@ import torch
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.core.rules import FixedPointRule, threshold_at
+from quicksilver.policies.halting.drift import update_of
 from quicksilver.policies.halting.relative import relative_drift
 
 
@@ -13,6 +14,7 @@ def decide(rule: FixedPointRule, view: LayerView) -> HaltDecision:
     """Halt where relative drift is below the threshold and `cos(u[l], u[l-1])` at least `min_cosine`."""
     if view.previous_update is None:
         return HaltDecision(torch.zeros_like(view.positions, dtype=torch.bool))
-    cosine = torch.cosine_similarity(view.after - view.before, view.previous_update, dim=-1)  # [N]
+    update = update_of(view)
+    cosine = torch.cosine_similarity(update, view.previous_update.to(update.dtype), dim=-1)  # [N]
     small = relative_drift(view) < threshold_at(rule.threshold, view.layer_idx)
     return HaltDecision(small & (cosine >= rule.min_cosine), {"norm": 2 * view.num_rows, "cosine": view.num_rows})

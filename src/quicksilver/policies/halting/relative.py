@@ -6,12 +6,12 @@ from torch import Tensor
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.core.rules import RelativeDriftRule, threshold_at
-from quicksilver.policies.halting.drift import row_norms
+from quicksilver.policies.halting.drift import row_norms, update_of
 
 
 def relative_drift(view: LayerView) -> Tensor:
     """Return `||after - before||_2 / ||after||_2` for each token, [N]."""
-    return row_norms(view.after - view.before) / row_norms(view.after)
+    return row_norms(update_of(view)) / row_norms(view.after)
 
 
 def decide(rule: RelativeDriftRule, view: LayerView) -> HaltDecision:
