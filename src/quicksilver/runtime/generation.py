@@ -134,7 +134,7 @@ class QuickSilverForCausalLM(nn.Module, GenerationMixin):
         if modules is not None and modules.is_replaced:
             self._adapt()
         elif modules is not None:
-            modules.check()
+            modules.check_hung()
 
     def can_generate(self) -> bool:
         """Whether `generate` works; always."""
