@@ -117,6 +117,14 @@ class ModuleWatch:
                 f"{self._family}: modules of the model, or windows in its configuration, were changed since it was"
                 " accelerated; accelerate it again"
             )
+        self.check_hung()
+
+    def check_hung(self) -> None:
+        """Look again where something was hung on modules, or weights are others; modules are known to be the same.
+
+        Raises:
+            UnsupportedModelError: as `check`.
+        """
         self._weights.check()
         hooked = any(self._empty) or list(map(tuple, self._filled)) != self._hooks
         if hooked or True in map(contains, self._bare, repeat("forward")) or self._functions() != self._defined:
@@ -134,8 +142,9 @@ class ModuleWatch:
 
     def _found(self) -> list[object]:
         """Return the modules' children and classes, and what the configuration says of windows."""
-        windows = map(vars(self._config).get, ("sliding_window", "layer_types"))
-        return [*chain.from_iterable(map(dict.values, self._children)), *map(type, self._modules), *map(str, windows)]
+        config = vars(self._config)
+        windows = config.get("sliding_window"), *(config.get("layer_types") or ())
+        return [*chain.from_iterable(map(dict.values, self._children)), *map(type, self._modules), *windows]
 
     def _look(self) -> None:
         """Refuse what would not run; remember what hangs on the modules, to notice when it is something else."""

@@ -131,7 +131,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         if modules is not None and modules.is_replaced:
             self._adapt()
         elif modules is not None:
-            modules.check()
+            modules.check_hung()
 
     @torch.no_grad()
     def forward(
