@@ -100,3 +100,13 @@ def test_a_preset_of_another_model_is_named_with_it(refused: Refused, folder: Pa
     names = ("'ref-gpt2/strong'", "the model has 4 layers", "fitted to ref-gpt2")
     refused("eval", folder, "--text", text_file, "--context", 32, "--plan", "ref-gpt2/strong", names=names)
     refused("generate", folder, "Once", "--plan", "ref-gpt2/strong", names=names)
+
+
+@pytest.mark.parametrize("model", ["./no-folder", "no-such-model"])
+def test_a_misspelt_model_is_not_said_to_be_the_plans_fault(refused: Refused, text_file: Path, model: str) -> None:
+    refused("eval", model, "--text", text_file, "--plan", "strong", names=(model, "model"))
+
+
+def test_a_changed_plan_says_how_it_is_taken(refused: Refused, plan_file: Callable[..., Path]) -> None:
+    path = plan_file(hash="0123456789abcdef")
+    refused("plan", "validate", path, names=(path, "0123456789abcdef", 'take "hash" out'))

@@ -17,6 +17,7 @@ from torch import nn
 import quicksilver
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import ChannelWidthRule, EntryConfig
+from quicksilver.errors import InputError, UnsupportedModelError
 from quicksilver.models.cost import executed_cost
 from quicksilver.models.nesting import nest
 from quicksilver.models.rotary import Rotation
@@ -43,14 +44,17 @@ def nested(family: str = "llama", seed: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_model_converted_underneath_is_not_read_as_floats(family: str) -> None:
+def test_a_model_converted_underneath_is_read_anew(family: str) -> None:
     model, ids = nested(family), tiny.token_ids(9)[None]
-    accelerated = quicksilver.accelerate(model, kernels="native")
-    cache = accelerated(ids).past_key_values
+    accelerated = quicksilver.accelerate(model)
+    cache, engine = accelerated(ids).past_key_values, accelerated.decoder
     model.bfloat16()
-    for past in (cache, None):
-        with pytest.raises(RuntimeError, match="dtype"):  # PyTorch's: the cache is still float32
-            accelerated(ids, past_key_values=past)
+    with pytest.raises(InputError, match="written by another model"):
+        accelerated(ids, past_key_values=cache)
+    with pytest.raises(UnsupportedModelError, match="accelerate it again"):
+        run_steps(engine, ids[0])
+    assert accelerated.dtype == torch.bfloat16
+    assert torch.equal(accelerated(ids).logits, quicksilver.accelerate(model)(ids).logits)
 
 
 def test_rotations_of_another_size_are_not_read_as_heads() -> None:

@@ -150,7 +150,10 @@ class Plan:
             fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
         )
         if declared_hash is not None and declared_hash != plan.hash:
-            raise PlanError(f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash})")
+            raise PlanError(
+                f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash}); if they were changed on"
+                ' purpose, take "hash" out of the file'
+            )
         return plan
 
     @classmethod

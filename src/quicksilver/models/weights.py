@@ -62,5 +62,11 @@ class WeightPlaces:
             check_weights(self._model)
             self._known = found
 
+    @property
+    def form(self) -> list[object]:
+        """Dtype and device of the first and the last parameter: a model is moved or converted as a whole."""
+        first, last = self._known[0], self._known[-1]
+        return [(weight.dtype, weight.device) for weight in (first, last) if weight is not None]
+
     def _found(self) -> list[Tensor | None]:
         return [*chain.from_iterable(map(dict.values, self._held))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quicksilver.core.plan import PRESETS, Plan
 from quicksilver.errors import PlanError
+from quicksilver.runtime.sources import check_model
 
 CALIBRATED = Path(__file__).parent.parent / "data" / "plans"
 
@@ -21,6 +22,7 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
 
     Raises:
         PlanError: neither a preset nor a readable plan file.
+        ModelError: a preset of an embedded model is asked for, and there is no such model.
     """
     if isinstance(plan, Plan):
         return plan
@@ -37,6 +39,8 @@ def resolve_plan(plan: Plan | str | os.PathLike[str], model: str | os.PathLike[s
         loaded = Plan.load(plan)
         return loaded.renamed(Path(plan).stem) if loaded.name in ("plan", "calibrated") else loaded
     if isinstance(plan, str) and plan in {name.rpartition("/")[2] for name in calibrated}:
+        if model is not None:
+            check_model(model)  # a misspelt model is not the plan's fault
         raise PlanError(
             f"preset {plan} is calibrated to a model: {', '.join(n for n in calibrated if n.endswith(f'/{plan}'))}."
             " Give one of these names if your folder holds that model; else the shell command `quicksilver calibrate`"

@@ -77,7 +77,7 @@ class RunStats:
             (
                 f"tokens          {self.tokens} ({halted} halted early{f', {fused} fused' if fused else ''})",
                 f"mean depth      {self.mean_depth:.2f} of {self.num_layers} layers",
-                f"FLOPs           {self.flops:.4g} ({self.flops_reduction:+.2%} saved against dense, by arithmetic)",
+                f"FLOPs           {self.flops:.4g} in all ({self.flops_reduction:+.2%} saved against dense)",
                 f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",
                 f"cache           {self.kv_entries} entries, {used:.3f} MB of {allocated:.3f} MB allocated",
             )
