@@ -12,7 +12,9 @@ PURE := build/pure
 PURE_TESTS := tests/ops tests/semantics/test_precision.py tests/semantics/test_equivalence.py tests/unit \
 	tests/e2e/test_kernels.py tests/e2e/test_quantize.py tests/e2e/test_generate_api.py
 
-.PHONY: demo test test-pure sanitize check bench docs format clean
+TRANSFORMERS_TESTS := tests/e2e/test_generate_loop.py tests/e2e/test_generate_api.py tests/parity/test_families.py
+
+.PHONY: demo test test-pure test-transformers sanitize check bench docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quicksilver demo
@@ -28,6 +30,18 @@ test-pure: $(VENV)/.developed
 	QUICKSILVER_PURE_PYTHON=1 $(PURE)/bin/pip install --quiet --disable-pip-version-check --no-deps .
 	! $(PURE)/bin/python -c "import quicksilver.ops._native"
 	$(PURE)/bin/python -m pytest $(PURE_TESTS)
+
+# Generation and equality with transformers on the oldest and the newest release that the package allows, without kernels.
+RELEASES := 5.0.0 5.24.0
+test-transformers: $(VENV)/.developed
+	for release in $(RELEASES); do \
+		env=build/transformers-$$release && $(BIN)/python -m venv $$env && \
+		purelib=$$($$env/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		{ echo $(CURDIR)/src; $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; } \
+			> $$purelib/packages.pth && \
+		$$env/bin/pip install --quiet --disable-pip-version-check transformers==$$release && \
+		$$env/bin/python -m pytest $(TRANSFORMERS_TESTS) || exit 1; \
+	done
 
 # The kernels' tests on a build with the address and undefined behaviour sanitizers; needs a C++ compiler and CMake.
 sanitize: $(VENV)/.developed

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import GenerationMixin
 
 import quicksilver
 from quicksilver.cli.main import _COMMANDS
 from quicksilver.core.plan import PRESETS
+from quicksilver.runtime.generation import QuickSilverForCausalLM
 from tests.e2e.conftest import FORCED, RANDOM, ModelFolder, Outcome
 
 
@@ -140,7 +140,7 @@ def test_sampling_options_reach_generate(
         seen.update(kwargs)
         return kwargs["input_ids"]
 
-    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(QuickSilverForCausalLM, "generate", generate)
     arguments = ("generate", tiny_model_dir("gpt2"), "x", "--max-new-tokens", 3)
     cli(*arguments)
     assert (seen["do_sample"], seen["max_new_tokens"]) == (False, 3)
@@ -195,7 +195,7 @@ def test_an_interrupt_ends_with_one_line(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(GenerationMixin, "generate", interrupt)
+    monkeypatch.setattr(QuickSilverForCausalLM, "generate", interrupt)
     outcome = cli("generate", tiny_model_dir("gpt2"), "x", "--max-new-tokens", 3)
     assert (outcome.status, outcome.out) == (130, "")
     assert outcome.err == "quicksilver: interrupted\n"

@@ -114,13 +114,11 @@ def _generate(
     """Stream the continuation to stdout; return how many tokens it has, and the seconds it took."""
     import time
 
-    import torch
     from transformers import TextStreamer
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0.0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    torch.manual_seed(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     begin = time.perf_counter()
     try:
@@ -132,6 +130,7 @@ def _generate(
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             tokenizer=tokenizer,  # which stop strings need
             return_dict_in_generate=False,
+            seed=seed,
             **sampling,
         )
     except QuickSilverError:

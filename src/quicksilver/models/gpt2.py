@@ -127,10 +127,16 @@ def _layer_ops(block: Any) -> LayerOps:
         attn_output=partial(_attn_output, attention),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp),
-        scaling=attention.scaling,
+        scaling=_scaling(attention),
         nested=nested_maps(block),
         leaves=Leaves(block.ln_1, block.ln_2, None, None, _ROLES, block.mlp.act),
     )
+
+
+def _scaling(attention: Any) -> float:
+    """Return the factor of a layer's attention scores; transformers 5.0 keeps its parts, later releases itself."""
+    scaling = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+    return scaling / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scaling
 
 
 def _embed(body: Any, ids: Tensor, positions: Tensor) -> Tensor:

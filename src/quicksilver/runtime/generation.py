@@ -6,14 +6,12 @@ Padded grids are turned into ragged rows and back by `grids.py`; what runs in be
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quicksilver.cache import RaggedKVCache
@@ -24,15 +22,14 @@ from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
-from quicksilver.runtime.continuation import rejoin
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.facts import ModelFacts
+from quicksilver.runtime.generate import Request, generate
 from quicksilver.runtime.grids import check_positions, grid_logits, real_tokens, shifted_loss, split_mask
 from quicksilver.runtime.presets import resolve_plan
-from quicksilver.runtime.sampling import Ending, TokenChoice, extend
+from quicksilver.runtime.settings import Settings
 from quicksilver.runtime.stats import RunStats
 
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the cache: `cache` from 5.24 on. Callers may use either name."""
 
@@ -223,148 +220,101 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             raise InputError("labels ask for what every token predicts, so the tokens cannot be a prompt")
         return input_ids
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does: greedy or sampling, streamers, processors, criteria, left padding.
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        custom_generate: Any = None,
+        tokenizer: Any = None,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does, by greedy decoding or sampling; `runtime/generate.py` says where it differs.
+
+        Args:
+            inputs: [B, T] the prompts, padded on the left; BOS where none are given. Or `input_ids`.
+            generation_config: what is asked for where no argument says it; where neither does, the model's own.
+            logits_processor: more processors, after those that settings ask for; of one kind, they stand in for them.
+            stopping_criteria: more criteria.
+            prefix_allowed_tokens_fn: given a row's index and its tokens, returns what may come next.
+            synced_gpus: not supported.
+            assistant_model: not supported.
+            streamer: given the prompts, then each step's tokens; told the end whatever happens.
+            negative_prompt_ids: of `guidance_scale`.
+            negative_prompt_attention_mask: of `guidance_scale`.
+            custom_generate: not supported.
+            tokenizer: which stop strings and token healing need.
+            seed: makes a sampled token a function of the seed, the sequence, its position and the scores alone, so that
+                neighbours and restarts do not change it: one for all, or one for each sequence that is returned. None
+                draws from PyTorch's generator, as transformers does.
+            **kwargs: settings by name, and `input_ids`, `attention_mask` ([B, T], or [B, P + T] with a cache),
+                `past_key_values` or `cache` (of the prompts' beginning, extended in place), `position_ids`.
+
+        Returns:
+            [B * num_return_sequences, T + new] tokens, or a `GenerateDecoderOnlyOutput` where it is asked for.
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, or a cache implementation by name.
             InputError: prompts that are empty or padded on the right, more new tokens than the model's context holds,
                 two caches, or a cache that is not the beginning of the prompt.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedFeatureError("inputs_embeds is not supported; pass input_ids")
-        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-        if any(isinstance(prompt, Tensor) and prompt.numel() == 0 for prompt in given):
-            raise InputError("the prompt is empty; pass at least one sequence of at least one token")
-        kwargs[_CACHE] = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        unsupported = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
+        if assistant_model is not None:
+            raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
+        given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")}
+        cache = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        settings, rest = Settings.resolve(generation_config, self.generation_config, kwargs)
+        for name, value in {**unsupported, **rest}.items():
+            if value is not None and value is not False:
+                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+        ids = self._prompts(inputs, given.pop("input_ids"), settings)
+        if settings.config.token_healing:
+            ids = self.heal_tokens(ids, tokenizer)
+        cache = None if cache is None else self._check_cache(cache, len(ids))
         self._follow_modules()
         trace = self._decoder.new_trace()
-        output = super().generate(*args, trace=trace, **kwargs)
+        request = Request(
+            input_ids=ids,
+            cache=cache,
+            logits_processor=logits_processor or (),
+            stopping_criteria=stopping_criteria or (),
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            guidance=(negative_prompt_ids, negative_prompt_attention_mask),
+            streamer=streamer,
+            tokenizer=tokenizer,
+            seed=seed,
+            **given,
+        )
+        output = generate(self, settings, request, trace)
         self._trace = trace  # a processor may have called the model in between
         return output
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        attention_mask: Tensor | None = None,
-        logits_to_keep: int | None = None,
-        use_cache: bool | None = None,
-        is_first_iteration: bool | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Select what `forward` needs of generation's state; called by transformers."""
-        if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
-        cached = kwargs.get(_CACHE) is not None
-        if next_sequence_length == 1 and cached:
-            attention_mask = None  # what was just generated is no padding; reading a mask would wait for the device
-        kwargs.pop("tokenizer", None)  # transformers' own, of no use to the call
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "logits_to_keep": logits_to_keep or 1,
-            "use_cache": use_cache,
-            # Without a cache every step feeds the prompt again, and must find it as it was.
-            "prompt": bool(is_first_iteration) and cached,
-            "position_ids": None if position_ids is None else position_ids[..., -input_ids.shape[1] :],
-            **kwargs,  # the cache among them
-        }
-
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Refuse what the ragged cache cannot do, before transformers starts on it."""
-        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        mode = config.get_generation_mode()
-        if mode not in _MODES:
-            raise UnsupportedFeatureError(
-                f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling"
-            )
-        if config.cache_implementation is not None:
-            raise UnsupportedFeatureError(
-                f"cache_implementation={config.cache_implementation!r} is not supported; the cache is ragged"
-            )
-        return config, model_kwargs
-
-    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, kwargs: Any) -> None:
-        if kwargs.get("assistant_model") is not None:
-            raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
-        super()._validate_generation_mode(generation_mode, generation_config, kwargs)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Check that what is asked for fits; start a ragged cache, unless the caller passed one or wants none."""
-        padding, mask = 0, model_kwargs.get("attention_mask")
-        if mask is not None:
-            if not bool((mask[:, -1] != 0).all()):
-                raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left')")
-            padding = mask.shape[1] - int(mask.sum(1).max())
-        limit = self._adapter.spec.max_positions
-        fed = max_cache_length - padding
-        if fed > limit:
-            raise InputError(f"prompt and new tokens, {fed} to feed, are longer than the model's context of {limit}")
-        given = model_kwargs.get(_CACHE) is not None
-        if given and generation_config.use_cache is False:
-            raise InputError("a cache was given, and use_cache=False says not to use one; leave out one of them")
-        if given or generation_config.use_cache is False:
-            return
-        sequences = batch_size * (generation_config.num_return_sequences or 1)
-        model_kwargs[_CACHE] = self._decoder.new_cache(sequences)
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Run the prompt as transformers does, and what follows in our own loop, which costs much less a token.
-
-        Without a cache, where a record of every step is asked for, and where `forward` is watched or replaced, all is
-        transformers'. The plan is that of the call's beginning.
-        """
-        if (cache := model_kwargs.get(_CACHE)) is not None:
-            self._decoder.check_cache(self._check_cache(cache, len(input_ids)), len(input_ids))
-            mask = model_kwargs.get("attention_mask")
-            columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            rejoin(cache, input_ids, mask, columns or input_ids.shape[1])
-        recorded = synced_gpus or generation_config.return_dict_in_generate
-        if recorded or not model_kwargs["use_cache"] or self._is_watched:
-            return super()._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-            )
-        decoder, cache, trace = self._decoder, model_kwargs[_CACHE], model_kwargs["trace"]
-        lengths = [1] * input_ids.shape[0]
-
-        def step(tokens: Tensor) -> Tensor:
-            hidden = decoder.run(tokens.to(self.device), lengths, cache, trace)
-            cache.fed.append(tokens[:, None], None)
-            return decoder.logits(hidden, trace)
-
-        padding = generation_config._pad_token_tensor
-        ending = Ending(stopping_criteria, None if padding is None else padding.to(input_ids.device))
-        choice = TokenChoice(logits_processor, generation_config.do_sample)
-        logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-        return extend(input_ids, logits, step, choice, ending, streamer)
+    @staticmethod
+    def _prompts(inputs: Tensor | None, input_ids: Tensor | None, settings: Settings) -> Tensor:
+        if inputs is not None and input_ids is not None:
+            raise InputError("inputs and input_ids are two names of one argument; give one")
+        ids, bos = inputs if input_ids is None else input_ids, settings.config.bos_token_id
+        if ids is None and bos is not None:
+            ids = torch.tensor([[int(bos)]])
+        if ids is None or ids.numel() == 0:
+            raise InputError("the prompt is empty; pass at least one sequence of at least one token")
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise InputError(f"prompts must be [batch, tokens] token ids, got {list(ids.shape)} {ids.dtype}")
+        return ids
 
     @property
-    def _is_watched(self) -> bool:
+    def is_watched(self) -> bool:
         """Whether somebody counts on every token's call: by hooks, or by a `forward` of a class of their own."""
         hooks = (self._forward_hooks, self._forward_pre_hooks)
         return any(hooks) or type(self).forward is not QuickSilverForCausalLM.forward
-
-    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
-        """Leave the wrapped model as it is while decoding; its mixture-of-experts switches do not apply."""
-        return nullcontext()
 
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:

@@ -1,110 +1,163 @@
-"""The loop from logits to tokens, greedy or sampling: one token of each sequence a step, until criteria end it.
+"""From logits to the next tokens of a batch, greedily or by sampling, and when each of its rows has ended.
 
-What a step runs is the caller's; processors, criteria and the pass over the prompt are transformers', before the loop.
+What is fed to the model is the caller's; what processors and criteria do, transformers'.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, LogitsProcessor, MaxLengthCriteria, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 
+class Rows:
+    """The tokens of a batch as they grow, with their padding and without.
+
+    Args:
+        input_ids: [B, T] to begin with.
+        real: [B, T] bool, False at padding; None where there is none.
+    """
+
+    def __init__(self, input_ids: Tensor, real: Tensor | None) -> None:
+        self.input_ids = input_ids
+        self._alone = None if real is None else [row[mask] for row, mask in zip(input_ids, real, strict=True)]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What processors see: each row without its padding, [1, t], or all as one where there is none."""
+        return [self.input_ids] if self._alone is None else [row[None] for row in self._alone]
+
+    def append(self, tokens: Tensor) -> None:
+        """Add tokens [B]."""
+        self.input_ids = torch.cat((self.input_ids, tokens[:, None]), dim=1)
+        if self._alone is not None:
+            self._alone = [torch.cat((row, token)) for row, token in zip(self._alone, tokens.split(1), strict=True)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is drawn from scores.
+
+    Attributes:
+        do_sample: by their softmax; else the likeliest, the first of several.
+        seeds: of each row: a token is a function of the row's seed, its place and the scores. None is for PyTorch's
+            generator.
+    """
+
+    do_sample: bool
+    seeds: Sequence[tuple[int, int]] | None = None
+
+    def __call__(self, scores: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return tokens [B] at positions of their rows, from scores [B, vocab]."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        if self.seeds is None:
+            return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        shares = scores.double().softmax(-1).cumsum(-1)
+        wanted = [keyed_uniform(*seed, position) for seed, position in zip(self.seeds, positions, strict=True)]
+        wanted = torch.tensor(wanted, dtype=shares.dtype, device=shares.device)[:, None] * shares[:, -1:]
+        return torch.searchsorted(shares, wanted, right=True).squeeze(1).clamp(max=scores.shape[-1] - 1)
+
+
+def keyed_uniform(seed: int, sequence: int, position: int) -> float:
+    """Return a number from [0, 1) that depends on these alone: 53 bits of their BLAKE2b hash."""
+    key = struct.pack("<QQQ", seed, sequence, position)
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True)
 class TokenChoice:
     """How the next tokens are chosen.
 
-    Args:
-        processors: change the logits, in this order.
-        do_sample: draw from the distribution, instead of taking the likeliest.
+    Attributes:
+        of_parts: processors of each of a batch's parts (see `Rows.parts`).
+        of_batch: those that follow, which see the batch as it is, padded.
+        draw: of a token.
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor], do_sample: bool) -> None:
-        self._processors = tuple(processors)
-        self._do_sample = do_sample
+    of_parts: Sequence[Sequence[LogitsProcessor]]
+    of_batch: Sequence[LogitsProcessor]
+    draw: Draw
 
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Return the next token of each sequence, [B], given those before it [B, T] and its logits [B, vocab]."""
+    def __call__(self, rows: Rows, logits: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the next tokens [B], given rows and their logits [B, vocab], and the scores they were chosen by."""
         scores: Any = logits
-        for processor in self._processors:
-            scores = processor(input_ids, scores)  # type: ignore[arg-type]
-        if self._do_sample:
-            return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
-        return scores.argmax(-1)
+        if any(self.of_parts):
+            parts = zip(rows.parts, scores.split(len(scores) // len(self.of_parts)), self.of_parts, strict=True)
+            scores = torch.cat([_process(ids, part, processors) for ids, part, processors in parts])
+        scores = _process(rows.input_ids, scores, self.of_batch)
+        return self.draw(scores, positions), scores
+
+
+def _process(input_ids: Tensor, scores: Any, processors: Sequence[LogitsProcessor]) -> Any:
+    for processor in processors:
+        scores = processor(input_ids, scores)  # type: ignore[arg-type]
+    return scores
 
 
 class Ending:
-    """Which sequences have ended, and what follows in them; kept on the host, which must know when to stop.
-
-    Lengths and tokens that end a sequence are looked at here; criteria of every other kind are called.
+    """Which rows have ended, and what follows in them; kept on the host, which must know when to stop.
 
     Args:
-        criteria: say after each token which sequences end; the rest of the batch goes on.
-        padding: the token, a scalar, that fills a sequence which has ended; None where there is none.
+        count: rows.
+        left: tokens that may be added to each.
+        eos_token_ids: tokens that end a row.
+        of_parts: criteria that look at a row's text (see `Rows.parts`).
+        of_batch: the caller's own, which see the batch as it is, padded; given what `scores` returns.
+        padding: fills a row that has ended.
     """
 
-    def __init__(self, criteria: Sequence[StoppingCriteria], padding: Tensor | None) -> None:
-        lengths = [each.max_length for each in criteria if type(each) is MaxLengthCriteria]
-        tokens = [each.eos_token_id.reshape(-1).tolist() for each in criteria if type(each) is EosTokenCriteria]
-        self._max_length = min(lengths, default=None)
-        self._last_tokens = frozenset(token for each in tokens for token in each)
-        self._others = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
-        self._padding = padding if any(hasattr(each, "eos_token_id") for each in criteria) else None
-        self._ended: list[bool] = []
+    def __init__(
+        self,
+        count: int,
+        left: int,
+        eos_token_ids: Sequence[int],
+        of_parts: Sequence[StoppingCriteria],
+        of_batch: Sequence[StoppingCriteria],
+        padding: int | None,
+        scores: Callable[[], Any],
+    ) -> None:
+        self._left, self._eos = left, frozenset(eos_token_ids)
+        self._of_parts, self._of_batch, self._scores = of_parts, of_batch, scores
+        self._padding = 0 if padding is None else padding
+        self._ended = [False] * count
+
+    @property
+    def running(self) -> list[bool]:
+        """Which rows go on. As in transformers, rows that criteria ended do while others run, if there is no EOS."""
+        return [not ended or not self._eos for ended in self._ended]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._left < 1 or all(self._ended)
 
     def fill(self, tokens: Tensor) -> Tensor:
-        """Return new tokens [B], those of sequences that have ended replaced by padding."""
-        if self._padding is None or not any(self._ended):
+        """Return new tokens [B], those of rows that have ended replaced by padding."""
+        running = self.running
+        if all(running):
             return tokens
-        return tokens.masked_fill(torch.tensor(self._ended, device=tokens.device), self._padding)
+        return tokens.masked_fill(~torch.tensor(running, device=tokens.device), self._padding)
 
-    def reached(self, input_ids: Tensor, tokens: Tensor) -> bool:
-        """Return whether all sequences have ended, given all tokens [B, T] and the last of each, [B]."""
-        if self._last_tokens:
-            self._end([token in self._last_tokens for token in tokens.tolist()])
-        for criterion in self._others:
-            ends = torch.as_tensor(criterion(input_ids, None))  # type: ignore[arg-type]
-            self._end(ends.expand(input_ids.shape[0]).tolist())
-        if self._max_length is not None and input_ids.shape[1] >= self._max_length:
-            return True
-        return bool(self._ended) and all(self._ended)
+    def look(self, rows: Rows, tokens: Tensor) -> None:
+        """See which rows have ended, now that tokens [B], the last of each, were added."""
+        self._left -= 1
+        if self._eos:
+            self._end([token in self._eos for token in tokens.tolist()])
+        for criterion in self._of_parts:
+            self._end([end for part in rows.parts for end in _ends(criterion, part, None)])
+        for criterion in self._of_batch:
+            self._end(_ends(criterion, rows.input_ids, self._scores()))
 
-    def _end(self, ends: list[bool]) -> None:
-        self._ended = [one or other for one, other in zip(self._ended, ends, strict=True)] if self._ended else ends
+    def _end(self, ends: Sequence[bool]) -> None:
+        self._ended = [one or bool(other) for one, other in zip(self._ended, ends, strict=True)]
 
 
-def extend(
-    input_ids: Tensor,
-    logits: Tensor,
-    step: Callable[[Tensor], Tensor],
-    choice: TokenChoice,
-    ending: Ending,
-    streamer: Any = None,
-) -> Tensor:
-    """Append tokens to sequences until all have ended.
-
-    Args:
-        input_ids: [B, T] tokens so far.
-        logits: [B, vocab] of the first token to come.
-        step: feeds new tokens [B]; returns the logits of those after them, [B, vocab].
-        choice: of the tokens.
-        ending: of the sequences; those that have ended are fed all the same.
-        streamer: given each step's tokens, and told the end; None for nobody.
-
-    Returns:
-        All tokens, [B, T + steps].
-    """
-    while True:
-        tokens = ending.fill(choice(input_ids, logits.to(input_ids.device, torch.float32)))
-        input_ids = torch.cat((input_ids, tokens[:, None]), dim=1)
-        ended = ending.reached(input_ids, tokens)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if ended:
-            break
-        logits = step(tokens)
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+def _ends(criterion: StoppingCriteria, input_ids: Tensor, scores: Any) -> list[bool]:
+    return torch.as_tensor(criterion(input_ids, scores)).expand(len(input_ids)).tolist()  # type: ignore[arg-type]

@@ -1,0 +1,143 @@
+"""What `generate` is asked for: a `GenerationConfig`, resolved as transformers resolves it, and what it cannot do.
+
+Nothing is generated here.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from quicksilver.errors import InputError, UnsupportedFeatureError
+
+_DEFAULTS = {
+    "do_sample": False,
+    "use_cache": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
+"""What transformers takes where neither the call nor the model says otherwise; the rest is off."""
+_NEW_TOKENS = 20
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_OTHER_WAYS = ("dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+"""Fields, of some releases of transformers, each of which asks for another way of decoding."""
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a call asks for.
+
+    Attributes:
+        config: of the call, a copy.
+        eos_token_ids: tokens that end a sequence; none where the configuration has none.
+        padding: token that fills a sequence which has ended; None where neither padding nor EOS is configured.
+        own_max_length: nobody has said how long the result may be.
+    """
+
+    config: Any
+    eos_token_ids: tuple[int, ...]
+    padding: int | None
+    own_max_length: bool
+
+    @classmethod
+    def resolve(
+        cls, given: GenerationConfig | None, of_model: GenerationConfig, arguments: Mapping[str, Any]
+    ) -> tuple[Settings, dict[str, Any]]:
+        """Return what a call asks for: its arguments before its configuration, that before the model's own.
+
+        Args:
+            given: a configuration, not changed.
+            of_model: the model's own, not changed.
+            arguments: of the call; those that are no setting are given back.
+
+        Raises:
+            UnsupportedFeatureError: beam search, assisted generation, attention maps and the like.
+            InputError: settings that contradict one another.
+        """
+        config: Any = GenerationConfig() if given is None else copy.deepcopy(given)
+        config.update(**of_model.to_dict(), defaults_only=True, allow_custom_entries=True)
+        config.update(**_DEFAULTS, defaults_only=True)
+        own_max_length = config.max_length is None and arguments.get("max_length") is None
+        rest = config.update(**arguments)
+        _refuse(config)
+        eos = config.eos_token_id
+        eos = () if eos is None else tuple(torch.as_tensor(eos).reshape(-1).tolist())
+        padding = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), None)
+        return cls(config, eos, None if padding is None else int(padding), own_max_length), rest
+
+    def inferred_mask(self, input_ids: Tensor) -> Tensor | None:
+        """Return [B, T] where tokens are not padding, as transformers infers it where no mask is given.
+
+        It does so where there is a padding token, which is no EOS.
+        """
+        padding = self.config.pad_token_id
+        if padding is None or padding in self.eos_token_ids or not bool((input_ids == padding).any()):
+            return None
+        return input_ids != padding
+
+    def new_tokens(self, columns: int, longest: int, max_positions: int) -> int:
+        """Return how many tokens may be added to each row; `max_length` counts columns, as in transformers.
+
+        Args:
+            columns: of the prompts, padding included.
+            longest: tokens of the longest row, padding not counted, those in a cache counted.
+            max_positions: of the model.
+
+        Raises:
+            InputError: a prompt as long as the result may be, or more tokens than the model's context holds.
+        """
+        config = self.config
+        if config.max_new_tokens is not None:
+            added = config.max_new_tokens
+        elif self.own_max_length:
+            warnings.warn(f"neither max_new_tokens nor max_length is given: {_NEW_TOKENS} new tokens", stacklevel=4)
+            added = max(min(_NEW_TOKENS, max_positions - longest), 1)
+        else:
+            added = config.max_length - columns
+            if added < 1:
+                raise InputError(
+                    f"prompts of {columns} tokens fill max_length={config.max_length}; give max_new_tokens"
+                )
+        if (fed := longest + added - 1) > max_positions:
+            raise InputError(
+                f"prompt and new tokens, {fed} to feed, are longer than the model's context of {max_positions}"
+            )
+        return added
+
+
+def _refuse(config: Any) -> None:
+    mode = config.get_generation_mode()
+    other = next((name for name in _OTHER_WAYS if getattr(config, name, None)), None)
+    if other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        mode = GenerationMode.ASSISTED_GENERATION
+    if mode not in _MODES:
+        raise UnsupportedFeatureError(
+            f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling"
+        )
+    if other is not None:
+        raise UnsupportedFeatureError(f"{other} is not supported; use greedy decoding or sampling")
+    for name in _OUTPUTS:
+        if getattr(config, name, None):
+            raise UnsupportedFeatureError(f"{name} is not supported by quicksilver")
+    if config.cache_implementation is not None:
+        raise UnsupportedFeatureError(
+            f"cache_implementation={config.cache_implementation!r} is not supported; the cache is ragged"
+        )
+    if config.num_return_sequences > 1 and not config.do_sample:
+        raise InputError(
+            f"num_return_sequences={config.num_return_sequences} asks for one continuation several times; with"
+            " do_sample=True they differ"
+        )
