@@ -17,7 +17,7 @@ from benchmarks.forced import Forced
 SEED = 0
 POSITIONS = 2048  # twice the published ones, so that tokens can be decoded after a prompt of 1,024
 HUGGINGFACE, DENSE = "huggingface", "dense"
-FILLS = ("drop", "zero", "propagate", "share")
+FILLS = ("drop", "zero", "propagate")
 HALVED = tuple(f"half-{fill}" for fill in FILLS)
 FUSED = "half-fused"
 _QUICK_SHAPE: dict[str, Any] = {
@@ -87,7 +87,6 @@ def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
         "drop": rules.DropFill,
         "zero": rules.ZeroFill,
         "propagate": rules.PropagateFill,
-        "share": rules.ShareFill,
     }
     layers = model.config.n_layer
     forced = Forced(layers, (layers, layers // 2), fills=fill != "drop")

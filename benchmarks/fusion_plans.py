@@ -38,7 +38,6 @@ SIMILARITIES = {
     CONTROL: Similarity(lambda p: rules.RandomFusionRule(p, seed=1), 0.0, 1.0, arithmetic),
     "l2": Similarity(rules.L2FusionRule, 1e-3, 1e4, geometric),
     "cosine": Similarity(rules.CosineFusionRule, 1.0, -1.0, arithmetic),
-    "key": Similarity(rules.KeyFusionRule, 1.0, -1.0, arithmetic),
 }
 
 

@@ -21,7 +21,6 @@ from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.calibrate.widths import fit
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
-    CappedWidthRule,
     ChannelWidthRule,
     EntropyWidthRule,
     PrecisionConfig,
@@ -43,14 +42,13 @@ MEANS = (6.0, 5.2, 4.5, 4.0)
 FINE, FINE_SKIPPING = (8, 6, 4, 2), (8, 6, 4, 2, 0)
 COARSE_SKIPPING = (8, 4, 2, 0)
 ENTROPY_SHARES = ((0.25, 0.5, 0.25), (0.5, 0.5, 0.0), (0.9, 0.1, 0.0))  # of 8, 4 and 2 bits
-CAP_SHARES = (0.6, 0.3, 0.1)
 COLUMNS = (8, 6, 4, 2, 0)
 PROTECT_FIRST = 4  # and special tokens, under every policy but uniform ones
 
 
 def wanted() -> Iterator[tuple[str, PrecisionRule]]:
     """Yield the policies compared, by name; those with a target are still to be fitted."""
-    for width in (8, 6, 5, 4, 3, 2):
+    for width in (8, 6, 4, 2):
         yield f"uniform {width}", UniformWidthRule(width)
     for over in ("head", "hidden"):
         for shares in ENTROPY_SHARES:
@@ -60,10 +58,6 @@ def wanted() -> Iterator[tuple[str, PrecisionRule]]:
         yield f"channel, skipping {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean)
         yield f"channel {mean}", ChannelWidthRule(widths=FINE, target=mean)
         yield f"channel, 8/4/2/0 {mean}", ChannelWidthRule(widths=COARSE_SKIPPING, target=mean)
-        yield f"channel, abs(x) alone {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean, score="activation")
-    for mean in MEANS[:2]:
-        token = EntropyWidthRule(target=CAP_SHARES)
-        yield f"capped {mean}", CappedWidthRule(token, ChannelWidthRule(widths=FINE_SKIPPING, target=mean))
 
 
 def nested_copy(model: Any, windows: Sequence[Tensor], config: QuantizationConfig) -> Any:
@@ -110,9 +104,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [
         *heading(first, f"; {first['nesting']}"),
-        f"| policy | bits read | {' | '.join(map(str, COLUMNS))} | other | Δnll [95 % CI] | Δppl | KL | top-1"
+        f"| policy | bits read | {' | '.join(map(str, COLUMNS))} | Δnll [95 % CI] | Δppl | KL | top-1"
         " | FLOPs saved | body | bitops saved | weight bytes saved | bitops saved against float |",
-        "|---" * 17 + "|",
+        "|---" * 16 + "|",
         *(_table_row(first, row) for row in rows),
         "",
     ]
@@ -126,8 +120,6 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def _table_row(first: dict[str, Any], row: dict[str, Any]) -> str:
     side, delta = row["accelerated"], row["delta"]
     shares = " | ".join(f"{side['width_histogram'].get(str(width), 0.0):.1%}" for width in COLUMNS)
-    others = {width: share for width, share in side["width_histogram"].items() if int(width) not in COLUMNS}
-    shares += f" | {', '.join(f'{width}: {share:.1%}' for width, share in others.items()) or 'none'}"
     saved = " | ".join(f"{against(first, row, key):+.1%}" for key in ("flops", "flops_body", "bitops", "weight_bytes"))
     return (
         f"| {row['plan']['name']} | {side['mean_bits']:.2f} | {shares} | {interval(delta)} | {delta['ppl']:+.3f}"

@@ -43,7 +43,6 @@ FILLS: dict[str, rules.KVFill] = {
     "drop": rules.DropFill(),
     "zero": rules.ZeroFill(),
     "propagate": rules.PropagateFill(),
-    "share": rules.ShareFill(),
 }
 
 

@@ -1,12 +1,10 @@
 // What Python sees: prepared matrices, and calls on rows and layers by address. Checks of shapes are the Python side's.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -295,60 +293,6 @@ LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int he
   return new LayerRunner(shape, std::move(layers));
 }
 
-void norm_rows(Address x, Address y, int num_rows, int size, Address weight, Address bias, float epsilon) {
-  const nb::gil_scoped_release release;
-  const Norm norm{floats_at(weight), floats_at(bias), epsilon};
-  for (int r = 0; r < num_rows; ++r) {
-    const std::size_t first = std::size_t(r) * size;
-    current_kernels().floats.norm(floats_at(x) + first, size, norm, at<float>(y) + first);
-  }
-}
-
-void rotate_rows(Address heads, int num_rows, int num_heads, int size, Address cos, Address sin) {
-  const nb::gil_scoped_release release;
-  for (int r = 0; r < num_rows; ++r) {
-    const std::size_t first = std::size_t(r) * size;
-    current_kernels().floats.rotate(at<float>(heads) + first * num_heads, num_heads, size, floats_at(cos) + first,
-                                    floats_at(sin) + first);
-  }
-}
-
-// Shape: rows, heads, heads of keys and values, size. Kept: keys, values, their scales, masses, of all entries.
-void attend_rows(Address queries, Address out, std::array<int, 4> shape, int entry_bits, std::array<Address, 5> kept,
-                 std::vector<std::int64_t> starts, std::vector<std::int64_t> counts, float scaling, int threads) {
-  const nb::gil_scoped_release release;
-  const auto [num_rows, heads, kv_heads, size] = shape;
-  const Attention attention{scaling, 0.0f, 0.0f, 0.0f, 0.0f};
-  const Kept how = kept_in(entry_bits);
-  const int group = heads / kv_heads, tasks = num_rows * kv_heads;
-  Pool::shared().run(threads, [&, kv_heads = kv_heads, heads = heads, size = size](int thread, Barrier&) {
-    std::vector<float> room;
-    for (int task = thread; task < tasks; task += threads) {
-      const std::int64_t row = task / kv_heads, head = task % kv_heads, first = starts[row] * kv_heads + head;
-      const std::size_t bytes = std::size_t(first) * size * bytes_of(how),
-                        at_query = (row * heads + head * group) * size;
-      const Entries entries{how,
-                            at<const char>(kept[0]) + bytes,
-                            at<const char>(kept[1]) + bytes,
-                            kept[2] ? floats_at(kept[2]) + first : nullptr,
-                            kept[3] ? floats_at(kept[3]) + first : nullptr,
-                            kept[4] ? at<const std::int32_t>(kept[4]) + starts[row] : nullptr,
-                            std::int64_t{kv_heads} * size,
-                            kv_heads,
-                            static_cast<int>(counts[row])};
-      room.resize(counts[row] + size);
-      current_kernels().floats.attend(at<float>(queries) + at_query, group, size, entries, attention, room.data(),
-                                      at<float>(out) + at_query);
-    }
-  });
-}
-
-void activate(const std::string& activation, Address gate, Address up, int size) {
-  const Activation which = activation_of(activation);
-  const nb::gil_scoped_release release;
-  current_kernels().floats.activate(which, at<float>(gate), floats_at(up), size);
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -363,10 +307,6 @@ NB_MODULE(_native, m) {
   m.def("multiply_rows", &multiply_rows);
   m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
-  m.def("norm_rows", &norm_rows);
-  m.def("rotate_rows", &rotate_rows);
-  m.def("attend_rows", &attend_rows);
-  m.def("activate", &activate);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)

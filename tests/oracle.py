@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ZeroFill
 from tests.oracle_parts import Layer, Read, parts_of
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 """(layer, states before, states after, previous update), each [T, d], to which tokens would halt, [T] bool."""
 
 
-Alike = Callable[[int, Tensor, Tensor, int, int], bool]
-"""(layer, states [T, d], keys before rotation [T, Hkv, D], earlier, later) to whether the two tokens may fuse."""
+Alike = Callable[[int, Tensor, int, int], bool]
+"""(layer, states [T, d], earlier, later) to whether the two tokens may fuse."""
 
 
 Bypass = Callable[[int, str, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -148,18 +148,14 @@ class _Tokens:
         hidden: [T, d] states; those of halted tokens stay.
         running: [T] bool.
         masses: [T] tokens that each stands for, 0 where it was absorbed.
-        shift: [T, d] what keys and values are made of beside the state, where groups go on by them alone.
         depths: [T] layers run.
-        newest: each token's key and value, [Hkv, T, D] each, in the last layer that it ran; None before the first.
         previous_update: [T, d] what the layer before added, None before the second.
     """
 
     hidden: Tensor
     running: Tensor
     masses: Tensor
-    shift: Tensor
     depths: Tensor
-    newest: tuple[Tensor, Tensor] | None = None
     previous_update: Tensor | None = None
 
     @classmethod
@@ -167,7 +163,7 @@ class _Tokens:
         """Return all of them running, from their embeddings [T, d]."""
         count = len(embedded)
         ones, zeros = torch.ones(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-        return cls(embedded, torch.ones(count, dtype=torch.bool), ones, torch.zeros_like(embedded), zeros)
+        return cls(embedded, torch.ones(count, dtype=torch.bool), ones, zeros)
 
 
 @dataclass
@@ -186,8 +182,7 @@ class _Counts:
 def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, asked: _Asked, counts: _Counts) -> None:
     """Take a sequence through a layer."""
     hidden, running = tokens.hidden, tokens.running
-    query = layer.qkv(hidden)[0]  # [H, T, D]
-    _, *own = layer.qkv(hidden + tokens.shift)  # [Hkv, T, D]
+    query, *own = layer.qkv(hidden)  # [H, T, D], twice [Hkv, T, D]
     listed = running if isinstance(asked.fill, DropFill) else tokens.masses > 0
     mask = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril() & listed[None, :]
     counts.masses.append(tokens.masses)
@@ -204,17 +199,13 @@ def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, ask
     after = torch.where(running[:, None], after, hidden)
     counts.past.append({"attention": int((running & past_attention).sum()), "mlp": int((running & past_mlp).sum())})
     tokens.depths += running
-    before = own if tokens.newest is None else tokens.newest
-    newest_key, newest_value = (torch.where(running[None, :, None], *pair) for pair in zip(own, before, strict=True))
-    tokens.newest = newest_key, newest_value
     if not is_last:
         tokens.running = running & ~asked.halts(layer_idx, hidden, after, tokens.previous_update)
     tokens.previous_update = after - hidden
     formed: list[int] = []
     if asked.fusion is not None and layer_idx in asked.fusion.after_layers:
-        keys = layer.raw_keys(hidden + tokens.shift)
-        groups = _fuse(asked.fusion, layer_idx, after, tokens.shift, keys, tokens.running, tokens.masses)
-        after, tokens.shift, tokens.masses, formed = groups
+        groups = _fuse(asked.fusion, layer_idx, after, tokens.running, tokens.masses)
+        after, tokens.masses, formed = groups
         tokens.running = tokens.running & (tokens.masses > 0)
     counts.sizes.append(sorted(formed))
     tokens.hidden = after
@@ -226,12 +217,8 @@ def _filled(fill: KVFill, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[
         halted = ~tokens.running & (tokens.masses > 0)
         key, value = key.clone(), value.clone()
         key[:, halted], value[:, halted] = 0.0, 0.0
-    elif isinstance(fill, ShareFill) and tokens.newest is not None:
-        newest_key, newest_value = tokens.newest
-        key = torch.where(tokens.running[None, :, None], key, newest_key)
-        value = torch.where(tokens.running[None, :, None], value, newest_value)
     else:
-        assert isinstance(fill, DropFill | PropagateFill | ShareFill)
+        assert isinstance(fill, DropFill | PropagateFill)
     return key, value
 
 
@@ -273,31 +260,28 @@ def _attend(
 
 
 def _fuse(
-    fusion: Fusion, layer_idx: int, hidden: Tensor, shift: Tensor, keys: Tensor, running: Tensor, masses: Tensor
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Form groups token by token; return the new states, shifts and masses, and the sizes of the groups."""
+    fusion: Fusion, layer_idx: int, hidden: Tensor, running: Tensor, masses: Tensor
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Form groups token by token; return the new states and masses, and the sizes of the groups."""
     groups: list[list[int]] = []
     for t in running.nonzero().flatten().tolist():
         last = groups[-1][-1] if groups else None
         adjacent = last is not None and last == t - int(masses[t])
         room = bool(groups) and int(masses[groups[-1]].sum() + masses[t]) <= fusion.max_group
-        if last is not None and adjacent and room and fusion.alike(layer_idx, hidden, keys, last, t):
+        if last is not None and adjacent and room and fusion.alike(layer_idx, hidden, last, t):
             groups[-1].append(t)
         else:
             groups.append([t])
-    new_hidden, new_shift, new_masses, sizes = hidden.clone(), shift.clone(), masses.clone(), []
+    new_hidden, new_masses, sizes = hidden.clone(), masses.clone(), []
     for group in (group for group in groups if len(group) > 1):
         *absorbed, representative = group
-        weight = (torch.ones(len(group)) if fusion.weights == "uniform" else masses[group].float())[:, None]
-        mean = ((hidden + shift)[group] * weight).sum(0) / weight.sum()
-        if fusion.weights in ("mass", "uniform"):
-            new_hidden[representative] = mean
-        elif fusion.weights == "kv":
-            new_shift[representative] = mean - hidden[representative]
+        if fusion.weights == "mass":
+            weight = masses[group].float()[:, None]
+            new_hidden[representative] = (hidden[group] * weight).sum(0) / weight.sum()
         new_masses[representative] = masses[group].sum()
         new_masses[absorbed] = 0
         sizes.append(int(masses[group].sum()))
-    return new_hidden, new_shift, new_masses, sizes
+    return new_hidden, new_masses, sizes
 
 
 def _code(entries: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ class Layer(NamedTuple):
 
     Attributes:
         qkv: states [T, d] to queries [H, T, D], keys and values [Hkv, T, D].
-        raw_keys: states to keys before rotation, [T, Hkv, D].
         attn_norm: before attention.
         attn_output: weighted values [T, H * D] to what is added to the states.
         mlp_norm: before the MLP.
@@ -30,7 +29,6 @@ class Layer(NamedTuple):
     """
 
     qkv: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    raw_keys: Callable[[Tensor], Tensor]
     attn_norm: Callable[[Tensor], Tensor]
     attn_output: Callable[[Tensor], Tensor]
     mlp_norm: Callable[[Tensor], Tensor]
@@ -71,11 +69,8 @@ def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> Parts:
         def mlp(normed: Tensor) -> Tensor:
             return apply(block.mlp.c_proj, block.mlp.act(apply(block.mlp.c_fc, normed)))
 
-        def raw_keys(x: Tensor) -> Tensor:
-            return qkv(x)[1].transpose(0, 1)
-
         output = partial(apply, block.attn.c_proj)
-        return Layer(qkv, raw_keys, block.ln_1, output, block.ln_2, mlp, block.attn.scaling)
+        return Layer(qkv, block.ln_1, output, block.ln_2, mlp, block.attn.scaling)
 
     embedded = body.wte(ids) + body.wpe(torch.arange(len(ids)))
     return Parts(embedded, [layer(i, block) for i, block in enumerate(body.h)], body.ln_f)
@@ -96,20 +91,15 @@ def _llama_parts(model: Any, ids: Tensor, read: Read) -> Parts:
         def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             x = block.input_layernorm(x)
             query = heads(apply(attention.q_proj, x), getattr(attention, "q_norm", None))
-            query, key = apply_rotary_pos_emb(query[None], unrotated(x)[None], cos, sin)
+            key = heads(apply(attention.k_proj, x), getattr(attention, "k_norm", None))
+            query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin)
             return query[0], key[0], heads(apply(attention.v_proj, x))
-
-        def unrotated(x: Tensor) -> Tensor:
-            return heads(apply(attention.k_proj, x), getattr(attention, "k_norm", None))
-
-        def raw_keys(x: Tensor) -> Tensor:
-            return unrotated(block.input_layernorm(x)).transpose(0, 1)
 
         def mlp(normed: Tensor) -> Tensor:
             gated = block.mlp.act_fn(apply(block.mlp.gate_proj, normed)) * apply(block.mlp.up_proj, normed)
             return apply(block.mlp.down_proj, gated)
 
         norms, output = (block.input_layernorm, block.post_attention_layernorm), partial(apply, attention.o_proj)
-        return Layer(qkv, raw_keys, norms[0], output, norms[1], mlp, attention.scaling)
+        return Layer(qkv, norms[0], output, norms[1], mlp, attention.scaling)
 
     return Parts(embedded, [layer(i, block) for i, block in enumerate(body.layers)], body.norm)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules.maps import Part
-from quicksilver.core.rules.precision import ChannelScore, EntropyOf
+from quicksilver.core.rules.precision import WIDTHS, EntropyOf
 from quicksilver.core.tensors import PlanTensors
 from tests import tiny
 from tests.tiny import NUM_LAYERS
@@ -37,11 +37,8 @@ simple_rules: st.SearchStrategy[rules.HaltingRule] = st.one_of(
 halting_rules = st.one_of(
     simple_rules,
     st.builds(rules.AllRule, st.lists(simple_rules, min_size=1, max_size=3).map(tuple)),
-    st.builds(rules.AnyRule, st.lists(simple_rules, min_size=1, max_size=3).map(tuple)),
 )
-fills: st.SearchStrategy[rules.KVFill] = st.sampled_from(
-    [rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill()]
-)
+fills: st.SearchStrategy[rules.KVFill] = st.sampled_from([rules.DropFill(), rules.ZeroFill(), rules.PropagateFill()])
 halting_configs = st.builds(
     rules.HaltingConfig,
     halting_rules,
@@ -55,7 +52,6 @@ _fusion_layers = st.lists(st.integers(1, NUM_LAYERS - 1), min_size=1, max_size=3
 fusion_rules: st.SearchStrategy[rules.FusionRule] = st.one_of(
     st.builds(rules.L2FusionRule, st.floats(10.0, 30.0)),
     st.builds(rules.CosineFusionRule, st.floats(-0.2, 0.6)),
-    st.builds(rules.KeyFusionRule, st.floats(-0.5, 0.6)),
     st.builds(rules.RandomFusionRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
     st.builds(rules.ForcedFusionRule, st.lists(st.booleans(), min_size=1, max_size=7).map(tuple)),
 )
@@ -95,7 +91,7 @@ def _maybe_with_shortcuts(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[P
     )
 
 
-map_configs = st.builds(rules.MapConfig, st.booleans(), st.booleans())
+map_configs = st.builds(rules.MapConfig, st.booleans())
 _fitted = st.builds(
     tiny.fitted,
     st.integers(0, 3),
@@ -165,23 +161,22 @@ def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str,
     )
 
 
-def _widths(lowest: int) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.sets(st.integers(lowest, 8), min_size=2, max_size=5).map(lambda found: tuple(sorted(found, reverse=True)))
+def _widths(*more: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.sets(st.sampled_from((*more, *WIDTHS)), min_size=2, max_size=5).map(
+        lambda found: tuple(sorted(found, reverse=True))
+    )
 
 
-channel_rules = _graded(widths=_widths(0), score=st.sampled_from(get_args(ChannelScore))).map(
-    lambda values: rules.ChannelWidthRule(**values)
-)
+channel_rules = _graded(widths=_widths(0)).map(lambda values: rules.ChannelWidthRule(**values))
 entropy_width_rules = _graded(
-    widths=_widths(1), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
+    widths=_widths(), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
 ).map(lambda values: rules.EntropyWidthRule(**values))
 precision_configs = st.builds(
     rules.PrecisionConfig,
     st.one_of(
-        st.builds(rules.UniformWidthRule, st.integers(1, 8)),
+        st.builds(rules.UniformWidthRule, st.sampled_from(WIDTHS)),
         channel_rules,
         entropy_width_rules,
-        st.builds(rules.CappedWidthRule, entropy_width_rules, channel_rules),
     ),
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),

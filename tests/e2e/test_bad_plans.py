@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules.retired import RETIRED as RETIRED_NAMES
 from quicksilver.runtime.presets import calibrated_plans
 from tests.e2e.conftest import DEEP, LONG_NUMBER
 
 Refused = Callable[..., str]
 THRESHOLD = {"type": "drift", "threshold": 0.1}
+COSINE = {"type": "cosine", "threshold": 0.5}
 
 BAD_PLANS: dict[str, tuple[Any, str]] = {
     "not JSON": ("halting: all", "JSON"),
@@ -45,6 +48,52 @@ BAD_PLANS: dict[str, tuple[Any, str]] = {
     "protect_special a string": ({"halting": {"rule": THRESHOLD, "protect_special": "no"}}, "protect_special"),
     "a depth beyond integers": ({"halting": {"rule": {"type": "forced", "depths": [10**30]}}}, "depths"),
 }
+
+
+CHANNEL = {"type": "channel", "target": 5.0}
+ENTROPY = {"type": "entropy", "target": [0.5, 0.3, 0.2]}
+RETIRED: dict[str, tuple[dict[str, Any], str]] = {
+    "share": ({"kv": {"type": "share"}}, "use 'drop' or 'propagate'"),
+    "any": ({"halting": {"rule": {"type": "any", "rules": [THRESHOLD]}}}, "use 'all'"),
+    "any in all": (
+        {"halting": {"rule": {"type": "all", "rules": [THRESHOLD, {"type": "any", "rules": [THRESHOLD]}]}}},
+        "rules[1]: halting rule 'any' is retired: use 'all'",
+    ),
+    "key": ({"fusion": {"rule": {"type": "key", "threshold": 0.5}}}, "use 'cosine'"),
+    "uniform": ({"fusion": {"rule": COSINE, "weights": "uniform"}}, "use 'mass'"),
+    "kv": ({"fusion": {"rule": COSINE, "weights": "kv"}}, "use 'last' or 'mass'"),
+    "capped": ({"precision": {"rule": {"type": "capped", "token": ENTROPY, "channel": CHANNEL}}}, "use 'channel'"),
+    "activation": ({"precision": {"rule": {**CHANNEL, "score": "activation"}}}, "leave score out"),
+    "True": ({"halting": {"rule": THRESHOLD}, "maps": {"entropy": True}}, "entropy True is retired: leave it out"),
+    **{f"{n}": ({"precision": {"rule": {"type": "uniform", "width": n}}}, f"use {n + 1}") for n in (1, 3, 5, 7)},
+    "5 of several": ({"precision": {"rule": {**CHANNEL, "widths": [8, 5, 0]}}}, "width 5 is retired: use 6"),
+    "3 of several": ({"precision": {"rule": {**ENTROPY, "widths": [8, 4, 3]}}}, "width 3 is retired: use 4"),
+}
+"""What plans could once name: by that name, a plan and what is said of it."""
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_what_is_retired_is_named_with_what_to_use_instead(refused: Refused, tmp_path: Path, name: str) -> None:
+    (content, instead), path = RETIRED[name], tmp_path / "old.json"
+    path.write_text(json.dumps({"version": 1, **content}))
+    line = refused("plan", "validate", path, names=(path, "is retired", name.split()[0], instead))
+    assert line.count("is retired") == 1
+
+
+def test_every_retired_name_is_tested() -> None:
+    tested = {name for name in RETIRED if " " not in name}
+    assert tested == {str(value) for values in RETIRED_NAMES.values() for value in values}
+
+
+@pytest.mark.parametrize(
+    "part", [{"precision": {"rule": {**CHANNEL, "score": "weighted"}}}, {"maps": {"entropy": False}}]
+)
+def test_the_value_that_is_left_may_still_be_written(tmp_path: Path, part: dict[str, Any]) -> None:
+    ((key, config),) = part.items()
+    without = {**config, "rule": CHANNEL} if "rule" in config else {}
+    plans = [Plan.from_dict({"version": 1, key: each}) for each in (config, without)]
+    assert plans[0] == plans[1]
+    assert plans[0].hash == plans[1].hash
 
 
 @pytest.mark.parametrize(("content", "named"), BAD_PLANS.values(), ids=list(BAD_PLANS))

@@ -159,7 +159,7 @@ def test_score_and_decode_agree(
     source = ("--text", text_file) if kind == "text" else ("--documents", documents)
     plans = [
         plan_file(f"{fill}.json", halting=halting, kv={"type": fill})
-        for fill, halting in (("drop", RANDOM), ("zero", FORCED), ("propagate", RANDOM), ("share", FORCED))
+        for fill, halting in (("drop", RANDOM), ("zero", FORCED), ("propagate", RANDOM))
     ]
     cut = ("--context", 16, "--stride", 8, "--max-tokens", 60)
     arguments = [tiny_model_dir("llama"), *source, *cut, *(a for plan in plans for a in ("--plan", plan))]

@@ -128,7 +128,7 @@ def test_the_dense_plan_answers_as_transformers(
 PLANS: dict[str, dict[str, Any]] = {
     "drifting": Plan("drifting", HaltingConfig(RelativeDriftRule(1.0), min_layer=1), PropagateFill()).to_dict(),
     "forced": {"version": 1, "halting": FORCED},
-    "random": {"version": 1, "halting": RANDOM, "kv": {"type": "share"}},
+    "random": {"version": 1, "halting": RANDOM, "kv": {"type": "propagate"}},
     "fusing": {"version": 1, "fusion": FUSING},
 }
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import quicksilver
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import EntryConfig, ForcedRule, PropagateFill, RandomFusionRule, ShareFill, ZeroFill
+from quicksilver.core.rules import EntryConfig, ForcedRule, PropagateFill, RandomFusionRule, ZeroFill
 from quicksilver.errors import InputError, UnsupportedFeatureError
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
@@ -24,7 +24,6 @@ PLANS = {
     "drop": HALTING,
     "propagate": halting_plan(DEPTHS, PropagateFill()),
     "zero": halting_plan(DEPTHS, ZeroFill()),
-    "share": halting_plan(DEPTHS, ShareFill()),
     "8-bit entries": Plan("coded", entries=EntryConfig()),
     "16-bit entries": Plan("halves", entries=EntryConfig(16)),
     "screening": screening_plan(0.1),
@@ -159,7 +158,7 @@ def test_crop_then_other_tokens(plan: str) -> None:
             cache.crop(beyond)
 
 
-@pytest.mark.parametrize("plan", ["dense", "propagate", "share", "8-bit entries"])
+@pytest.mark.parametrize("plan", ["dense", "propagate", "zero", "8-bit entries"])
 def test_sequences_of_a_cache_are_chosen_and_repeated(plan: str) -> None:
     model = quicksilver.accelerate(tiny.model("llama"), PLANS[plan])
     inputs, turn = left_padded((9, 5, 7)), tiny.token_ids(12, seed=2).view(6, 2)

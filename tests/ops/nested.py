@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import StoredMatrix
 from quicksilver.quant import NestedLinear
@@ -27,8 +28,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def draw_widths(*shape: int, seed: int = 0) -> Tensor:
-    """Return widths from 0 to 8, uint8."""
-    return torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    """Return widths from 0 to 8, even, uint8."""
+    return 2 * torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
 def module(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 1, spread: float = 1.0) -> NestedLinear:
@@ -55,7 +56,7 @@ def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: 
 def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     """Return the product that defines the operator, [N, out] float64."""
     y = torch.zeros(x.shape[0], linear.num_outputs, dtype=torch.float64)
-    for width in range(1, 9):
+    for width in WIDTHS:
         y += torch.where(widths == width, x, 0.0).double() @ linear.codes.dequantize(width).double()
     return y
 
@@ -72,7 +73,7 @@ def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     for row in range(x.shape[0]):
         magnitudes = x[row].double().abs() * (widths[row] > 0)
         reach = torch.zeros_like(scales)
-        for width in range(1, 9):
+        for width in WIDTHS:
             levels = linear.codes.dequantize(width).double() / scales + zeros
             reach += (levels - zeros).abs() * (widths[row] == width)[:, None]
         blocks = zip(*(t.split(_CHUNK) for t in (magnitudes, scales, reach)), strict=True)

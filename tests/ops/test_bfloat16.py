@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import expand, prepared
 from quicksilver.quant import NestedLinear
@@ -36,7 +37,7 @@ def assert_rounded(linear: NestedLinear, width: int = 8) -> torch.Tensor:
 
 
 @ISAS
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("width", WIDTHS)
 def test_weights_of_every_width_are_rounded(isa: str, width: int) -> None:
     with using(isa):
         assert_rounded(random_codes(70, 300), width)

@@ -29,7 +29,7 @@ def operator() -> torch._ops.OpOverload:
 def test_opcheck_accepts_the_operator(each: bool) -> None:
     linear, x = module(70, 100), draw(3, 70)
     widths = draw_widths(3, 70) if each else None
-    torch.library.opcheck(operator(), arguments(linear.stored, x, widths, 5))
+    torch.library.opcheck(operator(), arguments(linear.stored, x, widths, 6))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -55,7 +55,8 @@ def test_what_does_not_fit_is_refused() -> None:
         "widths must be": (x, widths[:2]),
         "uint8": (x, widths.int()),
         "not 9": (x, 9),
-        "0 to 8 bits, not 200": (x, widths.masked_fill(widths == 3, 200)),
+        "2 or 0 bits, not 200": (x, widths.masked_fill(widths == 4, 200)),
+        "2 or 0 bits, not 3": (x, widths.masked_fill(widths == 4, 3)),
     }
     for message, (rows, given) in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -227,7 +228,7 @@ def test_the_kernels_take_more_rows_that_choose_widths_for_their_channels(monkey
 def test_widths_by_row_and_bias() -> None:
     linear, x = module(70, 100), draw(4, 70)
     linear.bias = torch.nn.Parameter(draw(100, seed=8), requires_grad=False)
-    widths = torch.tensor([8, 0, 3, 4], dtype=torch.uint8)
+    widths = torch.tensor([8, 0, 2, 4], dtype=torch.uint8)
     y = linear(x, widths, kernels="native") - linear.bias
     assert_close(y, linear, x, widths[:, None].expand(4, 70))
     assert torch.equal(linear(x, 0, kernels="native"), linear(x, 0))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
-    AnyRule,
+    AllRule,
     CosineFusionRule,
     DropFill,
     EntropyRule,
@@ -21,7 +21,6 @@ from quicksilver.core.rules import (
     KVFill,
     MapConfig,
     PropagateFill,
-    ShareFill,
     Shortcut,
     ZeroFill,
 )
@@ -38,7 +37,7 @@ PLANS = {
     "dense": Plan.dense(),
     **{
         type(fill).__name__: halting_plan(ForcedRule((1, 3, 5, 2)), fill)
-        for fill in (DropFill(), ZeroFill(), PropagateFill(), ShareFill())
+        for fill in (DropFill(), ZeroFill(), PropagateFill())
     },
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
     "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
@@ -93,15 +92,14 @@ def test_entropy_signal_counts_the_head() -> None:
     assert executed_cost(engine.spec, run.trace).flops == torch_flops + 2 * 2 * 10 * softmax_macs
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_maps_count_once_for_each_token_that_stops_and_for_each_entropy(entropy: bool) -> None:
-    """Ten tokens, five of which halt after layer 1; entropy, where it is asked for, of all ten, halts nobody."""
-    rule = AnyRule((EntropyRule(0.0, layers=(1,)), ForcedRule((2, 4))))
-    plan = replace(halting_plan(rule), maps=MapConfig(entropy=entropy), tensors=tiny.fitted(rank=3))
+def test_maps_count_once_for_each_token_that_stops() -> None:
+    """Ten tokens, five of which halt after layer 1 by their entropy too, which is taken of their own states."""
+    rule = AllRule((EntropyRule(1e9, layers=(1,)), ForcedRule((2, 4))))
+    plan = replace(halting_plan(rule), maps=MapConfig(), tensors=tiny.fitted(rank=3))
     engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
-    run, maps = run_steps(engine, ids), 5 + 10 * entropy
-    assert [layer.fitted_macs for layer in run.trace.layers] == [0, maps * 2 * 32 * 3, 0, 0]
-    assert [layer.fitted_bytes for layer in run.trace.layers] == [0, maps * 4 * (2 * 32 * 3 + 32), 0, 0]
+    run = run_steps(engine, ids)
+    assert [layer.fitted_macs for layer in run.trace.layers] == [0, 5 * 2 * 32 * 3, 0, 0]
+    assert [layer.fitted_bytes for layer in run.trace.layers] == [0, 5 * 4 * (2 * 32 * 3 + 32), 0, 0]
     assert executed_cost(engine.spec, run.trace) == executed_cost(engine.spec, run_whole(engine, ids).trace)
     softmax_macs = signal_macs(engine.spec, "head") - engine.spec.head_macs
     counted = counted_by_torch(lambda: run_steps(engine, ids))
@@ -119,7 +117,7 @@ def test_gates_and_their_features_count() -> None:
     assert cost.weight_bytes - dense.weight_bytes == 10 * 2 * 36 * 4
 
 
-@pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill(), ShareFill()], ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill()], ids=lambda f: type(f).__name__)
 def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
     engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
     whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
@@ -127,19 +125,19 @@ def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
 
 
 def test_similarity_and_merged_means_count() -> None:
-    """Ten tokens, all alike: nine pairs compared after each of two layers, means merged into, keys projected anew."""
-    plan = fusion_plan(CosineFusionRule(-1.0), layers=(1, 2), weights="kv", max_group=2)
+    """Ten tokens, all alike: nine pairs compared after each of two layers, means merged into."""
+    plan = fusion_plan(CosineFusionRule(-1.0), layers=(1, 2), weights="mass", max_group=2)
     engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
     trace = run_whole(engine, ids).trace
     assert [layer.fusion_rows for layer in trace.layers] == [10, 5, 0, 0]
     assert [layer.fused for layer in trace.layers] == [5, 0, 0, 0]
-    assert [layer.fill_rows for layer in trace.layers] == [0, 5, 5, 5]
+    assert not any(layer.fill_rows for layer in trace.layers)
     assert [dict(layer.signal_rows) for layer in trace.layers[:2]] == [
         {"cosine": 9, "mean": 5},
         {"cosine": 4, "mean": 0},
     ]
     spec = engine.spec
-    macs = sum(layer.query_rows for layer in trace.layers) * spec.layer_macs + 15 * spec.kv_macs
+    macs = sum(layer.query_rows for layer in trace.layers) * spec.layer_macs
     macs += sum(layer.attended.value for layer in trace.layers) * spec.attention_macs_per_pair
     macs += (13 * 4 + 5) * spec.hidden_size + 10 * spec.head_macs
     assert executed_cost(spec, trace).flops == 2 * macs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quicksilver
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, ForcedRule, PropagateFill, ShareFill, Shortcut, ZeroFill
+from quicksilver.core.rules import DropFill, ForcedRule, PropagateFill, Shortcut, ZeroFill
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.models.nesting import nest
 from quicksilver.quant.config import QuantizationConfig
@@ -87,7 +87,7 @@ def test_plans_do_with_adapters_what_they_do_with_merged_weights(family: str) ->
     model = adapted(family)
     merged = copy.deepcopy(model).merge_and_unload()
     halting = ForcedRule(tuple(1 + position % 4 for position in range(IDS.shape[1])))
-    plans = [halting_plan(halting, fill) for fill in (PropagateFill(), DropFill(), ZeroFill(), ShareFill())]
+    plans = [halting_plan(halting, fill) for fill in (PropagateFill(), DropFill(), ZeroFill())]
     plans.append(shortcut_plan(*(Shortcut(layer_idx, "attention", threshold=1.0) for layer_idx in range(3))))
     for plan in plans:
         wanted = quicksilver.accelerate(merged, plan)(IDS).logits

@@ -35,7 +35,7 @@ from tests.engines import (
 )
 from tests.strategies import skipping_plans
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 THRESHOLDS = {
     "values": (0.5, 0.0),
     "values layer by layer": ((0.9, 0.0, 0.3, 1.0), 0.0),
@@ -92,9 +92,9 @@ def test_with_fusion_a_groups_mass_counts_in_its_weight(
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())
     depths = torch.randint(1, 6, (LENGTH,), generator=generator)
     halting = None if fill is None else rules.ForcedRule(tuple(depths.tolist()))
-    plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="kv")
+    plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="mass")
     plan = skipping_plan(threshold, plan, query_threshold)
-    fusion = oracle.Fusion((0, 1), 3, "kv", lambda layer_idx, hidden, keys, earlier, later: joins[later])
+    fusion = oracle.Fusion((0, 1), 3, "mass", lambda layer_idx, hidden, earlier, later: joins[later])
     halts = oracle.never if fill is None else lambda layer_idx, *_: depths <= layer_idx + 1
     check(name, tiny.token_ids(LENGTH, 5), plan, halts, fusion)
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, ForcedRule, KVFill, PropagateFill, RandomRule, ShareFill, ZeroFill
+from quicksilver.core.rules import DropFill, ForcedRule, KVFill, PropagateFill, RandomRule, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, halting_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import plans
 
-FILLS = (DropFill(), ZeroFill(), PropagateFill(), ShareFill())
+FILLS = (DropFill(), ZeroFill(), PropagateFill())
 ATOL = tolerances.LOGITS[torch.float32]
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -15,14 +15,13 @@ from quicksilver.policies import fusion
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, run_whole
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 WEIGHTS = get_args(rules.FusionWeights)
 LENGTH = 40
 ATOL = tolerances.LOGITS[torch.float32]
 DECIDED = (
     rules.L2FusionRule((23.0, 28.0)),
     rules.CosineFusionRule(0.1),
-    rules.KeyFusionRule(0.1),
     rules.RandomFusionRule(0.5, seed=3),
 )
 
@@ -32,7 +31,7 @@ def check(model, ids, plan: Plan, halts=oracle.never, alike=None) -> oracle.Orac
     assert config is not None
     after = config.after_layers(4)
     joins = config.rule.joins if isinstance(config.rule, rules.ForcedFusionRule) else ()
-    alike = alike or (lambda layer_idx, hidden, keys, earlier, later: joins[later % len(joins)])
+    alike = alike or (lambda layer_idx, hidden, earlier, later: joins[later % len(joins)])
     expected = oracle.run(model, ids, plan.kv, halts, oracle.Fusion(after, config.max_group, config.weights, alike))
     run = run_whole(decoder(model, plan), ids)
     assert torch.equal(run.trace.depths[0], expected.depths)
@@ -72,14 +71,15 @@ def test_forced_random_groups_with_forced_random_depths(
     check(tiny.model(family), ids, plan, lambda layer_idx, *_: depths <= layer_idx + 1)
 
 
-@pytest.mark.parametrize(("rule", "weights"), [*product(DECIDED, ("last", "kv"))], ids=str)
+@pytest.mark.parametrize(("rule", "weights"), [*product(DECIDED, WEIGHTS)], ids=str)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_decided_groups(family: str, rule: rules.FusionRule, weights: rules.FusionWeights) -> None:
     ids = tiny.token_ids(LENGTH)
 
-    def alike(layer_idx, hidden, keys, earlier, later):
-        pair = [hidden[[earlier]], hidden[[later]], keys[[earlier]], keys[[later]]]
-        view = PairView(layer_idx, layer_idx - 1, *pair, torch.tensor([later]), ids[[later]])
+    def alike(layer_idx, hidden, earlier, later):
+        view = PairView(
+            layer_idx, layer_idx - 1, hidden[[earlier]], hidden[[later]], torch.tensor([later]), ids[[later]]
+        )
         return bool(fusion.decide(rule, view).alike)
 
     expected = check(tiny.model(family), ids, fusion_plan(rule, weights=weights, layers=(2, 3)), alike=alike)

@@ -21,11 +21,11 @@ from tests.engines import Run, decoder, fusion_plan, run_batch, run_chunks, run_
 from tests.strategies import fusing_plans, skipping_plans
 
 ATOL = tolerances.LOGITS[torch.float32]
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 PLANS = {
     "one layer": fusion_plan(rules.RandomFusionRule(0.6, seed=1)),
     "nested": fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2, 3), max_group=5),
-    "nested, decided": fusion_plan(rules.KeyFusionRule(0.0), layers=(1, 2, 3), max_group=4, weights="kv"),
+    "nested, decided": fusion_plan(rules.CosineFusionRule(0.0), layers=(1, 2, 3), max_group=4, weights="mass"),
     "mean": fusion_plan(rules.RandomFusionRule(0.6, seed=3), layers=(1, 3), weights="mass", max_group=4),
     **{
         f"halting, {type(fill).__name__}": fusion_plan(
@@ -130,8 +130,8 @@ def test_whom_a_token_had_absorbed_runs_again_even_where_it_halts_itself(seed: i
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_row_that_took_a_tokens_place_may_halt_where_no_layer_keeps_keys(seed: int) -> None:
-    rule, halting = rules.KeyFusionRule((0.0, -1.0)), rules.RandomRule(0.4, seed)
+def test_a_row_that_took_a_tokens_place_may_halt_where_a_rule_compares_states(seed: int) -> None:
+    rule, halting = rules.CosineFusionRule((0.0, -1.0)), rules.RandomRule(0.4, seed)
     plan = fusion_plan(rule, halting, rules.PropagateFill(), layers=(1, 3), max_group=6)
     engine, ids = decoder(tiny.model("llama"), plan), tiny.token_ids(20, seed)
     assert_same_run(run_whole(engine, ids), run_steps(engine, ids))

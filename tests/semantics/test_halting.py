@@ -37,7 +37,7 @@ def test_fills_hold_what_they_say() -> None:
     ids = tiny.token_ids(10)
     caches = {
         type(fill): run_whole(decoder(tiny.model("qwen2"), halting_plan(rules.ForcedRule(DEPTHS), fill)), ids).cache
-        for fill in (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+        for fill in (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
     }
     counts = {fill: [cache.entry_counts(i)[0] for i in range(4)] for fill, cache in caches.items()}
     assert counts.pop(rules.DropFill) == [10, 8, 6, 4]
@@ -46,31 +46,15 @@ def test_fills_hold_what_they_say() -> None:
     entry = 2 * shape.num_kv_heads * shape.head_dim * 4
     assert caches[rules.DropFill].nbytes == 28 * (entry + 4)  # keys, values and a 4-byte position
     assert caches[rules.ZeroFill].nbytes == caches[rules.PropagateFill].nbytes == 40 * (entry + 4)
-    lists = 10 * 8 + 40 * (8 + 4)  # newest slots, and each layer's slots and positions
-    assert caches[rules.ShareFill].nbytes == 28 * entry + lists
     assert all(cache.nbytes == cache.used_nbytes for cache in caches.values())
 
 
-def test_sharing_with_nothing_halted_costs_only_its_lists() -> None:
-    engines = [
-        decoder(tiny.model("llama"), halting_plan(rules.RandomRule(0.0), f))
-        for f in (rules.ShareFill(), rules.DropFill())
-    ]
-    share, drop = (run_whole(engine, tiny.token_ids(40)).cache for engine in engines)
-    assert share.nbytes - drop.nbytes == 40 * 8 + 4 * 40 * 8
-
-
-def test_zero_fill_writes_zeros_and_share_refers_to_the_last_layer_run() -> None:
-    zero, share = (
-        run_whole(decoder(tiny.model("llama"), halting_plan(rules.ForcedRule(DEPTHS), fill)), tiny.token_ids(10)).cache
-        for fill in (rules.ZeroFill(), rules.ShareFill())
-    )
-    entries = zero.entries(3, 0)
+def test_zero_fill_writes_zeros() -> None:
+    engine = decoder(tiny.model("llama"), halting_plan(rules.ForcedRule(DEPTHS), rules.ZeroFill()))
+    entries = run_whole(engine, tiny.token_ids(10)).cache.entries(3, 0)
     assert not entries.keys[0].any()
     assert not entries.values[0].any()
     assert entries.keys[1].any()
-    assert torch.equal(share.entries(3, 0).keys[2], share.entries(1, 0).keys[2])  # ran two layers
-    assert not torch.equal(share.entries(3, 0).keys[1], share.entries(1, 0).keys[1])  # ran all four
 
 
 def test_first_tokens_special_tokens_and_first_layers_are_protected() -> None:
@@ -88,12 +72,10 @@ def test_min_layer_as_a_fraction_of_the_depth() -> None:
     assert run.trace.depths[0].tolist() == [3, 3, 3, 3]
 
 
-def test_all_and_any_only_ask_later_rules_about_open_tokens() -> None:
-    ids = tiny.token_ids(20)
-    forced, entropy = rules.ForcedRule((9, 1)), rules.EntropyRule(1e9)
-    for rule, asked in ((rules.AllRule((forced, entropy)), 10), (rules.AnyRule((forced, entropy)), 10)):
-        trace = run_whole(decoder(tiny.model("llama"), halting_plan(rule)), ids).trace
-        assert trace.layers[0].signal_rows["head"] == asked
+def test_all_only_asks_later_rules_about_open_tokens() -> None:
+    rule = rules.AllRule((rules.ForcedRule((9, 1)), rules.EntropyRule(1e9)))
+    trace = run_whole(decoder(tiny.model("llama"), halting_plan(rule)), tiny.token_ids(20)).trace
+    assert trace.layers[0].signal_rows["head"] == 10
 
 
 def test_a_cache_left_incomplete_by_a_failure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +101,7 @@ def test_a_cache_left_incomplete_by_a_failure_is_refused(monkeypatch: pytest.Mon
     [
         (rules.HaltingConfig(rules.DriftRule((1.0, 2.0, 3.0))), "3 thresholds, the model has 4 layers"),
         (rules.HaltingConfig(rules.EntropyRule(1.0, layers=(1, 4))), "after layer 4, the model has 4"),
-        (rules.HaltingConfig(rules.AnyRule((rules.EntropyRule(1.0, layers=(9,)),))), "after layer 9"),
+        (rules.HaltingConfig(rules.AllRule((rules.EntropyRule(1.0, layers=(9,)),))), "after layer 9"),
         (rules.HaltingConfig(rules.DriftRule(1.0), min_layer=5), "min_layer is 5, the model has 4 layers"),
     ],
     ids=str,

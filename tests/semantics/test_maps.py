@@ -18,7 +18,7 @@ from quicksilver.policies import halting
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 FAMILIES = ("gpt2", "llama")
 RANKS = pytest.mark.parametrize("rank", [None, 3], ids=["full", "low rank"])
 LENGTH = 40
@@ -28,7 +28,6 @@ DECIDED = {
     "fitted, by layer": rules.FittedRule((0.5, 1.0, 2.0, 9.0)),
     "entropy": rules.EntropyRule(6.9),
     "both": rules.AllRule((rules.FittedRule(2.0), rules.EntropyRule(7.1))),
-    "either": rules.AnyRule((rules.EntropyRule(6.4), rules.FittedRule(0.5))),
 }
 
 
@@ -63,14 +62,12 @@ def forced(depths: Tensor) -> oracle.Halts:
 
 
 def decided(model, ids: Tensor, plan: Plan) -> oracle.Halts:
-    """Ask the plan's rule about states mapped as the plan says, gates looked up by name."""
+    """Ask the plan's rule about the states themselves, gates looked up by name."""
     assert plan.halting is not None
     assert plan.tensors is not None
     rule, tensors = plan.halting.rule, plan.tensors
-    maps = added(tensors) if plan.maps is not None and plan.maps.entropy else {}
 
     def halts(layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
-        add = maps.get(layer_idx, torch.zeros_like)
         view = LayerView(
             layer_idx,
             before,
@@ -78,7 +75,7 @@ def decided(model, ids: Tensor, plan: Plan) -> oracle.Halts:
             previous,
             torch.arange(len(ids)),
             ids,
-            lambda hidden: head_entropy(model, hidden + add(hidden)),
+            lambda hidden: head_entropy(model, hidden),
             tensors.get(f"gate.{layer_idx}.weight"),
         )
         return halting.decide(rule, view).halt
@@ -107,17 +104,16 @@ def test_forced_random_depths(family: str, fill: rules.KVFill, rank: int | None)
     check(tiny.model(family), ids, plan, forced(depths))
 
 
-@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy of the mapped state"])
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decided_halting(family: str, name: str, entropy: bool) -> None:
+def test_decided_halting(family: str, name: str) -> None:
     model, ids = tiny.model(family), tiny.token_ids(LENGTH)
-    plan = mapped(halting_plan(DECIDED[name], rules.PropagateFill()), entropy=entropy)
+    plan = mapped(halting_plan(DECIDED[name], rules.PropagateFill()))
     depths = check(model, ids, plan, decided(model, ids, plan))
     assert 1.0 < depths.float().mean() < 4.0
 
 
-@pytest.mark.parametrize("weights", ["last", "mass", "kv"])
+@pytest.mark.parametrize("weights", ["last", "mass"])
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
@@ -131,7 +127,7 @@ def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
     plan = fusion_plan(rule, stops, fill, layers=(1, 2), weights=weights)
     assert plan.halting is not None
     plan = mapped(replace(plan, halting=replace(plan.halting, min_layer=2)), tiny.fitted(outputs=(1, 2)))
-    fusion = oracle.Fusion((0, 1), 3, weights, lambda layer_idx, hidden, keys, earlier, later: joins[later])
+    fusion = oracle.Fusion((0, 1), 3, weights, lambda layer_idx, hidden, earlier, later: joins[later])
     ran = check(tiny.model(family), ids, plan, forced(depths), fusion)
     assert set(ran.tolist()) == {1, 2, 3, 4}
     no_halting = replace(plan, halting=None)
@@ -143,8 +139,8 @@ def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
 def test_decided_halting_of_groups(family: str, rule: rules.HaltingRule) -> None:
     model, ids, joins = tiny.model(family), tiny.token_ids(LENGTH, 5), (False, True, False, False, True)
     plan = fusion_plan(rules.ForcedFusionRule(joins), rule, rules.PropagateFill(), layers=(1, 2))
-    plan = mapped(plan, entropy=True)
-    fusion = oracle.Fusion((0, 1), 3, "last", lambda layer_idx, hidden, keys, earlier, later: joins[later % 5])
+    plan = mapped(plan)
+    fusion = oracle.Fusion((0, 1), 3, "last", lambda layer_idx, hidden, earlier, later: joins[later % 5])
     check(model, ids, plan, decided(model, ids, plan), fusion)
 
 
@@ -162,28 +158,13 @@ def test_a_map_changes_what_stopped_tokens_predict_and_nothing_else(family: str,
         assert torch.equal(one.values, two.values)
 
 
-def test_entropy_of_the_mapped_state_decides_otherwise() -> None:
-    plan, ids = halting_plan(rules.EntropyRule(6.9)), tiny.token_ids(LENGTH)
-    kept, asked, both = (
-        run_whole(decoder(tiny.model("llama"), each), ids)
-        for each in (
-            mapped(plan),
-            mapped(plan, output=False, entropy=True),
-            mapped(plan, entropy=True),
-        )
-    )
-    assert not torch.equal(kept.trace.depths[0], asked.trace.depths[0])
-    assert torch.equal(asked.trace.depths[0], both.trace.depths[0])
-    assert not torch.equal(asked.logits, both.logits)
-
-
 def test_what_no_mechanism_uses_changes_no_bit() -> None:
     plan, ids = halting_plan(rules.RandomRule(0.3)), tiny.token_ids(LENGTH)
     unused = (
         (plan, replace(plan, tensors=tiny.fitted())),
         (plan, mapped(plan, output=False)),
-        (Plan.dense(), mapped(Plan.dense(), entropy=True)),
-        (Plan.dense(), mapped(halting_plan(rules.FittedRule(0.0)), entropy=True)),
+        (Plan.dense(), mapped(Plan.dense())),
+        (Plan.dense(), mapped(halting_plan(rules.FittedRule(0.0)))),
     )
     for one, other in unused:
         runs = [run_steps(decoder(tiny.model("gpt2"), each), ids, prompt=9) for each in (one, other)]
@@ -245,7 +226,7 @@ def test_prefill_equals_decode_in_bfloat16(family: str, rule: rules.HaltingRule)
 
 @pytest.mark.parametrize("name", DECIDED)
 def test_a_batch_equals_each_sequence_alone(name: str) -> None:
-    engine = decoder(tiny.model("qwen3"), mapped(halting_plan(DECIDED[name], rules.ShareFill()), entropy=True))
+    engine = decoder(tiny.model("qwen3"), mapped(halting_plan(DECIDED[name], rules.PropagateFill())))
     sequences = [tiny.token_ids(n, seed=n) for n in (11, 1, 30, 2)]
     batch = run_batch(engine, sequences).logits.split([11, 1, 30, 2])
     for ids, logits in zip(sequences, batch, strict=True):
@@ -264,7 +245,6 @@ NARROW = PlanTensors(
         (replace(FORCED, maps=rules.MapConfig()), "output.0.down is missing"),
         (mapped(FORCED, tiny.fitted(outputs=(0, 1))), "output.2.down is missing"),
         (mapped(FORCED, NARROW), r"output.0 has shapes .* the model needs 32 to 32"),
-        (mapped(FORCED, NARROW, output=False, entropy=True), "output.0 has shapes"),
         (
             mapped(fusion_plan(rules.RandomFusionRule(0.1)), NARROW),
             "output.0 has shapes",
@@ -272,7 +252,7 @@ NARROW = PlanTensors(
         (FITTED, "none of gate.0.weight to gate.2.weight is in the plan"),
         (
             replace(
-                halting_plan(rules.AnyRule((rules.FittedRule(1.0),)), min_layer=2), tensors=tiny.fitted(gates=(0,))
+                halting_plan(rules.AllRule((rules.FittedRule(1.0),)), min_layer=2), tensors=tiny.fitted(gates=(0,))
             ),
             "none of gate.1.weight to gate.2.weight",
         ),

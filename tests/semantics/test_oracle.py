@@ -13,7 +13,7 @@ from quicksilver.policies import halting
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, halting_plan, run_whole
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 DECIDED = (
     rules.DriftRule(14.0),
     rules.RelativeDriftRule((0.95, 0.75, 0.65, 0.6)),
@@ -21,7 +21,6 @@ DECIDED = (
     rules.EntropyRule(6.9),
     rules.RandomRule(0.3, seed=5),
     rules.AllRule((rules.RelativeDriftRule(0.75), rules.EntropyRule(7.0))),
-    rules.AnyRule((rules.EntropyRule(6.6), rules.RelativeDriftRule(0.6))),
 )
 
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver.core import rules
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import CappedWidthRule, ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
@@ -24,13 +25,11 @@ CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
 TOKEN = EntropyWidthRule((7.1, 6.6), layer=2)
 RULES = {
     "uniform 4": UniformWidthRule(4),
-    "uniform 5": UniformWidthRule(5),
+    "uniform 6": UniformWidthRule(6),
     "channel": CHANNEL,
-    "channel by activation": ChannelWidthRule((1.0, 0.3, 0.1), widths=(8, 4, 2, 0), score="activation"),
-    "channel, map by map": ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(24)), widths=(8, 3, 0)),
+    "channel, map by map": ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(24)), widths=(8, 2, 0)),
     "entropy": TOKEN,
     "entropy of the state": EntropyWidthRule((3.0, 2.0), over="hidden", layer=2),
-    "capped": CappedWidthRule(TOKEN, CHANNEL),
 }
 GPT2_AND_LLAMA = ("gpt2", "llama")
 ATOL = tolerances.LOGITS[torch.float64]
@@ -40,7 +39,7 @@ def rule_for(name: str, family: str) -> rules.PrecisionRule:
     """Return a rule; sets of thresholds are as many as the family's 4 layers have maps."""
     rule = RULES[name]
     if name == "channel, map by map" and family != "gpt2":
-        return ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), widths=(8, 3, 0))
+        return ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), widths=(8, 2, 0))
     return rule
 
 
@@ -59,7 +58,7 @@ class Definition:
 
     def after_layer(self, layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
         """Stand in for a halting rule that halts nobody."""
-        rule = self.rule.token if isinstance(self.rule, CappedWidthRule) else self.rule
+        rule = self.rule
         if isinstance(rule, EntropyWidthRule) and layer_idx == rule.layer - 1:
             if rule.over == "head":
                 entropy = head_entropy(self.model, after)
@@ -81,24 +80,20 @@ class Definition:
         cap = 8 if self.caps is None else self.caps[t]
         if isinstance(rule, EntropyWidthRule):
             return cap
-        if isinstance(rule, CappedWidthRule):
-            return min(cap, self.width(rule.channel, t, score, thresholds))
         return self.grade(rule, score, thresholds)
 
     def read(self, layer_idx: int, module, x: Tensor) -> Tensor:
-        channel = self.rule.channel if isinstance(self.rule, CappedWidthRule) else self.rule
         thresholds = None
-        if isinstance(channel, ChannelWidthRule):
-            thresholds = channel.thresholds
+        if isinstance(self.rule, ChannelWidthRule):
+            thresholds = self.rule.thresholds
             if isinstance(thresholds[0], tuple):
                 of_layer = len(thresholds) // 4
                 maps = self.layer_maps(layer_idx)
                 thresholds = thresholds[layer_idx * of_layer + next(i for i, m in enumerate(maps) if m is module)]
-        by_activation = isinstance(channel, ChannelWidthRule) and channel.score == "activation"
-        scores = (x.abs() * (1.0 if by_activation else module.codes.dequantize().norm(dim=1))).tolist()
+        scores = (x.abs() * module.codes.dequantize().norm(dim=1)).tolist()
         chosen = torch.tensor([[self.width(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
         y = torch.zeros(len(x), module.num_outputs, dtype=x.dtype)
-        for width in range(1, 9):
+        for width in WIDTHS:
             y += torch.where(chosen == width, x, 0.0) @ module.codes.dequantize(width).to(x.dtype)
         return y if module.bias is None else y + module.bias
 
@@ -188,7 +183,7 @@ FUSING = rules.FusionConfig(
     rules.ForcedFusionRule((False, True, True, False, True)),
     layers=(1, 2, 3),
     max_group=3,
-    weights="kv",
+    weights="mass",
     scope="all",
     protect_first=0,
     protect_special=False,
@@ -272,17 +267,15 @@ def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
 def test_bitops_and_bytes_follow_what_is_read() -> None:
     model, ids = tiny.nested("llama"), tiny.token_ids(6)
     costs, spec = {}, decoder(model, Plan.dense()).spec
-    for width in (8, 6, 5, 4, 2):
+    for width in (8, 6, 4, 2):
         engine = decoder(model, precision_plan(UniformWidthRule(width)))
         costs[width] = executed_cost(spec, run_whole(engine, ids).trace)
     linear = 6 * spec.num_layers * spec.layer_macs
     assert costs[8].bitops - costs[4].bitops == linear * 4 * 32
-    assert costs[8].bitops - costs[5].bitops == linear * 3 * 32
+    assert costs[8].bitops - costs[6].bitops == linear * 2 * 32
     assert {cost.flops for cost in costs.values()} == {costs[8].flops}
     assert costs[8] == dense_cost(spec, run_whole(decoder(model, Plan.dense()), ids).trace)
-    planes = {
-        width: 6 * spec.num_layers * spec.layer_macs * bits // 8 for width, bits in ((6, 2), (5, 2), (4, 4), (2, 6))
-    }
+    planes = {width: 6 * spec.num_layers * spec.layer_macs * bits // 8 for width, bits in ((6, 2), (4, 4), (2, 6))}
     for width, saved in planes.items():
         assert costs[8].weight_bytes - costs[width].weight_bytes == saved
 
@@ -307,10 +300,9 @@ BITS_4 = 6 * 4 * (2 * 32 * (16 + 2) + 2 * 32 * (8 + 2) + 2 * 32 * (24 + 4) + 48 
             PLAIN + BITS_4 + 4 * SCORES,
             PAIRS + HEAD + MACS * 4 * 32 + SCORES * 32 * 32,
         ),
-        (ChannelWidthRule((0.0,), widths=(4, 2), score="activation"), PLAIN + BITS_4, PAIRS + HEAD + MACS * 4 * 32),
         (ChannelWidthRule((1e9,), widths=(4, 0)), PLAIN + 4 * SCORES, PAIRS + HEAD + SCORES * 32 * 32),
     ],
-    ids=["dense", "uniform 8", "uniform 4", "all at 4 by score", "all at 4 by activation", "nothing by score"],
+    ids=["dense", "uniform 8", "uniform 4", "all at 4 by score", "nothing by score"],
 )
 def test_bitops_and_bytes_are_those_counted_by_hand(
     rule: rules.PrecisionRule | None, weight_bytes: int, bitops: int

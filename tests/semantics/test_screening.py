@@ -34,7 +34,7 @@ from tests.engines import (
 )
 from tests.strategies import screening_plans
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
 PLANS = {
     "alone": screening_plan(0.5),
@@ -98,9 +98,9 @@ def test_with_fusion_a_groups_mass_counts_in_both_steps(name: str, fill: rules.K
     depths = torch.randint(1, 6, (LENGTH,), generator=generator)
     halting = None if fill is None else rules.ForcedRule(tuple(depths.tolist()))
     plan = screening_plan(
-        0.7, plan=fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="kv")
+        0.7, plan=fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="mass")
     )
-    fusion = oracle.Fusion((0, 1), 3, "kv", lambda layer_idx, hidden, keys, earlier, later: joins[later])
+    fusion = oracle.Fusion((0, 1), 3, "mass", lambda layer_idx, hidden, earlier, later: joins[later])
     halts = oracle.never if fill is None else lambda layer_idx, *_: depths <= layer_idx + 1
     check(name, 5, plan, halts, fusion)
 

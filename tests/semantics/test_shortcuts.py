@@ -22,7 +22,7 @@ from tests.semantics.test_precision import CHANNEL, TOKEN, Definition
 LENGTH = 30
 SPECIAL = 7
 FAMILIES = ("gpt2", "llama")
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill(), rules.ShareFill())
+FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 ALL = tuple(Shortcut(layer, part, 1.0) for layer in range(4) for part in get_args(Part))
 SETS: dict[str, tuple[Shortcut, ...]] = {
     "an mlp": (Shortcut(1, "mlp"),),
@@ -81,7 +81,7 @@ def check(
     fusion = None
     if plan.fusion is not None:
         grouped = (plan.fusion.after_layers(4), plan.fusion.max_group, plan.fusion.weights)
-        fusion = oracle.Fusion(*grouped, lambda layer_idx, hidden, keys, earlier, later: JOINS[later % len(JOINS)])
+        fusion = oracle.Fusion(*grouped, lambda layer_idx, hidden, earlier, later: JOINS[later % len(JOINS)])
     halting = halting or (oracle.never if plan.halting is None else halts)
     expected = oracle.run(model, ids, plan.kv, halting, fusion, read, bypass(plan, ids))
     run = run_whole(decoder(model, plan, special_ids=[SPECIAL]), ids)

@@ -15,7 +15,6 @@ import torch
 
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
-    CappedWidthRule,
     ChannelWidthRule,
     DropFill,
     EntropyWidthRule,
@@ -24,7 +23,6 @@ from quicksilver.core.rules import (
     ForcedRule,
     PropagateFill,
     RelativeDriftRule,
-    ShareFill,
     Shortcut,
     UniformWidthRule,
     ZeroFill,
@@ -64,7 +62,6 @@ EXACT = {  # nothing that the kernels' rounding could decide otherwise
     "drop": halting_plan(FORCED, DropFill(), min_layer=1),
     "propagate": halting_plan(FORCED, PropagateFill(), min_layer=1),
     "zero": halting_plan(FORCED, ZeroFill(), min_layer=1),
-    "share": halting_plan(FORCED, ShareFill(), min_layer=1),
     "all halt": halting_plan(ForcedRule((2,)), PropagateFill(), min_layer=1, protect_first=0),
     "previous update": halting_plan(RelativeDriftRule(1e-9), PropagateFill(), min_layer=1),
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention")),
@@ -73,8 +70,7 @@ EXACT = {  # nothing that the kernels' rounding could decide otherwise
 }
 ROUGH = {  # thresholds that a value may lie on, and codes
     "channels": precision_plan(CHANNEL),
-    "activations": precision_plan(replace(CHANNEL, score="activation")),
-    "capped": precision_plan(CappedWidthRule(EntropyWidthRule((7.1, 6.6), layer=2), CHANNEL)),
+    "by token": precision_plan(EntropyWidthRule((7.1, 6.6), layer=2)),
     "values": skipping_plan(0.8),
     "queries": skipping_plan(0.0, query_threshold=0.4),
     "screened": screening_plan(0.8),

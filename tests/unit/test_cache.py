@@ -1,4 +1,4 @@
-"""The ragged cache: growth without copying per token, ragged lengths, shared entries."""
+"""The ragged cache: growth without copying per token, ragged lengths."""
 
 from __future__ import annotations
 
@@ -49,17 +49,6 @@ def test_sequences_and_layers_have_lengths_of_their_own() -> None:
     assert cache.seq_lengths == [2, 0, 3]
     assert cache.get_seq_length() == 3
     assert cache.num_entries == 8
-
-
-def test_a_shared_entry_is_held_once_and_the_newest_wins() -> None:
-    cache = RaggedKVCache(SHAPE, batch_size=1, shared=True)
-    layout = RaggedLayout.build([0], [4], CPU)
-    cache.append(0, layout, rows(layout), rows(layout))
-    kept = layout.select(torch.tensor([0, 2]))
-    cache.append(1, kept, rows(kept, 0.5), rows(kept, 0.5), refer=layout)
-    assert cache.entries(1, 0).keys[:, 0, 0].tolist() == [0.5, 1.0, 2.5, 3.0]
-    assert cache.entries(1, 0).positions.tolist() == [0, 1, 2, 3]
-    assert cache.entries(0, 0).keys[:, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_bytes_are_those_of_the_tensors() -> None:

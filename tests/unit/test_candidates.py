@@ -23,7 +23,6 @@ from quicksilver.core.rules import (
     EntryConfig,
     FittedRule,
     PropagateFill,
-    ShareFill,
 )
 from quicksilver.core.trace import Trace
 from quicksilver.models.cost import dense_cost, executed_cost
@@ -179,7 +178,7 @@ def test_a_factor_multiplies_the_price_of_its_mechanism_alone(fits: Fits) -> Non
     assert dearer.halting == base.halting
 
 
-@pytest.mark.parametrize(("fill", "kind"), [("propagate", PropagateFill), ("share", ShareFill), ("drop", DropFill)])
+@pytest.mark.parametrize(("fill", "kind"), [("propagate", PropagateFill), ("drop", DropFill)])
 def test_fills(fits: Fits, fill: str, kind: type) -> None:
     assert isinstance(make(fits, 5.0, fill=fill).kv, kind)
 

@@ -14,15 +14,12 @@ from quicksilver.policies import fusion
 
 EARLIER = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
 LATER = torch.tensor([[3.0, 4.0], [0.0, 5.0], [-1.0, -1.0]])  # distances 4, 1, 2.83; cosines 0.6, 1, -1
-KEYS = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[2.0, 1.0], [-2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])  # [P, Hkv, D]
-OTHER_KEYS = torch.tensor([[[0.0, 2.0], [0.0, 4.0]], [[0.0, 1.0], [0.0, 9.0]], [[1.0, 0.0], [1.0, 0.0]]])
-# averaged over heads: (1, 0) (0, 1) (.5, .5) and (0, 3) (0, 5) (1, 0): cosines 0, 1, 0.707
 
 
 def view(ordinal: int = 0) -> PairView:
     """Three pairs; the later tokens stand at positions 1, 2 and 3."""
     positions = torch.arange(1, 4)
-    return PairView(5, ordinal, EARLIER, LATER, KEYS, OTHER_KEYS, positions, positions)
+    return PairView(5, ordinal, EARLIER, LATER, positions, positions)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +30,6 @@ def view(ordinal: int = 0) -> PairView:
         (rules.L2FusionRule((9.0, 0.5)), [1, 1, 1]),
         (rules.CosineFusionRule(0.59), [1, 1, 0]),
         (rules.CosineFusionRule(-0.99), [1, 1, 0]),
-        (rules.KeyFusionRule(0.7), [0, 1, 1]),
-        (rules.KeyFusionRule(0.71), [0, 1, 0]),
         (rules.RandomFusionRule(1.0), [1, 1, 1]),
         (rules.RandomFusionRule(0.0), [0, 0, 0]),
         (rules.ForcedFusionRule((False, True)), [1, 0, 1]),
@@ -54,9 +49,9 @@ def test_a_list_of_thresholds_has_one_for_each_fusion_layer() -> None:
 def test_signals_are_accounted_for() -> None:
     asked = {
         type(rule): fusion.decide(rule, view()).signal_rows
-        for rule in (rules.L2FusionRule(1.0), rules.KeyFusionRule(1.0))
+        for rule in (rules.L2FusionRule(1.0), rules.CosineFusionRule(1.0))
     }
-    assert asked == {rules.L2FusionRule: {"norm": 3}, rules.KeyFusionRule: {"key": 3}}
+    assert asked == {rules.L2FusionRule: {"norm": 3}, rules.CosineFusionRule: {"cosine": 3}}
     assert not fusion.decide(rules.ForcedFusionRule((True,)), view()).signal_rows
 
 

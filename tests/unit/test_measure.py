@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import quicksilver
 from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ForcedRule, RandomFusionRule, RandomRule, ShareFill
+from quicksilver.core.rules import ForcedRule, RandomFusionRule, RandomRule, ZeroFill
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
 from quicksilver.measure.statistics import paired_delta
@@ -48,7 +48,7 @@ def test_dense_loss_is_transformers(family: str, mode: str) -> None:
 
 
 def test_score_and_decode_agree_on_everything_but_cost() -> None:
-    model, plans = quicksilver.accelerate(tiny.model("llama")), [halting_plan(RandomRule(0.3), ShareFill())]
+    model, plans = quicksilver.accelerate(tiny.model("llama")), [halting_plan(RandomRule(0.3), ZeroFill())]
     (score,), (decode,) = (evaluate(model, plans, TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
     for key in ("nll", "kl", "top1_agreement"):
         assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key

@@ -42,7 +42,6 @@ def view(layer_idx: int = 1, previous: Tensor | None = PREVIOUS) -> LayerView:
         (rules.RandomRule(1.0), [1, 1, 1, 1]),
         (rules.RandomRule(0.0), [0, 0, 0, 0]),
         (rules.AllRule((rules.DriftRule(1.5), rules.EntropyRule(2.0))), [0, 0, 1, 0]),
-        (rules.AnyRule((rules.DriftRule(0.6), rules.EntropyRule(0.5))), [0, 1, 1, 0]),
     ],
     ids=str,
 )
@@ -127,7 +126,6 @@ def test_what_a_rule_is_never_asked() -> None:
     assert not halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 1)
     assert halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 2)
     assert not halting.may_halt(rules.AllRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
-    assert halting.may_halt(rules.AnyRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
 
 
 def test_a_depth_is_reached_once_unless_rows_change_places_or_another_rule_must_agree() -> None:
@@ -152,7 +150,6 @@ def test_signals_are_accounted_for() -> None:
         (rules.DropFill(), Fill.NONE),
         (rules.ZeroFill(), Fill.ZERO),
         (rules.PropagateFill(), Fill.PROJECT),
-        (rules.ShareFill(), Fill.REFER),
     ],
 )
 def test_fills(fill: rules.KVFill, expected: Fill) -> None:

@@ -32,7 +32,7 @@ PLANS = {
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention", 1.0)),
     "values": skipping_plan(0.8),
     "fusion": fusion_plan(RandomFusionRule(0.5), scope="prompt"),
-    "widths": precision_plan(UniformWidthRule(3)),
+    "widths": precision_plan(UniformWidthRule(2)),
 }
 
 

@@ -81,14 +81,6 @@ class RowBuffer:
         """Like `extend`; return where scales lie too, which floats have not: 0."""
         return self.extend(count), 0
 
-    def put(self, slots: Tensor, rows: Tensor) -> None:
-        """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
-        self.kept.index_copy_(0, slots, rows)
-
-    def take(self, slots: Tensor) -> Tensor:
-        """Return the rows at slots [M], [M, *row_shape]."""
-        return self.rows.index_select(0, slots)
-
     @property
     def kept(self) -> Tensor:
         """[length, *row_shape] the rows held as they are stored, a view."""

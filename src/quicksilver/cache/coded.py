@@ -69,25 +69,10 @@ class CodedRowBuffer:
         """Add `count` rows that a kernel is about to write; return the addresses of all codes and of their scales."""
         return self._codes.extend(count), self._scales.extend(count)
 
-    def put(self, slots: Tensor, rows: Tensor) -> None:
-        """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
-        codes, scales = encode(rows)
-        self._codes.put(slots, codes)
-        self._scales.put(slots, scales)
-
-    def take(self, slots: Tensor) -> Tensor:
-        """Return the rows at slots [M], [M, *row_shape]."""
-        return decode(self._codes.take(slots), self._scales.take(slots), self._dtype)
-
     @property
     def rows(self) -> Tensor:
         """[length, *row_shape] what the rows held mean, computed anew."""
         return decode(self._codes.rows, self._scales.rows, self._dtype)
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one row."""
-        return self._codes.row_nbytes + self._scales.row_nbytes
 
     @property
     def used_nbytes(self) -> int:
@@ -120,14 +105,6 @@ class RoundedRowBuffer(RowBuffer):
     ) -> None:
         super().__init__(row_shape, torch.bfloat16, device, account)
         self._dtype = dtype
-
-    def put(self, slots: Tensor, rows: Tensor) -> None:
-        """Overwrite the rows at slots [M] by rows [M, *row_shape]."""
-        super().put(slots, rows.to(torch.bfloat16))
-
-    def take(self, slots: Tensor) -> Tensor:
-        """Return the rows at slots [M], [M, *row_shape]."""
-        return self.kept.index_select(0, slots).to(self._dtype)
 
     @property
     def rows(self) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from quicksilver.cache.buffers import Account, RowBuffer
 from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer, RoundedRowBuffer
 from quicksilver.cache.columns import FedColumns
-from quicksilver.cache.stores import EntryRows, EntryStore, OwnedEntries, SharedEntries
+from quicksilver.cache.stores import EntryRows, EntryStore
 from quicksilver.cache.tails import FusionTails, TakenBack
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.rules import ENTRY_BITS, HALF_BITS
@@ -80,7 +80,6 @@ class RaggedKVCache:
     Args:
         shape: the model's layers, heads and dtype.
         batch_size: number of sequences.
-        shared: store each sequence's entries once and let layers refer to them (the `share` fill).
         owner: what may continue this cache; a run refuses a cache whose owner differs from its own.
         fusion_layers: indices of the layers after which tokens fuse, ascending.
 
@@ -98,11 +97,9 @@ class RaggedKVCache:
         self,
         shape: CacheShape,
         batch_size: int,
-        shared: bool = False,
         owner: object = None,
         fusion_layers: tuple[int, ...] = (),
     ) -> None:
-        store: type[EntryStore] = SharedEntries if shared else OwnedEntries
         self.shape = shape
         self.owner = owner
         self.seq_lengths = [0] * batch_size
@@ -115,7 +112,9 @@ class RaggedKVCache:
         def new_rows(account: Account) -> EntryRows:
             return rows(row_shape, shape.dtype, shape.device, account)
 
-        self._stores: list[EntryStore] = [store(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)]
+        self._stores: list[EntryStore] = [
+            EntryStore(shape.num_layers, new_rows, shape.device) for _ in range(batch_size)
+        ]
 
     @property
     def batch_size(self) -> int:
@@ -143,35 +142,28 @@ class RaggedKVCache:
         layout: RaggedLayout,
         keys: Tensor,
         values: Tensor,
-        refer: RaggedLayout | None = None,
         masses: Tensor | None = None,
     ) -> None:
         """Write new entries of one layer.
 
         Args:
             layer_idx: the layer.
-            layout: of the tokens whose keys and values are given.
+            layout: of the tokens that write.
             keys: [N, num_kv_heads, head_dim], rotated where the model rotates.
             values: [N, num_kv_heads, head_dim].
-            refer: all tokens the layer should list, given ones included; those not given are referred to
-                at their newest entry (shared caches only).
-            masses: tokens that each listed token stands for, None for one each.
+            masses: [N] tokens that each of them stands for, None for one each.
         """
-        listed = layout if refer is None else refer
         bounds = layout.bounds
-        listed_bounds = bounds if refer is None else listed.bounds
         for seq, store in enumerate(self._stores):
             rows = slice(bounds[seq], bounds[seq + 1])
-            listed_rows = slice(listed_bounds[seq], listed_bounds[seq + 1])
-            if listed_rows.start == listed_rows.stop:
+            if rows.start == rows.stop:
                 continue
             store.append(
                 layer_idx,
                 layout.positions[rows],
                 keys[rows],
                 values[rows],
-                listed.positions[listed_rows],
-                None if masses is None else masses[listed_rows],
+                None if masses is None else masses[rows],
             )
 
     def extend(self, layers: range, lengths: Sequence[int]) -> list[int]:
@@ -297,12 +289,12 @@ class RaggedKVCache:
         return Entries(*store.keys_values(layer_idx), store.positions(layer_idx), store.masses(layer_idx))
 
     def entry_counts(self, layer_idx: int) -> list[int]:
-        """Entries that each sequence lists in a layer."""
+        """Entries that each sequence has in a layer."""
         return [store.length(layer_idx) for store in self._stores]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values, positions, masses, indices and tails, room to grow included."""
+        """Bytes allocated for keys, values, positions, masses and tails, room to grow included."""
         return sum(store.nbytes for store in self._stores) + self.tails.nbytes
 
     @property
@@ -312,7 +304,7 @@ class RaggedKVCache:
 
     @property
     def num_entries(self) -> int:
-        """Entries listed, over all layers and sequences."""
+        """Entries held, over all layers and sequences."""
         return sum(store.num_entries for store in self._stores)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

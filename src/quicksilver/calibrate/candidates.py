@@ -32,7 +32,6 @@ from quicksilver.core.rules import (
     PrecisionConfig,
     PropagateFill,
     ScreeningConfig,
-    ShareFill,
     Shortcut,
     ShortcutConfig,
 )
@@ -41,7 +40,7 @@ from quicksilver.models.spec import ModelSpec
 
 Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
 
-FILLS = {"propagate": PropagateFill(), "share": ShareFill(), "drop": DropFill()}
+FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from typing import Protocol as Shape
 
 from quicksilver.calibrate import choosing, fits_file, fitting
-from quicksilver.calibrate.candidates import Fits, Knobs, Mechanism, build, static_exit
+from quicksilver.calibrate.candidates import FILLS, Fits, Knobs, Mechanism, build, static_exit
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer
@@ -162,7 +162,13 @@ class Calibrator:
         searched, always = self._switches(fits)
         search = Search(searched, settings.budget, settings.objective, settings.fills, settings.trials, always)
         key = self._key(
-            "together", asdict(settings.budget), settings.objective, settings.mechanisms, settings.seed, settings.trials
+            "together",
+            asdict(settings.budget),
+            settings.objective,
+            settings.mechanisms,
+            settings.seed,
+            settings.trials,
+            tuple(FILLS) if settings.fills else (),
         )
         if "entries" in settings.mechanisms:
             alone = Knobs(0.0, {"entries": 1.0})

@@ -20,7 +20,6 @@ from quicksilver.calibrate.observe import run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenWidthView
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import (
-    CappedWidthRule,
     ChannelWidthRule,
     EntropyWidthRule,
     PrecisionConfig,
@@ -130,9 +129,6 @@ def _fit_rule(
 ) -> PrecisionRule:
     if rule.is_fitted:
         return rule
-    if isinstance(rule, CappedWidthRule):
-        token = _fit_rule(rule.token, adapter, text, lambda: None)
-        return CappedWidthRule(token, _fit_rule(rule.channel, adapter, text, on_window))  # type: ignore[arg-type]
     if isinstance(rule, EntropyWidthRule):
         return _fit_entropy(rule, adapter, text, on_window)
     assert isinstance(rule, ChannelWidthRule)
@@ -214,7 +210,7 @@ def collect_scores(
     def observe(i: int, module: NestedLinear, inputs: Tensor, output: Tensor) -> None:
         inputs = inputs if means is None else inputs - means[i].to(inputs)
         view = ChannelView(0, i, len(modules), inputs, lambda: module.channel_norms, None)
-        counts[i] += histogram(channel.score(rule, view))
+        counts[i] += histogram(channel.score(view))
         product = output if module.bias is None else output - module.bias
         power[i] += float(product.double().square().sum())
 
@@ -271,8 +267,7 @@ def _map_scores(rule: ChannelWidthRule, module: NestedLinear, counts: Tensor, po
         float((weight - module.codes.dequantize(width)).double().square().sum()) / total if width else 1.0
         for width in rule.widths
     )
-    of_score = 1.0 if rule.score == "weighted" else total / module.num_inputs
-    return MapScores(counts, module.num_inputs, module.num_outputs, of_score / max(power, 1e-30), lost)
+    return MapScores(counts, module.num_inputs, module.num_outputs, 1.0 / max(power, 1e-30), lost)
 
 
 def _balance(maps: Sequence[MapScores], widths: tuple[int, ...], target: float) -> tuple[Thresholds, ...]:

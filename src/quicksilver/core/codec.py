@@ -10,6 +10,7 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.provenance import FittedTo
+from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
 RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
@@ -21,18 +22,15 @@ RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
     "forced": rules.ForcedRule,
     "random": rules.RandomRule,
     "all": rules.AllRule,
-    "any": rules.AnyRule,
 }
 FILL_TYPES: dict[str, type[rules.KVFill]] = {
     "drop": rules.DropFill,
     "zero": rules.ZeroFill,
     "propagate": rules.PropagateFill,
-    "share": rules.ShareFill,
 }
 FUSION_TYPES: dict[str, type[rules.FusionRule]] = {
     "l2": rules.L2FusionRule,
     "cosine": rules.CosineFusionRule,
-    "key": rules.KeyFusionRule,
     "random": rules.RandomFusionRule,
     "forced": rules.ForcedFusionRule,
 }
@@ -40,10 +38,19 @@ PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
     "uniform": rules.UniformWidthRule,
     "entropy": rules.EntropyWidthRule,
     "channel": rules.ChannelWidthRule,
-    "capped": rules.CappedWidthRule,
 }
-_TABLES = (RULE_TYPES, FILL_TYPES, FUSION_TYPES, PRECISION_TYPES)
-_NAMES: dict[type, str] = {cls: name for table in _TABLES for name, cls in table.items()}
+_TABLES: dict[str, dict[str, type]] = {
+    "halting rule": RULE_TYPES,
+    "kv fill": FILL_TYPES,
+    "fusion rule": FUSION_TYPES,
+    "precision rule": PRECISION_TYPES,
+}
+_NAMES: dict[type, str] = {cls: name for table in _TABLES.values() for name, cls in table.items()}
+_FIXED: dict[type, tuple[str, object]] = {
+    rules.ChannelWidthRule: ("score", "weighted"),
+    rules.MapConfig: ("entropy", False),
+}
+"""Keys with one value left, which is written still, so that plans keep their hashes."""
 _MAX_NESTING = 16
 
 
@@ -60,7 +67,11 @@ def encode(value: object) -> Any:
 
 def encode_fields(value: Any) -> dict[str, Any]:
     """Return the fields of a rule, or of a mechanism's configuration, as a dictionary."""
-    return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    encoded = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    if type(value) in _FIXED:
+        key, only = _FIXED[type(value)]
+        encoded[key] = only
+    return encoded
 
 
 def decode_halting(data: object, source: str) -> rules.HaltingConfig:
@@ -73,7 +84,7 @@ def decode_halting(data: object, source: str) -> rules.HaltingConfig:
 def decode_fusion(data: object, source: str) -> rules.FusionConfig:
     """Build a fusion configuration; `source` names the plan in errors."""
     values = _with_rule(data, f"{source}: fusion")
-    cls, rule = _typed(values["rule"], FUSION_TYPES, f"{source}: fusion.rule")
+    cls, rule = _typed(values["rule"], "fusion rule", f"{source}: fusion.rule")
     values["rule"] = _construct(cls, rule, f"{source}: fusion.rule")
     return _construct(rules.FusionConfig, values, f"{source}: fusion")
 
@@ -81,7 +92,8 @@ def decode_fusion(data: object, source: str) -> rules.FusionConfig:
 def decode_precision(data: object, source: str) -> rules.PrecisionConfig:
     """Build a precision configuration; `source` names the plan in errors."""
     values = _with_rule(data, f"{source}: precision")
-    values["rule"] = _decode_width_rule(values["rule"], f"{source}: precision.rule")
+    cls, rule = _typed(values["rule"], "precision rule", f"{source}: precision.rule")
+    values["rule"] = _construct(cls, rule, f"{source}: precision.rule")
     return _construct(rules.PrecisionConfig, values, f"{source}: precision")
 
 
@@ -124,16 +136,6 @@ def decode_fitted_to(data: object, source: str) -> FittedTo:
     return _construct(FittedTo, _object(data, f"{source}: fitted_to"), f"{source}: fitted_to")
 
 
-def _decode_width_rule(data: object, where: str) -> rules.PrecisionRule:
-    cls, values = _typed(data, PRECISION_TYPES, where)
-    if cls is rules.CappedWidthRule:
-        members = {name: values[name] for name in ("token", "channel") if name in values}
-        for name, member in members.items():
-            member_cls, member_values = _typed(member, PRECISION_TYPES, f"{where}.{name}")
-            values[name] = _construct(member_cls, member_values, f"{where}.{name}")
-    return _construct(cls, values, where)
-
-
 def _with_rule(data: object, where: str) -> dict[str, Any]:
     values = _object(data, where)
     if "rule" not in values:
@@ -142,11 +144,11 @@ def _with_rule(data: object, where: str) -> dict[str, Any]:
 
 
 def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:
-    """Build a halting rule from its dictionary; members of `all` and `any` recursively."""
+    """Build a halting rule from its dictionary; members of `all` recursively."""
     if depth > _MAX_NESTING:
         raise PlanError(f"{where}: rules are nested more than {_MAX_NESTING} deep")
-    cls, values = _typed(data, RULE_TYPES, where)
-    if issubclass(cls, rules.CombinedRule):
+    cls, values = _typed(data, "halting rule", where)
+    if cls is rules.AllRule:
         members = values.get("rules")
         if not isinstance(members, list):
             raise PlanError(f"{where}.rules must be a list of rules, got {members!r}")
@@ -156,7 +158,7 @@ def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:
 
 def decode_fill(data: object, source: str) -> rules.KVFill:
     """Build a KV fill from its dictionary."""
-    cls, values = _typed(data, FILL_TYPES, f"{source}: kv")
+    cls, values = _typed(data, "kv fill", f"{source}: kv")
     return _construct(cls, values, f"{source}: kv")
 
 
@@ -166,15 +168,22 @@ def _object(data: object, where: str) -> dict[str, Any]:
     return dict(data)
 
 
-def _typed(data: object, table: dict[str, type], where: str) -> tuple[type, dict[str, Any]]:
-    values = _object(data, where)
+def _typed(data: object, kind: str, where: str) -> tuple[type, dict[str, Any]]:
+    values, table = _object(data, where), _TABLES[kind]
     name = values.pop("type", None)
+    refuse_retired(kind, name, where)
     if not isinstance(name, str) or name not in table:
         raise PlanError(f"{where}.type must be one of {', '.join(table)}, got {name!r}")
     return table[name], values
 
 
 def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
+    if cls in _FIXED:
+        key, only = _FIXED[cls]
+        value = values.pop(key, only)
+        refuse_retired(key, value, where)
+        if value != only or type(value) is not type(only):
+            raise PlanError(f"{where}: {key} must be left out, got {value!r}")
     known = {f.name for f in fields(cls)}
     for key in values:
         if key not in known:

@@ -75,8 +75,6 @@ class PairView:
         ordinal: which of the plan's fusion layers this is, from 0.
         earlier: [P, d] states of the earlier tokens.
         later: [P, d] states of the later tokens.
-        earlier_keys: [P, num_kv_heads, head_dim] their keys in this layer before rotation; None unless needed.
-        later_keys: like `earlier_keys`, of the later tokens.
         positions: [P] logical positions of the later tokens.
         token_ids: [P] the later tokens themselves.
     """
@@ -85,8 +83,6 @@ class PairView:
     ordinal: int
     earlier: Tensor
     later: Tensor
-    earlier_keys: Tensor | None
-    later_keys: Tensor | None
     positions: Tensor
     token_ids: Tensor
 
@@ -102,7 +98,7 @@ class FusionDecision:
 
     Attributes:
         alike: [P] bool.
-        signal_rows: pairs for which each signal ("norm", "cosine", "key") was computed.
+        signal_rows: pairs for which each signal ("norm", "cosine") was computed.
     """
 
     alike: Tensor
@@ -190,7 +186,6 @@ class Fill(Enum):
     NONE = auto()
     ZERO = auto()
     PROJECT = auto()
-    REFER = auto()
 
 
 @dataclass(frozen=True)

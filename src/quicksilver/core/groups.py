@@ -16,27 +16,23 @@ class FusionRows:
 
     Attributes:
         hidden: [N, d] the rows' own states.
-        mean: [N, d] float32, mean over the row's group, None where no mean is used.
-        weight: [N] what the row's mean weighs.
+        mean: [N, d] float32, mean over the tokens that the row stands for, None where no mean is used.
         mass: [N] int64, tokens that the row stands for.
         members: [N] int64, rows of this layer in its group.
         positions: [N] logical positions; a row covers its last `mass` positions.
         token_ids: [N] the tokens at those positions.
         seq_ids: [N] sequences, ascending.
-        keys: [N, num_kv_heads, head_dim] keys before rotation, None where no rule reads them.
         update: [N, d] what the layer added, None where no halting rule reads it.
         caps: [N] uint8, the most bits of each weight that a row reads, None where nothing limits them.
     """
 
     hidden: Tensor
     mean: Tensor | None
-    weight: Tensor
     mass: Tensor
     members: Tensor
     positions: Tensor
     token_ids: Tensor
     seq_ids: Tensor
-    keys: Tensor | None
     update: Tensor | None
     caps: Tensor | None
 
@@ -90,24 +86,22 @@ class Groups(NamedTuple):
 
 
 def merge(rows: FusionRows, groups: Groups) -> FusionRows:
-    """Return the groups' last rows, each standing for its group: masses and weights add up, means are averaged."""
+    """Return the groups' last rows, each standing for its group: masses add up, means are averaged by them."""
     last = rows.select(groups.last)
-    weight = groups.sum(rows.weight)
+    mass = groups.sum(rows.mass)
     mean = None
     if rows.mean is not None and last.mean is not None:
-        averaged = groups.sum(rows.mean * rows.weight[:, None]) / weight[:, None]
+        averaged = groups.sum(rows.mean * rows.mass[:, None]) / mass[:, None]
         alone = torch.bincount(groups.group_ids, minlength=len(last))[:, None] == 1
         mean = torch.where(alone, last.mean, averaged)  # a row alone keeps its bits
     return FusionRows(
         last.hidden,
         mean,
-        weight,
-        groups.sum(rows.mass),
+        mass,
         groups.sum(rows.members),
         last.positions,
         last.token_ids,
         last.seq_ids,
-        last.keys,
         last.update,
         last.caps,
     )

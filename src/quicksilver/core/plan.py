@@ -258,7 +258,7 @@ class Plan:
 
         tensors = self.tensors or {}
         names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []
-        if self.maps is not None and (self.maps.output or self.maps.entropy):
+        if self.maps is not None and self.maps.output:
             names += [f"output.{i}" for i in self._halt_layers(num_layers)]
         if self.maps is not None and self.maps.output and self.fusion is not None:
             fusing = [f"output.{i}" for i in self.fusion.after_layers(num_layers)]

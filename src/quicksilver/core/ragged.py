@@ -73,18 +73,16 @@ class TokenState:
         hidden: [N, d] residual stream.
         layout: where each row comes from.
         mass: [N] tokens that each row stands for, None where each stands for one.
-        shift: [N, d] what to add to a row before its keys and values are projected, None for nothing.
     """
 
     hidden: Tensor
     layout: RaggedLayout
     mass: Tensor | None = None
-    shift: Tensor | None = None
 
     def select(self, rows: Tensor) -> TokenState:
         """Return the state of the given rows ([M], ascending)."""
-        mass, shift = (None if t is None else t.index_select(0, rows) for t in (self.mass, self.shift))
-        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows), mass, shift)
+        mass = None if self.mass is None else self.mass.index_select(0, rows)
+        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows), mass)
 
     def scatter_into(self, grid: Tensor) -> Tensor:
         """Write these rows into `grid` ([M, d]) at their origin, in place, and return it."""

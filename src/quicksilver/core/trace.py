@@ -105,7 +105,7 @@ class LayerTrace:
 
     Attributes:
         query_rows: tokens that ran the layer, by shortcuts or in full.
-        fill_rows: rows for which key and value alone were projected: halted tokens, and merged means.
+        fill_rows: rows for which key and value alone were projected: halted tokens.
         attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
         values_skipped: values that these pairs' heads did not read, a DeferredSum.
         scores_skipped: multiply-adds of these pairs' scores that were left out, a DeferredSum.

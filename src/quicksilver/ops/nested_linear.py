@@ -20,7 +20,7 @@ MAX_ROWS = 16
 MAX_ROWS_BY_CHANNEL = 512
 """The same where each row chooses widths for its channels: PyTorch then makes a product for every width."""
 
-_MAX_WIDTH = 8
+_MAX_WIDTH, _WIDTHS = 8, (0, 2, 4, 6, 8)
 _NUM_PLANES = 4
 _GROUP_STEP = 32  # outputs that the kernels read with one scale
 _NUM_CONSTANTS = 21
@@ -154,7 +154,7 @@ def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
 
     Args:
         matrix: [in, out], as `prepared` gave it.
-        width: bits to read, 1 to 8.
+        width: bits to read, 2, 4, 6 or 8.
         dtype: float32, or bfloat16: the same numbers rounded to nearest, ties to even.
 
     Returns:
@@ -163,6 +163,7 @@ def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: no such width.
     """
+    _check_width(width)
     weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
     native.extension().expand(matrix, width, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
     return weight
@@ -179,7 +180,7 @@ def multiply(
         x: [N, in] float32.
         matrix: [in, out], as `prepared` gave it; for widths by channel where they are.
         widths: uint8 bits to read, [N, in] by channel or [N] by row, or None where `uniform` are read throughout.
-        uniform: 0 to 8; 0 gives zeros.
+        uniform: 8, 6, 4, 2, or 0, which gives zeros.
         norm: applied to the rows before they are multiplied; None where they are multiplied as they come.
 
     Returns:
@@ -258,20 +259,16 @@ def _fake(
     return x.new_empty((x.shape[0], num_outputs))
 
 
-def refuse_gradients(name: str, library: torch.library.Library) -> None:
-    """Let the backward pass of an operator of `library` raise RuntimeError; without one, gradients would be cut."""
-
-    def backward(context: object, *gradients: object) -> None:
-        raise RuntimeError(
-            f"quicksilver::{name} has no gradient; its weights are frozen, call it under torch.no_grad()"
-        )
-
-    torch.library.register_autograd(f"quicksilver::{name}", backward, lib=library)
+def _refuse_gradients(context: object, *gradients: object) -> None:
+    """Raise RuntimeError in the backward pass; without one, gradients would be cut."""
+    raise RuntimeError(
+        "quicksilver::nested_linear has no gradient; its weights are frozen, call it under torch.no_grad()"
+    )
 
 
 _LIBRARY.impl("nested_linear", _run, "CPU")
 torch.library.register_fake("quicksilver::nested_linear", _fake, lib=_LIBRARY)
-refuse_gradients("nested_linear", _LIBRARY)
+torch.library.register_autograd("quicksilver::nested_linear", _refuse_gradients, lib=_LIBRARY)
 
 
 def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:
@@ -282,10 +279,15 @@ def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: 
         raise ValueError(
             f"widths must be {list(x.shape)} or {list(x.shape[:1])} uint8, got {list(widths.shape)} {widths.dtype}"
         )
-    if widths is not None and bool((widths > _MAX_WIDTH).any()):
-        raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {int(widths.max())}")
-    if not 0 <= uniform <= _MAX_WIDTH:
-        raise ValueError(f"weights are read at 0 to {_MAX_WIDTH} bits, not {uniform}")
+    if widths is not None and bool((wrong := (widths > _MAX_WIDTH) | (widths % 2 == 1)).any()):
+        _check_width(int(widths[wrong][0]))
+    _check_width(uniform)
+
+
+def _check_width(width: int) -> None:
+    """Raise ValueError where there is no such width."""
+    if width not in _WIDTHS:
+        raise ValueError(f"weights are read at 8, 6, 4, 2 or 0 bits, not {width}")
 
 
 def _check_stored(stored: StoredMatrix) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quicksilver.core.rules.precision import MAX_WIDTH
+from quicksilver.core.rules.precision import MAX_WIDTH, WIDTHS
 
 PLANE_BITS = (2, 2, 2, 2)
 """Bits of a code in each plane, leading bits first; MAX_WIDTH together."""
@@ -68,15 +68,15 @@ def join(planes: Planes, num_outputs: int, width: int = MAX_WIDTH) -> Tensor:
     """Return the leading `width` bits of every code as a number, [in, out] uint8; reads only the planes needed.
 
     Raises:
-        ValueError: a width that is not from 1 to 8.
+        ValueError: a width that is none of `WIDTHS`.
     """
+    if width not in WIDTHS:
+        raise ValueError(f"codes are read at {', '.join(map(str, WIDTHS))} bits, not {width}")
     count = num_planes(width)
-    if count == 0:
-        raise ValueError("no bits are left of a code of width 0")
     codes = _unpack(planes[0], PLANE_BITS[0], num_outputs)
     for plane, bits in zip(planes[1:count], PLANE_BITS[1:count], strict=True):
         codes = codes << bits | _unpack(plane, bits, num_outputs)
-    return codes >> (sum(PLANE_BITS[:count]) - width)
+    return codes
 
 
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -5,7 +5,6 @@ Whether they fuse is decided elsewhere; what a group goes on with is said here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,22 +17,6 @@ from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.core.rules import FusionWeights
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.status import Running
-
-
-def _own(state: TokenState) -> Tensor:
-    return state.hidden.float()
-
-
-def _shifted(state: TokenState) -> Tensor:
-    return state.hidden.float() if state.shift is None else state.hidden.float() + state.shift
-
-
-_AVERAGED: dict[FusionWeights, Callable[[TokenState], Tensor | None]] = {
-    "last": lambda state: None,
-    "mass": _own,
-    "uniform": _own,
-    "kv": _shifted,
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ def gather(
     found = {seq: context.cache.tails.last(layer_idx, seq) for seq, fuses in enumerate(context.fuses) if fuses}
     tails = {seq: tail for seq, tail in found.items() if tail is not None and (lengths[seq] or not tail.ran)}
     if tails:
-        own = [rows] if len(rows) else []  # where nothing runs, no layer has left keys either
+        own = [rows] if len(rows) else []  # where nothing runs, no layer has left an update either
         rows = FusionRows.concatenate([*(tail.row for tail in tails.values()), *own])
         source = torch.cat((source.new_full((len(tails),), -1), source))
         order = rows.seq_ids.argsort(stable=True)
@@ -87,27 +70,20 @@ def gather(
 def _pass_rows(running: Running, caps: Tensor | None, weights: FusionWeights, context: PassContext) -> FusionRows:
     state, layout = running.state, running.state.layout
     one_each = torch.ones_like(layout.origin)
-    mass = one_each if state.mass is None else state.mass
     return FusionRows(
         hidden=state.hidden,
-        mean=_AVERAGED[weights](state),
-        weight=one_each if weights == "uniform" else mass,
-        mass=mass,
+        mean=state.hidden.float() if weights == "mass" else None,
+        mass=one_each if state.mass is None else state.mass,
         members=one_each,
         positions=layout.positions,
         token_ids=context.token_ids.index_select(0, layout.origin),
         seq_ids=layout.seq_ids,
-        keys=running.keys,
         update=running.update,
         caps=None if caps is None else caps.index_select(0, layout.origin),
     )
 
 
-def group_state(rows: FusionRows, layout: RaggedLayout, weights: FusionWeights) -> TokenState:
+def group_state(rows: FusionRows, layout: RaggedLayout) -> TokenState:
     """Return the state with which representatives, each standing for its group, go on."""
-    if rows.mean is None:
-        return TokenState(rows.hidden, layout, rows.mass)
-    dtype = rows.hidden.dtype
-    if weights == "kv":
-        return TokenState(rows.hidden, layout, rows.mass, (rows.mean - rows.hidden).to(dtype))
-    return TokenState(rows.mean.to(dtype), layout, rows.mass)
+    hidden = rows.hidden if rows.mean is None else rows.mean.to(rows.hidden.dtype)
+    return TokenState(hidden, layout, rows.mass)

@@ -25,9 +25,7 @@ class Skipped:
     fill: Fill
 
 
-def run_layer(
-    layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext, keeps_keys: bool = False
-) -> Running:
+def run_layer(layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext) -> Running:
     """Run a layer for the running tokens; write its entries; return the tokens as they leave it.
 
     Args:
@@ -36,42 +34,36 @@ def run_layer(
         running: the tokens that run it.
         skipped: the others.
         context: of the pass.
-        keeps_keys: return the keys, before rotation, too.
     """
     state = running.state
-    added, keys = _attention(layer, layer_idx, running, skipped, context)
-    hidden = state.hidden + added
+    hidden = state.hidden + _attention(layer, layer_idx, running, skipped, context)
     hidden = hidden + _mlp(layer, layer_idx, hidden, state.layout.origin, skipped.status, context)
     context.trace.at(layer_idx).query_rows += hidden.shape[0]
-    state = TokenState(hidden, state.layout, state.mass, state.shift)
-    return Running(state, running.rotation, running.update, keys if keeps_keys else None)
+    return Running(TokenState(hidden, state.layout, state.mass), running.rotation, running.update)
 
 
-def _attention(
-    layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext
-) -> tuple[Tensor, Tensor]:
-    """Write the layer's entries; return what attention adds to the running rows, and their keys before rotation."""
+def _attention(layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext) -> Tensor:
+    """Write the layer's entries; return what attention adds to the running rows."""
     state, status = running.state, skipped.status
     normed = layer.attn_norm(state.hidden)
     apply = _linear(layer_idx, state.layout.origin, status, context)
     detour = _detour(layer_idx, "attention", normed, state.hidden, state.layout.origin, context)
     if detour is None:
         asking, query_apply = running, apply
-        query, *projected = layer.project_qkv(normed, apply)
+        query, key, value = layer.project_qkv(normed, apply)
     else:
         asking = running.select(detour.through)
         query_apply = _linear(layer_idx, asking.state.layout.origin, status, context)
-        projected = layer.project_kv(normed, apply)
+        key, value = layer.project_kv(normed, apply)
         query = layer.project_query(normed.index_select(0, detour.through), query_apply) if len(asking) else None
-    keys, value = _project_shifted(layer, layer_idx, state, tuple(projected), status, context)
-    key = keys if running.rotation is None else running.rotation.apply(keys)
+    key = key if running.rotation is None else running.rotation.apply(key)
     _write(layer, layer_idx, state, (key, value), skipped, context)
     if query is None:
-        return detour.mapped, keys
+        return detour.mapped
     query = query if asking.rotation is None else asking.rotation.apply(query)
     attended = _attend(query, asking.state.layout, state.layout, layer_idx, layer.scaling, skipped, context)
     added = layer.attn_output(attended, query_apply)
-    return added if detour is None else detour.join(added), keys
+    return added if detour is None else detour.join(added)
 
 
 def _mlp(
@@ -112,30 +104,6 @@ def _linear(layer_idx: int, origins: Tensor, status: TokenStatus, context: PassC
     return context.precision.linear(layer_idx, origins, status.caps, context.exempt, trace, context.of_prompt)
 
 
-def _project_shifted(
-    layer: LayerOps,
-    layer_idx: int,
-    state: TokenState,
-    projected: tuple[Tensor, Tensor],
-    status: TokenStatus,
-    context: PassContext,
-) -> tuple[Tensor, Tensor]:
-    """Return keys and values, those of super-tokens projected from their shifted states where they are shifted."""
-    if state.mass is None or state.shift is None:
-        return projected
-    rows = (state.mass > 1).nonzero().squeeze(-1)
-    if rows.shape[0] == 0:
-        return projected
-    means = state.hidden.index_select(0, rows) + state.shift.index_select(0, rows)
-    apply = _linear(layer_idx, state.layout.origin.index_select(0, rows), status, context)
-    key, value = (
-        own.index_copy(0, rows, merged)
-        for own, merged in zip(projected, layer.project_kv(layer.attn_norm(means), apply), strict=True)
-    )
-    context.trace.at(layer_idx).fill_rows += rows.shape[0]
-    return key, value
-
-
 def _write(
     layer: LayerOps,
     layer_idx: int,
@@ -152,16 +120,13 @@ def _write(
         layer_trace.signal_rows["entry"] += key.shape[0]
     if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
         cache.append(layer_idx, layout, key, value, masses=state.mass)
-    elif skipped.fill is Fill.REFER:
-        cache.append(layer_idx, layout, key, value, status.present, status.present_masses)
     else:
         shape = (chunk.num_tokens, *key.shape[1:])
         keys, values = key.new_zeros(shape), value.new_zeros(shape)
         keys.index_copy_(0, layout.origin, key)
         values.index_copy_(0, layout.origin, value)
         if skipped.fill is Fill.PROJECT:
-            frozen = status.frozen if status.frozen_kv is None else status.frozen_kv
-            frozen = layer.attn_norm(frozen.index_select(0, status.halted))
+            frozen = layer.attn_norm(status.frozen.index_select(0, status.halted))
             apply = _linear(layer_idx, status.halted, status, context)
             frozen_key, frozen_value = layer.project_kv(frozen, apply)
             if context.rotation is not None:

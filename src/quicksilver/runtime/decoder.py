@@ -15,7 +15,6 @@ from torch import Tensor
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.rules import ShareFill
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
 from quicksilver.models.spec import Adapter
@@ -66,7 +65,7 @@ class Decoder:
         self._special_ids = tuple(special_ids)
         self._owner = (plan.hash, id(adapter))
         self._maps = OutputMaps(plan, adapter.spec)
-        self._halting = HaltingStep(adapter, plan, special_ids, self._maps)
+        self._halting = HaltingStep(adapter, plan, special_ids)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
         self._shortcuts = ShortcutStep(adapter, plan, special_ids)
         self._bind_weights()
@@ -86,9 +85,8 @@ class Decoder:
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
-        shared = isinstance(self.plan.kv, ShareFill) and self.plan.halting is not None
         shape = self.spec.cache_shape(self.plan.entry_bits)
-        return RaggedKVCache(shape, batch_size, shared, self._owner, self._fusion.layers)
+        return RaggedKVCache(shape, batch_size, self._owner, self._fusion.layers)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
@@ -157,7 +155,7 @@ class Decoder:
             else:
                 before = running
                 if spans is None or (span := spans.span(layer_idx, running, status, context)) is None:
-                    running = run_layer(layer, layer_idx, before, skipped, context, self._fusion.keeps_keys(layer_idx))
+                    running = run_layer(layer, layer_idx, before, skipped, context)
                 else:  # several layers at once, up to the next that must be asked about
                     running = spans.run(span, running, status, context)
                     layer_idx = span[-1]

@@ -75,10 +75,6 @@ class FusionStep:
         scope = None if self._config is None else self._config.scope
         return tuple(scope == "all" or (scope == "prompt" and of_prompt) for of_prompt in prompt)
 
-    def keeps_keys(self, layer_idx: int) -> bool:
-        """Whether the keys of a layer are read here."""
-        return self._config is not None and layer_idx in self.layers and fusion.needs_keys(self._config.rule)
-
     def apply(self, layer_idx: int, running: Running, status: TokenStatus, context: PassContext) -> Fused | None:
         """Fuse what is alike after a layer; return None where nothing changes."""
         config = self._config
@@ -88,7 +84,7 @@ class FusionStep:
         if len(arrivals.rows) == 0:
             return None
         joined = self._join(layer_idx, arrivals, config, context)
-        rerun = self._rerun(layer_idx, joined, config, context)
+        rerun = self._rerun(layer_idx, joined, context)
         stop, keep = _split(joined)
         context.trace.at(layer_idx).fusion_rows += len(running)
         origins = running.state.layout.origin.index_select(0, stop)
@@ -97,7 +93,7 @@ class FusionStep:
         if not any(joined.host_joins):
             return None if rerun is None else Fused(running, status, rerun)
         going_on = joined.merged.select((arrivals.source.index_select(0, joined.groups.last) >= 0).nonzero()[:, 0])
-        state = group_state(going_on, running.state.layout.select(keep), config.weights)
+        state = group_state(going_on, running.state.layout.select(keep))
         status = status.absorb(layer_idx, running.state, SplitRows(stop, keep), going_on.mass)
         return Fused(running.select(keep, state), status, rerun)
 
@@ -111,8 +107,6 @@ class FusionStep:
             self.layers.index(layer_idx),
             rows.hidden.index_select(0, earlier),
             rows.hidden.index_select(0, later),
-            None if rows.keys is None else rows.keys.index_select(0, earlier),
-            None if rows.keys is None else rows.keys.index_select(0, later),
             rows.positions.index_select(0, later),
             rows.token_ids.index_select(0, later),
         )
@@ -133,7 +127,7 @@ class FusionStep:
         new = arrivals.source[1:] >= 0
         return torch.cat((free.new_zeros(1), free[1:] & free[:-1] & adjacent & new))
 
-    def _rerun(self, layer_idx: int, joined: _Joined, config: FusionConfig, context: PassContext) -> Rerun | None:
+    def _rerun(self, layer_idx: int, joined: _Joined, context: PassContext) -> Rerun | None:
         """Return the tails that nobody absorbs any more and whose deeper entries are gone; note that they will run."""
         arrivals, tails = joined.arrivals, joined.arrivals.tails
         alone = [
@@ -147,7 +141,7 @@ class FusionStep:
         lengths = tuple(int(seq in alone) for seq in range(len(context.fuses)))
         layout = RaggedLayout(lengths, rows.seq_ids, rows.positions, torch.arange(len(rows), device=rows.mass.device))
         context.trace.at(layer_idx).fused -= len(alone)
-        return Rerun(group_state(rows, layout, config.weights), rows.token_ids, rows.update, rows.caps)
+        return Rerun(group_state(rows, layout), rows.token_ids, rows.update, rows.caps)
 
 
 def _split(joined: _Joined) -> SplitRows:

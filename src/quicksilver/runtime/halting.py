@@ -18,7 +18,6 @@ from quicksilver.core.rules import HaltingConfig
 from quicksilver.models.spec import Adapter
 from quicksilver.policies import halting
 from quicksilver.runtime.context import PassContext
-from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.status import SplitRows
 
@@ -32,14 +31,12 @@ class HaltingStep:
         adapter: the model, whose head some rules consult.
         plan: says which tokens halt, and holds the gates that say so.
         special_ids: token ids that are protected where the configuration says so.
-        maps: give what a state's entropy is taken of.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int], maps: OutputMaps) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int]) -> None:
         config, spec = plan.halting, adapter.spec
         self._adapter = adapter
         self._config = config
-        self._maps = maps
         gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
         self._gates = {layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()}
         self._protection = None if config is None else Protection(config, special_ids, spec.device)
@@ -78,7 +75,7 @@ class HaltingStep:
             previous_update,
             layout.positions,
             token_ids,
-            lambda hidden: self.head_entropy(self._maps.before_head(layer_idx, hidden, trace)),
+            self.head_entropy,
             gate,
         )
         decision = halting.decide(config.rule, view)

@@ -77,7 +77,7 @@ class KernelCounts:
             at = self._maps[role] * _WIDTHS
             by_width = widths[at : at + _WIDTHS]
             trace.widths.add(by_width, module.num_outputs, module.channel_bytes)
-            if channels is not None and channels.score == "weighted":
+            if channels is not None:
                 trace.signal_rows["score"] += sum(by_width)
             centre = self._precision.centre(module)
             if centre is not None:

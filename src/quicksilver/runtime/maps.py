@@ -1,4 +1,4 @@
-"""Output maps: what a token that stops early predicts from, and what its entropy is taken of.
+"""Output maps: what a token that stops early predicts from.
 
 How maps are fitted is not known here. A stopped token's keys and values are projected from its own state.
 """
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from quicksilver.core.affine import AffineMap
 from quicksilver.core.plan import Plan
-from quicksilver.core.trace import LayerTrace, Trace
+from quicksilver.core.trace import Trace
 from quicksilver.models.spec import ModelSpec
 from quicksilver.runtime.status import Stop
 
@@ -30,9 +29,7 @@ class OutputMaps:
     def __init__(self, plan: Plan, spec: ModelSpec) -> None:
         fitted = plan.fitted_maps(spec.num_layers, spec.hidden_size)
         names = {i: f"output.{i}" for i in range(spec.num_layers - 1)}
-        maps = {i: fitted[name].to(spec.device, spec.dtype) for i, name in names.items() if name in fitted}
-        self._of_output = maps if plan.maps is not None and plan.maps.output else {}
-        self._of_entropy = maps if plan.maps is not None and plan.maps.entropy else {}
+        self._maps = {i: fitted[name].to(spec.device, spec.dtype) for i, name in names.items() if name in fitted}
 
     def map_stopped(self, hidden: Tensor, stops: Sequence[Stop], trace: Trace) -> Tensor:
         """Map the states of tokens that stopped, in place.
@@ -48,17 +45,8 @@ class OutputMaps:
             `hidden`.
         """
         for stop in stops:
-            if stop.layer_idx in self._of_output:
-                layer_map, rows = self._of_output[stop.layer_idx], hidden.index_select(0, stop.origins)
-                hidden.index_copy_(0, stop.origins, _mapped(rows, layer_map, trace.at(stop.layer_idx)))
+            if stop.layer_idx in self._maps:
+                layer_map, rows = self._maps[stop.layer_idx], hidden.index_select(0, stop.origins)
+                trace.at(stop.layer_idx).record_fitted(len(rows), layer_map.macs, layer_map.nbytes)
+                hidden.index_copy_(0, stop.origins, rows + layer_map(rows))
         return hidden
-
-    def before_head(self, layer_idx: int, hidden: Tensor, trace: LayerTrace) -> Tensor:
-        """Return what the entropy after a layer is taken of, [N, d], for states [N, d]; `trace` is the layer's."""
-        layer_map = self._of_entropy.get(layer_idx)
-        return hidden if layer_map is None else _mapped(hidden, layer_map, trace)
-
-
-def _mapped(hidden: Tensor, layer_map: AffineMap, trace: LayerTrace) -> Tensor:
-    trace.record_fitted(hidden.shape[0], layer_map.macs, layer_map.nbytes)
-    return hidden + layer_map(hidden)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quicksilver.core.decisions import Fill
 from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import ShareFill, UniformWidthRule
+from quicksilver.core.rules import UniformWidthRule
 from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.models.kernels import activation_name, norm_operands
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole
@@ -77,8 +77,6 @@ class LayerSpans:
         """Return why the kernels cannot run a model's layers under a plan, None where they can."""
         if adapter.kernels != "native":
             return "the kernels do not read its weights"
-        if isinstance(plan.kv, ShareFill) and plan.halting is not None:
-            return "the share fill has layers refer to entries"
         if any(_unknown(layer.leaves) for layer in adapter.layers):
             return "it has norms or an activation that the kernels do not know"
         if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
@@ -88,7 +86,7 @@ class LayerSpans:
     def span(self, first: int, running: Running, status: TokenStatus, context: PassContext) -> range | None:
         """Return the layers that the kernels can run from layer `first` on, None where they cannot run it."""
         rows = len(running) if status.halted is None else context.chunk.num_tokens
-        merged = running.state.mass is not None or running.state.shift is not None or status.masses is not None
+        merged = running.state.mass is not None or status.masses is not None
         if (
             self._layers[0].nested[0].is_expanded
             or rows > self._max_rows
@@ -234,9 +232,8 @@ class LayerSpans:
         width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
         layer.set_map(role, matrix, self._address(bias), self._address(mean), width)
         if channels is not None:
-            norms = module.channel_norms if channels.score == "weighted" else None
             thresholds = channels.thresholds_at(layer_idx, map_idx, len(self._layers[0].nested))
-            layer.grade_map(role, list(thresholds), list(channels.widths), self._address(norms))
+            layer.grade_map(role, list(thresholds), list(channels.widths), self._address(module.channel_norms))
 
     def _set_shortcut(self, layer: Any, layer_idx: int, part: Any) -> None:
         bound = self._shortcuts.bound(layer_idx, part)

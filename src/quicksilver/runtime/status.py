@@ -37,13 +37,11 @@ class Running:
         state: their states.
         rotation: of their queries and keys, None where positions are embedded.
         update: [N, d] what the last layer added, None where no rule reads it.
-        keys: [N, num_kv_heads, head_dim] in the last layer before rotation, None where no rule reads them.
     """
 
     state: TokenState
     rotation: Rotation | None
     update: Tensor | None = None
-    keys: Tensor | None = None
 
     def __len__(self) -> int:
         return self.state.hidden.shape[0]
@@ -51,8 +49,8 @@ class Running:
     def select(self, rows: Tensor, state: TokenState | None = None) -> Running:
         """Return the given rows ([M], ascending), in another state if one is given."""
         rotation = None if self.rotation is None else self.rotation.select(rows)
-        update, keys = (None if t is None else t.index_select(0, rows) for t in (self.update, self.keys))
-        return Running(self.state.select(rows) if state is None else state, rotation, update, keys)
+        update = None if self.update is None else self.update.index_select(0, rows)
+        return Running(self.state.select(rows) if state is None else state, rotation, update)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ class TokenStatus:
         present: layout of those that are not absorbed: layers to come list them, as the fill says.
         halted: [M] origins of halted tokens, ascending, None if none.
         frozen: [N, d] states of those that stopped (rows of running tokens are unset), None if none did.
-        frozen_kv: [N, d] what a halted token's keys and values are projected from, None where `frozen` is.
         masses: [N] tokens that each stands for, None where each stands for one.
         caps: [N] uint8, the most bits of each weight that a token reads, None where nothing limits them.
         stops: who stopped where, each token once.
@@ -74,7 +71,6 @@ class TokenStatus:
     present: RaggedLayout
     halted: Tensor | None = None
     frozen: Tensor | None = None
-    frozen_kv: Tensor | None = None
     masses: Tensor | None = None
     caps: Tensor | None = None
     stops: tuple[Stop, ...] = ()
@@ -109,15 +105,10 @@ class TokenStatus:
 
     def _freeze(self, layer_idx: int, state: TokenState, rows: Tensor) -> tuple[TokenStatus, Tensor]:
         """Keep the states of rows of `state`; return the new status and the rows' origins."""
-        frozen, frozen_kv = self.frozen, self.frozen_kv
+        frozen = self.frozen
         if frozen is None:
             frozen = state.hidden.new_empty((self.chunk.num_tokens, state.hidden.shape[1]))
-        origins, hidden = state.layout.origin.index_select(0, rows), state.hidden.index_select(0, rows)
-        frozen.index_copy_(0, origins, hidden)
-        if state.shift is not None:
-            frozen_kv = frozen.clone() if frozen_kv is None else frozen_kv
-            hidden = hidden + state.shift.index_select(0, rows)
-        if frozen_kv is not None:
-            frozen_kv.index_copy_(0, origins, hidden)
+        origins = state.layout.origin.index_select(0, rows)
+        frozen.index_copy_(0, origins, state.hidden.index_select(0, rows))
         stops = (*self.stops, Stop(layer_idx, origins))
-        return replace(self, frozen=frozen, frozen_kv=frozen_kv, stops=stops), origins
+        return replace(self, frozen=frozen, stops=stops), origins

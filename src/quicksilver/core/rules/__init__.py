@@ -10,15 +10,12 @@ from quicksilver.core.rules.fusion import (
     FusionRule,
     FusionScope,
     FusionWeights,
-    KeyFusionRule,
     L2FusionRule,
     RandomFusionRule,
     SimilarityRule,
 )
 from quicksilver.core.rules.halting import (
     AllRule,
-    AnyRule,
-    CombinedRule,
     DriftRule,
     EntropyRule,
     FittedRule,
@@ -30,10 +27,9 @@ from quicksilver.core.rules.halting import (
     RelativeDriftRule,
     ThresholdRule,
 )
-from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ShareFill, ZeroFill
+from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
 from quicksilver.core.rules.maps import MapConfig, Shortcut, ShortcutConfig
 from quicksilver.core.rules.precision import (
-    CappedWidthRule,
     ChannelWidthRule,
     EntropyWidthRule,
     GradedWidthRule,
@@ -47,11 +43,8 @@ __all__ = [
     "ENTRY_BITS",
     "HALF_BITS",
     "AllRule",
-    "AnyRule",
     "AttentionConfig",
-    "CappedWidthRule",
     "ChannelWidthRule",
-    "CombinedRule",
     "CosineFusionRule",
     "DriftRule",
     "DropFill",
@@ -70,7 +63,6 @@ __all__ = [
     "HaltingConfig",
     "HaltingRule",
     "KVFill",
-    "KeyFusionRule",
     "L2FusionRule",
     "MapConfig",
     "PrecisionConfig",
@@ -80,7 +72,6 @@ __all__ = [
     "RandomRule",
     "RelativeDriftRule",
     "ScreeningConfig",
-    "ShareFill",
     "Shortcut",
     "ShortcutConfig",
     "SimilarityRule",

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from quicksilver.core.rules.checks import LARGE, Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
-FusionWeights = Literal["last", "mass", "uniform", "kv"]
+FusionWeights = Literal["last", "mass"]
 FusionScope = Literal["prompt", "all"]
 
 
@@ -42,28 +43,15 @@ class L2FusionRule(SimilarityRule):
     """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
 
 
-def _check_cosine(threshold: Threshold) -> None:
-    for number in threshold if isinstance(threshold, tuple) else (threshold,):
-        if not -1.0 <= number <= 1.0:
-            raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
-
-
 @dataclass(frozen=True)
 class CosineFusionRule(SimilarityRule):
     """Cosine of the two states above the threshold."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_cosine(self.threshold)
-
-
-@dataclass(frozen=True)
-class KeyFusionRule(SimilarityRule):
-    """Cosine, above the threshold, of the two tokens' keys in the layer that just ran: heads averaged, not rotated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_cosine(self.threshold)
+        for number in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if not -1.0 <= number <= 1.0:
+                raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
 
 
 @dataclass(frozen=True)
@@ -102,9 +90,7 @@ class FusionConfig:
             rounded up.
         max_group: most tokens that one representative stands for.
         weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
-            by the tokens each stands for (the paper). "uniform": their plain mean. "kv": its own state, but its
-            keys and values are projected from its state plus what the mass-weighted mean differed from it by where
-            they fused: its members are taken to have moved with it.
+            by the tokens each stands for (the paper).
         scope: "prompt": only tokens whose predictions nobody asked for; "all": any token.
         protect_first: tokens at positions below this never fuse (attention sinks).
         protect_special: special tokens (BOS, EOS, ...) never fuse.
@@ -133,6 +119,7 @@ class FusionConfig:
             raise PlanError(f"fusion.layers must ascend, got {list(layers)}")
         if not is_whole(self.max_group) or not 2 <= self.max_group < LARGE:
             raise PlanError(f"fusion.max_group must be a whole number from 2 to below 2**31, got {self.max_group!r}")
+        refuse_retired("weights", self.weights, "fusion")
         if self.weights not in get_args(FusionWeights):
             raise PlanError(f"fusion.weights must be one of {', '.join(get_args(FusionWeights))}, got {self.weights!r}")
         if self.scope not in get_args(FusionScope):

@@ -128,15 +128,15 @@ class RandomRule(HaltingRule):
 
 
 @dataclass(frozen=True)
-class CombinedRule(HaltingRule):
-    """A rule made of others, asked in the order given."""
+class AllRule(HaltingRule):
+    """Halts where every rule would, asked in the order given; a later one only about tokens that passed the earlier."""
 
     rules: tuple[HaltingRule, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if not self.rules:
-            raise PlanError(f"{type(self).__name__}: at least one rule is needed")
+            raise PlanError("AllRule: at least one rule is needed")
 
     @property
     def reads_gates(self) -> bool:
@@ -147,16 +147,6 @@ class CombinedRule(HaltingRule):
         """Raise PlanError where a member does not fit the depth."""
         for rule in self.rules:
             rule.check_depth(num_layers)
-
-
-@dataclass(frozen=True)
-class AllRule(CombinedRule):
-    """Halts where every rule would; a later rule is only asked about tokens that passed the earlier ones."""
-
-
-@dataclass(frozen=True)
-class AnyRule(CombinedRule):
-    """Halts where at least one rule would; a later rule is only asked about tokens still undecided."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,3 @@ class ZeroFill(KVFill):
 @dataclass(frozen=True)
 class PropagateFill(KVFill):
     """The layer's own key and value projections of the frozen state are written."""
-
-
-@dataclass(frozen=True)
-class ShareFill(KVFill):
-    """The entry of the last layer the token ran is referred to; no new bytes but an index."""

@@ -19,16 +19,13 @@ class MapConfig:
 
     Attributes:
         output: a halted token predicts from its mapped state.
-        entropy: entropy through the head is that of the mapped state.
     """
 
     output: bool = True
-    entropy: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("output", "entropy"):
-            if not isinstance(getattr(self, name), bool):
-                raise PlanError(f"maps.{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.output, bool):
+            raise PlanError(f"maps.output must be true or false, got {self.output!r}")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from quicksilver.core.rules.checks import check_protection, is_whole
+from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
 MAX_WIDTH = 8
 
 EntropyOf = Literal["head", "hidden"]
-ChannelScore = Literal["weighted", "activation"]
+WIDTHS = (2, 4, 6, 8)
+"""Bits of a weight that can be read, besides none."""
 
 Thresholds = tuple[float, ...]
 """Absolute thresholds between neighbouring widths, descending: at or above the first the first width is read."""
@@ -39,8 +41,7 @@ class UniformWidthRule(PrecisionRule):
     width: int
 
     def __post_init__(self) -> None:
-        if not is_whole(self.width) or not 1 <= self.width <= MAX_WIDTH:
-            raise PlanError(f"UniformWidthRule: width must be a whole number from 1 to 8, got {self.width!r}")
+        _check_width("UniformWidthRule: width", self.width, WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -131,24 +132,20 @@ class EntropyWidthRule(GradedWidthRule):
 
 @dataclass(frozen=True)
 class ChannelWidthRule(GradedWidthRule):
-    """For each token and each input channel of each linear map: the larger its contribution, the more bits.
+    """For each token and each input channel of each linear map: the larger `|x_j| * ||W[j]||`, the more bits.
 
     Attributes:
         thresholds: one set for the whole model, or one set for each map of each layer, layer after layer.
-        score: "weighted": `|x_j| * ||W[j]||`; "activation": `|x_j|` alone.
         centred: x is what the input differs by from its mean on calibration text, the plan's tensor `mean.LAYER.MAP`,
             [in]; the mean's own product, all bits read, is added. A channel left out then stands at its mean, not at 0.
     """
 
     widths: tuple[int, ...] = (8, 6, 4, 2, 0)
-    score: ChannelScore = "weighted"
     centred: bool = False
     skips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in get_args(ChannelScore):
-            raise PlanError(f"ChannelWidthRule: score must be weighted or activation, got {self.score!r}")
         if not isinstance(self.centred, bool):
             raise PlanError(f"ChannelWidthRule: centred must be true or false, got {self.centred!r}")
 
@@ -183,28 +180,6 @@ class ChannelWidthRule(GradedWidthRule):
 
 
 @dataclass(frozen=True)
-class CappedWidthRule(PrecisionRule):
-    """Both: `channel` chooses, but no token reads more bits than `token` grants it."""
-
-    token: EntropyWidthRule
-    channel: ChannelWidthRule
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.token, EntropyWidthRule) or not isinstance(self.channel, ChannelWidthRule):
-            raise PlanError("CappedWidthRule: token must be an entropy rule and channel a channel rule")
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether both are."""
-        return self.token.is_fitted and self.channel.is_fitted
-
-    def check_maps(self, num_layers: int, num_maps: int) -> None:
-        """Raise PlanError where either does not fit the model."""
-        self.token.check_maps(num_layers, num_maps)
-        self.channel.check_maps(num_layers, num_maps)
-
-
-@dataclass(frozen=True)
 class PrecisionConfig:
     """How many bits of each weight are read, and for which tokens always all of them.
 
@@ -228,11 +203,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _check_width(what: str, width: object, allowed: tuple[int, ...]) -> None:
+    """Raise PlanError where a width is none of those that there are; `what` names it."""
+    if is_whole(width) and width in allowed:
+        return
+    if is_whole(width):
+        refuse_retired("width", width, what.partition(":")[0])
+    raise PlanError(f"{what} must be one of {', '.join(map(str, allowed))}, got {width!r}")
+
+
 def _checked_widths(name: str, widths: object, skips: bool) -> tuple[int, ...]:
     given = tuple(widths) if isinstance(widths, (tuple, list)) else ()
-    lowest = 0 if skips else 1
-    if len(given) < 2 or not all(is_whole(width) and lowest <= width <= MAX_WIDTH for width in given):
-        raise PlanError(f"{name}: widths must be two or more whole numbers from {lowest} to 8, got {widths!r}")
+    if len(given) < 2:
+        raise PlanError(f"{name}: widths must be two or more, got {widths!r}")
+    for width in given:
+        _check_width(f"{name}: each of widths", width, (0, *WIDTHS) if skips else WIDTHS)
     if any(b >= a for a, b in pairwise(given)):
         raise PlanError(f"{name}: widths must descend, got {list(given)}")
     return given

@@ -7,15 +7,14 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import FusionDecision, PairView
-from quicksilver.policies.fusion import cosine, forced, key, l2, random
+from quicksilver.policies.fusion import cosine, forced, l2, random
 from quicksilver.policies.fusion.chain import chain
 
-__all__ = ["chain", "decide", "needs_keys"]
+__all__ = ["chain", "decide"]
 
 _HANDLERS: dict[type[rules.FusionRule], Callable[[Any, PairView], FusionDecision]] = {
     rules.L2FusionRule: l2.decide,
     rules.CosineFusionRule: cosine.decide,
-    rules.KeyFusionRule: key.decide,
     rules.RandomFusionRule: random.decide,
     rules.ForcedFusionRule: forced.decide,
 }
@@ -24,8 +23,3 @@ _HANDLERS: dict[type[rules.FusionRule], Callable[[Any, PairView], FusionDecision
 def decide(rule: rules.FusionRule, view: PairView) -> FusionDecision:
     """Return which of the pairs in view are alike under `rule`."""
     return _HANDLERS[type(rule)](rule, view)
-
-
-def needs_keys(rule: rules.FusionRule) -> bool:
-    """Whether the rule compares keys, which the runtime then has to keep."""
-    return isinstance(rule, rules.KeyFusionRule)

@@ -25,15 +25,13 @@ _HANDLERS: dict[type[rules.HaltingRule], Handler] = {
 def decide(rule: rules.HaltingRule, view: LayerView) -> HaltDecision:
     """Return which of the tokens in view halt after this layer under `rule`."""
     if isinstance(rule, rules.AllRule):
-        return combined.decide_all(rule, view, decide)
-    if isinstance(rule, rules.AnyRule):
-        return combined.decide_any(rule, view, decide)
+        return combined.decide(rule, view, decide)
     return _HANDLERS[type(rule)](rule, view)
 
 
 def needs_previous_update(rule: rules.HaltingRule) -> bool:
     """Whether the rule compares successive updates, which the runtime then has to keep."""
-    if isinstance(rule, rules.CombinedRule):
+    if isinstance(rule, rules.AllRule):
         return any(needs_previous_update(member) for member in rule.rules)
     return isinstance(rule, rules.FixedPointRule | rules.FittedRule)
 
@@ -49,8 +47,6 @@ def may_halt(rule: rules.HaltingRule, layer_idx: int, first: int | None = None) 
     """
     if isinstance(rule, rules.AllRule):
         return all(may_halt(member, layer_idx) for member in rule.rules)
-    if isinstance(rule, rules.AnyRule):
-        return any(may_halt(member, layer_idx, first) for member in rule.rules)
     if isinstance(rule, rules.EntropyRule):
         return rule.layers is None or layer_idx in rule.layers
     if isinstance(rule, rules.ForcedRule):

@@ -7,13 +7,12 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import KVDecision
-from quicksilver.policies.kv import drop, propagate, share, zero
+from quicksilver.policies.kv import drop, propagate, zero
 
 _HANDLERS: dict[type[rules.KVFill], Callable[[Any, int], KVDecision]] = {
     rules.DropFill: drop.decide,
     rules.ZeroFill: zero.decide,
     rules.PropagateFill: propagate.decide,
-    rules.ShareFill: share.decide,
 }
 
 

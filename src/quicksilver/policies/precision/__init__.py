@@ -7,7 +7,7 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import ChannelView, TokenWidthView, WidthChoice
-from quicksilver.policies.precision import capped, channel, entropy, uniform
+from quicksilver.policies.precision import channel, entropy, uniform
 
 Handler = Callable[[Any, ChannelView], WidthChoice]
 
@@ -15,7 +15,6 @@ _HANDLERS: dict[type[rules.PrecisionRule], Handler] = {
     rules.UniformWidthRule: uniform.decide,
     rules.EntropyWidthRule: entropy.decide,
     rules.ChannelWidthRule: channel.decide,
-    rules.CappedWidthRule: capped.decide,
 }
 
 
@@ -25,16 +24,12 @@ def decide(rule: rules.PrecisionRule, view: ChannelView) -> WidthChoice:
 
 
 def token_rule(rule: rules.PrecisionRule) -> rules.EntropyWidthRule | None:
-    """Return the part of a rule that decides about whole tokens, or None where it has none."""
-    if isinstance(rule, rules.CappedWidthRule):
-        return rule.token
+    """Return a rule that decides about whole tokens, None for any other."""
     return rule if isinstance(rule, rules.EntropyWidthRule) else None
 
 
 def channel_rule(rule: rules.PrecisionRule | None) -> rules.ChannelWidthRule | None:
-    """Return the part of a rule that decides about channels, or None where it has none."""
-    if isinstance(rule, rules.CappedWidthRule):
-        return rule.channel
+    """Return a rule that decides about channels, None for any other."""
     return rule if isinstance(rule, rules.ChannelWidthRule) else None
 
 

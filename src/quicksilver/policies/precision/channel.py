@@ -12,12 +12,10 @@ from quicksilver.policies.precision.graded import widths_of
 def decide(rule: ChannelWidthRule, view: ChannelView) -> WidthChoice:
     """Choose a width for each input channel of each token."""
     thresholds = rule.thresholds_at(view.layer_idx, view.map_idx, view.num_maps)
-    scores = score(rule, view)
-    counted = {"score": scores.numel()} if rule.score == "weighted" else {}
-    return WidthChoice(widths_of(scores, thresholds, rule.widths), counted)
+    scores = score(view)
+    return WidthChoice(widths_of(scores, thresholds, rule.widths), {"score": scores.numel()})
 
 
-def score(rule: ChannelWidthRule, view: ChannelView) -> Tensor:
+def score(view: ChannelView) -> Tensor:
     """Return how much each channel of each token contributes, [N, in] float32 (or the inputs' wider type)."""
-    magnitude = view.inputs.abs()
-    return magnitude * view.norms() if rule.score == "weighted" else magnitude
+    return view.inputs.abs() * view.norms()
