@@ -186,7 +186,7 @@ def test_a_packed_matrix_goes_when_any_of_its_tensors_goes() -> None:
     assert len(nested_linear._entries) == before
 
 
-def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_take_rows_in_float32_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, calls = module(70, 100), []
     run = nested_linear.multiply
     monkeypatch.setattr("quicksilver.quant.linear.multiply", lambda *args: calls.append(1) or run(*args))
@@ -199,10 +199,8 @@ def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pyt
         assert_close(y.reshape(-1, 100), linear, rows, torch.full(rows.shape, 4))
         return bool(calls)
 
-    most = nested_linear.MAX_ROWS
     assert uses_kernels(draw(1, 70))
-    assert uses_kernels(draw(2, most // 2, 70))
-    assert not uses_kernels(draw(most + 1, 70))
+    assert uses_kernels(draw(2, 300, 70))
     assert not uses_kernels(draw(0, 70))
     assert not uses_kernels(draw(1, 70).double())
     assert not uses_kernels(draw(1, 70), "torch")
@@ -213,16 +211,17 @@ def test_the_kernels_take_few_rows_in_float32_without_gradients(monkeypatch: pyt
         assert not uses_kernels(draw(1, 70))
 
 
-def test_the_kernels_take_more_rows_that_choose_widths_for_their_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = nested_linear.MAX_ROWS + 50
-    linear, x, widths = module(70, 100), draw(rows, 70), draw_widths(rows, 70)
-    run, calls = nested_linear.multiply, []
-    monkeypatch.setattr("quicksilver.quant.linear.multiply", lambda *args: calls.append(1) or run(*args))
-    assert_close(linear(x, widths, kernels="native"), linear, x, widths)
-    assert calls
-    most = nested_linear.MAX_ROWS_BY_CHANNEL
-    assert nested_linear.accepts(draw(most, 3), by_channel=True)
-    assert not nested_linear.accepts(draw(most + 1, 3), by_channel=True)
+@pytest.mark.parametrize("widths", ["one", "by row", "by channel"])
+def test_a_row_is_the_same_however_many_others_there_are(widths: str) -> None:
+    linear, x = module(70, 100), draw(700, 70)
+    chosen = {"one": None, "by row": draw_widths(700, 1)[:, 0], "by channel": draw_widths(700, 70)}[widths]
+
+    def products(rows: slice) -> Tensor:
+        return linear(x[rows], 5 if chosen is None else chosen[rows], kernels="native")
+
+    whole = products(slice(None))
+    for count in (1, 16, 17, 33, 129, 513):
+        assert torch.equal(products(slice(100, 100 + count)), whole[100 : 100 + count])
 
 
 def test_widths_by_row_and_bias() -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from statistics import mean
 from threading import Thread
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -29,12 +28,11 @@ from quicksilver.core.rules import (
 )
 from quicksilver.models.cost import Cost, executed_cost
 from quicksilver.models.nesting import nest
-from quicksilver.models.spec import LayerOps
 from quicksilver.ops import native, nested_linear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.linear import keeping_expanded
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.spans import max_rows, span_ends
+from quicksilver.runtime.spans import span_ends
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -270,10 +268,24 @@ def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
     torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)
 
 
-def test_the_smaller_a_layer_the_more_rows_are_run_like_one() -> None:
-    def limit(weights: int, plan: Plan) -> int:
-        maps = [SimpleNamespace(num_inputs=1024, num_outputs=weights // 1024)]
-        return max_rows(cast(LayerOps, SimpleNamespace(nested=maps)), plan)
+@pytest.mark.parametrize("name", ["dense", "uniform", "propagate", "shortcuts", "channels", "entries", "all"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_states_are_the_same_bits_alone_in_a_batch_and_in_chunks(family: str, name: str) -> None:
+    """Of any number of rows, prompts and not."""
+    _, engine = engines(family, (EXACT | ROUGH)[name])
+    sequences = [tiny.token_ids(n, seed=n) for n in (5, 40, 1, 33, 60, 64, 64, 64, 64, 64, 64, 64)]  # 587 rows
 
-    assert [limit(2**n, EXACT["uniform"]) for n in (18, 23, 26)] == [128, 48, 32]
-    assert limit(2**26, ROUGH["channels"]) == 512
+    def states(parts: list[torch.Tensor], lengths: list[list[int]], prompt: bool) -> list[torch.Tensor]:
+        """Return each sequence's states, fed in as many passes as there are lists of lengths."""
+        cache, trace, found = engine.new_cache(len(parts)), engine.new_trace(), []
+        for passed in zip(*(part.split(each) for part, each in zip(parts, lengths, strict=True)), strict=True):
+            counts = [len(tokens) for tokens in passed]
+            found.append(engine.run(torch.cat(passed), counts, cache, trace, prompt).split(counts))
+        return [torch.cat(of_one) for of_one in zip(*found, strict=True)]
+
+    alone = [states([ids], [[len(ids)]], prompt=False)[0] for ids in sequences]
+    for prompt in (False, True):
+        batch = states(sequences, [[len(ids)] for ids in sequences], prompt)
+        chunks = states(sequences[5:], [[17, 1, 46]] * 7, prompt)
+        for one, others in ((alone, batch), (alone[5:], chunks)):
+            assert all(torch.equal(*pair) for pair in zip(one, others, strict=True))

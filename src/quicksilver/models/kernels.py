@@ -78,7 +78,7 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
-    """Apply a nested head to states [M, d], normed first; few rows go to the compiled kernels by the shortest way.
+    """Apply a nested head to states [M, d], normed first; rows go to the compiled kernels by the shortest way.
 
     A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
     where states or the norm want a gradient, where hooks are on either, and for more rows, both are called as modules.

@@ -190,7 +190,9 @@ def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
     group = num_heads // num_kv_heads
     dtype = options.dtype_of(queries)
     # K/V heads are the batch; the heads that share one are its inner heads, or its queries when M is 1.
-    key, value = (t.to(dtype).transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
+    if dtype != queries.dtype:
+        keys, values = keys.to(dtype), values.to(dtype)
+    key, value = (t.transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
     single = newest and num_queries == 1
     if group > 1 and not single:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)

@@ -14,12 +14,6 @@ from torch import Tensor
 
 from quicksilver.ops import native
 
-MAX_ROWS = 16
-"""Rows up to which the kernels are used: they unpack codes again for every row; PyTorch expands them once for all."""
-
-MAX_ROWS_BY_CHANNEL = 512
-"""The same where each row chooses widths for its channels: PyTorch then makes a product for every width."""
-
 _MAX_WIDTH, _WIDTHS = 8, (0, 2, 4, 6, 8)
 _NUM_PLANES = 4
 _GROUP_STEP = 32  # outputs that the kernels read with one scale
@@ -87,10 +81,13 @@ _entries: dict[int, _Prepared] = {}
 """By the address of the exponents. An entry goes when any of its tensors' memory does."""
 
 
-def accepts(rows: Tensor, by_channel: bool = False) -> bool:
-    """Whether rows [N, in] are such that the kernels are used: few, float32, on the CPU, without a gradient."""
+def accepts(rows: Tensor) -> bool:
+    """Whether rows [N, in] are such that the kernels are used: float32, on the CPU, without a gradient.
+
+    However many they are: a row's product must not depend on who else is multiplied.
+    """
     return (
-        0 < rows.shape[0] <= (MAX_ROWS_BY_CHANNEL if by_channel else MAX_ROWS)
+        rows.shape[0] > 0
         and rows.dtype == torch.float32
         and rows.device.type == "cpu"
         and not (rows.requires_grad and torch.is_grad_enabled())
@@ -142,11 +139,6 @@ def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
     if matrix is None:
         raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
     return matrix
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16."""
-    return native.extension().multiplies_bfloat16()
 
 
 def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,20 @@
 """Modules whose weights are nested codes: linear maps read at any width, and embeddings read at eight bits.
 
 Which widths are read is the caller's to say. PyTorch's path is the definition: weights are expanded to floats before
-they are multiplied. Where the caller asks for compiled kernels, few rows go through `ops/nested_linear.py` instead.
+they are multiplied. Where the caller asks for compiled kernels, rows go through `ops/nested_linear.py` instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quicksilver.ops.native import Kernels
-from quicksilver.ops.nested_linear import StoredMatrix, accepts, check_rows, expand, has_bfloat16, multiply, prepared
+from quicksilver.ops.nested_linear import StoredMatrix, accepts, check_rows, multiply, prepared
 from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
 from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
 
@@ -100,17 +100,6 @@ class NestedWeight(nn.Module):
         return f"in={self.num_inputs}, out={self.num_outputs}, group_size={self.group_size}"
 
 
-class _Expansion(NamedTuple):
-    """How weights that more rows meet than the kernels take are expanded; see `NestedLinear.forward`."""
-
-    kernels: Kernels
-    coarse: bool
-
-    def is_native(self, rows: Tensor) -> bool:
-        """Whether the kernels expand them."""
-        return self.kernels == "native" and rows.dtype == torch.float32 and rows.device.type == "cpu"
-
-
 class NestedLinear(NestedWeight):
     """`y = x W + b`, where W [in, out] is read at a width chosen for everything, or per row and input channel.
 
@@ -135,7 +124,6 @@ class NestedLinear(NestedWeight):
         widths: int | Tensor = MAX_WIDTH,
         present: Sequence[int] = range(1, MAX_WIDTH + 1),
         kernels: Kernels = "torch",
-        coarse: bool = False,
     ) -> Tensor:
         """Apply the map to rows.
 
@@ -144,10 +132,8 @@ class NestedLinear(NestedWeight):
             widths: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
                 leaves a channel out.
             present: widths above 0 that may be among them.
-            kernels: "native" reads the codes themselves where that is possible: for few rows (see
-                `ops.nested_linear.accepts`) in float32 on the CPU, without gradients and outside of `keeping_expanded`.
-                For more rows it expands them.
-            coarse: products of more rows may be bfloat16's, where the processor has them.
+            kernels: "native" reads the codes themselves where that is possible: in float32 on the CPU, without
+                gradients and outside of `keeping_expanded`.
 
         Returns:
             [..., out] in x's dtype.
@@ -157,12 +143,9 @@ class NestedLinear(NestedWeight):
         """
         rows = x.reshape(-1, self.num_inputs)
         by_channel = isinstance(widths, Tensor) and widths.dim() == 2
-        read = kernels == "native" and self._expanded is None and accepts(rows, by_channel)
+        read = kernels == "native" and self._expanded is None and accepts(rows)
         matrix = prepared(self.stored, by_channel) if read else None
-        if matrix is None:
-            y = self._by_width(rows, widths, present, _Expansion(kernels, coarse))
-        else:
-            y = self._by_kernels(rows, matrix, widths)
+        y = self._by_width(rows, widths, present) if matrix is None else self._by_kernels(rows, matrix, widths)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.num_outputs)
 
@@ -172,20 +155,12 @@ class NestedLinear(NestedWeight):
         check_rows(rows, self.stored, each, uniform)
         return multiply(rows, matrix, each, uniform)
 
-    def _by_width(self, rows: Tensor, widths: int | Tensor, present: Sequence[int], expansion: _Expansion) -> Tensor:
+    def _by_width(self, rows: Tensor, widths: int | Tensor, present: Sequence[int]) -> Tensor:
         """Return [N, out], by products with weights expanded to floats."""
         if isinstance(widths, int):
-            return self._multiply(rows, widths, expansion) if widths else rows.new_zeros((len(rows), self.num_outputs))
+            return rows @ self._weight(widths, rows.dtype) if widths else rows.new_zeros((len(rows), self.num_outputs))
         by_part = self._by_row if widths.dim() == 1 else self._by_channel
-        return by_part(rows, widths, present, expansion)
-
-    def _multiply(self, x: Tensor, width: int, expansion: _Expansion, channels: Tensor | None = None) -> Tensor:
-        """Return the product of rows [N, M] with all channels, or with the given ones."""
-        if self._expanded is not None or not expansion.is_native(x) or (matrix := prepared(self.stored)) is None:
-            return x @ self._weight(width, x.dtype, channels)
-        weight = expand(matrix, width, torch.bfloat16 if expansion.coarse and has_bfloat16() else x.dtype)
-        weight = weight if channels is None or len(channels) == len(weight) else weight.index_select(0, channels)
-        return (x.to(weight.dtype) @ weight).to(x.dtype)
+        return by_part(rows, widths, present)
 
     def _weight(self, width: int, dtype: torch.dtype, channels: Tensor | None = None) -> Tensor:
         """Return the weights of all channels, or of the given ones, [M, out]."""
@@ -197,16 +172,16 @@ class NestedLinear(NestedWeight):
         codes = self.codes if channels is None else self.codes.select(channels, width)
         return codes.dequantize(width).to(dtype)
 
-    def _by_row(self, x: Tensor, widths: Tensor, present: Sequence[int], expansion: _Expansion) -> Tensor:
+    def _by_row(self, x: Tensor, widths: Tensor, present: Sequence[int]) -> Tensor:
         """Return [N, out]: for each width one product, over the rows that read it."""
         y = x.new_zeros((x.shape[0], self.num_outputs))
         for width in present:
             rows = (widths == width).nonzero().squeeze(-1)
             if len(rows):
-                y.index_copy_(0, rows, self._multiply(x.index_select(0, rows), width, expansion))
+                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(width, x.dtype))
         return y
 
-    def _by_channel(self, x: Tensor, widths: Tensor, present: Sequence[int], expansion: _Expansion) -> Tensor:
+    def _by_channel(self, x: Tensor, widths: Tensor, present: Sequence[int]) -> Tensor:
         """Return [N, out]: for each width one product, over the channels that any row reads at it.
 
         Parts are products in float32 at least: float16 may not hold parts of a sum that it holds.
@@ -219,7 +194,7 @@ class NestedLinear(NestedWeight):
             if len(channels):
                 part = torch.where(chosen, x, 0.0)
                 part = part if len(channels) == self.num_inputs else part.index_select(1, channels)
-                y += self._multiply(part, width, expansion, channels)
+                y += part @ self._weight(width, x.dtype, channels)
         return y.to(dtype)
 
 

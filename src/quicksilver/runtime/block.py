@@ -101,7 +101,7 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
 def _linear(layer_idx: int, origins: Tensor, status: TokenStatus, context: PassContext) -> Apply:
     """Return the function that applies a layer's maps to rows of the tokens `origins` ([M])."""
     trace = context.trace.at(layer_idx)
-    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, trace, context.of_prompt)
+    return context.precision.linear(layer_idx, origins, status.caps, context.exempt, trace)
 
 
 def _write(

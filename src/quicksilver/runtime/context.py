@@ -25,7 +25,6 @@ class PassContext:
         token_ids: [N] of all tokens of the pass.
         protected: [N] tokens that may never halt, None where nothing can halt.
         rotation: of all tokens of the pass, None where positions are embedded.
-        of_prompt: nobody asks what the pass's tokens predict, but for the last of each sequence.
         fuses: for each sequence, whether its tokens may fuse in this pass.
         precision: applies linear maps, at the widths it chooses.
         exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
@@ -42,7 +41,6 @@ class PassContext:
     token_ids: Tensor
     protected: Tensor | None
     rotation: Rotation | None
-    of_prompt: bool
     fuses: tuple[bool, ...]
     precision: PrecisionStep
     exempt: Tensor | None

@@ -127,7 +127,7 @@ class Decoder:
             self._follow_weights()
         trace.begin_pass(cache.seq_lengths, chunk)
         cache.in_pass = True
-        context = self._context(chunk, token_ids, all(of_prompt), self._fusion.takes_part(of_prompt), cache, trace)
+        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         running, status = self._run_layers(
             0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
@@ -204,7 +204,7 @@ class Decoder:
         """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
         chunk = rerun.state.layout
         fuses = tuple(fuses and length > 0 for fuses, length in zip(outer.fuses, chunk.lengths, strict=True))
-        context = self._context(chunk, rerun.token_ids, outer.of_prompt, fuses, outer.cache, outer.trace)
+        context = self._context(chunk, rerun.token_ids, fuses, outer.cache, outer.trace)
         with outer.trace.rerun(chunk.num_tokens, self.spec.device):
             self._run_layers(
                 first,
@@ -226,7 +226,6 @@ class Decoder:
         self,
         chunk: RaggedLayout,
         token_ids: Tensor,
-        of_prompt: bool,
         fuses: tuple[bool, ...],
         cache: RaggedKVCache,
         trace: Trace,
@@ -241,7 +240,6 @@ class Decoder:
             token_ids=token_ids,
             protected=protected,
             rotation=rotation,
-            of_prompt=of_prompt,
             fuses=fuses,
             precision=self._precision,
             exempt=exempt,

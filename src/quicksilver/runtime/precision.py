@@ -103,7 +103,6 @@ class PrecisionStep:
         caps: Tensor | None,
         exempt: Tensor | None,
         trace: LayerTrace,
-        coarse: bool = False,
     ) -> Apply:
         """Return the function that applies this layer's maps to rows.
 
@@ -113,14 +112,13 @@ class PrecisionStep:
             caps: [N] uint8, the most bits that each token of the pass may read; None for no limit.
             exempt: [N] tokens that read all bits.
             trace: of the layer.
-            coarse: nobody asks what the rows predict, but for the last (see `NestedLinear.forward`).
         """
         if not self._is_nested:
             return apply_plain
         if self._rule is None:
-            return partial(self._apply, trace, coarse, lambda module, x: MAX_WIDTH)
+            return partial(self._apply, trace, lambda module, x: MAX_WIDTH)
         caps, exempt = (None if t is None else t.index_select(0, origins) for t in (caps, exempt))
-        return partial(self._apply, trace, coarse, partial(self._choose, layer_idx, caps, exempt, trace))
+        return partial(self._apply, trace, partial(self._choose, layer_idx, caps, exempt, trace))
 
     def decide_tokens(
         self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: Trace
@@ -156,27 +154,26 @@ class PrecisionStep:
     def _apply(
         self,
         trace: LayerTrace,
-        coarse: bool,
         choose: Callable[[NestedLinear, Tensor], int | Tensor],
         module: NestedLinear,
         x: Tensor,
     ) -> Tensor:
         centre = self._centres.get(id(module))
         if centre is None:
-            return self._read(trace, coarse, choose(module, x), module, x)
+            return self._read(trace, choose(module, x), module, x)
         mean, product = centre.bind(x)
         trace.record_fitted(x.shape[0], 0, mean.nbytes + product.nbytes)
         x = x - mean
-        return self._read(trace, coarse, choose(module, x), module, x) + product
+        return self._read(trace, choose(module, x), module, x) + product
 
-    def _read(self, trace: LayerTrace, coarse: bool, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
+    def _read(self, trace: LayerTrace, widths: int | Tensor, module: NestedLinear, x: Tensor) -> Tensor:
         """Apply a map at chosen widths, and count what is read."""
         counts = _channels_by_width(widths, x)
         trace.widths.add(counts, module.num_outputs, module.channel_bytes)
         if isinstance(counts, list):
-            return module(x, widths=widths, kernels=self._kernels, coarse=coarse)
+            return module(x, widths=widths, kernels=self._kernels)
         present = [width for width, count in enumerate(counts.tolist()) if width and count]
-        return module(x, widths=widths, present=present, kernels=self._kernels, coarse=coarse)
+        return module(x, widths=widths, present=present, kernels=self._kernels)
 
 
 def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centre]:

@@ -1,6 +1,6 @@
 """Spans of whole layers by the native kernels, where nobody need be asked between two layers.
 
-What a layer is, is `block.py`'s; this makes the same happen in one call, for few rows of a nested model on the CPU.
+What a layer is, is `block.py`'s; this makes the same happen in one call, for rows of a nested model on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.models.kernels import activation_name, norm_operands
 from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import MAX_ROWS_BY_CHANNEL, has_whole_levels, prepared
+from quicksilver.ops.nested_linear import has_whole_levels, prepared
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
 from quicksilver.runtime.context import PassContext
@@ -28,18 +28,6 @@ from quicksilver.runtime.kernel_counts import KernelCounts
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 from quicksilver.runtime.status import Running, TokenStatus
-
-_WORK_LIMIT = 3 * 2**27  # rows times weights of a layer: from about there on expanding weights first is faster
-_SMALL_LAYERS_ROWS, _LARGE_LAYERS_ROWS = 128, 32  # and from so many rows on however small a layer is, or large
-
-
-def max_rows(layer: LayerOps, plan: Plan) -> int:
-    """Return up to how many rows the kernels run layers like one: the smaller it is, the more Python's share of it."""
-    rule = None if plan.precision is None else plan.precision.rule
-    if precision.channel_rule(rule) is not None:
-        return MAX_ROWS_BY_CHANNEL
-    weights = sum(module.num_inputs * module.num_outputs for module in layer.nested)
-    return max(_LARGE_LAYERS_ROWS, min(_WORK_LIMIT // weights, _SMALL_LAYERS_ROWS))
 
 
 class LayerSpans:
@@ -69,7 +57,6 @@ class LayerSpans:
         self._key = object()  # of its counts in a trace, which does not keep these spans
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
-        self._max_rows = max_rows(adapter.layers[0], plan)
         self._runner: Any = None
 
     @staticmethod
@@ -85,11 +72,9 @@ class LayerSpans:
 
     def span(self, first: int, running: Running, status: TokenStatus, context: PassContext) -> range | None:
         """Return the layers that the kernels can run from layer `first` on, None where they cannot run it."""
-        rows = len(running) if status.halted is None else context.chunk.num_tokens
         merged = running.state.mass is not None or status.masses is not None
         if (
             self._layers[0].nested[0].is_expanded
-            or rows > self._max_rows
             or merged
             or status.present is not context.chunk
             or any(context.fuses)
