@@ -69,7 +69,9 @@ def test_new_tokens_are_those_of_the_continuation(
     ("settings", "named"),
     [
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"num_return_sequences": 2}, "generation_config.json: these settings cannot be used"),
+        ({"num_return_sequences": "2"}, "generation_config.json"),
+        ({"stop_strings": [3]}, "generation_config.json"),
         ({"num_beams": 4}, "beam search"),
         ({"bad_words_ids": []}, "bad_words_ids"),
         ({"repetition_penalty": -1.0}, "penalty"),

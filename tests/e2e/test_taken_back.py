@@ -188,3 +188,37 @@ def test_columns_to_keep_may_be_none_of_them_or_in_any_order(pair: tuple[Any, An
     for wrong in (torch.tensor([]), torch.tensor([9])):
         with pytest.raises(InputError, match="logits_to_keep"):
             model(PROMPT, logits_to_keep=wrong)
+
+
+def test_a_call_that_is_refused_takes_nothing_back(model: Any) -> None:
+    other = quicksilver.accelerate(tiny.model("llama"), HALTING)
+    far, wrong = torch.tensor([[6, 7]]), torch.tensor([[5, tiny.VOCAB]])
+    for call in (
+        lambda cache: model(IDS[:, 6:], attention_mask=MASK, past_key_values=cache, position_ids=far),
+        lambda cache: model(wrong, attention_mask=MASK, past_key_values=cache),
+        lambda cache: other(IDS[:, 6:], attention_mask=MASK, past_key_values=cache),
+        lambda cache: cache.batch_repeat_interleave(0),
+        lambda cache: cache.batch_select_indices([]),
+        lambda cache: cache.crop("a"),
+    ):
+        cache = model(IDS[:, :6]).past_key_values
+        with pytest.raises((InputError, UnsupportedFeatureError)):
+            call(cache)
+        logits = model(IDS[:, 6:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(IDS).logits[:, 6:], atol=ATOL, rtol=0)
+
+
+def test_a_cache_of_another_batch_is_said_to_be_one(model: Any) -> None:
+    cache = model(IDS[:, :6].expand(2, -1)).past_key_values
+    with pytest.raises(InputError, match="1 sequences were given to a cache of 2"):
+        model(IDS[:, 6:], attention_mask=MASK, past_key_values=cache)
+
+
+def test_columns_to_keep_may_be_named_as_transformers_takes_them(pair: tuple[Any, Any]) -> None:
+    reference, model = pair
+    for keep in ([0, 2], slice(2, 5), slice(None, None, 3), torch.tensor([3, 1]).numpy(), [True, False, True] * 3):
+        expected, logits = (each(PROMPT, logits_to_keep=keep).logits for each in (reference, model))
+        torch.testing.assert_close(logits, expected, atol=ATOL, rtol=0)
+    assert torch.equal(model(PROMPT, logits_to_keep=None).logits, model(PROMPT).logits)
+    with pytest.raises(InputError, match="logits_to_keep"):
+        model(PROMPT, logits_to_keep="last")

@@ -157,7 +157,7 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "crc32": "{}"}])
 def test_a_file_without_its_checksums_is_refused(single: Path, metadata: dict[str, str] | None) -> None:
     save_file(load_file(single), single, metadata)
-    refused(single.parent, SINGLE, "header", "checksums")
+    refused(single.parent, SINGLE, "header", "checksum")
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is in memory")

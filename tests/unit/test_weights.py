@@ -65,6 +65,7 @@ def set_quantization(model: Any, _: Path) -> None:
 
 TAKEN: dict[str, tuple[str, Callable[[Any, Path], object]]] = {
     "meta": ("model.embed_tokens.weight.* meta device", lambda model, _: model.to("meta")),
+    "sparse": (f"{UP_PROJ}.weight.* layout sparse", set_weight(lambda weight: weight.to_sparse())),
     "one on meta": (f"{UP_PROJ}.weight.* meta device", set_weight(lambda weight: weight.to("meta"))),
     "offloaded to the CPU": ("meta device.*accelerate|accelerate's", offload("cpu_offload")),
     "offloaded to disk": ("meta device.*accelerate|accelerate's", offload("disk_offload")),

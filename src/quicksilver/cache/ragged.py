@@ -6,6 +6,7 @@ Which tokens write, and what, is decided elsewhere; attention is computed elsewh
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -218,16 +219,6 @@ class RaggedKVCache:
                 self.fed.hide_last(seq, self.seq_lengths[seq] - length)
             self.seq_lengths[seq] = length
 
-    def follow_mask(self, visible: Tensor) -> None:
-        """Take back the tokens that a mask over the columns fed so far, [B, P] bool, no longer shows.
-
-        Raises:
-            InputError: the mask shows what was padding, or hides other tokens than a sequence's last; see `truncate`.
-        """
-        lengths = self.fed.kept_by(visible)
-        if lengths is not None:
-            self.truncate(lengths)
-
     def crop(self, columns: int) -> None:
         """Take back columns, as transformers' caches do.
 
@@ -235,8 +226,12 @@ class RaggedKVCache:
             columns: -n takes back the last n, 0 none; n > 0 keeps the first n, as in transformers before 5.23.
 
         Raises:
-            InputError: more columns than there are, or see `truncate`.
+            InputError: more columns than there are, no number, or see `truncate`.
         """
+        try:
+            columns = operator.index(columns)
+        except TypeError:
+            raise InputError(f"crop needs a number of columns, got {columns!r}") from None
         count = columns if columns > 0 else self.fed.count + columns
         if not 0 <= count <= self.fed.count:
             raise InputError(f"crop({columns}) does not fit a cache of {self.fed.count} columns")
@@ -254,16 +249,22 @@ class RaggedKVCache:
         self.fed = FedColumns()
         self.in_pass = False
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Let the sequences be those of indices [R], or of a mask [B], from now on; a sequence may be there often.
 
         Raises:
-            InputError: an index of no sequence.
+            InputError: an index of no sequence, or none at all.
         """
+        indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool and tuple(indices.shape) == (self.batch_size,):
             indices = indices.nonzero().squeeze(-1)
         chosen = indices.tolist()
-        if indices.dim() != 1 or not all(-self.batch_size <= seq < self.batch_size for seq in chosen):
+        if (
+            indices.dim() != 1
+            or not len(indices)
+            or indices.is_floating_point()
+            or not all(-self.batch_size <= seq < self.batch_size for seq in chosen)
+        ):
             raise InputError(f"indices {chosen} do not choose among the cache's {self.batch_size} sequences")
         chosen = [seq % self.batch_size for seq in chosen]
         first = [chosen.index(seq) == place for place, seq in enumerate(chosen)]
@@ -279,7 +280,7 @@ class RaggedKVCache:
         """Let each sequence be there `repeats` times, one after another."""
         self.batch_select_indices(torch.tensor([seq for seq in range(self.batch_size) for _ in range(repeats)]))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
         """Do as `batch_select_indices`; transformers has both names."""
         self.batch_select_indices(beam_idx)
 

@@ -116,6 +116,16 @@ def _generate(
 
     from transformers import TextStreamer
 
+    class Continuation(TextStreamer):
+        """Ends the line of a text, where there is one: not where an error is all that there is to say."""
+
+        began = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.began = self.began or bool(text)
+            if self.began:
+                super().on_finalized_text(text, stream_end)
+
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0.0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
@@ -127,7 +137,7 @@ def _generate(
             attention_mask=encoded.attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Continuation(tokenizer, skip_prompt=True, skip_special_tokens=True),
             tokenizer=tokenizer,  # which stop strings need
             return_dict_in_generate=False,
             seed=seed,
@@ -135,6 +145,8 @@ def _generate(
         )
     except QuickSilverError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # transformers' refusals of the folder's settings
-        raise InputError(f"cannot generate with the model's generation settings: {first_line(error)}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:  # transformers', of the settings
+        raise InputError(
+            f"cannot generate with the settings of the model's generation_config.json: {first_line(error)}"
+        ) from None
     return output.shape[1] - encoded.input_ids.shape[1], time.perf_counter() - begin

@@ -164,7 +164,7 @@ class Plan:
             PlanError: the file is missing, unreadable, or not a valid plan.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte order mark is let be
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:

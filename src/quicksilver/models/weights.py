@@ -30,12 +30,14 @@ def check_weights(model: Any) -> None:
                 " accelerate); load the whole model onto one device, without a device map"
             )
         kind = type(tensor).__name__ if type(tensor) not in (nn.Parameter, Tensor) else None
+        if kind is None and tensor.layout != torch.strided:
+            kind = f"tensor of layout {str(tensor.layout).removeprefix('torch.')}"
         if kind is None and isinstance(tensor, nn.Parameter) and tensor.dtype not in _FLOATS:
             kind = f"tensor of {str(tensor.dtype).removeprefix('torch.')}"
         if kind is not None:
             raise UnsupportedModelError(
-                f"{family}: weight {name!r} is a {kind}, quantized or distributed by another package; load the model"
-                " whole, in float32 or bfloat16"
+                f"{family}: weight {name!r} is a {kind}, quantized, distributed or laid out by another package; load"
+                " the model whole, in float32 or bfloat16"
             )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:

@@ -120,7 +120,8 @@ class Decoder:
             UnsupportedModelError: something was put on the model's modules, or in their place, that would not run.
         """
         self._check_modules(decodes=len(token_ids) <= len(lengths) and any(cache.seq_lengths))
-        self._check_inputs(token_ids, lengths, cache)
+        self.check_cache(cache, len(lengths))
+        self.check_tokens(token_ids, lengths, cache.seq_lengths)
         of_prompt = self._flags(prompt, len(lengths))
         chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
         if not any(cache.seq_lengths):
@@ -269,12 +270,12 @@ class Decoder:
         if cache.in_pass:
             raise InputError("an earlier pass over this cache failed and left it incomplete; start a new one")
 
-    def _check_inputs(self, token_ids: Tensor, lengths: Sequence[int], cache: RaggedKVCache) -> None:
-        self.check_cache(cache, len(lengths))
-        for seen, length in zip(cache.seq_lengths, lengths, strict=True):
-            if seen + length > self.spec.max_positions:
+    def check_tokens(self, token_ids: Tensor, lengths: Sequence[int], seen: Sequence[int]) -> None:
+        """Raise InputError where tokens [N] cannot follow what sequences have seen: wrong ids, too long a context."""
+        for before, length in zip(seen, lengths, strict=True):
+            if before + length > self.spec.max_positions:
                 raise InputError(
-                    f"a sequence of {seen + length} tokens is longer than the model's context"
+                    f"a sequence of {before + length} tokens is longer than the model's context"
                     f" of {self.spec.max_positions}"
                 )
         prefill = token_ids.shape[0] > len(lengths)

@@ -81,25 +81,25 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
     }
     choice = _choice(model, settings, request, rows, left)
     ending = _ending(settings, request, len(ids), left, lambda: tuple(kept["scores"]) if "scores" in kept else None)
-    with _streaming(request.streamer) as put:
-        put(ids)
-        logits = feed.prompt(repeats)
-        while True:
-            logits = logits.to(ids.device, torch.float32)
-            raw = logits.clone() if "logits" in kept else logits
-            running = ending.running  # whose next token is not padding
-            chosen, scores = choice(rows, logits, positions)
-            for name, values in (("scores", scores), ("logits", raw)):
-                if name in kept:
-                    kept[name].append(values)
-            tokens = ending.fill(chosen)
-            rows.append(tokens)
-            ending.look(rows, tokens)
-            put(tokens)
-            if ending.is_over:
-                break
-            logits = feed.step(rows, tokens, running)
-            positions = [position + 1 for position in positions]
+    put = (lambda tokens: None) if request.streamer is None else request.streamer.put
+    put(ids.cpu())
+    logits = feed.prompt(repeats)
+    while True:
+        logits = logits.to(ids.device, torch.float32)
+        raw = logits.clone() if "logits" in kept else logits
+        running = ending.running  # whose next token is not padding
+        chosen, scores = choice(rows, logits, positions)
+        for name, values in (("scores", scores), ("logits", raw)):
+            if name in kept:
+                kept[name].append(values)
+        tokens = ending.fill(chosen)
+        rows.append(tokens)
+        ending.look(rows, tokens)
+        put(tokens.cpu())
+        if ending.is_over:
+            break
+        logits = feed.step(rows, tokens, running)
+        positions = [position + 1 for position in positions]
     if not config.return_dict_in_generate:
         return rows.input_ids
     records = {name: tuple(values) for name, values in kept.items()}
@@ -154,15 +154,13 @@ def _ending(settings: Settings, request: Request, count: int, left: int, scores:
 
 
 @contextmanager
-def _streaming(streamer: Any) -> Iterator[Any]:
-    """Give what puts tokens into a streamer, on the CPU; whoever waits for it is told the end, whatever happens."""
-    if streamer is None:
-        yield lambda tokens: None
-        return
+def told_the_end(streamer: Any) -> Iterator[None]:
+    """Tell a streamer the end, whatever happens: somebody may be waiting for it in another thread."""
     try:
-        yield lambda tokens: streamer.put(tokens.cpu())
+        yield
     finally:
-        streamer.end()
+        if streamer is not None:
+            streamer.end()
 
 
 class _Feed:

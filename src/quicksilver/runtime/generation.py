@@ -24,8 +24,8 @@ from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.facts import ModelFacts
-from quicksilver.runtime.generate import Request, generate
-from quicksilver.runtime.grids import check_positions, grid_logits, real_tokens, shifted_loss, split_mask
+from quicksilver.runtime.generate import Request, generate, told_the_end
+from quicksilver.runtime.grids import Columns, check_positions, grid_logits, real_tokens, shifted_loss, split_mask
 from quicksilver.runtime.presets import resolve_plan
 from quicksilver.runtime.settings import Settings
 from quicksilver.runtime.stats import RunStats
@@ -138,7 +138,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         past_key_values: RaggedKVCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: Columns = 0,
         return_dict: bool | None = None,
         trace: Trace | None = None,
         prompt: bool | None = None,
@@ -155,7 +155,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             past_key_values: a cache this model returned, extended in place.
             labels: [B, T] targets, -100 where none; the loss is the mean over targets, shifted by one.
             use_cache: return a cache (default: the configuration's).
-            logits_to_keep: number of last columns to compute logits for (0: all), or their indices [K].
+            logits_to_keep: last columns to compute logits for (0: all), or which, as `grid_logits` takes them.
             return_dict: False for a plain tuple.
             trace: counts to add to (default: a new one, which `stats` then reads).
             prompt: the tokens belong to a prompt, so that a plan may fuse them (default: where only the last of
@@ -178,13 +178,16 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
+        decoder.check_cache(cache, len(input_ids))
         input_ids = input_ids.to(self.device)
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
-        if seen is not None:
-            cache.follow_mask(seen.to(self.device))
         grid = real_tokens(input_ids, None if real is None else real.to(self.device))
+        kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))
         if position_ids is not None:
-            check_positions(position_ids, grid, cache.seq_lengths)
+            check_positions(position_ids, grid, kept or cache.seq_lengths)
+        if kept is not None:  # nothing is taken back for a call that is then refused
+            decoder.check_tokens(grid.token_ids, grid.lengths, kept)
+            cache.truncate(kept)
         if prompt is None:
             prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
         if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
@@ -266,36 +269,37 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             InputError: prompts that are empty or padded on the right, more new tokens than the model's context holds,
                 two caches, or a cache that is not the beginning of the prompt.
         """
-        unsupported = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
-        if assistant_model is not None:
-            raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
-        given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")}
-        cache = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
-        settings, rest = Settings.resolve(generation_config, self.generation_config, kwargs)
-        for name, value in {**unsupported, **rest}.items():
-            if value is not None and value is not False:
-                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
-        ids = self._prompts(inputs, given.pop("input_ids"), settings)
-        if settings.config.token_healing:
-            ids = self.heal_tokens(ids, tokenizer)
-        cache = None if cache is None else self._check_cache(cache, len(ids))
-        self._follow_modules()
-        trace = self._decoder.new_trace()
-        request = Request(
-            input_ids=ids,
-            cache=cache,
-            logits_processor=logits_processor or (),
-            stopping_criteria=stopping_criteria or (),
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            guidance=(negative_prompt_ids, negative_prompt_attention_mask),
-            streamer=streamer,
-            tokenizer=tokenizer,
-            seed=seed,
-            **given,
-        )
-        output = generate(self, settings, request, trace)
-        self._trace = trace  # a processor may have called the model in between
-        return output
+        with told_the_end(streamer):
+            unsupported = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
+            if assistant_model is not None:
+                raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
+            given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")}
+            cache = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+            settings, rest = Settings.resolve(generation_config, self.generation_config, kwargs)
+            for name, value in {**unsupported, **rest}.items():
+                if value is not None and value is not False:
+                    raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+            ids = self._prompts(inputs, given.pop("input_ids"), settings)
+            if settings.config.token_healing:
+                ids = self.heal_tokens(ids, tokenizer)
+            cache = None if cache is None else self._check_cache(cache, len(ids))
+            self._follow_modules()
+            trace = self._decoder.new_trace()
+            request = Request(
+                input_ids=ids,
+                cache=cache,
+                logits_processor=logits_processor or (),
+                stopping_criteria=stopping_criteria or (),
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                guidance=(negative_prompt_ids, negative_prompt_attention_mask),
+                streamer=streamer,
+                tokenizer=tokenizer,
+                seed=seed,
+                **given,
+            )
+            output = generate(self, settings, request, trace)
+            self._trace = trace  # a processor may have called the model in between
+            return output
 
     @staticmethod
     def _prompts(inputs: Tensor | None, input_ids: Tensor | None, settings: Settings) -> Tensor:
@@ -333,6 +337,6 @@ def _only(past_key_values: Any, cache: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-def _is_one(logits_to_keep: int | Tensor) -> bool:
+def _is_one(logits_to_keep: Columns) -> bool:
     """Whether only the last column's logits are asked for: then what is fed before it is a prompt."""
     return isinstance(logits_to_keep, int) and logits_to_keep == 1

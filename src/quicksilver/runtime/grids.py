@@ -77,6 +77,7 @@ def check_positions(position_ids: Tensor, grid: Grid, seen: Sequence[int]) -> No
         seen: tokens before each row's.
     """
     batch, columns = grid.shape
+    position_ids = torch.as_tensor(position_ids)
     if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
         raise InputError(f"position_ids of shape {tuple(position_ids.shape)} do not fit input_ids {grid.shape}")
     given = position_ids.expand(batch, columns).reshape(-1)
@@ -89,19 +90,24 @@ def check_positions(position_ids: Tensor, grid: Grid, seen: Sequence[int]) -> No
         )
 
 
-def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+Columns = int | slice | Tensor | Sequence[int] | None
+"""Which columns' logits are wanted: so many of the last (0 or None: all), or which."""
+
+
+def grid_logits(hidden: Tensor, grid: Grid, keep: Columns, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Return logits [B, K, vocab] of some columns; only real tokens pass through the head, padding gets zeros.
 
     Args:
         hidden: [N, d] states of the grid's real tokens.
         grid: where they stand.
-        keep: number of last columns to keep (0: all), or their indices [K].
+        keep: number of last columns to keep (0: all), or which, by indices [K], a slice or a mask [T].
         head: [M, d] to [M, vocab].
 
     Raises:
         InputError: indices of columns that there are not.
     """
     batch, columns = grid.shape
+    keep = 0 if keep is None else keep
     if columns == 1 and grid.places is None and isinstance(keep, int):
         return head(hidden).view(batch, 1, -1)
     kept = torch.arange(columns, device=hidden.device)
@@ -121,11 +127,13 @@ def grid_logits(hidden: Tensor, grid: Grid, keep: int | Tensor, head: Callable[[
     return padded.view(batch, len(kept), padded.shape[-1])
 
 
-def _chosen(columns: Tensor, indices: Tensor) -> Tensor:
-    """Return the columns of indices [K], which may count from the end, or of a mask."""
+def _chosen(columns: Tensor, indices: Columns) -> Tensor:
+    """Return the columns of indices [K], which may count from the end, of a slice or of a mask."""
     try:
-        return columns[indices.to(columns.device)].reshape(-1)
-    except IndexError as error:
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices).to(columns.device)
+        return columns[indices].reshape(-1)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"logits_to_keep does not choose among {len(columns)} columns: {error}") from None
 
 

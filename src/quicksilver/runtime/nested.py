@@ -24,6 +24,7 @@ from quicksilver.quant import NestedWeight
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, give_back, read_tensors, write_tensors
+from quicksilver.runtime.plain import read_generation_config
 
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
@@ -146,9 +147,10 @@ def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     try:
         model = _blank(plain, dtype)
         nesting.outline(model, quantization)
-        _read_generation_config(model, folder)
     except Exception as error:  # a configuration may ask for anything
         raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
+    if (settings := read_generation_config(folder)) is not None:
+        model.generation_config = settings
     own = _stored_tensors(model)
     tensors = read_tensors(folder, {name: _expected(tensor) for name, tensor in own.items()})
     for name, tensor in tensors.items():
@@ -216,13 +218,6 @@ def _blank(config: Any, dtype: torch.dtype | str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
-
-
-def _read_generation_config(model: Any, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _check_levels(source: str, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from quicksilver.errors import ModelError, WeightFilesWarning, first_line
 from quicksilver.models.nesting import is_tied
 from quicksilver.quant.storage import INDEX, list_shards
 
+GENERATION_CONFIG = "generation_config.json"
 _NAMED = 3  # of all names, where there are many
 _NO_WEIGHTS = re.compile(r"\.attn\.masked_bias$")
 """A constant in old files of GPT-2; other constants transformers leaves out itself."""
@@ -42,6 +43,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
 
     if os.path.isdir(source):
         _check_files(Path(source))
+        read_generation_config(Path(source))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -70,6 +72,23 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
             " files hold another lm_head.weight; that is used, as in transformers"
         )
     return model
+
+
+def read_generation_config(folder: Path) -> Any:
+    """Return the generation settings of a folder, None where it has none.
+
+    Raises:
+        ModelError: they make no sense to transformers.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # settings of any kind, checked by whatever they are first used for
+        raise ModelError(f"{file}: these settings cannot be used: {first_line(error)}; mend the file") from None
 
 
 def _check_files(folder: Path) -> None:
