@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 
 def make(target: str, python: str | Path, venv: Path) -> subprocess.CompletedProcess[str]:
-    command = ["make", target, f"PYTHON={python}", f"VENV={venv}"]
+    command = ["make", "--no-print-directory", target, f"PYTHON={python}", f"VENV={venv}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 

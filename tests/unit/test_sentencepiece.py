@@ -128,7 +128,8 @@ def test_other_classes_name_the_packages_they_need(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     folder = write(trained("bpe, as of Llama 2"), tokenizer_class="CodeLlamaTokenizer")
-    monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda: False)
+    for name in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(f"transformers.utils.is_{name}_available", lambda there=name != package: there)
     with pytest.raises(ModelError, match=rf"a CodeLlamaTokenizer .* {package} is not installed: pip install"):
         quicksilver.load_tokenizer(folder)
 
