@@ -72,7 +72,9 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
     print(_TIME)
     if calibrated:
         print(_CALIBRATED)
-    sample = demo.sample(model, tokenizer, demo.shallowest(results[0]))
-    depth = f"mean depth {sample.stats.mean_depth:.2f} of {sample.stats.num_layers} layers"
-    print(f"\nGenerated under plan '{sample.plan}' ({depth}):\n  {sample.text}\n")
+    strongest = [plan for plan in fitted if plan in calibrated][-1:]
+    runner, plan = (nested, strongest[0]) if nested and strongest else (model, demo.shallowest(results[0]))
+    sample = demo.sample(runner, tokenizer, plan)
+    saved = f"{sample.stats.flops_reduction:.1%} of the FLOPs saved"
+    print(f"\nGenerated under plan '{sample.plan}' ({saved}):\n  {sample.text}\n")
     print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")
