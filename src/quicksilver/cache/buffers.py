@@ -6,6 +6,7 @@ A buffer knows nothing of layers, sequences or attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,17 +70,9 @@ class RowBuffer:
         self._storage[self.length : end] = rows
         self.length = end
 
-    def extend(self, count: int) -> int:
-        """Add `count` rows that a kernel is about to write; return the address of the first row of all."""
-        end = self._length + count
-        if end > self._capacity:
-            self._grow(end)
-        self.length = end
-        return self._storage.data_ptr()  # not kept: a copy of the buffer has its rows elsewhere
-
-    def extend_coded(self, count: int) -> tuple[int, int]:
-        """Like `extend`; return where scales lie too, which floats have not: 0."""
-        return self.extend(count), 0
+    def parts(self) -> tuple[RowBuffer, RowBuffer | None]:
+        """Return what holds the rows and what holds their scales, which floats have not."""
+        return self, None
 
     @property
     def kept(self) -> Tensor:
@@ -112,3 +105,24 @@ class RowBuffer:
         nbytes = self._capacity * self.row_nbytes
         self._account.allocated += nbytes - self.nbytes
         self.nbytes = nbytes
+
+
+def extend_all(buffers: Sequence[RowBuffer | None], count: int) -> tuple[list[int], list[int]]:
+    """Add `count` rows, which a kernel is about to write, to each of several buffers.
+
+    A decoded token extends some in every layer, so this is one loop and not a call for each.
+
+    Returns:
+        For each buffer the address of its first row of all and how many rows it held; 0 and 0 for None. Addresses are
+        not to be kept: rows may move.
+    """
+    addresses, held = [0] * len(buffers), [0] * len(buffers)
+    for place, buffer in enumerate(buffers):
+        if buffer is not None:
+            held[place] = before = buffer._length
+            if before + count > buffer._capacity:
+                buffer._grow(before + count)
+            buffer._length = before + count
+            buffer._account.used += count * buffer.row_nbytes
+            addresses[place] = buffer._storage.data_ptr()
+    return addresses, held

@@ -65,9 +65,9 @@ class CodedRowBuffer:
         self._codes.append(codes)
         self._scales.append(scales)
 
-    def extend_coded(self, count: int) -> tuple[int, int]:
-        """Add `count` rows that a kernel is about to write; return the addresses of all codes and of their scales."""
-        return self._codes.extend(count), self._scales.extend(count)
+    def parts(self) -> tuple[RowBuffer, RowBuffer | None]:
+        """Return what holds the codes and what holds their scales."""
+        return self._codes, self._scales
 
     @property
     def rows(self) -> Tensor:

@@ -174,9 +174,10 @@ class RaggedKVCache:
             For each layer and sequence, one after another, what `EntryStore.extend` gives.
         """
         places: list[int] = []
-        for layer_idx in layers:
-            for store, length in zip(self._stores, lengths, strict=True):
-                places.extend(store.extend(layer_idx, length))
+        of_stores = [store.extend(layers, length) for store, length in zip(self._stores, lengths, strict=True)]
+        for of_layer in zip(*of_stores, strict=True):
+            for place in of_layer:
+                places += place
         return places
 
     def take_back(self, after_layer: int, seq: int, position: int) -> list[TakenBack]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quicksilver.cache.buffers import Account, RowBuffer
+from quicksilver.cache.buffers import Account, RowBuffer, extend_all
 from quicksilver.cache.coded import CodedRowBuffer
+
+_PARTS, _POSITIONS = 6, 4  # buffers of a layer as kernels take them, and which of them holds positions
 
 EntryRows = RowBuffer | CodedRowBuffer
 """Holds keys, or values."""
@@ -30,6 +32,10 @@ class EntryStore:
         self._masses: dict[int, RowBuffer] = {}  # of layers that hold an entry for several tokens
         self._keys = [new_rows(self._account) for _ in range(num_layers)]
         self._values = [new_rows(self._account) for _ in range(num_layers)]
+        self._parts: list[list[RowBuffer | None]] = []
+        for keys, values, positions in zip(self._keys, self._values, self._positions, strict=True):
+            (key_rows, key_scales), (value_rows, value_scales) = keys.parts(), values.parts()
+            self._parts.append([key_rows, value_rows, key_scales, value_scales, positions])
 
     def append(self, layer_idx: int, positions: Tensor, keys: Tensor, values: Tensor, masses: Tensor | None) -> None:
         """Write [M] entries of a layer.
@@ -50,19 +56,19 @@ class EntryStore:
             self._masses[layer_idx].append(torch.ones_like(positions) if masses is None else masses)
         self._positions[layer_idx].append(positions)
 
-    def extend(self, layer_idx: int, count: int) -> tuple[int, ...]:
+    def extend(self, layers: range, count: int) -> list[list[int]]:
         """Add entries that a kernel is about to write after those held.
 
         Returns:
-            Addresses of all keys, values, scales of keys, scales of values, positions and masses (0 for scales or
-            masses that there are not), and how many entries the layer held.
+            For each layer the addresses of all keys, values, scales of keys, scales of values, positions and masses (0
+            for scales or masses that there are not), and how many entries the layer held.
         """
-        positions, masses = self._positions[layer_idx], self._masses.get(layer_idx)
-        held = positions.length
-        keys, key_scales = self._keys[layer_idx].extend_coded(count)
-        values, value_scales = self._values[layer_idx].extend_coded(count)
-        of_masses = 0 if masses is None else masses.extend(count)
-        return keys, values, key_scales, value_scales, positions.extend(count), of_masses, held
+        buffers: list[RowBuffer | None] = []
+        for layer_idx in layers:
+            buffers += self._parts[layer_idx]
+            buffers.append(self._masses.get(layer_idx))
+        addresses, held = extend_all(buffers, count)
+        return [[*addresses[at : at + _PARTS], held[at + _POSITIONS]] for at in range(0, len(buffers), _PARTS)]
 
     def drop_last(self, layers: list[int]) -> None:
         """Forget the last entry of each of these layers."""
