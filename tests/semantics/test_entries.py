@@ -92,11 +92,11 @@ def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.KVFill | None) 
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())
     depths = torch.randint(1, 6, (LENGTH,), generator=generator)
     halting = None if fill is None else rules.ForcedRule(tuple(depths.tolist()))
-    plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="mass")
-    fusion = oracle.Fusion((0, 1), 3, "mass", lambda layer_idx, hidden, earlier, later: joins[later])
+    # Not by means: they are taken in float32, which moves one of 12,000 numbers across a tie of the entries' rounding.
+    plan = fusion_plan(rules.ForcedFusionRule(joins), halting, fill, layers=(1, 2), weights="last")
+    fusion = oracle.Fusion((0, 1), 3, "last", lambda layer_idx, hidden, earlier, later: joins[later])
     halts = oracle.never if fill is None else lambda layer_idx, *_: depths <= layer_idx + 1
-    seed = 6  # means of groups are float32's, and with some seeds one of 12,000 numbers lies that near a rounding's tie
-    check(name, seed, plan, 8 if fill is None else 16, halts, fusion)
+    check(name, 5, plan, 8 if fill is None else 16, halts, fusion)
 
 
 @settings(max_examples=60, deadline=None)
