@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    EosTokenCriteria,
+    GenerationMixin,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.generation import BaseStreamer
 
 import quicksilver
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import EntropyRule, PropagateFill, RandomFusionRule
-from quicksilver.errors import InputError
+from quicksilver.errors import InputError, UnsupportedFeatureError
 from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.sampling import Draw
 from tests import tiny
@@ -331,3 +338,82 @@ def test_rows_that_ended_without_a_cache(plan: str) -> None:
         **left_padded(), max_new_tokens=8, eos_token_id=int(free[1, 11]), pad_token_id=299, **more
     )
     assert torch.equal(options(use_cache=False), options())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["dense", "fused"])
+def test_a_refused_call_takes_nothing_back_of_a_cache(fused: bool) -> None:
+    plan = fusion_plan(RandomFusionRule(0.7), scope="prompt") if fused else Plan.dense()
+    model = quicksilver.accelerate(tiny.model("llama"), plan)
+    ids = torch.cat((PROMPT, PROMPT), 1)
+    for prompt, wrong in (
+        (PROMPT, {"seed": [1, 2], "do_sample": True}),
+        (PROMPT, {"max_new_tokens": 500}),
+        (PROMPT, {"stop_strings": ["a"]}),
+        (PROMPT, {"position_ids": torch.arange(1, 10)[None]}),
+        (PROMPT, {"prefill_chunk_size": -1}),
+        (ids[:, 9:12], {"attention_mask": torch.ones(1, 11)}),  # neither the new tokens' columns nor all of them
+        (ids[:, 9:12], {"attention_mask": torch.ones(1, 13)}),
+    ):
+        cache = model(PROMPT, logits_to_keep=1).past_key_values
+        with pytest.raises((InputError, UnsupportedFeatureError)):
+            model.generate(prompt, past_key_values=cache, **{"max_new_tokens": 3, **wrong})
+        assert cache.get_seq_length() == 9
+        expected = model.generate(ids, **FREE, max_new_tokens=3) if not fused else None
+        if expected is not None:
+            assert torch.equal(model.generate(ids, **FREE, max_new_tokens=3, past_key_values=cache), expected)
+
+
+def test_wrong_labels_and_columns_are_refused_before_anything_is_fed(model: Any) -> None:
+    cache = model(PROMPT).past_key_values
+    for wrong in ({"labels": torch.ones(1, 3, dtype=torch.long)}, {"logits_to_keep": [9]}):
+        with pytest.raises(InputError):
+            model(PROMPT, past_key_values=cache, **wrong)
+    assert cache.get_seq_length() == 9
+
+
+def test_criteria_of_a_kind_stand_in_for_those_of_settings() -> None:
+    reference = tiny.model("llama")
+    model = quicksilver.accelerate(reference)
+    free = reference.generate(**left_padded(), **FREE, max_new_tokens=8)
+    ends = EosTokenCriteria(int(free[1, 11]))
+    for criteria, options in (
+        ([MaxLengthCriteria(16)], {"max_new_tokens": 3, **FREE}),
+        ([ends], {"max_new_tokens": 8, "eos_token_id": int(free[0, 10]), "pad_token_id": 299}),
+        ([ends], {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 299}),
+    ):
+        options["stopping_criteria"] = StoppingCriteriaList(criteria)
+        expected = reference.generate(**left_padded(), **options)
+        assert torch.equal(model.generate(**left_padded(), **options), expected)
+
+
+def test_guidance_goes_before_other_processors() -> None:
+    reference = tiny.model("gpt2")
+    model = quicksilver.accelerate(reference)
+    options = {**FREE, "max_new_tokens": 6, "guidance_scale": 1.7, "repetition_penalty": 1.8}
+    assert torch.equal(model.generate(PROMPT, **options), reference.generate(PROMPT, **options))
+
+
+def test_a_padded_cache_is_continued_without_a_mask_as_with_it(model: Any) -> None:
+    inputs = left_padded((9, 5))
+    ids = torch.cat((inputs["input_ids"], tiny.token_ids(6, seed=11).view(2, 3)), 1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)), 1)
+    options = {**FREE, "pad_token_id": None, "max_new_tokens": 5, "repetition_penalty": 1.5}
+    tokens = [
+        model.generate(ids, past_key_values=model(**inputs).past_key_values, **options, **given)
+        for given in ({}, {"attention_mask": mask})
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_a_prompts_chunks_ask_the_head_once() -> None:
+    model = quicksilver.accelerate(tiny.model("gpt2"))
+    flops = []
+    for chunk in (None, 2):
+        model.generate(PROMPT, **FREE, max_new_tokens=1, prefill_chunk_size=chunk)
+        flops.append(model.stats.flops)
+    assert flops[0] == flops[1]
+
+
+def test_nothing_is_drawn_from_scores_that_leave_no_token() -> None:
+    with pytest.raises(InputError, match="no token can be drawn"):
+        Draw(True, [(3, 0)])(torch.full((1, 4), -torch.inf), [0])

@@ -48,7 +48,7 @@ class FedColumns:
             before = self.real
             if before is None:
                 before = real.new_ones((real.shape[0], self._count))
-            self._real = torch.cat((before, real), dim=1)
+            self._real = torch.cat((before, real.to(token_ids.device)), dim=1)
         self._count += token_ids.shape[1]
         self._token_ids.append(token_ids)
 

@@ -91,9 +91,6 @@ class RaggedKVCache:
         tails: where each sequence's last group stands at each fusion layer.
     """
 
-    is_compileable = False  # as are `is_linear` and `get_seq_length`, for transformers' `generate`
-    is_linear = (False,)
-
     def __init__(
         self,
         shape: CacheShape,
@@ -233,6 +230,7 @@ class RaggedKVCache:
             columns = operator.index(columns)
         except TypeError:
             raise InputError(f"crop needs a number of columns, got {columns!r}") from None
+        self.check_columns()
         count = columns if columns > 0 else self.fed.count + columns
         if not 0 <= count <= self.fed.count:
             raise InputError(f"crop({columns}) does not fit a cache of {self.fed.count} columns")
@@ -242,12 +240,17 @@ class RaggedKVCache:
         self.truncate([count] * self.batch_size if real is None else real[:, :count].sum(1).tolist())
         self.fed.crop(count)
 
+    def check_columns(self) -> None:
+        """Raise InputError where tokens were fed that no column stands for: by the engine, not by calls of a model."""
+        if self.fed.count < max(self.seq_lengths):
+            raise InputError("the cache was not filled by calls of the model alone, so its columns are not known")
+
     def reset(self) -> None:
         """Take back everything, also what a pass that failed has left."""
         self.truncate([0] * self.batch_size)
         for store in self._stores:
             store.truncate(0)
-        self.fed = FedColumns()
+        self.fed, self.tails = FedColumns(), FusionTails(self.tails.layers, self.batch_size)
         self.in_pass = False
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
@@ -259,6 +262,8 @@ class RaggedKVCache:
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool and tuple(indices.shape) == (self.batch_size,):
             indices = indices.nonzero().squeeze(-1)
+        elif indices.dtype == torch.bool:
+            raise InputError(f"a mask over the cache's {self.batch_size} sequences has shape {tuple(indices.shape)}")
         chosen = indices.tolist()
         if (
             indices.dim() != 1
@@ -310,5 +315,5 @@ class RaggedKVCache:
         return sum(store.num_entries for store in self._stores)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the columns seen, padding included, by which transformers slices what it feeds next."""
+        """Return the columns seen, padding included, as transformers' caches do."""
         return max(self.fed.count, *self.seq_lengths)

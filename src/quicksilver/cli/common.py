@@ -185,11 +185,14 @@ def own_lines() -> Iterator[None]:
         for category in notes:
             warnings.simplefilter("always", category)
         warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
-        yield
+        try:
+            yield
+        finally:  # a note may say why something failed
+            for warning in caught:
+                if issubclass(warning.category, notes):
+                    print(f"quicksilver: note: {warning.message}", file=sys.stderr)
     for warning in caught:
-        if issubclass(warning.category, notes):
-            print(f"quicksilver: note: {warning.message}", file=sys.stderr)
-        else:
+        if not issubclass(warning.category, notes):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 

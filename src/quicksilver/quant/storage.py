@@ -84,6 +84,7 @@ class TensorWriter:
         )
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
         self._folder, self._file_of = folder, split.tensor_to_filename
+        self._written: set[str] = set()
         self._shards = {
             file: _Shard({name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
         }
@@ -101,10 +102,14 @@ class TensorWriter:
         Raises:
             OSError: a file cannot be written.
         """
+        self._written.add(name)
         file = self._file_of[name]
         self._shards[file].write(self._files[file], name, tensor)
 
     def __exit__(self, kind: object, *rest: object) -> None:
+        missing = [name for name in self._file_of if name not in self._written]
+        if kind is None and missing:
+            raise AssertionError(f"tensor {missing[0]!r} was not written")
         with self._open:
             if kind is None:
                 for file, shard in self._shards.items():

@@ -1,14 +1,14 @@
 """`generate`: a prompt, then token by token, by greedy decoding or sampling; over public parts of transformers.
 
-Settings are resolved in `settings.py`; tokens are chosen, and rows end, in `sampling.py`. All is as in transformers,
-but that a padded row gives what the row alone gives: processors and stop strings do not see padding. `max_length` and
-`min_length` count columns, padding included, as there, and a caller's own processors and criteria, watermarks and
-guidance see the padded batch. A row that has ended is fed its last token and no padding after it; its logits and scores
-are 0 from there.
+Settings are resolved in `settings.py`; tokens are chosen, and rows end, in `sampling.py`. A padded row gives what the
+row alone gives, where transformers lets processors and stop strings see padding. As there, `max_length` and
+`min_length` count columns, padding included, and a caller's own processors and criteria, watermarks and guidance see
+the padded batch. A row that has ended is fed its last token and no padding after it; its logits are 0 from there.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.generation import (
+    EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     LogitsProcessor,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StopStringCriteria,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
-from quicksilver.runtime.continuation import rejoin
+from quicksilver.runtime.continuation import check_beginning, leave_some_to_feed
+from quicksilver.runtime.grids import check_positions, real_tokens
 from quicksilver.runtime.processors import PrefixFunction, of_rows, warpers, without
 from quicksilver.runtime.sampling import Draw, Ending, Rows, TokenChoice
 from quicksilver.runtime.settings import Settings
@@ -36,7 +40,8 @@ from quicksilver.runtime.settings import Settings
 if TYPE_CHECKING:
     from quicksilver.runtime.generation import QuickSilverForCausalLM
 
-_CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers' outputs call the cache: `cache` from 5.24 on. Callers may use either name."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,10 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
     lengths = [ids.shape[1]] * len(ids) if real is None else real.sum(1).tolist()
     seen = [before for before in feed.seen for _ in range(repeats)]
     positions = [before + length for before, length in zip(seen, lengths, strict=True)]
-    left = settings.new_tokens(ids.shape[1], max(positions), model.adapter.spec.max_positions)
+    own_limits = [each.max_length for each in request.stopping_criteria if type(each) is MaxLengthCriteria]
+    left = settings.new_tokens(
+        ids.shape[1], max(positions), model.adapter.spec.max_positions, min(own_limits, default=None)
+    )
     rows = Rows(ids, real)
     kept: dict[str, list[Tensor]] = {
         name: []
@@ -103,12 +111,12 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
     if not config.return_dict_in_generate:
         return rows.input_ids
     records = {name: tuple(values) for name, values in kept.items()}
-    return GenerateDecoderOnlyOutput(sequences=rows.input_ids, **records, **{_CACHE: feed.cache})  # type: ignore[arg-type]
+    return GenerateDecoderOnlyOutput(sequences=rows.input_ids, **records, **{CACHE_FIELD: feed.cache})  # type: ignore[arg-type]
 
 
 def _choice(model: QuickSilverForCausalLM, settings: Settings, request: Request, rows: Rows, left: int) -> TokenChoice:
     """Return how tokens are chosen: by processors of each part, the caller's own, and those of sampling."""
-    config, own = settings.config, list(request.logits_processor)
+    config, own, first = settings.config, list(request.logits_processor), []
     parts, made = rows.parts, []
     for index, part in enumerate(parts):
         prefix = request.prefix_allowed_tokens_fn
@@ -122,8 +130,8 @@ def _choice(model: QuickSilverForCausalLM, settings: Settings, request: Request,
         guided = UnbatchedClassifierFreeGuidanceLogitsProcessor(
             config.guidance_scale, model, unconditional_ids=ids, unconditional_attention_mask=mask
         )
-        own.insert(0, guided)
-    return TokenChoice(made, [*own, *last], Draw(config.do_sample, _seeds(request.seed, len(rows.input_ids))))
+        first.append(guided)
+    return TokenChoice(first, made, [*own, *last], Draw(config.do_sample, _seeds(request.seed, len(rows.input_ids))))
 
 
 def _of_row(prefix: PrefixFunction, row: int) -> PrefixFunction:
@@ -134,23 +142,30 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[tuple[int, int]
     """Return each row's key: one seed for all is told apart by the row, a seed of its own says all."""
     if seed is None:
         return None
-    keys = [(seed, row) for row in range(count)] if isinstance(seed, int) else [(each, 0) for each in seed]
-    if len(keys) != count:
-        raise InputError(f"{len(keys)} seeds were given for {count} sequences")
-    if not all(isinstance(each, int) and 0 <= each < 2**64 for each, _ in keys):
+    try:
+        each = [operator.index(one) for one in seed] if isinstance(seed, Sequence) else [operator.index(seed)] * count
+    except TypeError:
+        each = [-1]
+    if not all(0 <= one < 2**64 for one in each):
         raise InputError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return keys
+    if len(each) != count:
+        raise InputError(f"{len(each)} seeds were given for {count} sequences")
+    return [(one, 0 if isinstance(seed, Sequence) else row) for row, one in enumerate(each)]
 
 
 def _ending(settings: Settings, request: Request, count: int, left: int, scores: Any) -> Ending:
-    config, own, made = settings.config, list(request.stopping_criteria), []
-    if config.stop_strings is not None:
+    """Return when rows end; criteria of the caller's stand in for those of their kind that settings ask for."""
+    config, own = settings.config, list(request.stopping_criteria)
+    kinds, made = {type(each) for each in own}, []
+    if config.stop_strings is not None and StopStringCriteria not in kinds:
         if request.tokenizer is None:
             raise InputError("stop_strings need the model's tokenizer: generate(..., tokenizer=tokenizer)")
         made.append(StopStringCriteria(tokenizer=request.tokenizer, stop_strings=config.stop_strings))
-    if config.max_time is not None:
+    if config.max_time is not None and MaxTimeCriteria not in kinds:
         own.append(MaxTimeCriteria(max_time=config.max_time))
-    return Ending(count, left, settings.eos_token_ids, made, own, settings.padding, scores)
+    eos = () if EosTokenCriteria in kinds else settings.eos_token_ids
+    fills = bool(eos) or any(hasattr(each, "eos_token_id") for each in own)
+    return Ending(count, left, eos, made, own, settings.padding if fills else None, scores)
 
 
 @contextmanager
@@ -197,13 +212,29 @@ class _Feed:
             if columns > ids.shape[1]:
                 raise InputError(f"attention_mask has {columns} columns for {ids.shape[1]} of input_ids and no cache")
             self.cache = model.decoder.new_cache(len(ids)) if settings.config.use_cache else None
-            return
+        else:
+            self._check_cache(self.cache, settings, columns)
+        if request.position_ids is not None:
+            given = None if self.mask is None else self.mask[:, -ids.shape[1] :]
+            check_positions(request.position_ids, real_tokens(ids, given), self.seen)
+
+    def _check_cache(self, cache: RaggedKVCache, settings: Settings, columns: int) -> None:
+        """Refuse a cache that does not fit; nothing of it is taken back before all else is known to be right."""
+        ids, fed = self._request.input_ids, cache.fed
         if not settings.config.use_cache:
             raise InputError("a cache was given, and use_cache=False says not to use one; leave out one of them")
-        model.decoder.check_cache(self.cache, len(ids))
-        rejoin(self.cache, ids, mask, columns)
+        self._model.decoder.check_cache(cache, len(ids))
         if columns > ids.shape[1]:  # the new tokens alone were given
-            self.seen = mask[:, : -ids.shape[1]].sum(1).tolist()  # type: ignore[index]
+            if columns != fed.count + ids.shape[1]:
+                raise InputError(
+                    f"attention_mask has {columns} columns; the cache holds {fed.count}, and {ids.shape[1]} are new"
+                )
+            self.seen = self.mask[:, : -ids.shape[1]].sum(1).tolist()  # type: ignore[index]
+            return
+        check_beginning(cache, ids, self.mask)
+        if self.mask is None and fed.real is not None:  # what was padding is no token of the prompt
+            new = fed.real.new_ones((len(ids), ids.shape[1] - fed.count))
+            self.mask = torch.cat((fed.real, new), dim=1).to(ids.device)
 
     def prompt(self, repeats: int) -> Tensor:
         """Feed the prompt; return the logits of what follows, [B * repeats, vocab], rows and cache repeated."""
@@ -211,23 +242,16 @@ class _Feed:
         if cache is None:
             self._real = mask if mask is None else mask.repeat_interleave(repeats, dim=0)
             return self._whole(ids, mask).repeat_interleave(repeats, dim=0)
-        before = cache.fed.count
         columns = ids.shape[1] if mask is None else mask.shape[1]
-        ids = ids[:, before - columns :] if before < columns else ids
-        position_ids, done, logits = self._request.position_ids, before, None
-        for chunk in ids.split(self._chunk or ids.shape[1], dim=1):
+        leave_some_to_feed(cache, columns)
+        done = cache.fed.count
+        *earlier, last = ids[:, done - columns :].split(self._chunk or columns, dim=1)
+        for chunk in earlier:  # nobody asks what these predict
             done += chunk.shape[1]
-            own = None if position_ids is None else position_ids[..., : position_ids.shape[-1] + done - columns]
-            logits = self._call(
-                chunk,
-                None if mask is None else mask[:, :done],
-                cache,
-                prompt=True,
-                position_ids=None if own is None else own[..., -chunk.shape[1] :],
-            )
+            self._call(chunk, None if mask is None else mask[:, :done], cache, prompt=True, logits_to_keep=slice(0, 0))
+        logits = self._call(last, mask, cache, prompt=True)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-        assert logits is not None
         return logits.repeat_interleave(repeats, dim=0)
 
     def step(self, rows: Rows, tokens: Tensor, running: Sequence[bool]) -> Tensor:
@@ -265,13 +289,6 @@ class _Feed:
 
     def _call(self, ids: Tensor, mask: Tensor | None, cache: RaggedKVCache | None, **options: Any) -> Tensor:
         """Return the logits after the last column by a call of the model, which hooks on it see."""
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1,
-            trace=self._trace,
-            **options,
-        )
-        return output.logits[:, -1]
+        options = {"logits_to_keep": 1, "trace": self._trace, "use_cache": cache is not None} | options
+        logits = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, **options).logits
+        return logits[:, -1] if logits.shape[1] else logits

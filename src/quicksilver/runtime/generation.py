@@ -24,14 +24,19 @@ from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.facts import ModelFacts
-from quicksilver.runtime.generate import Request, generate, told_the_end
-from quicksilver.runtime.grids import Columns, check_positions, grid_logits, real_tokens, shifted_loss, split_mask
+from quicksilver.runtime.generate import CACHE_FIELD, Request, generate, told_the_end
+from quicksilver.runtime.grids import (
+    Columns,
+    check_positions,
+    grid_logits,
+    kept_columns,
+    real_tokens,
+    shifted_loss,
+    split_mask,
+)
 from quicksilver.runtime.presets import resolve_plan
 from quicksilver.runtime.settings import Settings
 from quicksilver.runtime.stats import RunStats
-
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls the cache: `cache` from 5.24 on. Callers may use either name."""
 
 
 class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
@@ -185,6 +190,9 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))
         if position_ids is not None:
             check_positions(position_ids, grid, kept or cache.seq_lengths)
+        if labels is not None and tuple(labels.shape) != grid.shape:
+            raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {grid.shape}")
+        wanted = None if labels is not None else kept_columns(logits_to_keep, grid.columns, self.device)
         if kept is not None:  # nothing is taken back for a call that is then refused
             decoder.check_tokens(grid.token_ids, grid.lengths, kept)
             cache.truncate(kept)
@@ -195,8 +203,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         else:
             hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
         cache.fed.append(input_ids.clone(), None if grid.places is None else real)
-        keep = 0 if labels is not None else logits_to_keep
-        logits = grid_logits(hidden, grid, keep, lambda rows: decoder.logits(rows, trace))
+        logits = grid_logits(hidden, grid, wanted, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, grid)
         output = self._output(logits, loss, cache, use_cache)
         return output.to_tuple() if return_dict is False else output
@@ -206,7 +213,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return what `forward` gives, the cache where it is wanted."""
         wanted = self.config.use_cache if use_cache is None else use_cache
-        given: dict[str, Any] = {_CACHE: cache if wanted else None}
+        given: dict[str, Any] = {CACHE_FIELD: cache if wanted else None}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
 
     @staticmethod
@@ -281,7 +288,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                     raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
             ids = self._prompts(inputs, given.pop("input_ids"), settings)
             if settings.config.token_healing:
-                ids = self.heal_tokens(ids, tokenizer)
+                ids, given["attention_mask"] = self._heal(ids, given["attention_mask"], tokenizer), None
             cache = None if cache is None else self._check_cache(cache, len(ids))
             self._follow_modules()
             trace = self._decoder.new_trace()
@@ -301,6 +308,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             self._trace = trace  # a processor may have called the model in between
             return output
 
+    def _heal(self, input_ids: Tensor, attention_mask: Tensor | None, tokenizer: Any) -> Tensor:
+        """Return prompts whose last tokens fit what may follow, by transformers' own `heal_tokens`."""
+        if attention_mask is not None and not bool((attention_mask != 0).all()):
+            raise UnsupportedFeatureError("token_healing of padded prompts is not supported; pass one at a time")
+        return self.heal_tokens(input_ids, tokenizer)
+
     @staticmethod
     def _prompts(inputs: Tensor | None, input_ids: Tensor | None, settings: Settings) -> Tensor:
         if inputs is not None and input_ids is not None:
@@ -318,7 +331,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
     def is_watched(self) -> bool:
         """Whether somebody counts on every token's call: by hooks, or by a `forward` of a class of their own."""
         hooks = (self._forward_hooks, self._forward_pre_hooks)
-        return any(hooks) or type(self).forward is not QuickSilverForCausalLM.forward
+        return any(hooks) or "forward" in vars(self) or type(self).forward is not QuickSilverForCausalLM.forward
 
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:

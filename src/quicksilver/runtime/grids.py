@@ -94,28 +94,47 @@ Columns = int | slice | Tensor | Sequence[int] | None
 """Which columns' logits are wanted: so many of the last (0 or None: all), or which."""
 
 
-def grid_logits(hidden: Tensor, grid: Grid, keep: Columns, head: Callable[[Tensor], Tensor]) -> Tensor:
+def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
+    """Return which of so many columns' logits are wanted, indices [K]; None for all, in order.
+
+    Args:
+        keep: number of last columns (0 or None: all), or which, by indices that may count from the end, a slice or a
+            mask [T].
+        columns: T.
+        device: of the result.
+
+    Raises:
+        InputError: indices of columns that there are not.
+    """
+    if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
+        return None
+    every = torch.arange(columns, device=device)
+    if isinstance(keep, int):
+        return every[-keep:]
+    try:
+        if not isinstance(keep, slice):
+            keep = torch.as_tensor(keep if isinstance(keep, Tensor) or len(keep) else every[:0]).to(device)
+        return every[keep].reshape(-1)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"logits_to_keep does not choose among {columns} columns: {error}") from None
+
+
+def grid_logits(hidden: Tensor, grid: Grid, kept: Tensor | None, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Return logits [B, K, vocab] of some columns; only real tokens pass through the head, padding gets zeros.
 
     Args:
         hidden: [N, d] states of the grid's real tokens.
         grid: where they stand.
-        keep: number of last columns to keep (0: all), or which, by indices [K], a slice or a mask [T].
+        kept: [K] columns, None for all.
         head: [M, d] to [M, vocab].
-
-    Raises:
-        InputError: indices of columns that there are not.
     """
     batch, columns = grid.shape
-    keep = 0 if keep is None else keep
-    if columns == 1 and grid.places is None and isinstance(keep, int):
-        return head(hidden).view(batch, 1, -1)
-    kept = torch.arange(columns, device=hidden.device)
-    kept = kept[-keep:] if isinstance(keep, int) else _chosen(kept, keep)
+    if kept is None and grid.places is None:
+        return head(hidden).view(batch, columns, -1)
+    kept = torch.arange(columns, device=hidden.device) if kept is None else kept
     if grid.places is None:
         rows = kept + columns * torch.arange(batch, device=hidden.device)[:, None]  # [B, K]
-        in_order = isinstance(keep, int) and len(kept) == columns
-        logits = head(hidden if in_order else hidden[rows.flatten()])
+        logits = head(hidden[rows.flatten()])
         return logits.view(batch, len(kept), logits.shape[-1])
     row_of = torch.full((batch * columns,), -1, device=hidden.device)
     row_of[grid.places] = torch.arange(hidden.shape[0], device=hidden.device)
@@ -127,24 +146,8 @@ def grid_logits(hidden: Tensor, grid: Grid, keep: Columns, head: Callable[[Tenso
     return padded.view(batch, len(kept), padded.shape[-1])
 
 
-def _chosen(columns: Tensor, indices: Columns) -> Tensor:
-    """Return the columns of indices [K], which may count from the end, of a slice or of a mask."""
-    try:
-        if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices).to(columns.device)
-        return columns[indices].reshape(-1)
-    except (IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"logits_to_keep does not choose among {len(columns)} columns: {error}") from None
-
-
 def shifted_loss(logits: Tensor, labels: Tensor, grid: Grid) -> Tensor:
-    """Mean cross-entropy of each real token's prediction against the next label; labels of -100 are ignored.
-
-    Raises:
-        InputError: labels of another shape than the grid.
-    """
-    if tuple(labels.shape) != grid.shape:
-        raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {grid.shape}")
+    """Mean cross-entropy of each real token's prediction against the next label [B, T]; -100 is ignored."""
     targets = labels[:, 1:].to(logits.device)
     if grid.places is not None:
         real = torch.zeros(grid.shape, dtype=torch.bool, device=logits.device)

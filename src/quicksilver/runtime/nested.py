@@ -29,7 +29,7 @@ from quicksilver.runtime.plain import read_generation_config
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
 """Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_nested(

@@ -55,7 +55,9 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    except NotImplementedError:  # transformers compares the two, and one was not read
+    except NotImplementedError as error:  # transformers compares the two, and one was not read
+        if not getattr(config, "tie_word_embeddings", False):
+            raise ModelError(f"{source}: cannot load the model: {first_line(error)}") from None
         raise ModelError(
             f"{source}: lm_head.weight or the token embedding, which the configuration ties to one another"
             " (tie_word_embeddings), is stored in another shape than the configuration says"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from quicksilver.errors import InputError
+
 
 class Rows:
     """The tokens of a batch as they grow, with their padding and without.
@@ -60,6 +62,8 @@ class Draw:
         if self.seeds is None:
             return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         shares = scores.double().softmax(-1).cumsum(-1)
+        if not bool(shares[:, -1].isfinite().all()):
+            raise InputError("no token can be drawn: every score is minus infinity, or one is not a number")
         wanted = [keyed_uniform(*seed, position) for seed, position in zip(self.seeds, positions, strict=True)]
         wanted = torch.tensor(wanted, dtype=shares.dtype, device=shares.device)[:, None] * shares[:, -1:]
         return torch.searchsorted(shares, wanted, right=True).squeeze(1).clamp(max=scores.shape[-1] - 1)
@@ -76,18 +80,20 @@ class TokenChoice:
     """How the next tokens are chosen.
 
     Attributes:
+        first: processors that see the batch as it is, padded, before all others.
         of_parts: processors of each of a batch's parts (see `Rows.parts`).
         of_batch: those that follow, which see the batch as it is, padded.
         draw: of a token.
     """
 
+    first: Sequence[LogitsProcessor]
     of_parts: Sequence[Sequence[LogitsProcessor]]
     of_batch: Sequence[LogitsProcessor]
     draw: Draw
 
     def __call__(self, rows: Rows, logits: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the next tokens [B], given rows and their logits [B, vocab], and the scores they were chosen by."""
-        scores: Any = logits
+        scores = _process(rows.input_ids, logits, self.first)
         if any(self.of_parts):
             parts = zip(rows.parts, scores.split(len(scores) // len(self.of_parts)), self.of_parts, strict=True)
             scores = torch.cat([_process(ids, part, processors) for ids, part, processors in parts])
@@ -110,7 +116,8 @@ class Ending:
         eos_token_ids: tokens that end a row.
         of_parts: criteria that look at a row's text (see `Rows.parts`).
         of_batch: the caller's own, which see the batch as it is, padded; given what `scores` returns.
-        padding: fills a row that has ended.
+        padding: fills a row that has ended; None where rows that criteria ended go on while others run, as in
+            transformers where there is no EOS.
     """
 
     def __init__(
@@ -125,13 +132,13 @@ class Ending:
     ) -> None:
         self._left, self._eos = left, frozenset(eos_token_ids)
         self._of_parts, self._of_batch, self._scores = of_parts, of_batch, scores
-        self._padding = 0 if padding is None else padding
+        self._padding = padding
         self._ended = [False] * count
 
     @property
     def running(self) -> list[bool]:
-        """Which rows go on. As in transformers, rows that criteria ended do while others run, if there is no EOS."""
-        return [not ended or not self._eos for ended in self._ended]
+        """Which rows go on."""
+        return [not ended or self._padding is None for ended in self._ended]
 
     @property
     def is_over(self) -> bool:
@@ -143,7 +150,7 @@ class Ending:
         running = self.running
         if all(running):
             return tokens
-        return tokens.masked_fill(~torch.tensor(running, device=tokens.device), self._padding)
+        return tokens.masked_fill(~torch.tensor(running, device=tokens.device), self._padding or 0)
 
     def look(self, rows: Rows, tokens: Tensor) -> None:
         """See which rows have ended, now that tokens [B], the last of each, were added."""

@@ -58,7 +58,7 @@ class SentencePieceModel:
             fields = list(_fields(data))
             pieces = tuple(_piece(dict(_fields(value))) for number, value in fields if number == 1)
             trainer, normalizer = (dict(_fields(b"".join(v for n, v in fields if n == number))) for number in (2, 3))
-        except (IndexError, struct.error, TypeError, UnicodeDecodeError):
+        except (LookupError, struct.error, TypeError, AttributeError, UnicodeDecodeError):
             raise ValueError("not a sentencepiece model, or a damaged one") from None
         if not pieces:
             raise ValueError("not a sentencepiece model, or a damaged one: it holds no tokens")

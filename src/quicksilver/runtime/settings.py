@@ -31,7 +31,13 @@ _DEFAULTS = {
 """What transformers takes where neither the call nor the model says otherwise; the rest is off."""
 _NEW_TOKENS = 20
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_OTHER_WAYS = ("dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+_OTHER_WAYS = {
+    "prompt_lookup_num_tokens": "assisted generation",
+    "assistant_early_exit": "assisted generation",
+    "use_mtp": "assisted generation",
+    "dola_layers": "decoding by contrasting layers (dola_layers)",
+    "speculation_type": "speculation (speculation_type)",
+}
 """Fields, of some releases of transformers, each of which asks for another way of decoding."""
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
@@ -88,19 +94,22 @@ class Settings:
             return None
         return input_ids != padding
 
-    def new_tokens(self, columns: int, longest: int, max_positions: int) -> int:
+    def new_tokens(self, columns: int, longest: int, max_positions: int, own_limit: int | None = None) -> int:
         """Return how many tokens may be added to each row; `max_length` counts columns, as in transformers.
 
         Args:
             columns: of the prompts, padding included.
             longest: tokens of the longest row, padding not counted, those in a cache counted.
             max_positions: of the model.
+            own_limit: columns in all by a criterion of the caller's, which stands in for the settings'.
 
         Raises:
             InputError: a prompt as long as the result may be, or more tokens than the model's context holds.
         """
         config = self.config
-        if config.max_new_tokens is not None:
+        if own_limit is not None:
+            added = max(own_limit - columns, 1)
+        elif config.max_new_tokens is not None:
             added = config.max_new_tokens
         elif self.own_max_length:
             warnings.warn(f"neither max_new_tokens nor max_length is given: {_NEW_TOKENS} new tokens", stacklevel=4)
@@ -120,18 +129,16 @@ class Settings:
 
 def _refuse(config: Any) -> None:
     mode = config.get_generation_mode()
-    other = next((name for name in _OTHER_WAYS if getattr(config, name, None)), None)
-    if other in ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
-        mode = GenerationMode.ASSISTED_GENERATION
-    if mode not in _MODES:
-        raise UnsupportedFeatureError(
-            f"{mode.value.replace('_', ' ')} is not supported; use greedy decoding or sampling"
-        )
-    if other is not None:
-        raise UnsupportedFeatureError(f"{other} is not supported; use greedy decoding or sampling")
+    way = next((way for name, way in _OTHER_WAYS.items() if getattr(config, name, None)), None)
+    if way is None and mode not in _MODES:
+        way = mode.value.replace("_", " ")
+    if way is not None:
+        raise UnsupportedFeatureError(f"{way} is not supported; use greedy decoding or sampling")
     for name in _OUTPUTS:
         if getattr(config, name, None):
             raise UnsupportedFeatureError(f"{name} is not supported by quicksilver")
+    if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
+        raise InputError(f"prefill_chunk_size must be at least 1, got {config.prefill_chunk_size}")
     if config.cache_implementation is not None:
         raise UnsupportedFeatureError(
             f"cache_implementation={config.cache_implementation!r} is not supported; the cache is ragged"
