@@ -217,7 +217,7 @@ def test_a_row_is_the_same_however_many_others_there_are(widths: str) -> None:
     chosen = {"one": None, "by row": draw_widths(700, 1)[:, 0], "by channel": draw_widths(700, 70)}[widths]
 
     def products(rows: slice) -> Tensor:
-        return linear(x[rows], 5 if chosen is None else chosen[rows], kernels="native")
+        return linear(x[rows], 6 if chosen is None else chosen[rows], kernels="native")
 
     whole = products(slice(None))
     for count in (1, 16, 17, 33, 129, 513):
