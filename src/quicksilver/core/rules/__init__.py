@@ -1,5 +1,10 @@
-"""Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
+"""Configuration of each mechanism as frozen dataclasses.
 
+Halting rules decide themselves, and other packages can bring some; what the other configurations decide is in
+`quicksilver.policies`.
+"""
+
+from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
 from quicksilver.core.rules.entries import ENTRY_BITS, HALF_BITS, EntryConfig
@@ -26,6 +31,7 @@ from quicksilver.core.rules.halting import (
     RandomRule,
     RelativeDriftRule,
     ThresholdRule,
+    halting_rule,
 )
 from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
 from quicksilver.core.rules.maps import MapConfig, Shortcut, ShortcutConfig
@@ -60,10 +66,12 @@ __all__ = [
     "FusionScope",
     "FusionWeights",
     "GradedWidthRule",
+    "HaltDecision",
     "HaltingConfig",
     "HaltingRule",
     "KVFill",
     "L2FusionRule",
+    "LayerView",
     "MapConfig",
     "PrecisionConfig",
     "PrecisionRule",
@@ -79,5 +87,6 @@ __all__ = [
     "ThresholdRule",
     "UniformWidthRule",
     "ZeroFill",
+    "halting_rule",
     "threshold_at",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from quicksilver.core.decisions import FusionDecision, PairView
+from quicksilver.core.hashing import hashed_uniform
 from quicksilver.core.rules import RandomFusionRule
-from quicksilver.policies.hashing import hashed_uniform
 
 _STREAM = 1  # another than halting's: which tokens halt must not say which fuse
 

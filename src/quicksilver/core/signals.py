@@ -1,0 +1,88 @@
+"""What halting rules compute of a layer's states; what of it says that a token has settled is the rules' own."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.decisions import HALT_SIGNALS, HaltDecision, LayerView
+from quicksilver.errors import PlanError
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def update_of(view: LayerView) -> Tensor:
+    """Return what the layer added to each row, [N, d] in at least float32: float16 does not hold every difference."""
+    dtype = torch.promote_types(view.after.dtype, torch.float32)
+    return view.after.to(dtype) - view.before.to(dtype)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row of [N, d], in at least float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def relative_drift(view: LayerView) -> Tensor:
+    """Return `||after - before||_2 / ||after||_2` for each token, [N]."""
+    return row_norms(update_of(view)) / row_norms(view.after)
+
+
+def update_cosine(view: LayerView) -> Tensor:
+    """Return the cosine of each token's update and the one before it, which must be in view, [N]."""
+    assert view.previous_update is not None
+    update = update_of(view)
+    return torch.cosine_similarity(update, view.previous_update.to(update.dtype), dim=-1)
+
+
+def nobody(view: LayerView) -> Tensor:
+    """Return that no token halts, [N] bool."""
+    return torch.zeros_like(view.positions, dtype=torch.bool)
+
+
+def check_decision(decider: str, decision: HaltDecision, view: LayerView) -> None:
+    """Raise PlanError where what a rule decided is no decision about the tokens in view; `decider` names the rule."""
+    if not isinstance(decision, HaltDecision):
+        raise PlanError(f"{decider}.decide must return a HaltDecision, got {type(decision).__name__}")
+    halt = decision.halt
+    if not isinstance(halt, Tensor) or halt.dtype != torch.bool or halt.shape != view.positions.shape:
+        got = f"{halt.dtype} of shape {tuple(halt.shape)}" if isinstance(halt, Tensor) else type(halt).__name__
+        raise PlanError(f"{decider}.decide must give one boolean for each of {view.num_rows} tokens, got {got}")
+    for signal in decision.signal_rows:
+        if signal not in HALT_SIGNALS:
+            known = ", ".join(HALT_SIGNALS)
+            raise PlanError(f"{decider}.decide counts a signal {signal!r}; signals are {known}; count others as macs")
+
+
+@lru_cache(maxsize=16)
+def pattern(depths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return forced depths on a device, kept: they are asked for after every layer."""
+    return torch.tensor(depths, device=device)
+
+
+def gate_features(before: Tensor, after: Tensor, previous_update: Tensor | None) -> Tensor:
+    """Return what a fitted gate multiplies, but for its constant.
+
+    Args:
+        before: [N, d] states that entered a layer.
+        after: [N, d] states that left it.
+        previous_update: [N, d] what the layer before added, None where there was none.
+
+    Returns:
+        [N, d + 3] float32: `after` over its root mean square; `log(||after - before|| / ||before||)`; the cosine of
+        this update and the previous one, 0 where there was none; `log(||after||)`. Norms are the Euclidean ones.
+    """
+    before, after = before.float(), after.float()
+    update = after - before
+    size, drift, start = (_norms(x) for x in (after, update, before))  # [N, 1] each
+    cosine = torch.zeros_like(size)
+    if previous_update is not None:
+        cosine = torch.cosine_similarity(update, previous_update.float(), dim=-1)[:, None]
+    normed = after / size * math.sqrt(after.shape[-1])
+    return torch.cat((normed, drift.log() - start.log(), cosine, size.log()), dim=-1)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_TINY)
