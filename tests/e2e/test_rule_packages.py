@@ -129,6 +129,26 @@ def test_two_packages_that_bring_one_name(tmp_path: Path, example: Path) -> None
     assert_refusal(outcome, "'another-rule'", "'quicksilver-steady-rule'", "uninstall all but one")
 
 
+def test_a_package_brings_a_similarity(tmp_path: Path) -> None:
+    near = """
+@rules.fusion_rule("near")
+@dataclass(frozen=True)
+class Near(rules.SimilarityRule):
+    def decide(self, view):
+        distance = (view.later - view.earlier).abs().amax(-1)
+        return rules.FusionDecision(distance < rules.threshold_at(self.threshold, view.ordinal))
+"""
+    site, fusion = tmp_path / "site", {"rule": {"type": "near", "threshold": 1.0}}
+    install(site, "near-rule", {"near": "near_rule"}, near_rule=GOOD + near)
+    path = plan_file(tmp_path, {"version": 1, "fusion": fusion})
+    shown = run_process("plan", "show", path, PYTHONPATH=str(site))
+    assert json.loads(shown.out)["fusion"]["rule"] == fusion["rule"]
+    assert_refusal(run_process("plan", "show", path), "fusion.rule.type must be one of l2, cosine, random, forced, got")
+    other = plan_file(tmp_path, {"version": 1, "halting": fusion})
+    outcome = run_process("plan", "show", other, PYTHONPATH=str(site))
+    assert_refusal(outcome, "package 'near-rule' brings 'near'", "registers no such halting rule")
+
+
 def test_a_value_that_the_rule_refuses(example: Path, tmp_path: Path) -> None:
     low = {"version": 1, "halting": {"rule": {"type": "steady", "threshold": "low"}}}
     outcome = run_process("plan", "validate", plan_file(tmp_path, low), PYTHONPATH=str(example))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from quicksilver.core import codec, rules
 from quicksilver.core.files import write_atomically
 from quicksilver.core.plan import PRESETS, Plan
+from quicksilver.core.rules.fusion import FUSION_RULES
 from quicksilver.core.rules.halting import HALTING_RULES
 from quicksilver.errors import InputError, PlanError
 from tests.strategies import fusing_plans, plans, skipping_plans
@@ -314,4 +315,4 @@ def test_every_rule_and_fill_has_a_name_in_the_file_format() -> None:
 
     assert ours(set(HALTING_RULES.classes())) == ours(leaves(rules.HaltingRule))
     assert set(codec.FILL_TYPES.values()) == leaves(rules.KVFill)
-    assert set(codec.FUSION_TYPES.values()) == leaves(rules.FusionRule)
+    assert ours(set(FUSION_RULES.classes())) == ours(leaves(rules.FusionRule))

@@ -15,7 +15,7 @@ from quicksilver.core.rules.registry import RuleTypes
 from quicksilver.errors import PlanError
 from quicksilver.models.cost import executed_cost
 from tests import tiny
-from tests.engines import decoder, halting_plan, run_whole
+from tests.engines import decoder, fusion_plan, halting_plan, run_whole
 
 
 @rules.halting_rule("test-answering")
@@ -63,6 +63,37 @@ BAD: dict[str, tuple[Callable[[rules.LayerView], Any], str]] = {
 ANSWERS = {name: answer for name, (answer, _) in BAD.items()}
 ANSWERS["nobody, for 70 each"] = lambda view: rules.HaltDecision(view.positions < 0, macs=70 * view.num_rows)
 ANSWERS["nobody"] = lambda view: rules.HaltDecision(view.positions < 0)
+
+
+@rules.fusion_rule("test-pairing")
+@dataclass(frozen=True)
+class Pairing(rules.FusionRule):
+    """Gives one of `PAIRS`."""
+
+    answer: str
+
+    def decide(self, view: rules.PairView) -> Any:
+        return PAIRS[self.answer](view)
+
+
+BAD_PAIRS: dict[str, tuple[Callable[[rules.PairView], Any], str]] = {
+    "a tensor": (lambda view: view.positions < 2, "must return a FusionDecision, got Tensor"),
+    "numbers": (lambda view: rules.FusionDecision(view.positions), "one boolean for each of 9 pairs, got torch.int64"),
+    "one for all": (lambda view: rules.FusionDecision((view.positions < 2).any()), r"of shape \(\)"),
+    "the head": (lambda view: rules.FusionDecision(view.positions < 0, {"head": 1}), "signals are norm, cosine;"),
+}
+PAIRS = {name: answer for name, (answer, _) in BAD_PAIRS.items()}
+PAIRS["all, for 70 each"] = lambda view: rules.FusionDecision(view.positions >= 0, macs=70 * view.num_pairs)
+PAIRS["all"] = lambda view: rules.FusionDecision(view.positions >= 0)
+
+
+@rules.halting_rule("test-choosy")
+@dataclass(frozen=True)
+class Choosy(Comparing):
+    """Refuses every value, in an ordinary exception of two lines."""
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"threshold is\n{self.threshold}")
 
 
 @dataclass(frozen=True)
@@ -171,3 +202,36 @@ def test_what_is_no_decision_is_refused(answer: str, said: str, wrapped: bool) -
     engine = decoder(tiny.model("gpt2"), halting_plan(rules.AllRule((rule,)) if wrapped else rule))
     with pytest.raises(PlanError, match=rf"Answering\.decide .*{said}"):
         run_whole(engine, tiny.token_ids(10))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [(name, said) for name, (_, said) in BAD_PAIRS.items()], ids=list(BAD_PAIRS)
+)
+def test_what_is_no_decision_about_pairs_is_refused(answer: str, said: str) -> None:
+    engine = decoder(tiny.model("gpt2"), fusion_plan(Pairing(answer)))
+    with pytest.raises(PlanError, match=rf"Pairing\.decide .*{said}"):
+        run_whole(engine, tiny.token_ids(10))
+
+
+def test_multiply_adds_of_a_similarity_are_counted() -> None:
+    costs = []
+    for answer in ("all", "all, for 70 each"):
+        plan = fusion_plan(Pairing(answer))
+        assert Plan.from_dict(plan.to_dict()) == plan
+        engine = decoder(tiny.model("gpt2"), plan)
+        costs.append(executed_cost(engine.spec, run_whole(engine, tiny.token_ids(10)).trace))
+    assert costs[1].body_macs - costs[0].body_macs == 70 * 9
+
+
+def test_a_similarity_without_a_name_is_not_written() -> None:
+    class Nameless(rules.CosineFusionRule):
+        pass
+
+    with pytest.raises(PlanError, match=r"Nameless has no name that a plan could give: put @fusion_rule\(NAME\)"):
+        _ = fusion_plan(Nameless(0.5)).hash
+
+
+def test_a_value_that_a_rule_refuses_in_its_own_words() -> None:
+    rule = {"type": "test-choosy", "threshold": 1.0}
+    with pytest.raises(PlanError, match=r"^mine: halting\.rule: threshold is$"):
+        Plan.from_dict({"version": 1, "halting": {"rule": rule}}, "mine")

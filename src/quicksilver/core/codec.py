@@ -1,6 +1,6 @@
 """Plans to and from JSON-ready dictionaries, with errors that name the offending key.
 
-The names of types are the file format: halting rules register their own, the tables here hold the others.
+The names of types are the file format: rules of halting and fusion register their own, the tables here hold the others.
 """
 
 from __future__ import annotations
@@ -10,21 +10,16 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.provenance import FittedTo
+from quicksilver.core.rules.fusion import FUSION_RULES
 from quicksilver.core.rules.halting import HALTING_RULES
 from quicksilver.core.rules.registry import RuleTypes
 from quicksilver.core.rules.retired import refuse_retired
-from quicksilver.errors import PlanError
+from quicksilver.errors import PlanError, first_line
 
 FILL_TYPES: dict[str, type[rules.KVFill]] = {
     "drop": rules.DropFill,
     "zero": rules.ZeroFill,
     "propagate": rules.PropagateFill,
-}
-FUSION_TYPES: dict[str, type[rules.FusionRule]] = {
-    "l2": rules.L2FusionRule,
-    "cosine": rules.CosineFusionRule,
-    "random": rules.RandomFusionRule,
-    "forced": rules.ForcedFusionRule,
 }
 PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
     "uniform": rules.UniformWidthRule,
@@ -34,12 +29,10 @@ PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
 _TABLES: dict[str, dict[str, type] | RuleTypes] = {
     "halting rule": HALTING_RULES,
     "kv fill": FILL_TYPES,
-    "fusion rule": FUSION_TYPES,
+    "fusion rule": FUSION_RULES,
     "precision rule": PRECISION_TYPES,
 }
-_NAMES: dict[type, str] = {
-    cls: name for table in (FILL_TYPES, FUSION_TYPES, PRECISION_TYPES) for name, cls in table.items()
-}
+_NAMES: dict[type, str] = {cls: name for table in (FILL_TYPES, PRECISION_TYPES) for name, cls in table.items()}
 _FIXED: dict[type, tuple[str, object]] = {
     rules.ChannelWidthRule: ("score", "weighted"),
     rules.MapConfig: ("entropy", False),
@@ -52,7 +45,7 @@ def encode(value: object) -> Any:
     """Return a rule or a fill as a dictionary with its type's name first; other values unchanged.
 
     Raises:
-        PlanError: a halting rule has no name.
+        PlanError: a rule of halting or fusion has no name.
     """
     if isinstance(value, tuple):
         return [encode(item) for item in value]
@@ -60,6 +53,8 @@ def encode(value: object) -> Any:
         return encode_fields(value)
     if isinstance(value, rules.HaltingRule):
         return {"type": HALTING_RULES.name_of(type(value)), **encode_fields(value)}
+    if isinstance(value, rules.FusionRule):
+        return {"type": FUSION_RULES.name_of(type(value)), **encode_fields(value)}
     if type(value) not in _NAMES:
         return value
     return {"type": _NAMES[type(value)], **encode_fields(value)}
@@ -197,5 +192,6 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
         return cls(**values)
     except (ValueError, TypeError) as error:
         source, _, part = where.rpartition(": ")
-        named = str(error).startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
-        raise PlanError(f"{source if named else where}: {error}") from None
+        said = first_line(error)
+        named = said.startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
+        raise PlanError(f"{source if named else where}: {said}") from None

@@ -102,17 +102,23 @@ class PairView:
         return self.later.shape[0]
 
 
+PAIR_SIGNALS = ("norm", "cosine")
+"""Signals of a pair of states that a fusion rule can say it computed: a norm of their difference, their cosine."""
+
+
 @dataclass(frozen=True)
 class FusionDecision:
     """Which pairs are alike, and what finding out cost.
 
     Attributes:
         alike: [P] bool.
-        signal_rows: pairs for which each signal ("norm", "cosine") was computed.
+        signal_rows: pairs for which each of `PAIR_SIGNALS` was computed; what a pair costs is counted by the signal.
+        macs: multiply-adds of all that no signal stands for, over all pairs.
     """
 
     alike: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
+    macs: int = 0
 
 
 @dataclass(frozen=True)

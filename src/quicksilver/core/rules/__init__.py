@@ -1,10 +1,10 @@
 """Configuration of each mechanism as frozen dataclasses.
 
-Halting rules decide themselves, and other packages can bring some; what the other configurations decide is in
-`quicksilver.policies`.
+Rules of halting and fusion decide themselves, and other packages can bring some; what the other configurations decide
+is in `quicksilver.policies`.
 """
 
-from quicksilver.core.decisions import HaltDecision, LayerView
+from quicksilver.core.decisions import FusionDecision, HaltDecision, LayerView, PairView
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
 from quicksilver.core.rules.entries import ENTRY_BITS, HALF_BITS, EntryConfig
@@ -18,6 +18,7 @@ from quicksilver.core.rules.fusion import (
     L2FusionRule,
     RandomFusionRule,
     SimilarityRule,
+    fusion_rule,
 )
 from quicksilver.core.rules.halting import (
     AllRule,
@@ -62,6 +63,7 @@ __all__ = [
     "ForcedFusionRule",
     "ForcedRule",
     "FusionConfig",
+    "FusionDecision",
     "FusionRule",
     "FusionScope",
     "FusionWeights",
@@ -73,6 +75,7 @@ __all__ = [
     "L2FusionRule",
     "LayerView",
     "MapConfig",
+    "PairView",
     "PrecisionConfig",
     "PrecisionRule",
     "PropagateFill",
@@ -87,6 +90,7 @@ __all__ = [
     "ThresholdRule",
     "UniformWidthRule",
     "ZeroFill",
+    "fusion_rule",
     "halting_rule",
     "threshold_at",
 ]
