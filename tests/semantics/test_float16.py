@@ -21,7 +21,6 @@ from quicksilver.core.rules.maps import MapConfig
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.nesting import nest
 from quicksilver.ops import Screen, ragged_attention
-from quicksilver.policies import fusion, halting
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
@@ -169,7 +168,7 @@ def test_halting_rules_decide_about_large_states_as_in_float32(rule: rules.Halti
     answers = []
     for parts in (narrow, [t.float() for t in narrow]):
         view = LayerView(1, *parts, torch.arange(12), torch.arange(12), lambda hidden: hidden[:, 0])
-        answers.append(halting.decide(rule, view).halt)
+        answers.append(rule.decide(view).halt)
     assert torch.equal(*answers)
     assert answers[0].any()
     assert not answers[0].all()
@@ -188,7 +187,7 @@ def test_similarities_of_large_states_are_those_of_float32(rule: rules.FusionRul
     answers = []
     for cast in (Tensor.half, lambda t: t.half().float()):
         view = PairView(1, 0, *cast(states), torch.arange(12), torch.arange(12))
-        answers.append(fusion.decide(rule, view).alike)
+        answers.append(rule.decide(view).alike)
     assert torch.equal(*answers)
     assert answers[0].any()
     assert not answers[0].all()

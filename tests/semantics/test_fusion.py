@@ -11,7 +11,6 @@ import torch
 from quicksilver.core import rules
 from quicksilver.core.decisions import PairView
 from quicksilver.core.plan import Plan
-from quicksilver.policies import fusion
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, run_whole
 
@@ -80,7 +79,7 @@ def test_decided_groups(family: str, rule: rules.FusionRule, weights: rules.Fusi
         view = PairView(
             layer_idx, layer_idx - 1, hidden[[earlier]], hidden[[later]], torch.tensor([later]), ids[[later]]
         )
-        return bool(fusion.decide(rule, view).alike)
+        return bool(rule.decide(view).alike)
 
     expected = check(tiny.model(family), ids, fusion_plan(rule, weights=weights, layers=(2, 3)), alike=alike)
     assert 2 <= sum(len(sizes) for sizes in expected.sizes) <= LENGTH // 2

@@ -14,7 +14,6 @@ from quicksilver.core.decisions import LayerView
 from quicksilver.core.plan import Plan
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.errors import PlanError
-from quicksilver.policies import halting
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole
 
@@ -78,7 +77,7 @@ def decided(model, ids: Tensor, plan: Plan) -> oracle.Halts:
             lambda hidden: head_entropy(model, hidden),
             tensors.get(f"gate.{layer_idx}.weight"),
         )
-        return halting.decide(rule, view).halt
+        return rule.decide(view).halt
 
     return halts
 

@@ -9,7 +9,6 @@ import torch
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import LayerView
-from quicksilver.policies import halting
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, halting_plan, run_whole
 
@@ -58,7 +57,7 @@ def test_decided_halting(family: str, fill: rules.KVFill, rule: rules.HaltingRul
         return -(probs * probs.log2()).sum(-1)
 
     def halts(layer_idx, before, after, previous):
-        return halting.decide(rule, LayerView(layer_idx, before, after, previous, torch.arange(48), ids, entropy)).halt
+        return rule.decide(LayerView(layer_idx, before, after, previous, torch.arange(48), ids, entropy)).halt
 
     check(model, ids, rule, fill, halts)
 

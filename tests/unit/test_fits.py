@@ -20,10 +20,10 @@ from quicksilver.calibrate.shortcuts import fit_in_order, fit_units, units
 from quicksilver.core.affine import AffineMap
 from quicksilver.core.plan import Plan
 from quicksilver.core.rules import Shortcut, ShortcutConfig
+from quicksilver.core.signals import gate_features
 from quicksilver.errors import ModelError
 from quicksilver.models.registry import adapt
 from quicksilver.models.spec import Adapter
-from quicksilver.policies.halting.fitted import gate_features
 from quicksilver.policies.shortcuts import log_error
 from tests import tiny, tolerances
 

@@ -38,21 +38,20 @@ def view(ordinal: int = 0) -> PairView:
     ids=str,
 )
 def test_rule(rule: rules.FusionRule, expected: list[int]) -> None:
-    assert fusion.decide(rule, view()).alike.int().tolist() == expected
+    assert rule.decide(view()).alike.int().tolist() == expected
 
 
 def test_a_list_of_thresholds_has_one_for_each_fusion_layer() -> None:
     rule = rules.L2FusionRule((9.0, 0.5))
-    assert [int(fusion.decide(rule, view(ordinal)).alike.sum()) for ordinal in (0, 1)] == [3, 0]
+    assert [int(rule.decide(view(ordinal)).alike.sum()) for ordinal in (0, 1)] == [3, 0]
 
 
 def test_signals_are_accounted_for() -> None:
     asked = {
-        type(rule): fusion.decide(rule, view()).signal_rows
-        for rule in (rules.L2FusionRule(1.0), rules.CosineFusionRule(1.0))
+        type(rule): rule.decide(view()).signal_rows for rule in (rules.L2FusionRule(1.0), rules.CosineFusionRule(1.0))
     }
     assert asked == {rules.L2FusionRule: {"norm": 3}, rules.CosineFusionRule: {"cosine": 3}}
-    assert not fusion.decide(rules.ForcedFusionRule((True,)), view()).signal_rows
+    assert not rules.ForcedFusionRule((True,)).decide(view()).signal_rows
 
 
 @given(st.data(), st.integers(1, 40), st.integers(2, 7))

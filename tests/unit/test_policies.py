@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quicksilver.core import rules
 from quicksilver.core.decisions import Fill, LayerView, ShortcutView
-from quicksilver.policies import halting, kv, shortcuts
-from quicksilver.policies.halting.fitted import gate_features
+from quicksilver.core.signals import gate_features
+from quicksilver.policies import kv, shortcuts
 
 BEFORE = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [6.0, 8.0]])
 UPDATE = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.3, 0.4], [0.6, 0.8]])  # norms 1, 2, 0.5, 1
@@ -46,11 +46,11 @@ def view(layer_idx: int = 1, previous: Tensor | None = PREVIOUS) -> LayerView:
     ids=str,
 )
 def test_rule(rule: rules.HaltingRule, expected: list[int]) -> None:
-    assert halting.decide(rule, view()).halt.tolist() == [bool(x) for x in expected]
+    assert rule.decide(view()).halt.tolist() == [bool(x) for x in expected]
 
 
 def test_a_fixed_point_needs_two_updates() -> None:
-    assert not halting.decide(rules.FixedPointRule(9.0, -1.0), view(previous=None)).halt.any()
+    assert not rules.FixedPointRule(9.0, -1.0).decide(view(previous=None)).halt.any()
 
 
 def test_gate_features_are_what_they_say() -> None:
@@ -99,14 +99,14 @@ def test_gate_features_are_finite_float32(dtype: torch.dtype) -> None:
 )
 def test_fitted_rule(gate: tuple[float, ...], threshold: rules.Threshold, expected: list[int]) -> None:
     seen = replace(view(), gate=torch.tensor(gate, dtype=torch.float32))
-    decision = halting.decide(rules.FittedRule(threshold), seen)
+    decision = rules.FittedRule(threshold).decide(seen)
     assert decision.halt.tolist() == [bool(x) for x in expected]
     assert decision.signal_rows == {"norm": 12, "cosine": 4}
     assert decision.gate_rows == 4
 
 
 def test_a_fitted_rule_without_a_gate_halts_nobody_for_nothing() -> None:
-    decision = halting.decide(rules.FittedRule(1e9), view())
+    decision = rules.FittedRule(1e9).decide(view())
     assert not decision.halt.any()
     assert (decision.signal_rows, decision.gate_rows) == ({}, 0)
 
@@ -114,34 +114,34 @@ def test_a_fitted_rule_without_a_gate_halts_nobody_for_nothing() -> None:
 def test_gates_of_combined_rules_are_accounted_for() -> None:
     of_norm = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     both = rules.AllRule((rules.DriftRule(1.5), rules.FittedRule(3.0)))
-    decision = halting.decide(both, replace(view(), gate=of_norm))
+    decision = both.decide(replace(view(), gate=of_norm))
     assert decision.halt.tolist() == [False, False, True, False]
     assert decision.gate_rows == 3
-    assert halting.needs_previous_update(both)
+    assert both.reads_previous_update
     assert both.reads_gates
     assert not rules.AllRule((rules.DriftRule(1.0),)).reads_gates
 
 
 def test_what_a_rule_is_never_asked() -> None:
-    assert not halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 1)
-    assert halting.may_halt(rules.EntropyRule(1.0, layers=(2,)), 2)
-    assert not halting.may_halt(rules.AllRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))), 1)
+    assert not rules.EntropyRule(1.0, layers=(2,)).may_halt(1)
+    assert rules.EntropyRule(1.0, layers=(2,)).may_halt(2)
+    assert not rules.AllRule((rules.DriftRule(1.0), rules.ForcedRule((3,)))).may_halt(1)
 
 
 def test_a_depth_is_reached_once_unless_rows_change_places_or_another_rule_must_agree() -> None:
     forced = rules.ForcedRule((6, 12, 1))
-    assert [i for i in range(12) if halting.may_halt(forced, i)] == list(range(12))
-    assert [i for i in range(2, 12) if halting.may_halt(forced, i, 2)] == [2, 5, 11]  # depth 1 is reached by then
+    assert [i for i in range(12) if forced.may_halt(i)] == list(range(12))
+    assert [i for i in range(2, 12) if forced.may_halt(i, 2)] == [2, 5, 11]  # depth 1 is reached by then
     both = rules.AllRule((rules.DriftRule(1.0), forced))
-    assert [i for i in range(2, 12) if halting.may_halt(both, i, 2)] == list(range(2, 12))
+    assert [i for i in range(2, 12) if both.may_halt(i, 2)] == list(range(2, 12))
 
 
 def test_signals_are_accounted_for() -> None:
-    assert halting.decide(rules.DriftRule(1.0), view()).signal_rows == {"norm": 4}
-    assert halting.decide(rules.FixedPointRule(1.0), view()).signal_rows == {"norm": 8, "cosine": 4}
+    assert rules.DriftRule(1.0).decide(view()).signal_rows == {"norm": 4}
+    assert rules.FixedPointRule(1.0).decide(view()).signal_rows == {"norm": 8, "cosine": 4}
     both = rules.AllRule((rules.DriftRule(1.5), rules.EntropyRule(2.0)))
-    assert halting.decide(both, view()).signal_rows == {"norm": 4, "head": 3}
-    assert halting.decide(rules.ForcedRule((2,)), view()).signal_rows == {}
+    assert both.decide(view()).signal_rows == {"norm": 4, "head": 3}
+    assert rules.ForcedRule((2,)).decide(view()).signal_rows == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Plans to and from JSON-ready dictionaries, with errors that name the offending key.
 
-The table of type names is the file format; adding a rule means adding a line here.
+The names of types are the file format: rules of halting and fusion register their own, the tables here hold the others.
 """
 
 from __future__ import annotations
@@ -10,42 +10,29 @@ from typing import Any
 
 from quicksilver.core import rules
 from quicksilver.core.provenance import FittedTo
+from quicksilver.core.rules.fusion import FUSION_RULES
+from quicksilver.core.rules.halting import HALTING_RULES
+from quicksilver.core.rules.registry import RuleTypes
 from quicksilver.core.rules.retired import refuse_retired
-from quicksilver.errors import PlanError
+from quicksilver.errors import PlanError, first_line
 
-RULE_TYPES: dict[str, type[rules.HaltingRule]] = {
-    "drift": rules.DriftRule,
-    "relative": rules.RelativeDriftRule,
-    "fixed_point": rules.FixedPointRule,
-    "entropy": rules.EntropyRule,
-    "fitted": rules.FittedRule,
-    "forced": rules.ForcedRule,
-    "random": rules.RandomRule,
-    "all": rules.AllRule,
-}
 FILL_TYPES: dict[str, type[rules.KVFill]] = {
     "drop": rules.DropFill,
     "zero": rules.ZeroFill,
     "propagate": rules.PropagateFill,
-}
-FUSION_TYPES: dict[str, type[rules.FusionRule]] = {
-    "l2": rules.L2FusionRule,
-    "cosine": rules.CosineFusionRule,
-    "random": rules.RandomFusionRule,
-    "forced": rules.ForcedFusionRule,
 }
 PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
     "uniform": rules.UniformWidthRule,
     "entropy": rules.EntropyWidthRule,
     "channel": rules.ChannelWidthRule,
 }
-_TABLES: dict[str, dict[str, type]] = {
-    "halting rule": RULE_TYPES,
+_TABLES: dict[str, dict[str, type] | RuleTypes] = {
+    "halting rule": HALTING_RULES,
     "kv fill": FILL_TYPES,
-    "fusion rule": FUSION_TYPES,
+    "fusion rule": FUSION_RULES,
     "precision rule": PRECISION_TYPES,
 }
-_NAMES: dict[type, str] = {cls: name for table in _TABLES.values() for name, cls in table.items()}
+_NAMES: dict[type, str] = {cls: name for table in (FILL_TYPES, PRECISION_TYPES) for name, cls in table.items()}
 _FIXED: dict[type, tuple[str, object]] = {
     rules.ChannelWidthRule: ("score", "weighted"),
     rules.MapConfig: ("entropy", False),
@@ -55,11 +42,19 @@ _MAX_NESTING = 16
 
 
 def encode(value: object) -> Any:
-    """Return a rule or a fill as a dictionary with its type's name first; other values unchanged."""
+    """Return a rule or a fill as a dictionary with its type's name first; other values unchanged.
+
+    Raises:
+        PlanError: a rule of halting or fusion has no name.
+    """
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     if isinstance(value, rules.Shortcut):
         return encode_fields(value)
+    if isinstance(value, rules.HaltingRule):
+        return {"type": HALTING_RULES.name_of(type(value)), **encode_fields(value)}
+    if isinstance(value, rules.FusionRule):
+        return {"type": FUSION_RULES.name_of(type(value)), **encode_fields(value)}
     if type(value) not in _NAMES:
         return value
     return {"type": _NAMES[type(value)], **encode_fields(value)}
@@ -144,15 +139,15 @@ def _with_rule(data: object, where: str) -> dict[str, Any]:
 
 
 def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:
-    """Build a halting rule from its dictionary; members of `all` recursively."""
+    """Build a halting rule from its dictionary; the rules that it holds recursively."""
     if depth > _MAX_NESTING:
         raise PlanError(f"{where}: rules are nested more than {_MAX_NESTING} deep")
     cls, values = _typed(data, "halting rule", where)
-    if cls is rules.AllRule:
-        members = values.get("rules")
+    for key in cls.rule_fields:
+        members, named = values.get(key), f"{where}.{key}"
         if not isinstance(members, list):
-            raise PlanError(f"{where}.rules must be a list of rules, got {members!r}")
-        values["rules"] = tuple(decode_rule(m, f"{where}.rules[{i}]", depth + 1) for i, m in enumerate(members))
+            raise PlanError(f"{named} must be a list of rules, got {members!r}")
+        values[key] = tuple(decode_rule(member, f"{named}[{i}]", depth + 1) for i, member in enumerate(members))
     return _construct(cls, values, where)
 
 
@@ -168,13 +163,17 @@ def _object(data: object, where: str) -> dict[str, Any]:
     return dict(data)
 
 
-def _typed(data: object, kind: str, where: str) -> tuple[type, dict[str, Any]]:
+def _typed(data: object, kind: str, where: str) -> tuple[Any, dict[str, Any]]:
     values, table = _object(data, where), _TABLES[kind]
     name = values.pop("type", None)
     refuse_retired(kind, name, where)
-    if not isinstance(name, str) or name not in table:
+    try:
+        cls = table.get(name) if isinstance(name, str) else None
+    except PlanError as error:
+        raise PlanError(f"{where}.type: {error}") from error
+    if cls is None:
         raise PlanError(f"{where}.type must be one of {', '.join(table)}, got {name!r}")
-    return table[name], values
+    return cls, values
 
 
 def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -191,7 +190,8 @@ def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return cls(**values)
-    except (PlanError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         source, _, part = where.rpartition(": ")
-        named = str(error).startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
-        raise PlanError(f"{source if named else where}: {error}") from None
+        said = first_line(error)
+        named = said.startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
+        raise PlanError(f"{source if named else where}: {said}") from None

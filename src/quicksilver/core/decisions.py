@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class LayerView:
         layer_idx: index of the layer that just ran.
         before: [N, d] states that entered the layer.
         after: [N, d] states that left it.
-        previous_update: [N, d] what the layer before added, or None after the first layer.
+        previous_update: [N, d] what the layer before added; None after the first layer, and where the rule does not say
+            that it reads it.
         positions: [N] logical positions.
         token_ids: [N] the tokens themselves.
         head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
@@ -51,19 +54,26 @@ class LayerView:
         )
 
 
+HALT_SIGNALS = ("norm", "cosine", "softmax", "head")
+"""Signals of a state that a halting rule can say it computed: a norm of it, its cosine with another vector, a softmax
+over it, and the model's head on it with the entropy of what that predicts."""
+
+
 @dataclass(frozen=True)
 class HaltDecision:
     """Which tokens halt now, and what finding out cost.
 
     Attributes:
         halt: [N] bool.
-        signal_rows: rows for which each signal ("norm", "cosine", "head") was computed.
+        signal_rows: rows for which each of `HALT_SIGNALS` was computed; what a row costs is counted by the signal.
         gate_rows: rows that were multiplied by the layer's fitted gate.
+        macs: multiply-adds of all that no signal stands for, over all rows.
     """
 
     halt: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
     gate_rows: int = 0
+    macs: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,17 +102,23 @@ class PairView:
         return self.later.shape[0]
 
 
+PAIR_SIGNALS = ("norm", "cosine")
+"""Signals of a pair of states that a fusion rule can say it computed: a norm of their difference, their cosine."""
+
+
 @dataclass(frozen=True)
 class FusionDecision:
     """Which pairs are alike, and what finding out cost.
 
     Attributes:
         alike: [P] bool.
-        signal_rows: pairs for which each signal ("norm", "cosine") was computed.
+        signal_rows: pairs for which each of `PAIR_SIGNALS` was computed; what a pair costs is counted by the signal.
+        macs: multiply-adds of all that no signal stands for, over all pairs.
     """
 
     alike: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
+    macs: int = 0
 
 
 @dataclass(frozen=True)

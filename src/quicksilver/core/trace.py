@@ -118,6 +118,7 @@ class LayerTrace:
         signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
             of which one norm is read too; of "query", queries in it whose components' mean square was taken;
             of "entry", keys and values that were turned into codes.
+        rule_macs: multiply-adds that rules of halting and fusion report beside their signals.
         widths: bits read of its nested weights, a WidthCounts.
         shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
         fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
@@ -137,6 +138,7 @@ class LayerTrace:
         self.fused = 0
         self.group_sizes: Counter[int] = Counter()
         self.signal_rows: Counter[str] = Counter()
+        self.rule_macs = 0
         self.widths = WidthCounts()
         self.shortcut_rows: Counter[str] = Counter()
         self.fitted_macs = 0

@@ -80,7 +80,7 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         of_head = signals.get("head", 0)
         attention = layer.attended.value * spec.attention_macs_per_pair
         attention -= layer.values_skipped.value * spec.head_dim + layer.scores_skipped.value
-        other = sum(signals.values()) - of_head + layer.fitted_macs
+        other = sum(signals.values()) - of_head + layer.rule_macs + layer.fitted_macs
         if coded:
             other += 2 * spec.num_heads * layer.attended.value - layer.values_skipped.value
             other += layer.scored_twice.value

@@ -1,6 +1,7 @@
 """Fusion between two layers: ask the policy which neighbours are alike, chain them, keep the last of each group.
 
-The rules are in `quicksilver.policies.fusion`. A group may have begun in an earlier pass: its last row waits in the
+The rules are in `quicksilver.core.rules.fusion`, and in packages that bring others.
+A group may have begun in an earlier pass: its last row waits in the
 cache (`FusionTails`) and takes part again; where it is absorbed, its entries in deeper layers are taken back.
 """
 
@@ -110,8 +111,10 @@ class FusionStep:
             rows.positions.index_select(0, later),
             rows.token_ids.index_select(0, later),
         )
-        decision = fusion.decide(config.rule, view)
-        context.trace.at(layer_idx).signal_rows.update(decision.signal_rows)
+        decision = config.rule.ask(view)
+        trace = context.trace.at(layer_idx)
+        trace.signal_rows.update(decision.signal_rows)
+        trace.rule_macs += decision.macs
         alike = torch.zeros_like(rows.mass, dtype=torch.bool).index_copy_(0, later, decision.alike)
         joins = fusion.chain(alike, rows.mass, config.max_group)
         groups = Groups.from_joins(joins)

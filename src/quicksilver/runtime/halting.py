@@ -1,6 +1,6 @@
 """Halting between two layers: ask the policy, respect what is protected.
 
-The rules themselves are in `quicksilver.policies.halting`.
+The rules themselves are in `quicksilver.core.rules.halting`, and in packages that bring others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
 from quicksilver.core.rules import HaltingConfig
 from quicksilver.models.spec import Adapter
-from quicksilver.policies import halting
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.status import SplitRows
@@ -40,7 +39,7 @@ class HaltingStep:
         gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
         self._gates = {layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()}
         self._protection = None if config is None else Protection(config, special_ids, spec.device)
-        self.keeps_updates = config is not None and halting.needs_previous_update(config.rule)
+        self.keeps_updates = config is not None and config.rule.reads_previous_update
         self._asked = () if config is None else _asked_layers(config, spec.num_layers, plan.fusion is not None)
 
     @property
@@ -78,11 +77,12 @@ class HaltingStep:
             self.head_entropy,
             gate,
         )
-        decision = halting.decide(config.rule, view)
+        decision = config.rule.ask(view)
         if gate is not None:
             trace.record_fitted(decision.gate_rows, gate.numel(), gate.nbytes)
         halt = decision.halt & ~protected
         rows = halt.nonzero().squeeze(-1)
+        trace.rule_macs += decision.macs
         context.trace.record_halt(layer_idx, layout.origin.index_select(0, rows), decision.signal_rows)
         if rows.shape[0] == 0:
             return None
@@ -103,4 +103,4 @@ def _asked_layers(config: HaltingConfig, num_layers: int, fuses: bool) -> tuple[
     """Return the indices of the layers after which the rule is asked, ascending."""
     first = config.first_halt(num_layers)
     known = None if fuses else first
-    return tuple(i for i in range(first, num_layers - 1) if halting.may_halt(config.rule, i, known))
+    return tuple(i for i in range(first, num_layers - 1) if config.rule.may_halt(i, known))

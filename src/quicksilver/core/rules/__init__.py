@@ -1,5 +1,10 @@
-"""Configuration of each mechanism as frozen dataclasses; the handlers live in `quicksilver.policies`."""
+"""Configuration of each mechanism as frozen dataclasses.
 
+Rules of halting and fusion decide themselves, and other packages can bring some; what the other configurations decide
+is in `quicksilver.policies`.
+"""
+
+from quicksilver.core.decisions import FusionDecision, HaltDecision, LayerView, PairView
 from quicksilver.core.rules.attention import AttentionConfig
 from quicksilver.core.rules.checks import Threshold, threshold_at
 from quicksilver.core.rules.entries import ENTRY_BITS, HALF_BITS, EntryConfig
@@ -13,6 +18,7 @@ from quicksilver.core.rules.fusion import (
     L2FusionRule,
     RandomFusionRule,
     SimilarityRule,
+    fusion_rule,
 )
 from quicksilver.core.rules.halting import (
     AllRule,
@@ -26,6 +32,7 @@ from quicksilver.core.rules.halting import (
     RandomRule,
     RelativeDriftRule,
     ThresholdRule,
+    halting_rule,
 )
 from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
 from quicksilver.core.rules.maps import MapConfig, Shortcut, ShortcutConfig
@@ -56,15 +63,19 @@ __all__ = [
     "ForcedFusionRule",
     "ForcedRule",
     "FusionConfig",
+    "FusionDecision",
     "FusionRule",
     "FusionScope",
     "FusionWeights",
     "GradedWidthRule",
+    "HaltDecision",
     "HaltingConfig",
     "HaltingRule",
     "KVFill",
     "L2FusionRule",
+    "LayerView",
     "MapConfig",
+    "PairView",
     "PrecisionConfig",
     "PrecisionRule",
     "PropagateFill",
@@ -79,5 +90,7 @@ __all__ = [
     "ThresholdRule",
     "UniformWidthRule",
     "ZeroFill",
+    "fusion_rule",
+    "halting_rule",
     "threshold_at",
 ]

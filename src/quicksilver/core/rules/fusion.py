@@ -1,26 +1,61 @@
-"""Fusion: which adjacent tokens become one and what stands for them, as frozen configurations."""
+"""Fusion: which adjacent tokens become one and what stands for them.
+
+Each rule has its name, configuration and decision here; the decision imports PyTorch when it is first made.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-from quicksilver.core.rules.checks import LARGE, Threshold, check_draw, check_protection, check_threshold, is_whole
+from quicksilver.core.decisions import FusionDecision, PairView
+from quicksilver.core.rules.checks import (
+    LARGE,
+    Threshold,
+    check_draw,
+    check_protection,
+    check_threshold,
+    is_whole,
+    threshold_at,
+)
+from quicksilver.core.rules.registry import RuleTypes
 from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
 FusionWeights = Literal["last", "mass"]
 FusionScope = Literal["prompt", "all"]
 
+_STREAM = 1  # of random numbers, another than halting's: which tokens halt must not say which fuse
+
 
 @dataclass(frozen=True)
-class FusionRule:
+class FusionRule(ABC):
     """Base of the rules that say whether a token is like the one before it."""
 
-    def check_layers(self, num_fusion_layers: int) -> None:
+    @abstractmethod
+    def decide(self, view: PairView) -> FusionDecision:
+        """Return which of the pairs in view are alike, and what finding out cost.
+
+        Each pair's answer must depend on its own row alone, and on nothing that is kept between calls.
+        """
+
+    def ask(self, view: PairView) -> FusionDecision:
+        """Return `decide(view)`; raise PlanError where that is no decision about the pairs in view."""
+        from quicksilver.core.signals import check_pairs
+
+        decision = self.decide(view)
+        check_pairs(type(self).__name__, decision, view)
+        return decision
+
+    def check_layers(self, num_fusion_layers: int) -> None:  # noqa: B027 (most rules fit any number)
         """Raise PlanError where the rule does not fit so many fusion layers."""
+
+
+FUSION_RULES: RuleTypes[FusionRule] = RuleTypes("fusion rule", FusionRule)
+fusion_rule = FUSION_RULES.register
 
 
 @dataclass(frozen=True)
@@ -38,11 +73,20 @@ class SimilarityRule(FusionRule):
             raise PlanError(f"{len(self.threshold)} thresholds for {num_fusion_layers} fusion layers")
 
 
+@fusion_rule("l2")
 @dataclass(frozen=True)
 class L2FusionRule(SimilarityRule):
     """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
 
+    def decide(self, view: PairView) -> FusionDecision:
+        """Fuse where `||later - earlier||_2` is below the threshold."""
+        from quicksilver.core import signals
 
+        distance = signals.row_norms(view.later.float() - view.earlier.float())
+        return FusionDecision(distance < threshold_at(self.threshold, view.ordinal), {"norm": view.num_pairs})
+
+
+@fusion_rule("cosine")
 @dataclass(frozen=True)
 class CosineFusionRule(SimilarityRule):
     """Cosine of the two states above the threshold."""
@@ -53,7 +97,15 @@ class CosineFusionRule(SimilarityRule):
             if not -1.0 <= number <= 1.0:
                 raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
 
+    def decide(self, view: PairView) -> FusionDecision:
+        """Fuse where the cosine of the two states is above the threshold."""
+        from quicksilver.core import signals
 
+        cosine = signals.row_cosines(view.earlier.float(), view.later.float())
+        return FusionDecision(cosine > threshold_at(self.threshold, view.ordinal), {"cosine": view.num_pairs})
+
+
+@fusion_rule("random")
 @dataclass(frozen=True)
 class RandomFusionRule(FusionRule):
     """The control: a token joins the one before with `probability`, drawn from (seed, layer, position, token)."""
@@ -64,7 +116,15 @@ class RandomFusionRule(FusionRule):
     def __post_init__(self) -> None:
         check_draw("RandomFusionRule", self.probability, self.seed)
 
+    def decide(self, view: PairView) -> FusionDecision:
+        """Fuse each pair with the rule's probability."""
+        from quicksilver.core.hashing import hashed_uniform
 
+        draws = hashed_uniform(self.seed, view.layer_idx, view.positions, view.token_ids, _STREAM)
+        return FusionDecision(draws < self.probability)
+
+
+@fusion_rule("forced")
 @dataclass(frozen=True)
 class ForcedFusionRule(FusionRule):
     """The token at position p joins the one before it iff `joins[p % len(joins)]`: for tests and timing."""
@@ -76,6 +136,13 @@ class ForcedFusionRule(FusionRule):
         if not joins or any(not isinstance(join, bool) for join in joins):
             raise PlanError(f"ForcedFusionRule: joins must be a list of true and false, got {str(self.joins)[:40]}")
         object.__setattr__(self, "joins", joins)
+
+    def decide(self, view: PairView) -> FusionDecision:
+        """Fuse where the pattern says so at the later token's position."""
+        from quicksilver.core import signals
+
+        joins = signals.pattern(tuple(map(int, self.joins)), view.positions.device)
+        return FusionDecision(joins[view.positions.remainder(len(self.joins))] == 1)
 
 
 @dataclass(frozen=True)

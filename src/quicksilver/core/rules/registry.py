@@ -1,0 +1,129 @@
+"""Names of rules in the file format: a rule's class registers its own, and installed packages can bring more."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from quicksilver.core.rules.retired import refuse_retired
+from quicksilver.errors import PlanError, first_line
+
+GROUP = "quicksilver.rules"
+"""The group of entry points by which packages say which rules they bring; an entry's name is its rule's."""
+
+Rule = TypeVar("Rule")
+RuleClass = TypeVar("RuleClass", bound=type)
+
+
+class RuleTypes(Generic[Rule]):
+    """The classes of one kind of rule by their names, in the order in which they registered.
+
+    Args:
+        kind: what errors call the kind, such as "halting rule".
+        base: the class that all rules of the kind derive from.
+    """
+
+    def __init__(self, kind: str, base: type[Rule]) -> None:
+        self._kind = kind
+        self._base = base
+        self._classes: dict[str, type[Rule]] = {}
+        self._names: dict[type, str] = {}
+
+    def register(self, name: str) -> Callable[[RuleClass], RuleClass]:
+        """Return a decorator that makes a class known as `name`, which a plan's JSON then gives as `type`.
+
+        It goes above `@dataclass(frozen=True)`, whose fields are the other keys.
+
+        Raises:
+            PlanError: the name is taken, or the class cannot be a rule of this kind.
+        """
+
+        def add(cls: RuleClass) -> RuleClass:
+            self._check(name, cls)
+            before = self._classes.get(name)
+            if before is not None:
+                if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+                    owner = f"{before.__module__}.{before.__qualname__}"
+                    raise PlanError(f"the {self._kind} {name!r} is {owner} already; {cls.__name__} needs another name")
+                del self._names[before]  # its module was run again
+            self._classes[name] = cls  # type: ignore[assignment]
+            self._names[cls] = name
+            return cls
+
+        return add
+
+    def get(self, name: str) -> type[Rule] | None:
+        """Return the class of a name, imported if an installed package brings it; None where nobody knows it.
+
+        Raises:
+            PlanError: the package that brings it cannot be imported or does not register it, or several bring it.
+        """
+        if name not in self._classes:
+            brought = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+            if len(brought) > 1:
+                raise PlanError(f"{name!r} is brought by {' and '.join(map(_package, brought))}; uninstall all but one")
+            for entry in brought:
+                self._load(entry)
+        return self._classes.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Give all names: of registered classes, then of those that installed packages bring."""
+        brought = sorted({entry.name for entry in entry_points(group=GROUP)} - self._classes.keys())
+        return iter([*self._classes, *brought])
+
+    def classes(self) -> set[type[Rule]]:
+        """Return the classes that are registered now."""
+        return set(self._names)
+
+    def name_of(self, cls: type) -> str:
+        """Return the name of a class.
+
+        Raises:
+            PlanError: it has none.
+        """
+        if cls not in self._names:
+            decorator = f"@{self._kind.replace(' ', '_')}"
+            raise PlanError(f"{cls.__name__} has no name that a plan could give: put {decorator}(NAME) above the class")
+        return self._names[cls]
+
+    def _load(self, entry: EntryPoint) -> None:
+        try:
+            entry.load()
+        except Exception as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise PlanError(f"{_package(entry)} brings {entry.name!r} and cannot be imported: {why}") from error
+        if entry.name not in self._classes:
+            raise PlanError(
+                f"{_package(entry)} brings {entry.name!r}, but {entry.value} registers no such {self._kind}"
+            )
+
+    def _check(self, name: object, cls: object) -> None:
+        if not isinstance(name, str) or not name:
+            raise PlanError(f"a {self._kind}'s name must be a string that is not empty, got {name!r}")
+        refuse_retired(self._kind, name, f"the name {name!r}")
+        if not isinstance(cls, type) or not issubclass(cls, self._base):
+            raise PlanError(
+                f"the {self._kind} {name!r} must be a class derived from {self._base.__name__}, got {cls!r}"
+            )
+        if "__dataclass_fields__" not in cls.__dict__:
+            raise PlanError(
+                f"the {self._kind} {name!r}: put @dataclass(frozen=True) above {cls.__name__}, below its name"
+            )
+        if any(field.name == "type" for field in fields(cls)):  # type: ignore[arg-type]
+            raise PlanError(
+                f"the {self._kind} {name!r}: no field of {cls.__name__} may be called 'type', the rule's own key"
+            )
+        if inspect.isabstract(cls):
+            missing = ", ".join(sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
+            raise PlanError(f"the {self._kind} {name!r}: {cls.__name__} lacks {missing}")
+        if cls in self._names and self._names[cls] != name:
+            raise PlanError(
+                f"{cls.__name__} is the {self._kind} {self._names[cls]!r} already, and cannot be {name!r} too"
+            )
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"package {entry.dist.name!r}" if entry.dist is not None else f"the module of {entry.value!r}"

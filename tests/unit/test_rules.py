@@ -1,0 +1,237 @@
+"""How rules register, and what the runtime makes of decisions that are not the package's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from quicksilver.core import rules
+from quicksilver.core.plan import Plan
+from quicksilver.core.rules.registry import RuleTypes
+from quicksilver.errors import PlanError
+from quicksilver.models.cost import executed_cost
+from tests import tiny
+from tests.engines import decoder, fusion_plan, halting_plan, run_whole
+
+
+@rules.halting_rule("test-answering")
+@dataclass(frozen=True)
+class Answering(rules.HaltingRule):
+    """Gives one of `ANSWERS`."""
+
+    answer: str
+
+    def decide(self, view: rules.LayerView) -> Any:
+        return ANSWERS[self.answer](view)
+
+
+@rules.halting_rule("test-comparing")
+@dataclass(frozen=True)
+class Comparing(rules.ThresholdRule):
+    """Halts where successive updates are less alike than the threshold."""
+
+    @property
+    def reads_previous_update(self) -> bool:
+        return True
+
+    def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
+        return layer_idx == 1
+
+    def decide(self, view: rules.LayerView) -> rules.HaltDecision:
+        assert view.layer_idx == 1
+        assert view.previous_update is not None
+        cosine = torch.cosine_similarity(view.after - view.before, view.previous_update, dim=-1)
+        return rules.HaltDecision(cosine < rules.threshold_at(self.threshold, 1), {"cosine": view.num_rows})
+
+
+BAD: dict[str, tuple[Callable[[rules.LayerView], Any], str]] = {
+    "a tensor": (lambda view: view.positions < 2, "must return a HaltDecision, got Tensor"),
+    "nothing": (lambda view: None, "must return a HaltDecision, got NoneType"),
+    "a list": (lambda view: rules.HaltDecision([True]), "one boolean for each of 10 tokens, got list"),  # type: ignore[arg-type]
+    "numbers": (lambda view: rules.HaltDecision(view.positions), "got torch.int64 of shape"),
+    "one for all": (lambda view: rules.HaltDecision((view.positions < 2).any()), r"got torch.bool of shape \(\)"),
+    "two for each": (lambda view: rules.HaltDecision(view.after[:, :2] > 0), r"shape \(10, 2\)"),
+    "a signal of its own": (
+        lambda view: rules.HaltDecision(view.positions < 0, {"guess": 1}),
+        "counts a signal 'guess'; signals are norm, cosine, softmax, head; count others as macs",
+    ),
+}
+ANSWERS = {name: answer for name, (answer, _) in BAD.items()}
+ANSWERS["nobody, for 70 each"] = lambda view: rules.HaltDecision(view.positions < 0, macs=70 * view.num_rows)
+ANSWERS["nobody"] = lambda view: rules.HaltDecision(view.positions < 0)
+
+
+@rules.fusion_rule("test-pairing")
+@dataclass(frozen=True)
+class Pairing(rules.FusionRule):
+    """Gives one of `PAIRS`."""
+
+    answer: str
+
+    def decide(self, view: rules.PairView) -> Any:
+        return PAIRS[self.answer](view)
+
+
+BAD_PAIRS: dict[str, tuple[Callable[[rules.PairView], Any], str]] = {
+    "a tensor": (lambda view: view.positions < 2, "must return a FusionDecision, got Tensor"),
+    "numbers": (lambda view: rules.FusionDecision(view.positions), "one boolean for each of 9 pairs, got torch.int64"),
+    "one for all": (lambda view: rules.FusionDecision((view.positions < 2).any()), r"of shape \(\)"),
+    "the head": (lambda view: rules.FusionDecision(view.positions < 0, {"head": 1}), "signals are norm, cosine;"),
+}
+PAIRS = {name: answer for name, (answer, _) in BAD_PAIRS.items()}
+PAIRS["all, for 70 each"] = lambda view: rules.FusionDecision(view.positions >= 0, macs=70 * view.num_pairs)
+PAIRS["all"] = lambda view: rules.FusionDecision(view.positions >= 0)
+
+
+@rules.halting_rule("test-choosy")
+@dataclass(frozen=True)
+class Choosy(Comparing):
+    """Refuses every value, in an ordinary exception of two lines."""
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"threshold is\n{self.threshold}")
+
+
+@dataclass(frozen=True)
+class Undecided(rules.HaltingRule):
+    """Lacks its decision."""
+
+
+class Plain(Comparing):
+    """No dataclass of its own."""
+
+
+@dataclass(frozen=True)
+class Typed(Comparing):
+    """Has the key that names it."""
+
+    type: str = "x"
+
+
+@pytest.fixture
+def types() -> RuleTypes[rules.HaltingRule]:
+    """A registry of its own."""
+    return RuleTypes("halting rule", rules.HaltingRule)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "said"),
+    [
+        ("mine", Undecided, "Undecided lacks decide"),
+        ("mine", Plain, "put @dataclass"),
+        ("mine", Typed, "no field of Typed may be called 'type'"),
+        ("mine", rules.L2FusionRule, "must be a class derived from HaltingRule"),
+        ("mine", lambda view: None, "must be a class derived from HaltingRule"),
+        ("any", Comparing, "the name 'any': halting rule 'any' is retired"),
+        ("", Comparing, "not empty"),
+        (Comparing, Comparing, "must be a string"),
+    ],
+)
+def test_what_cannot_be_registered(types: RuleTypes[rules.HaltingRule], name: Any, cls: Any, said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        types.register(name)(cls)
+    assert types.classes() == set()
+
+
+def test_a_name_has_one_class_and_a_class_one_name(types: RuleTypes[rules.HaltingRule]) -> None:
+    assert types.register("comparing")(Comparing) is Comparing
+    assert types.register("comparing")(Comparing) is Comparing
+    assert (types.get("comparing"), types.name_of(Comparing), list(types)) == (Comparing, "comparing", ["comparing"])
+    with pytest.raises(PlanError, match="Comparing already; Answering needs another name"):
+        types.register("comparing")(Answering)
+    with pytest.raises(PlanError, match="is the halting rule 'comparing' already, and cannot be 'again' too"):
+        types.register("again")(Comparing)
+
+
+def test_a_class_that_is_defined_again_takes_its_own_place(types: RuleTypes[rules.HaltingRule]) -> None:
+    def define() -> type[rules.HaltingRule]:
+        @types.register("again")
+        @dataclass(frozen=True)
+        class Again(Comparing):
+            pass
+
+        return Again
+
+    define()
+    second = define()
+    assert types.classes() == {second}
+
+
+def test_a_rule_without_a_name_is_not_written() -> None:
+    with pytest.raises(PlanError, match=r"Plain has no name that a plan could give: put @halting_rule\(NAME\)"):
+        _ = halting_plan(Plain(0.0)).hash
+    with pytest.raises(PlanError, match="Plain has no name"):
+        Plan("a", rules.HaltingConfig(rules.AllRule((Plain(0.0),)))).to_dict()
+
+
+def test_rules_hold_rules_by_the_fields_that_they_name() -> None:
+    plan = halting_plan(rules.AllRule((rules.AllRule((Comparing(0.5), Answering("nobody"))), rules.DriftRule(1.0))))
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in all"])
+def test_it_sees_what_it_asks_for_where_it_asks(wrapped: bool) -> None:
+    rule = Comparing(2.0)
+    run = run_whole(
+        decoder(tiny.model("llama"), halting_plan(rules.AllRule((rule,)) if wrapped else rule)), tiny.token_ids(12)
+    )
+    assert run.trace.depths[0].tolist() == [2] * 12
+    assert [layer.signal_rows["cosine"] for layer in run.trace.layers] == [0, 12, 0, 0]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in all"])
+def test_multiply_adds_of_its_own_are_counted(wrapped: bool) -> None:
+    costs = []
+    for answer in ("nobody", "nobody, for 70 each"):
+        rule = Answering(answer)
+        plan = halting_plan(rules.AllRule((rules.DriftRule(1e9), rule)) if wrapped else rule)
+        engine = decoder(tiny.model("gpt2"), plan)
+        costs.append(executed_cost(engine.spec, run_whole(engine, tiny.token_ids(10)).trace))
+    assert costs[1].body_macs - costs[0].body_macs == 70 * 10 * 3  # nothing is asked after the last of four layers
+    assert costs[1].bitops - costs[0].bitops == 70 * 10 * 3 * 32 * 32
+
+
+@pytest.mark.parametrize(("answer", "said"), [(name, said) for name, (_, said) in BAD.items()], ids=list(BAD))
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in all"])
+def test_what_is_no_decision_is_refused(answer: str, said: str, wrapped: bool) -> None:
+    rule: rules.HaltingRule = Answering(answer)
+    engine = decoder(tiny.model("gpt2"), halting_plan(rules.AllRule((rule,)) if wrapped else rule))
+    with pytest.raises(PlanError, match=rf"Answering\.decide .*{said}"):
+        run_whole(engine, tiny.token_ids(10))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [(name, said) for name, (_, said) in BAD_PAIRS.items()], ids=list(BAD_PAIRS)
+)
+def test_what_is_no_decision_about_pairs_is_refused(answer: str, said: str) -> None:
+    engine = decoder(tiny.model("gpt2"), fusion_plan(Pairing(answer)))
+    with pytest.raises(PlanError, match=rf"Pairing\.decide .*{said}"):
+        run_whole(engine, tiny.token_ids(10))
+
+
+def test_multiply_adds_of_a_similarity_are_counted() -> None:
+    costs = []
+    for answer in ("all", "all, for 70 each"):
+        plan = fusion_plan(Pairing(answer))
+        assert Plan.from_dict(plan.to_dict()) == plan
+        engine = decoder(tiny.model("gpt2"), plan)
+        costs.append(executed_cost(engine.spec, run_whole(engine, tiny.token_ids(10)).trace))
+    assert costs[1].body_macs - costs[0].body_macs == 70 * 9
+
+
+def test_a_similarity_without_a_name_is_not_written() -> None:
+    class Nameless(rules.CosineFusionRule):
+        pass
+
+    with pytest.raises(PlanError, match=r"Nameless has no name that a plan could give: put @fusion_rule\(NAME\)"):
+        _ = fusion_plan(Nameless(0.5)).hash
+
+
+def test_a_value_that_a_rule_refuses_in_its_own_words() -> None:
+    rule = {"type": "test-choosy", "threshold": 1.0}
+    with pytest.raises(PlanError, match=r"^mine: halting\.rule: threshold is$"):
+        Plan.from_dict({"version": 1, "halting": {"rule": rule}}, "mine")
