@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,51 @@ def test_entries_in_fewer_bits_are_a_mechanism_too() -> None:
     assert (halves.entry_bits, plan.entry_bits, Plan.dense().entry_bits) == (16, 8, None)
     assert halves.hash != plan.hash
     plan.check_model(4, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: Plan(halting=rules.RelativeDriftRule(0.1)),
+            "plan 'plan': halting must be a HaltingConfig, got RelativeDriftRule; HaltingConfig(rule) holds a rule",
+        ),
+        (lambda: Plan("mine", precision=rules.UniformWidthRule(4)), "plan 'mine': precision must be a PrecisionConfig"),
+        (lambda: Plan(fusion=rules.CosineFusionRule(0.5)), "fusion must be a FusionConfig, got CosineFusionRule"),
+        (lambda: Plan(fusion=rules.HaltingConfig(rules.DriftRule(1.0))), "halting holds a HaltingConfig"),
+        (lambda: Plan(kv="drop"), "kv must be a KVFill, got 'drop' (str); there are DropFill, ZeroFill, PropagateFill"),
+        (lambda: Plan(kv=None), "kv must be a KVFill, got None"),
+        (lambda: Plan(kv=rules.DropFill), "kv must be a KVFill, got the class DropFill; make one: DropFill(...)"),
+        (lambda: Plan(maps=True), "maps must be a MapConfig, got True (bool)"),
+        (lambda: Plan(shortcuts=(rules.Shortcut(1, "mlp"),)), "shortcuts must be a ShortcutConfig, got (Shortcut("),
+        (lambda: Plan(attention=0.1), "attention must be an AttentionConfig, got 0.1"),
+        (lambda: Plan(screening=0.1), "screening must be a ScreeningConfig, got 0.1"),
+        (lambda: Plan(entries=8), "entries must be an EntryConfig, got 8"),
+        (lambda: Plan(tensors={}), "tensors must be a PlanTensors, got {} (dict)"),
+        (lambda: Plan(fitted_to="gpt2"), "fitted_to must be a FittedTo, got 'gpt2'"),
+        (lambda: Plan(rules.HaltingConfig(rules.DriftRule(1.0))), "a plan's name must be a string, got HaltingConfig("),
+        (lambda: rules.HaltingConfig("x"), "halting.rule must be a HaltingRule, got 'x' (str); there are DriftRule"),
+        (lambda: rules.FusionConfig(rules.DriftRule(0.1)), "fusion.rule must be a FusionRule, got DriftRule"),
+        (lambda: rules.PrecisionConfig(None), "precision.rule must be a PrecisionRule, got None"),
+        (lambda: rules.AllRule(rules.DriftRule(0.1)), "AllRule: rules must be a tuple of HaltingRules, got DriftRule"),
+        (lambda: rules.AllRule((rules.DriftRule(0.1), "x")), "AllRule: rules must hold a HaltingRule, got 'x'"),
+        (lambda: rules.ShortcutConfig(rules.Shortcut(1, "mlp")), "shortcuts.shortcuts must be a tuple of Shortcuts"),
+        (lambda: rules.ShortcutConfig(("x",)), "shortcuts.shortcuts must hold a Shortcut, got 'x'"),
+        (lambda: rules.EntropyRule(1.0, layers=3), "EntropyRule: layers must be non-negative layer indices, got 3"),
+        (lambda: rules.ForcedRule(3), "ForcedRule: depths must be whole numbers of at least 1, got 3"),
+        (lambda: rules.ForcedFusionRule(True), "ForcedFusionRule: joins must be a list of true and false, got True"),
+        (lambda: rules.FixedPointRule(0.1, "x"), "FixedPointRule: min_cosine must lie in [-1, 1], got 'x'"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_refused_where_it_is_given(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        build()
+
+
+def test_parts_in_a_list_become_a_tuple() -> None:
+    assert rules.AllRule([rules.DriftRule(0.1)]) == rules.AllRule((rules.DriftRule(0.1),))  # type: ignore[arg-type]
+    shortcut = rules.Shortcut(1, "mlp")
+    assert rules.ShortcutConfig([shortcut]) == rules.ShortcutConfig((shortcut,))  # type: ignore[arg-type]
 
 
 def test_rules_nested_without_end_are_refused() -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
@@ -37,8 +38,6 @@ from quicksilver.core.rules import (
 )
 from quicksilver.core.tensors import PlanTensors
 from quicksilver.models.spec import ModelSpec
-
-Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
 
 FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from quicksilver.calibrate import outputs, sensitivity, shortcuts
-from quicksilver.calibrate.candidates import Fits, Mechanism, shortcuts_at
+from quicksilver.calibrate.candidates import Fits, shortcuts_at
 from quicksilver.calibrate.histograms import quantiles
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
 from quicksilver.core.plan import Plan

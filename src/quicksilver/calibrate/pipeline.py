@@ -12,7 +12,8 @@ from typing import Any
 from typing import Protocol as Shape
 
 from quicksilver.calibrate import choosing, fits_file, fitting
-from quicksilver.calibrate.candidates import FILLS, Fits, Knobs, Mechanism, build, static_exit
+from quicksilver.calibrate.candidates import FILLS, Fits, Knobs, build, static_exit
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer

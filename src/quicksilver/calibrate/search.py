@@ -10,7 +10,8 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from quicksilver.calibrate.candidates import FILLS, Knobs, Mechanism
+from quicksilver.calibrate.candidates import FILLS, Knobs
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
 from quicksilver.calibrate.trials import Space

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from quicksilver.calibrate.mechanisms import MECHANISMS
 from quicksilver.cli.common import (
     check_window_options,
     display_name,
@@ -21,12 +22,6 @@ from quicksilver.cli.common import (
 from quicksilver.errors import InputError
 
 NOTHING_HELD = 3
-MECHANISMS = {
-    "halting": ("halting", "shortcuts"),
-    "kv": ("values", "queries", "screening", "entries"),
-    "fusion": ("fusion",),
-    "precision": ("channels",),
-}
 
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})

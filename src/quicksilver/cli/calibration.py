@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quicksilver.calibrate.mechanisms import MECHANISMS
 from quicksilver.calibrate.pipeline import Calibration, Calibrator, Settings
 from quicksilver.calibrate.report import best_of_groups, frontier, summary
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget
 from quicksilver.calibrate.splits import SHARES, Split, split_all
-from quicksilver.cli.calibrate import MECHANISMS
 from quicksilver.cli.common import progress, window_protocol
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically

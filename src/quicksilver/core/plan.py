@@ -38,6 +38,7 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
+from quicksilver.core.rules.checks import check_parts
 from quicksilver.core.tensors import PlanTensors, named_vector
 from quicksilver.errors import PlanError
 
@@ -94,6 +95,11 @@ class Plan:
     entries: EntryConfig | None = None
     tensors: PlanTensors | None = None
     fitted_to: FittedTo | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise PlanError(f"a plan's name must be a string, got {repr(self.name)[:40]}; it is the first argument")
+        check_parts(self, f"plan {self.name!r}", ": ")
 
     @classmethod
     def dense(cls) -> Plan:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from dataclasses import fields
+from functools import cache
+from typing import Any, NamedTuple, TypeGuard, get_args, get_origin, get_type_hints
 
 from quicksilver.errors import PlanError
 
 Threshold = float | tuple[float, ...]
 """One absolute threshold for all layers, or one per layer."""
+
+_PACKAGE = __name__.partition(".")[0] + "."
 
 LARGE = 2**31
 """Bound of counts and positions in a plan, far above any model's context and far below what tensors hold."""
@@ -64,3 +68,82 @@ def check_draw(owner: str, probability: Any, seed: object) -> None:
         raise PlanError(f"{owner}: probability must lie in [0, 1], got {probability!r}")
     if not is_whole(seed):
         raise PlanError(f"{owner}: seed must be a whole number, got {seed!r}")
+
+
+class _Part(NamedTuple):
+    """What a field is declared to hold: one of a class, None instead where it is optional, or a tuple of them."""
+
+    needed: type
+    optional: bool
+    many: bool
+
+
+def check_parts(config: Any, owner: str, separator: str = ".") -> None:
+    """Raise PlanError where a field of a plan or of a configuration holds another kind of part than it declares.
+
+    Fields that are declared as numbers or texts have checks of their own. A list of parts becomes a tuple.
+
+    Args:
+        config: an instance of a dataclass.
+        owner: names it in errors.
+        separator: between that and the field's name.
+    """
+    for name, part in _parts(type(config)).items():
+        value, where = getattr(config, name), f"{owner}{separator}{name}"
+        if part.many:
+            if not isinstance(value, (tuple, list)):
+                plural = f"a tuple of {part.needed.__name__}s"
+                raise PlanError(f"{where} must be {plural}, got {_described(value)}{_hint(type(config), part, value)}")
+            object.__setattr__(config, name, tuple(value))
+        members = value if part.many else () if part.optional and value is None else (value,)
+        for member in members:
+            if not isinstance(member, part.needed):
+                what, hint = _described(member), _hint(type(config), part, member)
+                needed = "hold" if part.many else "be"
+                raise PlanError(f"{where} must {needed} {_article(part.needed.__name__)}, got {what}{hint}")
+
+
+@cache
+def _parts(cls: type) -> dict[str, _Part]:
+    """Return those of a dataclass's fields that hold a class of this package, or a tuple of one."""
+    hints, found = get_type_hints(cls), {}
+    for name in (field.name for field in fields(cls)):
+        declared = [each for each in get_args(hints[name]) or (hints[name],) if each not in (type(None), ...)]
+        if len(declared) == 1 and isinstance(declared[0], type) and declared[0].__module__.startswith(_PACKAGE):
+            optional = type(None) in get_args(hints[name])
+            found[name] = _Part(declared[0], optional, many=get_origin(hints[name]) is tuple)
+    return found
+
+
+def _hint(owner: type, part: _Part, value: Any) -> str:
+    """Return what to do about a value in the wrong place, from where else it fits."""
+    if isinstance(value, type) and issubclass(value, part.needed):
+        return f"; make one: {value.__name__}(...)"
+    if part.many and isinstance(value, part.needed):
+        return "; put it in a tuple"
+    inside = _parts(part.needed) if hasattr(part.needed, "__dataclass_fields__") else {}
+    for name, each in inside.items():
+        if isinstance(value, each.needed):
+            return f"; {part.needed.__name__}({name}) holds a {name}"
+    for name, each in _parts(owner).items():
+        if isinstance(value, each.needed):
+            return f"; {name} holds {_article(each.needed.__name__)}"
+    if made := [cls.__name__ for cls in _leaves(part.needed)]:
+        return f"; there are {', '.join(made)}"
+    return ""
+
+
+def _leaves(cls: type) -> list[type]:
+    """Return the classes under one that nothing derives from."""
+    return [leaf for each in cls.__subclasses__() for leaf in _leaves(each) or [each]]
+
+
+def _described(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    ours = type(value).__module__.startswith(_PACKAGE)
+    return type(value).__name__ if ours else f"{repr(value)[:40]} ({type(value).__name__})"
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"

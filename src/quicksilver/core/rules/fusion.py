@@ -16,6 +16,7 @@ from quicksilver.core.rules.checks import (
     LARGE,
     Threshold,
     check_draw,
+    check_parts,
     check_protection,
     check_threshold,
     is_whole,
@@ -132,7 +133,7 @@ class ForcedFusionRule(FusionRule):
     joins: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        joins = tuple(self.joins)
+        joins = tuple(self.joins) if isinstance(self.joins, (tuple, list)) else ()
         if not joins or any(not isinstance(join, bool) for join in joins):
             raise PlanError(f"ForcedFusionRule: joins must be a list of true and false, got {str(self.joins)[:40]}")
         object.__setattr__(self, "joins", joins)
@@ -172,8 +173,7 @@ class FusionConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, FusionRule):
-            raise PlanError(f"fusion.rule must be a fusion rule, got {str(self.rule)[:40]}")
+        check_parts(self, "fusion")
         layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
         object.__setattr__(self, "layers", layers)
         for item in layers:

@@ -18,6 +18,7 @@ from quicksilver.core.rules.checks import (
     Threshold,
     check_count,
     check_draw,
+    check_parts,
     check_protection,
     check_threshold,
     is_whole,
@@ -129,7 +130,7 @@ class FixedPointRule(ThresholdRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1.0 <= self.min_cosine <= 1.0:
+        if not isinstance(self.min_cosine, (int, float)) or not -1.0 <= self.min_cosine <= 1.0:
             raise PlanError(f"FixedPointRule: min_cosine must lie in [-1, 1], got {self.min_cosine!r}")
 
     @property
@@ -159,7 +160,7 @@ class EntropyRule(ThresholdRule):
         super().__post_init__()
         if self.layers is None:
             return
-        layers = tuple(self.layers)
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (-1,)
         if any(not is_whole(i) or i < 0 for i in layers):
             raise PlanError(f"EntropyRule: layers must be non-negative layer indices, got {self.layers!r}")
         object.__setattr__(self, "layers", layers)
@@ -226,7 +227,7 @@ class ForcedRule(HaltingRule):
     depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        depths = tuple(self.depths)
+        depths = tuple(self.depths) if isinstance(self.depths, (tuple, list)) else ()
         if not depths or any(not is_whole(n) or not 1 <= n < LARGE for n in depths):
             raise PlanError(f"ForcedRule: depths must be whole numbers of at least 1, got {self.depths!r}")
         object.__setattr__(self, "depths", depths)
@@ -272,7 +273,7 @@ class AllRule(HaltingRule):
     rules: tuple[HaltingRule, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(self.rules))
+        check_parts(self, "AllRule", ": ")
         if not self.rules:
             raise PlanError("AllRule: at least one rule is needed")
 
@@ -329,6 +330,7 @@ class HaltingConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
+        check_parts(self, "halting")
         whole = is_whole(self.min_layer) and self.min_layer >= 1
         if not whole and not (isinstance(self.min_layer, float) and 0.0 < self.min_layer < 1.0):
             raise PlanError(f"halting.min_layer must be at least 1, or a fraction in (0, 1), got {self.min_layer!r}")

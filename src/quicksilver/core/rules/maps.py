@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quicksilver.core.rules.checks import LARGE, check_protection, is_whole
+from quicksilver.core.rules.checks import LARGE, check_parts, check_protection, is_whole
 from quicksilver.errors import PlanError
 
 Part = Literal["mlp", "attention"]
@@ -79,7 +79,7 @@ class ShortcutConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shortcuts", tuple(self.shortcuts))
+        check_parts(self, "shortcuts")
         names = [shortcut.name for shortcut in self.shortcuts]
         if not names or len(set(names)) != len(names):
             raise PlanError("shortcuts must name at least one sublayer, and each one once")

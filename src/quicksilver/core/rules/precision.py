@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from quicksilver.core.rules.checks import check_protection, is_whole
+from quicksilver.core.rules.checks import check_parts, check_protection, is_whole
 from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
@@ -194,8 +194,7 @@ class PrecisionConfig:
     protect_special: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, PrecisionRule):
-            raise PlanError(f"precision.rule must be a precision rule, got {str(self.rule)[:40]}")
+        check_parts(self, "precision")
         check_protection("precision", self.protect_first, self.protect_special)
 
 

@@ -1,0 +1,15 @@
+"""What a search may switch on, by the names that the command line gives it; needs no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
+
+MECHANISMS: dict[str, tuple[Mechanism, ...]] = {
+    "halting": ("halting", "shortcuts"),
+    "kv": ("values", "queries", "screening", "entries"),
+    "fusion": ("fusion",),
+    "precision": ("channels",),
+}
+"""Of each of a plan's mechanisms, what is searched."""
