@@ -281,7 +281,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                     raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
             ids = self._prompts(inputs, given.pop("input_ids"), settings)
             if settings.config.token_healing:
-                ids = self.heal_tokens(ids, tokenizer)
+                ids = self.heal_tokens(ids, tokenizer)  # type: ignore[arg-type]  # any whole numbers do
             cache = None if cache is None else self._check_cache(cache, len(ids))
             self._follow_modules()
             trace = self._decoder.new_trace()

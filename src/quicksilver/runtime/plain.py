@@ -45,7 +45,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
         _check_files(Path(source))
         read_generation_config(Path(source))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -55,6 +55,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
+        model, info = loaded
     except NotImplementedError:  # transformers compares the two, and one was not read
         raise ModelError(
             f"{source}: lm_head.weight or the token embedding, which the configuration ties to one another"
