@@ -14,13 +14,17 @@ PURE_TESTS := tests/ops tests/semantics/test_precision.py tests/semantics/test_e
 
 TRANSFORMERS_TESTS := tests/e2e/test_generate_loop.py tests/e2e/test_generate_api.py tests/parity/test_families.py
 
-.PHONY: demo test test-pure test-transformers sanitize check bench docs format clean
+.PHONY: demo test quick test-pure test-transformers sanitize check bench docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/quicksilver demo
 
 test: $(VENV)/.developed
 	$(BIN)/pytest
+
+# The suite without what takes longest: whole calibrations, the README's commands, properties over all plans.
+quick: $(VENV)/.developed
+	$(BIN)/pytest -m "not slow"
 
 # What does not need the kernels, on an installation that has none.
 test-pure: $(VENV)/.developed

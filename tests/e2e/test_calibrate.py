@@ -132,6 +132,7 @@ def count_scores(patch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[
     return scored
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_plan(
     cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path, whole: tuple[bytes, int]
 ) -> None:
@@ -141,6 +142,7 @@ def test_the_same_seed_gives_the_same_plan(
     assert Plan.load(target).tensors is not None  # their digest is in the plan
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_candidates(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:
     found = []
     for name, seed in (("one", 3), ("same", 3), ("other", 4)):
@@ -154,6 +156,7 @@ def test_the_same_seed_gives_the_same_candidates(cli: Cli, tiny_model_dir: Any, 
     assert found[0] != found[2]  # the last ones are Optuna's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.7, 1.0])
 def test_after_an_interruption_the_same_command_goes_on(
     cli: Cli,
@@ -175,6 +178,7 @@ def test_after_an_interruption_the_same_command_goes_on(
     assert len(scored) == count + 1  # nothing was scored twice but what was interrupted
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_too(
     cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path, whole: tuple[bytes, int]
 ) -> None:
@@ -210,6 +214,7 @@ def test_a_hopeless_budget_gives_the_dense_plan(cli: Cli, tiny_model_dir: Any, b
     assert found["leave_one_out"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, 20, 40])
 def test_without_a_text_one_is_sampled_from_the_model(
     cli: Cli, tiny_model_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: int | None
@@ -239,6 +244,7 @@ def test_without_a_text_one_is_sampled_from_the_model(
     assert found["parts"]["search_tokens"] > 90
 
 
+@pytest.mark.slow
 def test_documents_are_calibrated_on_too(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:
     documents, target, text = tmp_path / "documents.jsonl", tmp_path / "mine.json", book.read_text()
     pieces = [text[i : i + size] for i, size in zip(range(0, 1800, 30), [30, 3, 12] * 20, strict=True)]
@@ -253,6 +259,7 @@ def test_documents_are_calibrated_on_too(cli: Cli, tiny_model_dir: Any, book: Pa
     assert found["parts"]["fit_tokens"] > 200
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_it(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:
     options = ("--text", book, *LOOSE, *FAST, "--trials", 100000, "--time-limit", 1, "--mechanisms", "kv")
     begin = time.monotonic()
@@ -261,12 +268,14 @@ def test_a_time_limit_ends_it(cli: Cli, tiny_model_dir: Any, book: Path, tmp_pat
     assert time.monotonic() - begin < 60.0
 
 
+@pytest.mark.slow
 def test_seconds_can_be_saved(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:
     options = ("--text", book, *LOOSE, *FAST, "--mechanisms", "halting", "--minimise", "seconds")
     done = cli("calibrate", tiny_model_dir("llama"), *options, "-o", tmp_path / "mine.json")
     assert done.status in (0, 3), done.err
 
 
+@pytest.mark.slow
 def test_what_was_written_is_overwritten_when_asked(cli: Cli, tiny_model_dir: Any, book: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine.json"
     target.write_text("old")

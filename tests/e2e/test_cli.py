@@ -178,6 +178,7 @@ def test_generation_stops_at_the_models_context(
     assert outcome.err == "quicksilver: note: only 4 tokens fit the model's context\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_generation_quietly(tiny_model_dir: Callable[[str], Path]) -> None:
     command = [sys.executable, "-m", "quicksilver.cli.main", "generate", str(tiny_model_dir("gpt2")), "The river"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -60,6 +60,7 @@ def test_the_readme_shows_commands() -> None:
     assert len(readme_commands()) >= 4
 
 
+@pytest.mark.slow
 def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one folder, as a reader would; with fewer tokens."""
     if not embedded_models():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from quicksilver.runtime.decoder import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
 from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, screening_plans, skipping_plans
+
+pytestmark = pytest.mark.slow  # whole spaces of plans are drawn from
 
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:

@@ -238,6 +238,7 @@ def test_components_of_queries_by_hand(backend: Literal["sdpa", "eager"]) -> Non
             assert int(one.scores_skipped) == left_out[1] * 4
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:

@@ -99,6 +99,7 @@ def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.KVFill | None) 
     check(name, 5, plan, 8 if fill is None else 16, halts, fusion)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
@@ -111,6 +112,7 @@ def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: in
         assert whole.cache.used_nbytes == parts.cache.used_nbytes
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_the_cache_does_not_depend_on_how_tokens_were_fed(

@@ -137,6 +137,7 @@ def test_a_row_that_took_a_tokens_place_may_halt_where_a_rule_compares_states(se
     assert_same_run(run_whole(engine, ids), run_steps(engine, ids))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:

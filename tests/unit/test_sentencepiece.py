@@ -129,7 +129,7 @@ def test_other_classes_name_the_packages_they_need(
 ) -> None:
     folder = write(trained("bpe, as of Llama 2"), tokenizer_class="CodeLlamaTokenizer")
     for name in ("sentencepiece", "protobuf"):
-        monkeypatch.setattr(f"transformers.utils.is_{name}_available", lambda there=name != package: there)
+        monkeypatch.setattr(f"transformers.utils.import_utils.is_{name}_available", lambda there=name != package: there)
     with pytest.raises(ModelError, match=rf"a CodeLlamaTokenizer .* {package} is not installed: pip install"):
         quicksilver.load_tokenizer(folder)
 

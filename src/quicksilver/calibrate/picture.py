@@ -69,7 +69,8 @@ def draw(path: Path, found: dict[str, Any]) -> list[Path]:
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].legend(handles, labels, loc="center", fontsize=10, title=_title(found))
     files = []
-    for ending, options in (("png", {"dpi": 110}), ("svg", {"metadata": {"Date": None}})):
+    endings: dict[str, dict[str, Any]] = {"png": {"dpi": 110}, "svg": {"metadata": {"Date": None}}}
+    for ending, options in endings.items():
         image = io.BytesIO()
         figure.savefig(image, format=ending, **options)
         target = path.with_name(f"{path.name}.{ending}")

@@ -192,7 +192,7 @@ class Calibrator:
         nothing: the cache holds a fraction of its bytes then.
         """
         settings = self._settings
-        searched = [name for name in settings.mechanisms if name != "entries"]
+        searched: list[Mechanism] = [name for name in settings.mechanisms if name != "entries"]
         if "entries" not in settings.mechanisms:
             return searched, []
         if settings.objective in ("bitops", "kv_bytes"):

@@ -103,9 +103,10 @@ class Scorer:
             compare([baseline, record], [fed, feed(record, window, "score")], window)
             counts.append(window.num_scored)
             on_window()
-            at_checkpoint = budget is not None and len(counts) in _checkpoints(len(self._fed))
-            if at_checkpoint and budget.is_hopeless(paired_delta(baseline.nll, record.nll, counts)):
-                return None
+            if budget is not None and len(counts) in _checkpoints(len(self._fed)):
+                delta = paired_delta(baseline.nll, record.nll, counts)
+                if budget.is_hopeless(delta):
+                    return None
         row = build_rows([baseline, record], self._text, self._protocol, "score", self._name)[0]
         row["delta_by_text"] = self._delta_by_text(baseline.nll, record.nll, counts)
         cost, tokens = self.dense_cost(self._runner.adapter)

@@ -74,8 +74,9 @@ class Search:
         trials: int,
         always: Sequence[Mechanism] = (),
     ) -> None:
-        self._mechanisms, self._budget, self._objective = tuple(mechanisms), budget, objective
-        self._alone = [name for name in self._mechanisms if name not in SWITCHES]
+        self._mechanisms, self._budget = tuple(mechanisms), budget
+        self._objective: Objective = objective
+        self._alone: list[Mechanism] = [name for name in self._mechanisms if name not in SWITCHES]
         self._trials, self._always = trials, tuple(always)
         self._fills = fills and "halting" in self._mechanisms
 
@@ -91,7 +92,9 @@ class Search:
 
     def knobs(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Knobs:
         """Return the knobs of a trial's parameters, given at least the guided trials before it."""
-        factors = {name: parameters.get(name, 1.0) for name in self._mechanisms if parameters[f"use_{name}"]}
+        factors: dict[Mechanism, float] = {
+            name: parameters.get(name, 1.0) for name in self._mechanisms if parameters[f"use_{name}"]
+        }
         if len(factors) > 1:
             factors |= dict.fromkeys(self._always, 1.0)
         level = parameters.get("level")
@@ -148,7 +151,8 @@ class Search:
         Nats are those of divergence, which is known well from few windows. Where a mechanism saves more for a nat
         between its two steps than all of them together, its price rises by as much; where it saves less, it falls.
         """
-        gained, lost = {}, {}
+        gained: dict[Mechanism, float] = {}
+        lost: dict[Mechanism, float] = {}
         for i, name in enumerate(self._priced):
             cheaper, dearer = (trial.user_attrs.get("row") for trial in stepped[2 * i : 2 * i + 2])
             if cheaper is not None and dearer is not None:

@@ -35,7 +35,8 @@ class Trials:
     def __init__(self, path: Path, key: str, objective: Objective, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _end_with_a_line(path)
-        self._objective, self._seed = objective, seed
+        self._objective: Objective = objective
+        self._seed = seed
         self._study = optuna.create_study(
             study_name=key,
             storage=JournalStorage(JournalFileBackend(str(path))),

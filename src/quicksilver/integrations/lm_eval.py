@@ -59,9 +59,12 @@ _DEFAULT_DEVICE = "cuda:0"
 """What the harness's command line says where --device is not given, whatever the machine has."""
 _SOFTMAX_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
+_HarnessLM: Any = HFLM
+"""The harness's class; of its type, which its decorator narrows to that of every model, nothing of use is known."""
+
 
 @register_model("quicksilver")
-class QuickSilverLM(HFLM):
+class QuickSilverLM(_HarnessLM):
     """A model under a plan, for the harness: its requests are those of `HFLM`, batch by batch.
 
     Args:

@@ -123,10 +123,11 @@ def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int
         )
         for limit in LOOSER
     ]
-    for plan in (first, *looser):
-        depths = token_depths(model, plan, token_ids, False)
+    plan, depths = first, token_depths(model, first, token_ids, False)
+    for other in looser:
         if sum(depth < model.adapter.spec.num_layers for depth in depths) >= STOPPED * len(depths):
             break
+        plan, depths = other, token_depths(model, other, token_ids, False)
     return plan, depths
 
 

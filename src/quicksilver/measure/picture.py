@@ -104,7 +104,7 @@ def _draw_tokens(figure: Any, axes: Any, panel: TokenPanel, layers: int) -> None
             column, row = 0, row + 1
         if row >= _ROWS:
             break
-        shade = colours.to_rgba(depth)
+        shade = colours.to_rgba(depth)  # type: ignore[arg-type]  # it takes numbers too
         axes.add_patch(Rectangle((column, -row - 0.45), len(text), 0.9, facecolor=shade, linewidth=0))
         ink = "white" if sum(shade[:3]) < 1.4 else "black"
         for offset, symbol in enumerate(text):

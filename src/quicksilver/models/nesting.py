@@ -185,7 +185,8 @@ def outline(model: Any, config: QuantizationConfig) -> None:
     """
 
     def encode(name: str, weight: Tensor) -> NestedCodes:
-        return NestedCodes.outline(*weight.shape, config.group_size)
+        num_inputs, num_outputs = weight.shape
+        return NestedCodes.outline(num_inputs, num_outputs, config.group_size)
 
     check(model, config)
     for _ in _replace_all(model, config, encode):

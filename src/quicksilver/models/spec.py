@@ -177,7 +177,7 @@ class Adapter:
     layers: tuple[LayerOps, ...]
     embed: Callable[[Tensor, Tensor], Tensor]
     rotation: Callable[[Tensor], Rotation] | None
-    final_norm: Map
+    final_norm: nn.Module
     head: Map
     normed_head: Map | None = None
     kernels: Kernels = "torch"

@@ -59,6 +59,7 @@ def _attention(layer: LayerOps, layer_idx: int, running: Running, skipped: Skipp
     key = key if running.rotation is None else running.rotation.apply(key)
     _write(layer, layer_idx, state, (key, value), skipped, context)
     if query is None:
+        assert detour is not None  # without one all rows ask
         return detour.mapped
     query = query if asking.rotation is None else asking.rotation.apply(query)
     attended = _attend(query, asking.state.layout, state.layout, layer_idx, layer.scaling, skipped, context)

@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation import (
+from transformers.generation.logits_process import LogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    LogitsProcessor,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StopStringCriteria,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quicksilver.cache import RaggedKVCache
@@ -128,7 +127,10 @@ def _choice(model: QuickSilverForCausalLM, settings: Settings, request: Request,
     if config.guidance_scale not in (None, 1.0, 1):
         ids, mask = request.guidance
         guided = UnbatchedClassifierFreeGuidanceLogitsProcessor(
-            config.guidance_scale, model, unconditional_ids=ids, unconditional_attention_mask=mask
+            config.guidance_scale,
+            model,
+            unconditional_ids=ids,  # type: ignore[arg-type]  # any whole numbers do
+            unconditional_attention_mask=mask,  # type: ignore[arg-type]
         )
         first.append(guided)
     return TokenChoice(first, made, [*own, *last], Draw(config.do_sample, _seeds(request.seed, len(rows.input_ids))))

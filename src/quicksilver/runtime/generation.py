@@ -312,7 +312,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         """Return prompts whose last tokens fit what may follow, by transformers' own `heal_tokens`."""
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             raise UnsupportedFeatureError("token_healing of padded prompts is not supported; pass one at a time")
-        return self.heal_tokens(input_ids, tokenizer)
+        return self.heal_tokens(input_ids, tokenizer)  # type: ignore[arg-type]  # any whole numbers do
 
     @staticmethod
     def _prompts(inputs: Tensor | None, input_ids: Tensor | None, settings: Settings) -> Tensor:

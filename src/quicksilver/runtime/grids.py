@@ -37,7 +37,7 @@ class Grid:
         return self.shape[1]
 
 
-def split_mask(attention_mask: Tensor | None, shape: tuple[int, int], seen: int) -> tuple[Tensor | None, Tensor | None]:
+def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
     """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
 
     Raises:

@@ -119,7 +119,7 @@ def load(
         nest(model, QuantizationConfig())
     try:
         if special_ids is None:
-            special_ids = {*configured_special_ids(model), *_tokenizer_special_ids(source, local)}
+            special_ids = list({*configured_special_ids(model), *_tokenizer_special_ids(source, local)})
         return accelerate(model.eval().to(target), resolved, sorted(special_ids), kernels)
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None

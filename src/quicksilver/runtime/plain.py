@@ -45,7 +45,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
         _check_files(Path(source))
         read_generation_config(Path(source))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -55,6 +55,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
+        model, info = loaded
     except NotImplementedError as error:  # transformers compares the two, and one was not read
         if not getattr(config, "tie_word_embeddings", False):
             raise ModelError(f"{source}: cannot load the model: {first_line(error)}") from None

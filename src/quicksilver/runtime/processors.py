@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import generation as of_transformers
-from transformers.generation import LogitsProcessor
+from transformers.generation.logits_process import LogitNormalization, LogitsProcessor
 
 from quicksilver.runtime.settings import Settings
 
@@ -94,7 +94,7 @@ def warpers(settings: Settings, vocab_size: int, device: torch.device) -> list[L
     if config.watermarking_config is not None:
         made.append(config.watermarking_config.construct_processor(vocab_size, device))
     if config.renormalize_logits:
-        made.append(of_transformers.LogitNormalization())
+        made.append(LogitNormalization())
     return made
 
 

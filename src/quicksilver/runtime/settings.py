@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from quicksilver.errors import InputError, UnsupportedFeatureError
 

@@ -87,9 +87,12 @@ def _read_sentencepiece(source: str, local: bool) -> Any:
 
 def _check_packages(file: Path, name: str) -> None:
     """Raise ModelError where transformers lacks what it reads a tokenizer of another class with."""
-    from transformers import utils
+    from transformers.utils import import_utils
 
-    there = {"sentencepiece": utils.is_sentencepiece_available(), "protobuf": utils.is_protobuf_available()}
+    there = {
+        "sentencepiece": import_utils.is_sentencepiece_available(),
+        "protobuf": import_utils.is_protobuf_available(),
+    }
     missing = " and ".join(package for package, is_there in there.items() if not is_there)
     if missing:
         raise ModelError(
@@ -107,7 +110,7 @@ def _tiktoken(file: Path) -> str:
 
 def _find(source: str, name: str, local: bool) -> Path | None:
     """Return where a file of a model is, downloaded first where it is on the hub; None where there is none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if os.path.isdir(source):
         return Path(source) / name if (Path(source) / name).is_file() else None
