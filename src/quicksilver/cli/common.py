@@ -185,14 +185,11 @@ def own_lines() -> Iterator[None]:
         for category in notes:
             warnings.simplefilter("always", category)
         warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
-        try:
-            yield
-        finally:  # a note may say why something failed
-            for warning in caught:
-                if issubclass(warning.category, notes):
-                    print(f"quicksilver: note: {warning.message}", file=sys.stderr)
-    for warning in caught:
-        if not issubclass(warning.category, notes):
+        yield
+    for warning in caught:  # an error stands alone: it is one line
+        if issubclass(warning.category, notes):
+            print(f"quicksilver: note: {warning.message}", file=sys.stderr)
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
