@@ -51,20 +51,17 @@ def nobody(view: LayerView) -> Tensor:
     return torch.zeros_like(view.positions, dtype=torch.bool)
 
 
-def check_decision(decider: str, decision: HaltDecision, view: LayerView) -> None:
-    """Raise PlanError where what a rule decided is no decision about the tokens in view; `decider` names the rule."""
-    if not isinstance(decision, HaltDecision):
-        raise PlanError(f"{decider}.decide must return a HaltDecision, got {type(decision).__name__}")
-    _check_answer(decider, decision.halt, view.num_rows, "tokens")
-    _check_signals(decider, decision.signal_rows, HALT_SIGNALS)
-
-
-def check_pairs(decider: str, decision: FusionDecision, view: PairView) -> None:
-    """Raise PlanError where what a rule decided is no decision about the pairs in view; `decider` names the rule."""
-    if not isinstance(decision, FusionDecision):
-        raise PlanError(f"{decider}.decide must return a FusionDecision, got {type(decision).__name__}")
-    _check_answer(decider, decision.alike, view.num_pairs, "pairs")
-    _check_signals(decider, decision.signal_rows, PAIR_SIGNALS)
+def check_decision(decider: str, decision: object, view: object) -> None:
+    """Raise PlanError where what a rule decided is no decision about the rows in view; `decider` names the rule."""
+    if isinstance(view, LayerView):
+        wanted, answer, rows, of, signals = HaltDecision, "halt", view.num_rows, "tokens", HALT_SIGNALS
+    else:
+        assert isinstance(view, PairView)
+        wanted, answer, rows, of, signals = FusionDecision, "alike", view.num_pairs, "pairs", PAIR_SIGNALS
+    if not isinstance(decision, wanted):
+        raise PlanError(f"{decider}.decide must return a {wanted.__name__}, got {type(decision).__name__}")
+    _check_answer(decider, getattr(decision, answer), rows, of)
+    _check_signals(decider, decision.signal_rows, signals)
 
 
 def _check_answer(decider: str, answer: Tensor, num_rows: int, rows: str) -> None:

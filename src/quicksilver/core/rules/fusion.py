@@ -6,7 +6,6 @@ Each rule has its name, configuration and decision here; the decision imports Py
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -22,7 +21,7 @@ from quicksilver.core.rules.checks import (
     is_whole,
     threshold_at,
 )
-from quicksilver.core.rules.registry import RuleTypes
+from quicksilver.core.rules.registry import DecidingRule, RuleTypes
 from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
 
@@ -33,25 +32,10 @@ _STREAM = 1  # of random numbers, another than halting's: which tokens halt must
 
 
 @dataclass(frozen=True)
-class FusionRule(ABC):
-    """Base of the rules that say whether a token is like the one before it."""
+class FusionRule(DecidingRule[PairView, FusionDecision]):
+    """Base of the rules that say whether a token is like the one before it, of each pair in view."""
 
-    @abstractmethod
-    def decide(self, view: PairView) -> FusionDecision:
-        """Return which of the pairs in view are alike, and what finding out cost.
-
-        Each pair's answer must depend on its own row alone, and on nothing that is kept between calls.
-        """
-
-    def ask(self, view: PairView) -> FusionDecision:
-        """Return `decide(view)`; raise PlanError where that is no decision about the pairs in view."""
-        from quicksilver.core.signals import check_pairs
-
-        decision = self.decide(view)
-        check_pairs(type(self).__name__, decision, view)
-        return decision
-
-    def check_layers(self, num_fusion_layers: int) -> None:  # noqa: B027 (most rules fit any number)
+    def check_layers(self, num_fusion_layers: int) -> None:
         """Raise PlanError where the rule does not fit so many fusion layers."""
 
 

@@ -7,7 +7,6 @@ are read, checked and shown without.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,13 +23,13 @@ from quicksilver.core.rules.checks import (
     is_whole,
     threshold_at,
 )
-from quicksilver.core.rules.registry import RuleTypes
+from quicksilver.core.rules.registry import DecidingRule, RuleTypes
 from quicksilver.errors import PlanError
 
 
 @dataclass(frozen=True)
-class HaltingRule(ABC):
-    """Base of the rules that say which tokens have settled.
+class HaltingRule(DecidingRule[LayerView, HaltDecision]):
+    """Base of the rules that say which tokens in view have settled, and halt after this layer.
 
     Attributes:
         rule_fields: names of the fields that hold rules themselves, each a tuple of them.
@@ -48,21 +47,6 @@ class HaltingRule(ABC):
         """Whether the rule reads what the layer before added, which is then in `LayerView.previous_update`."""
         return False
 
-    @abstractmethod
-    def decide(self, view: LayerView) -> HaltDecision:
-        """Return which of the tokens in view halt after this layer, and what finding out cost.
-
-        Each token's answer must depend on its own row alone, and on nothing that is kept between calls.
-        """
-
-    def ask(self, view: LayerView) -> HaltDecision:
-        """Return `decide(view)`; raise PlanError where that is no decision about the tokens in view."""
-        from quicksilver.core.signals import check_decision
-
-        decision = self.decide(view)
-        check_decision(type(self).__name__, decision, view)
-        return decision
-
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
         """Whether the rule could halt anything after this layer; where not, it need not be asked.
 
@@ -73,7 +57,7 @@ class HaltingRule(ABC):
         """
         return True
 
-    def check_depth(self, num_layers: int) -> None:  # noqa: B027 (most rules fit every depth)
+    def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where the rule does not fit a model of `num_layers` layers."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
@@ -15,7 +16,28 @@ GROUP = "quicksilver.rules"
 """The group of entry points by which packages say which rules they bring; an entry's name is its rule's."""
 
 Rule = TypeVar("Rule")
+View = TypeVar("View", contravariant=True)
+Decision = TypeVar("Decision", covariant=True)
 RuleClass = TypeVar("RuleClass", bound=type)
+
+
+class DecidingRule(ABC, Generic[View, Decision]):
+    """Base of every kind of rule: it decides of rows in view, and is asked so that what is no decision is refused."""
+
+    @abstractmethod
+    def decide(self, view: View) -> Decision:
+        """Return a decision about the rows in view, and what finding out cost.
+
+        Each row's answer must depend on that row alone, and on nothing that is kept between calls.
+        """
+
+    def ask(self, view: View) -> Decision:
+        """Return `decide(view)`; raise PlanError where that is no decision about the rows in view."""
+        from quicksilver.core.signals import check_decision
+
+        decision = self.decide(view)
+        check_decision(type(self).__name__, decision, view)
+        return decision
 
 
 class RuleTypes(Generic[Rule]):
