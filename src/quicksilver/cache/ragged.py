@@ -247,9 +247,9 @@ class RaggedKVCache:
 
     def reset(self) -> None:
         """Take back everything, also what a pass that failed has left."""
-        self.truncate([0] * self.batch_size)
         for store in self._stores:
             store.truncate(0)
+        self.seq_lengths = [0] * self.batch_size
         self.fed, self.tails = FedColumns(), FusionTails(self.tails.layers, self.batch_size)
         self.in_pass = False
 
@@ -284,7 +284,7 @@ class RaggedKVCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let each sequence be there `repeats` times, one after another."""
-        self.batch_select_indices(torch.tensor([seq for seq in range(self.batch_size) for _ in range(repeats)]))
+        self.batch_select_indices([seq for seq in range(self.batch_size) for _ in range(repeats)])
 
     def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
         """Do as `batch_select_indices`; transformers has both names."""

@@ -9,7 +9,7 @@ the padded batch. A row that has ended is fed its last token and no padding afte
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,8 +88,8 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
     }
     choice = _choice(model, settings, request, rows, left)
     ending = _ending(settings, request, len(ids), left, lambda: tuple(kept["scores"]) if "scores" in kept else None)
-    put = (lambda tokens: None) if request.streamer is None else request.streamer.put
-    put(ids.cpu())
+    put = _putter(request.streamer)
+    put(ids)
     logits = feed.prompt(repeats)
     while True:
         logits = logits.to(ids.device, torch.float32)
@@ -102,7 +102,7 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
         tokens = ending.fill(chosen)
         rows.append(tokens)
         ending.look(rows, tokens)
-        put(tokens.cpu())
+        put(tokens)
         if ending.is_over:
             break
         logits = feed.step(rows, tokens, running)
@@ -168,6 +168,13 @@ def _ending(settings: Settings, request: Request, count: int, left: int, scores:
     eos = () if EosTokenCriteria in kinds else settings.eos_token_ids
     fills = bool(eos) or any(hasattr(each, "eos_token_id") for each in own)
     return Ending(count, left, eos, made, own, settings.padding if fills else None, scores)
+
+
+def _putter(streamer: Any) -> Callable[[Tensor], None]:
+    """Return what gives tokens to a streamer, on the CPU; where there is none, nobody waits for the device."""
+    if streamer is None:
+        return lambda tokens: None
+    return lambda tokens: streamer.put(tokens.cpu())
 
 
 @contextmanager

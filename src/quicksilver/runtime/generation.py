@@ -27,6 +27,7 @@ from quicksilver.runtime.facts import ModelFacts
 from quicksilver.runtime.generate import CACHE_FIELD, Request, generate, told_the_end
 from quicksilver.runtime.grids import (
     Columns,
+    Grid,
     check_positions,
     grid_logits,
     kept_columns,
@@ -185,6 +186,32 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         trace = self._trace = decoder.new_trace() if trace is None else trace
         decoder.check_cache(cache, len(input_ids))
         input_ids = input_ids.to(self.device)
+        wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
+        grid = self._continue(cache, input_ids, attention_mask, position_ids, labels)
+        if prompt is None:
+            prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
+        if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
+            hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
+        else:
+            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
+        cache.fed.append(input_ids.clone(), grid.real)
+        logits = grid_logits(hidden, grid, wanted, lambda rows: decoder.logits(rows, trace))
+        loss = None if labels is None else shifted_loss(logits, labels, grid)
+        output = self._output(logits, loss, cache, use_cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def _continue(
+        self,
+        cache: RaggedKVCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+    ) -> Grid:
+        """Return the tokens that continue a cache, which loses what the mask no longer shows.
+
+        Nothing is taken back for a call that is then refused.
+        """
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
         grid = real_tokens(input_ids, None if real is None else real.to(self.device))
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))
@@ -192,21 +219,10 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             check_positions(position_ids, grid, kept or cache.seq_lengths)
         if labels is not None and tuple(labels.shape) != grid.shape:
             raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {grid.shape}")
-        wanted = None if labels is not None else kept_columns(logits_to_keep, grid.columns, self.device)
-        if kept is not None:  # nothing is taken back for a call that is then refused
-            decoder.check_tokens(grid.token_ids, grid.lengths, kept)
+        if kept is not None:
+            self._decoder.check_tokens(grid.token_ids, grid.lengths, kept)
             cache.truncate(kept)
-        if prompt is None:
-            prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
-        if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
-            hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
-        else:
-            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
-        cache.fed.append(input_ids.clone(), None if grid.places is None else real)
-        logits = grid_logits(hidden, grid, wanted, lambda rows: decoder.logits(rows, trace))
-        loss = None if labels is None else shifted_loss(logits, labels, grid)
-        output = self._output(logits, loss, cache, use_cache)
-        return output.to_tuple() if return_dict is False else output
+        return grid
 
     def _output(
         self, logits: Tensor, loss: Tensor | None, cache: RaggedKVCache, use_cache: bool | None

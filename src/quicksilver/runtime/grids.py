@@ -23,13 +23,15 @@ class Grid:
         token_ids: [N] real tokens, row by row.
         lengths: real tokens of each row.
         shape: (B, T).
-        places: [N] their places in the flattened grid, or None where there is no padding.
+        real: [B, T] bool, False at padding, or None where there is none.
+        places: [N] the tokens' places in the flattened grid, or None where there is no padding.
     """
 
     token_ids: Tensor
     lengths: list[int]
     shape: tuple[int, int]
-    places: Tensor | None
+    real: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -60,12 +62,12 @@ def real_tokens(input_ids: Tensor, real: Tensor | None) -> Grid:
     """Take the real tokens, where `real` [B, T] is True, out of a padded grid [B, T]; None is for all of them."""
     batch, columns = input_ids.shape
     if real is None:
-        return Grid(input_ids.reshape(-1), [columns] * batch, (batch, columns), None)
+        return Grid(input_ids.reshape(-1), [columns] * batch, (batch, columns))
     lengths = real.sum(1).tolist()
     if sum(lengths) == batch * columns:
-        return Grid(input_ids.reshape(-1), lengths, (batch, columns), None)
+        return Grid(input_ids.reshape(-1), lengths, (batch, columns))
     places = real.flatten().nonzero().squeeze(-1)
-    return Grid(input_ids.reshape(-1)[places], lengths, (batch, columns), places)
+    return Grid(input_ids.reshape(-1)[places], lengths, (batch, columns), real, places)
 
 
 def check_positions(position_ids: Tensor, grid: Grid, seen: Sequence[int]) -> None:
@@ -149,8 +151,6 @@ def grid_logits(hidden: Tensor, grid: Grid, kept: Tensor | None, head: Callable[
 def shifted_loss(logits: Tensor, labels: Tensor, grid: Grid) -> Tensor:
     """Mean cross-entropy of each real token's prediction against the next label [B, T]; -100 is ignored."""
     targets = labels[:, 1:].to(logits.device)
-    if grid.places is not None:
-        real = torch.zeros(grid.shape, dtype=torch.bool, device=logits.device)
-        real.view(-1)[grid.places] = True
-        targets = targets.masked_fill(~real[:, :-1], -100)  # padding predicts nothing
+    if grid.real is not None:
+        targets = targets.masked_fill(~grid.real[:, :-1], -100)  # padding predicts nothing
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
