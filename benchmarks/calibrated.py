@@ -15,11 +15,11 @@ from benchmarks.sweep import heading, interval, read_corpus, show_dot, write_res
 from quicksilver.calibrate.scoring import Scorer
 from quicksilver.calibrate.splits import Part
 from quicksilver.cli.recipes import nested_copy
-from quicksilver.core.plan import Plan
 from quicksilver.errors import QuickSilverError
+from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.windows import Protocol, cut, default_bos
+from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
-from quicksilver.runtime.loading import load, load_tokenizer
 
 _COLUMNS = (
     ("flops_reduction", "FLOPs"),

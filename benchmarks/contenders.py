@@ -81,7 +81,7 @@ def dense(model: GPT2LMHeadModel) -> Contender:
 def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
     """Return our engine with every second token halting at half the depth, under a KV fill."""
     import quicksilver
-    from quicksilver.core import rules
+    from quicksilver import rules
 
     fills = {
         "drop": rules.DropFill,
@@ -98,7 +98,7 @@ def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
 def fused(model: GPT2LMHeadModel) -> Contender:
     """Return our engine with every second token of a prompt fusing into the next at a third of the depth."""
     import quicksilver
-    from quicksilver.core import rules
+    from quicksilver import rules
 
     layers = model.config.n_layer
     after = layers // 3

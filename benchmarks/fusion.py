@@ -16,15 +16,15 @@ import click
 
 from benchmarks.fusion_plans import SWEPT, WEIGHTS, Setting, Wanted, find_plans, wanted
 from benchmarks.sweep import against_random, heading, interval, read_corpus, show_dot, text_options, write_results
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.errors import InputError, QuickSilverError
+from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, run_windows
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import Protocol, Window, WindowedText, cut, default_bos
+from quicksilver.plan import Plan
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.loading import load, load_tokenizer
 
 FusionMode = Literal["prompt", "score"]
 SCOPES: dict[FusionMode, rules.FusionScope] = {"prompt": "prompt", "score": "all"}

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from benchmarks.sweep import CONTROL, arithmetic, bisect, geometric
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
+from quicksilver.families.spec import Adapter
 from quicksilver.measure.windows import Window
-from quicksilver.models.spec import Adapter
+from quicksilver.plan import Plan
 from quicksilver.runtime.decoder import Decoder
 
 WEIGHTS: tuple[rules.FusionWeights, ...] = get_args(rules.FusionWeights)

@@ -19,23 +19,23 @@ from torch import Tensor
 from benchmarks.sweep import heading, interval, read_corpus, show_dot, text_options, write_results
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.calibrate.widths import fit
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.errors import QuickSilverError
+from quicksilver.families.nesting import nest
+from quicksilver.loading.load import accelerate, load, load_tokenizer
+from quicksilver.measure.report import build_rows
+from quicksilver.measure.scoring import run_windows
+from quicksilver.measure.windows import Protocol, cut, default_bos
+from quicksilver.plan import Plan
+from quicksilver.quant.codes import GROUP_SIZES
+from quicksilver.quant.config import QuantizationConfig
+from quicksilver.rules import (
     ChannelWidthRule,
     EntropyWidthRule,
     PrecisionConfig,
     PrecisionRule,
     UniformWidthRule,
 )
-from quicksilver.errors import QuickSilverError
-from quicksilver.measure.report import build_rows
-from quicksilver.measure.scoring import run_windows
-from quicksilver.measure.windows import Protocol, cut, default_bos
-from quicksilver.models.nesting import nest
-from quicksilver.quant.codes import GROUP_SIZES
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.loading import accelerate, load, load_tokenizer
 
 BUDGETS = (0.010, 0.036)
 MEANS = (6.0, 5.2, 4.5, 4.0)

@@ -21,20 +21,20 @@ from torch import Tensor
 
 from benchmarks.sweep import heading, interval, read_corpus, text_options, write_results
 from quicksilver.calibrate.hessians import collect_hessians
-from quicksilver.core.plan import Plan
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.errors import InputError, QuickSilverError
+from quicksilver.families.nesting import check, layout_of, nested_names
+from quicksilver.families.registry import adapt
+from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, Window, WindowedText, cut, default_bos
-from quicksilver.models.nesting import check, layout_of, nested_names
-from quicksilver.models.registry import adapt
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import Plan
 from quicksilver.quant.codes import GROUP_SIZES, Grid, NestedCodes
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.planes import MAX_WIDTH
 from quicksilver.quant.rounding import REACH, quantize
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.generation import QuickSilverForCausalLM
-from quicksilver.runtime.loading import load, load_tokenizer
 
 WIDTHS = (8, 4, 2)
 NARROW = (4, 2)

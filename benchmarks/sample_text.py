@@ -13,7 +13,7 @@ import torch
 
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import QuickSilverError
-from quicksilver.runtime.loading import load, load_tokenizer
+from quicksilver.loading.load import load, load_tokenizer
 
 
 @click.command()

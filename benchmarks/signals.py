@@ -27,15 +27,15 @@ from benchmarks.sweep import (
     text_options,
     write_results,
 )
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.core.trace import Trace
 from quicksilver.errors import QuickSilverError
+from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, Window, cut, default_bos
+from quicksilver.plan import Plan
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.loading import load, load_tokenizer
 
 MIN_LAYER = 0.5
 RANDOM_SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.core.trace import Trace
+from quicksilver.families.registry import adapt
+from quicksilver.ops.native import KernelChoice
+from quicksilver.plan import Plan
+from quicksilver.rules import (
     AttentionConfig,
     DropFill,
     FusionConfig,
@@ -26,9 +29,6 @@ from quicksilver.core.rules import (
     ShortcutConfig,
     Threshold,
 )
-from quicksilver.core.trace import Trace
-from quicksilver.models.registry import adapt
-from quicksilver.ops.native import KernelChoice
 from quicksilver.runtime.decoder import Decoder
 from tests import tiny
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import DropFill, FusionWeights, KVFill, PropagateFill, ZeroFill
+from quicksilver.rules import DropFill, FusionWeights, KVFill, PropagateFill, ZeroFill
 from tests.oracle_parts import Layer, Read, parts_of
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]

@@ -7,11 +7,11 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import Part
-from quicksilver.core.rules.precision import WIDTHS, EntropyOf
-from quicksilver.core.tensors import PlanTensors
+from quicksilver import rules
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
+from quicksilver.rules.maps import Part
+from quicksilver.rules.precision import WIDTHS, EntropyOf
 from tests import tiny
 from tests.tiny import NUM_LAYERS
 

@@ -17,10 +17,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from quicksilver.core.rules.maps import Part
-from quicksilver.core.tensors import PlanTensors
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
+from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant.config import QuantizationConfig
+from quicksilver.rules.maps import Part
 
 MAX_POSITIONS = 64
 NUM_LAYERS = 4

@@ -17,9 +17,9 @@ from benchmarks.gate import GateError, Work
 from benchmarks.peers.engines import PEERS, Q4, Q8, TorchEngine, set_up_torch
 from benchmarks.peers.subjects import Subject, random_windows
 from benchmarks.tasks import Decode
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.runtime.presets import calibrated_plans, resolve_plan
+from quicksilver import rules
+from quicksilver.plan import Plan
+from quicksilver.plan.presets import calibrated_plans, resolve_plan
 
 UNIFORM_8, UNIFORM_4 = "uniform-8", "uniform-4"
 CHANNEL, CHANNEL_SKIP = "channel-5.2", "channel-5.2-skip"
@@ -67,10 +67,10 @@ def plan_names(subject: Subject) -> tuple[str, ...]:
 
 def nest_to(floats: Path, target: Path) -> None:
     """Write a model with its weights nested, the head too, each weight rounded on its own."""
-    from quicksilver.models.nesting import nest
+    from quicksilver.families.nesting import nest
+    from quicksilver.loading.load import load_plain
+    from quicksilver.loading.nested import save_nested
     from quicksilver.quant.config import QuantizationConfig
-    from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import save_nested
 
     model = load_plain(floats)
     nest(model, QuantizationConfig(head=True))

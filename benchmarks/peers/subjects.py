@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quicksilver.runtime.sources import EMBEDDED, resolve_model
+from quicksilver.core.sources import EMBEDDED, resolve_model
 
 SEED = 0
 SHAPES = ("gpt2", "llama1b")
@@ -91,7 +91,7 @@ class Subject:
             generator = torch.Generator().manual_seed(SEED)
             vocab_size = config_of(self.name, self.quick).vocab_size
             return torch.randint(3, vocab_size - 1, (count,), generator=generator).tolist()
-        from quicksilver.runtime.loading import load_tokenizer
+        from quicksilver.loading.load import load_tokenizer
 
         if text is None:
             text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(_DEMO_TEXTS.glob("*.txt")))

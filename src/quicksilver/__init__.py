@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 from quicksilver.version import __version__
 
 if TYPE_CHECKING:
-    from quicksilver import errors
-    from quicksilver.core import rules
-    from quicksilver.core.plan import Plan
-    from quicksilver.runtime.loading import accelerate, load, load_tokenizer
+    from quicksilver import errors, rules
+    from quicksilver.loading.load import accelerate, load, load_tokenizer
+    from quicksilver.plan import Plan
 
 __all__ = ["Plan", "__version__", "accelerate", "errors", "load", "load_tokenizer", "rules"]
 
 _LAZY = {
-    "Plan": "quicksilver.core.plan",
-    "accelerate": "quicksilver.runtime.loading",
+    "Plan": "quicksilver.plan",
+    "accelerate": "quicksilver.loading.load",
     "errors": "quicksilver",
-    "load": "quicksilver.runtime.loading",
-    "load_tokenizer": "quicksilver.runtime.loading",
-    "rules": "quicksilver.core",
+    "load": "quicksilver.loading.load",
+    "load_tokenizer": "quicksilver.loading.load",
+    "rules": "quicksilver",
 }
 
 

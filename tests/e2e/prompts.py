@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import ForcedRule
+from quicksilver.rules import ForcedRule
 from tests import tiny
 from tests.engines import halting_plan
 from tests.tolerances import LOGITS

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from quicksilver.errors import ModelError
-from quicksilver.runtime.loading import resolve_device
+from quicksilver.loading.load import resolve_device
 from tests.e2e.conftest import DEEP, LONG_NUMBER, NO_SERVER, SENTENCES, assert_refusal, run_process
 
 Refused = Callable[..., str]
@@ -139,7 +139,7 @@ def test_a_hub_that_never_answers(refused: Refused, monkeypatch: pytest.MonkeyPa
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        monkeypatch.setattr("quicksilver.runtime.sources._HUB_TIMEOUT_S", 0.3)
+        monkeypatch.setattr("quicksilver.core.sources._HUB_TIMEOUT_S", 0.3)
         begin = time.monotonic()
         refused("generate", "someone/some-model", "Once", names=("someone/some-model",))
         assert time.monotonic() - begin < 3.0

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.retired import RETIRED as RETIRED_NAMES
-from quicksilver.runtime.presets import calibrated_plans
+from quicksilver.plan import Plan
+from quicksilver.plan.presets import calibrated_plans
+from quicksilver.rules.retired import RETIRED as RETIRED_NAMES
 from tests.e2e.conftest import DEEP, LONG_NUMBER
 
 Refused = Callable[..., str]

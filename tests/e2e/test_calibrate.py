@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from quicksilver.calibrate.scoring import Scorer
-from quicksilver.core.plan import Plan
+from quicksilver.plan import Plan
 from tests.e2e.conftest import Outcome, assert_refusal
 
 Cli = Callable[..., Outcome]

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quicksilver
 from quicksilver.cli.main import _COMMANDS
-from quicksilver.core.plan import PRESETS
-from quicksilver.runtime.generation import QuickSilverForCausalLM
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import PRESETS
 from tests.e2e.conftest import FORCED, RANDOM, ModelFolder, Outcome
 
 
@@ -53,7 +53,7 @@ def test_models_lists_the_families(cli: Callable[..., Outcome]) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     families, embedded = outcome.out.split("embedded models:\n")
     assert families.split() == ["families:", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
-    from quicksilver.runtime.sources import embedded_models
+    from quicksilver.core.sources import embedded_models
 
     assert embedded.split() == embedded_models()
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from quicksilver.core.plan import PRESETS
+from quicksilver.core.sources import embedded_models
 from quicksilver.measure.demo import ARTICLES
-from quicksilver.runtime.presets import calibrated_plans
-from quicksilver.runtime.sources import embedded_models
+from quicksilver.plan import PRESETS
+from quicksilver.plan.presets import calibrated_plans
 from scripts.cli_docs import render
 from tests import tolerances
 

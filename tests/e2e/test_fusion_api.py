@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import CosineFusionRule, ForcedFusionRule, FusionConfig, RandomFusionRule
 from quicksilver.errors import InputError
+from quicksilver.plan import Plan
+from quicksilver.rules import CosineFusionRule, ForcedFusionRule, FusionConfig, RandomFusionRule
 from tests import tiny
 from tests.e2e.conftest import SENTENCES, Outcome
 from tests.e2e.prompts import ATOL, PROMPT, left_padded

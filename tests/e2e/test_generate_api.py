@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import quicksilver
-from quicksilver.core.plan import Plan
 from quicksilver.errors import InputError
+from quicksilver.plan import Plan
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.tolerances import LOSS

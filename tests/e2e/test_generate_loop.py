@@ -23,10 +23,10 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import EntropyRule, PropagateFill, RandomFusionRule
 from quicksilver.errors import InputError, UnsupportedFeatureError
-from quicksilver.runtime.generation import QuickSilverForCausalLM
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import Plan
+from quicksilver.rules import EntropyRule, PropagateFill, RandomFusionRule
 from quicksilver.runtime.sampling import Draw
 from tests import tiny
 from tests.e2e.prompts import HALTING, PROMPT, left_padded

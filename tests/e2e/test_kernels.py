@@ -11,9 +11,9 @@ import pytest
 
 import quicksilver
 from quicksilver.errors import InputError
-from quicksilver.models import kernels
+from quicksilver.families import kernels
+from quicksilver.loading.nested import save_nested
 from quicksilver.ops import native
-from quicksilver.runtime.nested import save_nested
 from tests import tiny, tolerances
 from tests.e2e.conftest import CUT, Outcome, run_process
 

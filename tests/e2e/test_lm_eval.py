@@ -19,11 +19,11 @@ from lm_eval import evaluate, simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import HaltingConfig, PropagateFill, RelativeDriftRule
 from quicksilver.errors import InputError, ModelError, PlanError, QuickSilverError
 from quicksilver.integrations.lm_eval import QuickSilverLM, main
-from quicksilver.runtime.nested import save_nested
+from quicksilver.loading.nested import save_nested
+from quicksilver.plan import Plan
+from quicksilver.rules import HaltingConfig, PropagateFill, RelativeDriftRule
 from tests import tiny
 from tests.e2e.conftest import FORCED, RANDOM
 from tests.tolerances import LOGLIKELIHOOD

@@ -15,9 +15,9 @@ from transformers import (
 
 import quicksilver
 from quicksilver.cache import RaggedKVCache
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ForcedRule
 from quicksilver.errors import InputError, PlanError, UnsupportedFeatureError
+from quicksilver.plan import Plan
+from quicksilver.rules import ForcedRule
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.engines import halting_plan

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, LlamaConfig
 
 import quicksilver
+from quicksilver.core.sources import embedded_models
 from quicksilver.errors import InputError, ModelError
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
+from quicksilver.loading.nested import save_nested
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.runtime.nested import save_nested
-from quicksilver.runtime.sources import embedded_models
 from tests import tiny
 from tests.e2e.conftest import ModelFolder, Outcome, assert_refusal
 
@@ -346,9 +346,9 @@ def test_a_model_without_a_tokenizer(cli: Cli, model_copy: ModelCopy, tmp_path: 
 
 MOMENTS = (
     "pathlib.Path.mkdir",
-    "quicksilver.models.nesting.quantize",
-    "quicksilver.runtime.nested.TensorWriter.write",
-    "quicksilver.runtime.nested.TensorWriter.__exit__",
+    "quicksilver.families.nesting.quantize",
+    "quicksilver.loading.nested.TensorWriter.write",
+    "quicksilver.loading.nested.TensorWriter.__exit__",
     "transformers.GenerationConfig.to_json_file",
 )
 
@@ -380,7 +380,7 @@ def test_a_killed_run_leaves_nothing_that_loads(
         real_rmtree(*args, **kwargs)
 
     real_rmtree = shutil.rmtree
-    monkeypatch.setattr("quicksilver.runtime.nested.shutil.rmtree", impatient)
+    monkeypatch.setattr("quicksilver.loading.nested.shutil.rmtree", impatient)
     monkeypatch.setattr(moment, strike)
     arguments = ("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out")
     if sent is not signal.SIGKILL:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quicksilver.models.nesting import nested_names
+from quicksilver.families.nesting import nested_names
+from quicksilver.loading.load import load_plain
+from quicksilver.loading.nested import nest_and_save, save_nested
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
-from quicksilver.runtime.loading import load_plain
-from quicksilver.runtime.nested import nest_and_save, save_nested
 from tests import tiny
 from tests.e2e.conftest import assert_refusal
 from tests.e2e.test_quantize import ALL, NAMES, Cli, ModelCopy, nested
@@ -61,7 +61,7 @@ def test_the_codes_of_one_map_are_in_memory_at_a_time(
         made.append(weakref.ref(codes.planes[0]))
         return codes
 
-    monkeypatch.setattr("quicksilver.models.nesting.quantize", watched)
+    monkeypatch.setattr("quicksilver.families.nesting.quantize", watched)
     assert cli("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out", "--head").status == 0
     assert len(alive) == 4 * 7 + 1
     assert max(alive) <= 1
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     message: str,
 ) -> None:
     folder = model_copy("llama").edit_weights(edit)
-    monkeypatch.setattr("quicksilver.runtime.nested.TensorWriter.write", None)
+    monkeypatch.setattr("quicksilver.loading.nested.TensorWriter.write", None)
     assert_refusal(cli("quantize", folder, "-o", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from quicksilver.cli.main import _COMMANDS
-from quicksilver.core.plan import PRESETS
-from quicksilver.core.rules import Shortcut
-from quicksilver.runtime.presets import calibrated_plans
+from quicksilver.plan import PRESETS
+from quicksilver.plan.presets import calibrated_plans
+from quicksilver.rules import Shortcut
 from tests.e2e.conftest import NO_SERVER, Outcome
 from tests.engines import shortcut_plan
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import quicksilver
-from quicksilver.core.plan import Plan
 from quicksilver.errors import FittedElsewhereWarning, PlanError
+from quicksilver.plan import Plan
 from tests.e2e.conftest import SENTENCES, Outcome, assert_refusal
 
 Cli = Callable[..., Outcome]

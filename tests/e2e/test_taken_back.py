@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import EntryConfig, ForcedRule, PropagateFill, RandomFusionRule, ZeroFill
 from quicksilver.errors import InputError, UnsupportedFeatureError
+from quicksilver.plan import Plan
+from quicksilver.rules import EntryConfig, ForcedRule, PropagateFill, RandomFusionRule, ZeroFill
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.engines import fusion_plan, halting_plan, screening_plan

@@ -14,9 +14,9 @@ from transformers.quantizers import AutoQuantizationConfig, auto
 
 import quicksilver
 from quicksilver.errors import UnsupportedFeatureError
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
+from quicksilver.loading.nested import save_nested
 from quicksilver.quant.config import QUANT_METHOD, QuantizationConfig
-from quicksilver.runtime.nested import save_nested
 from tests import tiny
 from tests.e2e.prompts import PROMPT
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import StoredMatrix
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import Grid, NestedCodes, centres
 from quicksilver.quant.rounding import quantize
+from quicksilver.rules.precision import WIDTHS
 
 INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import expand, prepared
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.rules.precision import WIDTHS
 from tests.ops.nested import INSTRUCTION_SETS, random_codes, using
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")

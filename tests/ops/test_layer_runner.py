@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.models.spec import MapRole
+from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.families.spec import MapRole
 from quicksilver.ops import native
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from quicksilver.errors import InputError, KernelsMissingWarning, KernelsUnavailableError
-from quicksilver.models import kernels
-from quicksilver.models.nesting import nest
-from quicksilver.models.registry import adapt
+from quicksilver.families import kernels
+from quicksilver.families.nesting import nest
+from quicksilver.families.registry import adapt
+from quicksilver.loading.load import accelerate, load
 from quicksilver.ops import native
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.runtime.loading import accelerate, load
 from tests import tiny
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")

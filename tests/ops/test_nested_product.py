@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import expand, multiply, nested_linear, prepared
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.rounding import quantize
+from quicksilver.rules.precision import WIDTHS
 from tests import tolerances
 from tests.ops.nested import (
     INSTRUCTION_SETS,

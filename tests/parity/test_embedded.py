@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import quicksilver
-from quicksilver.runtime.sources import embedded_models, resolve_model
+from quicksilver.core.sources import embedded_models, resolve_model
 from tests import tolerances
 
 MODELS = {"ref-llama": ("llama", 12), "ref-gpt2": ("gpt2", 10)}  # family, least layers

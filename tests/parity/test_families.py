@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quicksilver
-from quicksilver.core.plan import Plan
 from quicksilver.errors import UnsupportedModelError
+from quicksilver.plan import Plan
 from tests import tiny, tolerances
 from tests.engines import decoder, run_chunks, run_steps, run_whole
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.families.cost import dense_cost, executed_cost, signal_macs
+from quicksilver.plan import Plan
+from quicksilver.rules import (
     AllRule,
     CosineFusionRule,
     DropFill,
@@ -24,7 +25,6 @@ from quicksilver.core.rules import (
     Shortcut,
     ZeroFill,
 )
-from quicksilver.models.cost import dense_cost, executed_cost, signal_macs
 from tests import tiny
 from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quicksilver.core.plan import Plan
+from quicksilver.plan import Plan
 from quicksilver.runtime.decoder import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, ForcedRule, PropagateFill, Shortcut, ZeroFill
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
+from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
+from quicksilver.rules import DropFill, ForcedRule, PropagateFill, Shortcut, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import halting_plan, shortcut_plan
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.errors import PlanError
-from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.ops import ragged_attention
+from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,

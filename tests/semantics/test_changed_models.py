@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, EntryConfig
 from quicksilver.errors import InputError, UnsupportedModelError
-from quicksilver.models.cost import executed_cost
-from quicksilver.models.nesting import nest
-from quicksilver.models.rotary import Rotation
+from quicksilver.families.cost import executed_cost
+from quicksilver.families.nesting import nest
+from quicksilver.families.rotary import Rotation
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
+from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
+from quicksilver.rules import ChannelWidthRule, EntryConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, precision_plan, run_steps
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quicksilver import rules
 from quicksilver.cache.coded import CodedRowBuffer, RoundedRowBuffer, decode, encode
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.models.cost import dense_cost, executed_cost, kv_read_bytes
+from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
+from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     Run,

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quicksilver.cache import RaggedKVCache
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import DropFill, ForcedRule, KVFill, PropagateFill, RandomRule, ZeroFill
+from quicksilver.plan import Plan
+from quicksilver.rules import DropFill, ForcedRule, KVFill, PropagateFill, RandomRule, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, halting_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import plans

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import LayerView, PairView
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import MapConfig
-from quicksilver.core.tensors import PlanTensors
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
 from quicksilver.ops import Screen, ragged_attention
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
+from quicksilver.rules.maps import MapConfig
 from tests import tiny, tolerances
 from tests.engines import (
     decoder,

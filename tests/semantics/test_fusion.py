@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import PairView
-from quicksilver.core.plan import Plan
+from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, run_whole
 

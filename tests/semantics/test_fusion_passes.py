@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.errors import InputError
+from quicksilver.plan import Plan
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import fusing_plans, skipping_plans

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.errors import InputError, PlanError
+from quicksilver.plan import Plan
 from tests import tiny
 from tests.engines import decoder, halting_plan, run_chunks, run_whole
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
-from quicksilver.models.kernels import norm_operands
-from quicksilver.models.nesting import nest
-from quicksilver.models.registry import adapt
+from quicksilver.families.kernels import norm_operands
+from quicksilver.families.nesting import nest
+from quicksilver.families.registry import adapt
+from quicksilver.loading.load import accelerate
 from quicksilver.ops import native, nested_linear
+from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.runtime.loading import accelerate
+from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
 from quicksilver.runtime.spans import LayerSpans
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
@@ -105,7 +105,7 @@ def test_a_nested_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append((matrix.num_outputs, rest["norm"] is not None))
         return run(x, matrix, **rest)
 
-    monkeypatch.setattr("quicksilver.models.kernels.multiply", multiply)
+    monkeypatch.setattr("quicksilver.families.kernels.multiply", multiply)
     ids = tiny.token_ids(3)
     close(run_steps(decoder(model, Plan.dense(), kernels="native"), ids), run_whole(decoder(model, Plan.dense()), ids))
     assert seen == [(tiny.VOCAB, True)]

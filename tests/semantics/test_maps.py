@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import LayerView
-from quicksilver.core.plan import Plan
-from quicksilver.core.tensors import PlanTensors
 from quicksilver.errors import PlanError
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole
 

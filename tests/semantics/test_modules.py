@@ -17,10 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 import quicksilver
-from quicksilver.core.plan import Plan
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
 from quicksilver.ops import native
+from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, run_steps

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import LayerView
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, halting_plan, run_whole

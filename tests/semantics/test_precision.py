@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
-from quicksilver.core.rules.precision import WIDTHS
-from quicksilver.core.tensors import PlanTensors
+from quicksilver import rules
 from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
-from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.families.cost import dense_cost, executed_cost
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
+from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.rules.precision import WIDTHS
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
 

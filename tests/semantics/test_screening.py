@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
+from quicksilver import rules
 from quicksilver.errors import PlanError
-from quicksilver.models.cost import dense_cost, executed_cost
+from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.ops import Screen, attention, ragged_attention
 from quicksilver.ops.attention import Attended
+from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import Shortcut, UniformWidthRule
-from quicksilver.core.rules.maps import Part
-from quicksilver.models.cost import executed_cost
+from quicksilver import rules
+from quicksilver.families.cost import executed_cost
+from quicksilver.plan import Plan
+from quicksilver.rules import Shortcut, UniformWidthRule
+from quicksilver.rules.maps import Part
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_chunks, run_steps, run_whole, shortcut_plan
 from tests.semantics.test_precision import CHANNEL, TOKEN, Definition

@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.families.cost import Cost, executed_cost
+from quicksilver.families.nesting import nest
+from quicksilver.ops import native, nested_linear
+from quicksilver.plan import Plan
+from quicksilver.quant.config import QuantizationConfig
+from quicksilver.quant.linear import keeping_expanded
+from quicksilver.rules import (
     ChannelWidthRule,
     DropFill,
     EntropyWidthRule,
@@ -26,11 +31,6 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.models.cost import Cost, executed_cost
-from quicksilver.models.nesting import nest
-from quicksilver.ops import native, nested_linear
-from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.linear import keeping_expanded
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.spans import span_ends
 from tests import tiny, tolerances

@@ -15,8 +15,11 @@ from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, s
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
 from quicksilver.calibrate.sensitivity import SCREENING_THRESHOLDS
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.core.trace import Trace
+from quicksilver.families.cost import dense_cost, executed_cost
+from quicksilver.families.registry import adapt
+from quicksilver.plan import Plan
+from quicksilver.rules import (
     ChannelWidthRule,
     CosineFusionRule,
     DropFill,
@@ -24,9 +27,6 @@ from quicksilver.core.rules import (
     FittedRule,
     PropagateFill,
 )
-from quicksilver.core.trace import Trace
-from quicksilver.models.cost import dense_cost, executed_cost
-from quicksilver.models.registry import adapt
 from tests import tiny
 from tests.engines import decoder, run_whole
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.errors import ModelError
 from quicksilver.quant.codes import Grid, NestedCodes, centres, check_group_size
 from quicksilver.quant.planes import join, run_bytes, split
+from quicksilver.rules.precision import WIDTHS
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import RandomRule
 from quicksilver.measure import demo
+from quicksilver.plan import Plan
+from quicksilver.rules import RandomRule
 from tests import tiny
 from tests.engines import halting_plan
 

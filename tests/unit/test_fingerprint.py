@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from quicksilver.models.fingerprint import fingerprint
-from quicksilver.models.nesting import nest
-from quicksilver.models.registry import adapt
+from quicksilver.families.fingerprint import fingerprint
+from quicksilver.families.nesting import nest
+from quicksilver.families.registry import adapt
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny
 

@@ -17,14 +17,14 @@ from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, layer_states, watch_sublayers
 from quicksilver.calibrate.outputs import divergence, fit_gates, fit_maps
 from quicksilver.calibrate.shortcuts import fit_in_order, fit_units, units
-from quicksilver.core.affine import AffineMap
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import Shortcut, ShortcutConfig
 from quicksilver.core.signals import gate_features
 from quicksilver.errors import ModelError
-from quicksilver.models.registry import adapt
-from quicksilver.models.spec import Adapter
+from quicksilver.families.registry import adapt
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.plan.affine import AffineMap
 from quicksilver.policies.shortcuts import log_error
+from quicksilver.rules import Shortcut, ShortcutConfig
 from tests import tiny, tolerances
 
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(16)]

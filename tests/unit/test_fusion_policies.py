@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import PairView
 from quicksilver.errors import PlanError
 from quicksilver.policies import fusion

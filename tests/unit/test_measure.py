@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional as F
 
 import quicksilver
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ForcedRule, RandomFusionRule, RandomRule, ZeroFill
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
 from quicksilver.measure.statistics import paired_delta
 from quicksilver.measure.windows import Protocol, WindowedText, slide
+from quicksilver.plan import Plan
+from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, skipping_plan
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules.precision import WIDTHS
 from quicksilver.errors import ModelError
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
 from quicksilver.quant.rounding import fit_tables, quantize, walk_order
+from quicksilver.rules.precision import WIDTHS
 from tests import tolerances
 
 SHAPES = ((1, 1, 1), (3, 7, 5), (2, 33, 31), (5, 64, 129), (4, 50, 96), (1, 129, 200))  # rows, in, out

@@ -10,7 +10,7 @@ import torch
 
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.errors import InputError, ModelError, UnsupportedModelError
-from quicksilver.models.nesting import nest, nested_names
+from quicksilver.families.nesting import nest, nested_names
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances

@@ -10,9 +10,9 @@ import torch
 
 from quicksilver.calibrate.observe import SublayerRows, layer_states, run, watch_sublayers
 from quicksilver.calibrate.shortcuts import units
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import Shortcut
-from quicksilver.models.registry import adapt
+from quicksilver.families.registry import adapt
+from quicksilver.plan import Plan
+from quicksilver.rules import Shortcut
 from tests import tiny, tolerances
 from tests.engines import shortcut_plan
 

@@ -17,7 +17,7 @@ from benchmarks.peers import files, ours
 from benchmarks.peers.engines import HUGGINGFACE, Q8, TorchEngine
 from benchmarks.peers.measuring import References, Settings, check
 from benchmarks.peers.subjects import Subject
-from quicksilver.models.nesting import nest
+from quicksilver.families.nesting import nest
 from quicksilver.ops import native
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances

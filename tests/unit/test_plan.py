@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quicksilver.core import codec, rules
+from quicksilver import rules
 from quicksilver.core.files import write_atomically
-from quicksilver.core.plan import PRESETS, Plan
-from quicksilver.core.rules.fusion import FUSION_RULES
-from quicksilver.core.rules.halting import HALTING_RULES
 from quicksilver.errors import InputError, PlanError
+from quicksilver.plan import PRESETS, Plan, codec
+from quicksilver.rules.fusion import FUSION_RULES
+from quicksilver.rules.halting import HALTING_RULES
 from tests.strategies import fusing_plans, plans, skipping_plans
 
 BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quicksilver.core.affine import AffineMap
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import Shortcut
-from quicksilver.core.tensors import PlanTensors
 from quicksilver.errors import PlanError
+from quicksilver.plan import Plan
+from quicksilver.plan.affine import AffineMap
+from quicksilver.plan.tensors import PlanTensors
+from quicksilver.rules import Shortcut
 from tests import tiny
 from tests.engines import decoder, run_whole, shortcut_plan
 

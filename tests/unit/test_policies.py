@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import Fill, LayerView, ShortcutView
 from quicksilver.core.signals import gate_features
 from quicksilver.policies import kv, shortcuts

@@ -7,12 +7,12 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import precision
-from quicksilver.core.plan import Plan
+from quicksilver.loading.load import accelerate
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import Protocol, cut
+from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.runtime.loading import accelerate
 from tests import tiny
 from tests.engines import precision_plan
 

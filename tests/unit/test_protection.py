@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quicksilver.core.rules import HaltingConfig, RandomRule
+from quicksilver.rules import HaltingConfig, RandomRule
 from quicksilver.runtime.protection import Protection
 
 CPU = torch.device("cpu")

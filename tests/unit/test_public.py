@@ -23,7 +23,7 @@ def test_all_names_exist_and_are_all() -> None:
     "code",
     [
         "import quicksilver",
-        "import quicksilver.core.plan",
+        "import quicksilver.plan",
         "import quicksilver.integrations",
         "import sys; sys.argv = ['quicksilver', 'plan', 'show', 'paper']\n"
         "from quicksilver.cli.main import cli; cli.main(['-h'], standalone_mode=False)",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.ridge import PENALTY, Affine, RidgeSums, named_tensors
-from quicksilver.core.affine import AffineMap
 from quicksilver.errors import ModelError
+from quicksilver.plan.affine import AffineMap
 from tests import tolerances
 
 CPU = torch.device("cpu")

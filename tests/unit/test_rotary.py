@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quicksilver.models.registry import adapt
-from quicksilver.models.rotary import Rotation, RotationTable
+from quicksilver.families.registry import adapt
+from quicksilver.families.rotary import Rotation, RotationTable
 from tests import tiny
 
 ROTATED = [name for name in (*tiny.FAMILIES, *tiny.VARIANTS) if not name.startswith("gpt2")]

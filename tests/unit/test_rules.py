@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from quicksilver.core import rules
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.registry import RuleTypes
+from quicksilver import rules
 from quicksilver.errors import PlanError
-from quicksilver.models.cost import executed_cost
+from quicksilver.families.cost import executed_cost
+from quicksilver.plan import Plan
+from quicksilver.rules.registry import RuleTypes
 from tests import tiny
 from tests.engines import decoder, fusion_plan, halting_plan, run_whole
 

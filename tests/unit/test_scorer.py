@@ -11,11 +11,11 @@ import quicksilver
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget, Scorer
 from quicksilver.calibrate.splits import Part
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ForcedRule, MapConfig, RandomFusionRule, RandomRule, Shortcut, UniformWidthRule
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.windows import Protocol, WindowedText, slide
+from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
+from quicksilver.rules import ForcedRule, MapConfig, RandomFusionRule, RandomRule, Shortcut, UniformWidthRule
 from tests import tiny
 from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan
 

@@ -26,9 +26,9 @@ from quicksilver.calibrate.sensitivity import (
     threshold_at_price,
 )
 from quicksilver.calibrate.widths import MapScores, collect_scores, unprotected
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, PrecisionConfig
-from quicksilver.models.registry import adapt
+from quicksilver.families.registry import adapt
+from quicksilver.plan import Plan
+from quicksilver.rules import ChannelWidthRule, PrecisionConfig
 from tests import tiny, tolerances
 from tests.engines import skipping_plan
 

@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from quicksilver.calibrate.histograms import histogram, quantiles, share_above
 from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.widths import fit
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.errors import InputError, PlanError
+from quicksilver.families.registry import adapt
+from quicksilver.loading.load import accelerate
+from quicksilver.plan import Plan
+from quicksilver.policies.precision.graded import widths_of
+from quicksilver.rules import (
     ChannelWidthRule,
     DriftRule,
     EntropyWidthRule,
@@ -22,10 +26,6 @@ from quicksilver.core.rules import (
     PrecisionConfig,
     UniformWidthRule,
 )
-from quicksilver.errors import InputError, PlanError
-from quicksilver.models.registry import adapt
-from quicksilver.policies.precision.graded import widths_of
-from quicksilver.runtime.loading import accelerate
 from tests import tiny
 from tests.engines import decoder, precision_plan, run_whole
 from tests.strategies import precise_plans

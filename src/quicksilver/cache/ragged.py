@@ -19,8 +19,8 @@ from quicksilver.cache.coded import SCALE_BYTES, CodedRowBuffer, RoundedRowBuffe
 from quicksilver.cache.columns import FedColumns
 from quicksilver.cache.stores import EntryRows, EntryStore
 from quicksilver.cache.tails import FusionTails, TakenBack
+from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
 from quicksilver.core.ragged import RaggedLayout
-from quicksilver.core.rules import ENTRY_BITS, HALF_BITS
 from quicksilver.errors import InputError
 
 _BUFFERS = {None: RowBuffer, HALF_BITS: RoundedRowBuffer, ENTRY_BITS: CodedRowBuffer}  # by the bits of a number

@@ -18,8 +18,10 @@ from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
 from quicksilver.calibrate.widths import MapScores, thresholds
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.families.spec import ModelSpec
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
+from quicksilver.rules import (
     AttentionConfig,
     ChannelWidthRule,
     CosineFusionRule,
@@ -36,8 +38,6 @@ from quicksilver.core.rules import (
     Shortcut,
     ShortcutConfig,
 )
-from quicksilver.core.tensors import PlanTensors
-from quicksilver.models.spec import ModelSpec
 
 FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
 

@@ -16,7 +16,7 @@ from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.files import write_atomically
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.spec import ModelSpec
 
 _TENSOR, _COUNTS = "fitted.", "counts."
 

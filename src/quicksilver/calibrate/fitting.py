@@ -13,11 +13,11 @@ from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule, EntryConfig, PrecisionConfig, ShortcutConfig
-from quicksilver.core.rules.maps import Shortcut
-from quicksilver.core.tensors import PlanTensors
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
+from quicksilver.rules import ChannelWidthRule, EntryConfig, PrecisionConfig, ShortcutConfig
+from quicksilver.rules.maps import Shortcut
 
 _TRIED = 0.25  # share of channels left out to learn whether they should be centred
 _PROBED = 4  # windows, of the fitted part, that sensitivities are measured on

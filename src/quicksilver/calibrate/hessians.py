@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quicksilver.calibrate.hooks import observing
 from quicksilver.errors import InputError, ModelError
-from quicksilver.models.nesting import HEAD, input_groups, layout_of
+from quicksilver.families.nesting import HEAD, input_groups, layout_of
 
 
 @torch.no_grad()

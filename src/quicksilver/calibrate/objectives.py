@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quicksilver.core.rules import ENTRY_BITS
-from quicksilver.models.cost import Cost
-from quicksilver.models.spec import ModelSpec
-from quicksilver.quant.planes import MAX_WIDTH
+from quicksilver.core.bits import ENTRY_BITS, MAX_WIDTH
+from quicksilver.families.cost import Cost
+from quicksilver.families.spec import ModelSpec
 
 Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
 OBJECTIVES: tuple[Objective, ...] = ("flops", "bitops", "weight_bytes", "kv_bytes", "seconds")

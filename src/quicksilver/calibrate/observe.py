@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import Part
-from quicksilver.models.spec import Adapter, Apply, LayerOps
+from quicksilver.families.spec import Adapter, Apply, LayerOps
+from quicksilver.plan import Plan
+from quicksilver.rules.maps import Part
 from quicksilver.runtime.decoder import Decoder
 
 PROTECTED = 4

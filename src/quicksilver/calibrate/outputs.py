@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, layer_states
 from quicksilver.calibrate.ridge import RidgeSums, named_tensors
-from quicksilver.core.affine import AffineMap
 from quicksilver.core.signals import gate_features
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan.affine import AffineMap
 
 _LEAST_NATS = 1e-6  # divergences below are as good as none; keeps their logarithm finite
 _HEAD_ROWS = 256  # rows of logits held at a time

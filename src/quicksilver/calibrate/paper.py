@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, layer_states
 from quicksilver.calibrate.trials import Space
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AllRule, DriftRule, DropFill, EntropyRule, HaltingConfig
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.rules import AllRule, DriftRule, DropFill, EntropyRule, HaltingConfig
 
 _ENTROPIES = (0.05, 8.0)  # bits
 _LOWEST, _HIGHEST = 0.001, 0.5  # quantiles of the drift between which its threshold is sought

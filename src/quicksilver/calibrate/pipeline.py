@@ -21,10 +21,10 @@ from quicksilver.calibrate.search import ROUGH, Scored, Search
 from quicksilver.calibrate.splits import Split
 from quicksilver.calibrate.trials import Trials
 from quicksilver.core.files import write_atomically
-from quicksilver.core.plan import Plan
 from quicksilver.measure.windows import Protocol
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
-from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
 _PAPER_TRIALS = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quicksilver.runtime.generation import QuickSilverForCausalLM
+from quicksilver.model import QuickSilverForCausalLM
 
 _LENGTH = 256
 

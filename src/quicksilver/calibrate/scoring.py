@@ -10,15 +10,15 @@ from typing import Any
 
 from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.splits import Part
-from quicksilver.core.plan import Plan
+from quicksilver.families.cost import Cost, dense_cost
+from quicksilver.families.spec import Adapter
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, Fed, compare, feed, new_record
 from quicksilver.measure.statistics import PairedDelta, paired_delta
 from quicksilver.measure.windows import Protocol
-from quicksilver.models.cost import Cost, dense_cost
-from quicksilver.models.spec import Adapter
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import Plan
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 _REDUCTION = {
     "flops": "flops_reduction",

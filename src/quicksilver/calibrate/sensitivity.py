@@ -17,11 +17,11 @@ from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.widths import MapScores
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import AttentionConfig, ScreeningConfig, Threshold
-from quicksilver.models.cost import executed_cost
-from quicksilver.models.spec import Adapter
+from quicksilver.families.cost import executed_cost
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
+from quicksilver.rules import AttentionConfig, ScreeningConfig, Threshold
 from quicksilver.runtime.decoder import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
 from quicksilver.calibrate.ridge import Affine, RidgeSums, named_tensors
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import Part, Shortcut
-from quicksilver.core.tensors import PlanTensors
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
 from quicksilver.policies.shortcuts import log_norm
+from quicksilver.rules.maps import Part, Shortcut
 
 Unit = tuple[int, Part]
 _LEAST_ERROR = 1e-8  # keeps logarithms finite

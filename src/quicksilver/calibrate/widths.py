@@ -18,18 +18,18 @@ from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, sha
 from quicksilver.calibrate.hooks import observing
 from quicksilver.calibrate.observe import run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenWidthView
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import (
+from quicksilver.errors import InputError, PlanError
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.policies.precision import channel, channel_rule, entropy
+from quicksilver.quant import NestedLinear
+from quicksilver.rules import (
     ChannelWidthRule,
     EntropyWidthRule,
     PrecisionConfig,
     PrecisionRule,
 )
-from quicksilver.core.rules.precision import Thresholds
-from quicksilver.errors import InputError, PlanError
-from quicksilver.models.spec import Adapter
-from quicksilver.policies.precision import channel, channel_rule, entropy
-from quicksilver.quant import NestedLinear
+from quicksilver.rules.precision import Thresholds
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.protection import Protection
 

@@ -19,11 +19,11 @@ from quicksilver.calibrate.splits import SHARES, Split, split_all
 from quicksilver.cli.common import progress, window_protocol
 from quicksilver.cli.recipes import nested_copy
 from quicksilver.core.files import write_atomically
-from quicksilver.core.provenance import FittedTo
 from quicksilver.errors import InputError
+from quicksilver.families.fingerprint import fingerprint as model_fingerprint
 from quicksilver.measure import environment
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
-from quicksilver.models.fingerprint import fingerprint as model_fingerprint
+from quicksilver.plan.provenance import FittedTo
 from quicksilver.version import __version__
 
 _FIT_TOKENS = 16384

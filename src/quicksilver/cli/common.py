@@ -116,7 +116,7 @@ def open_model(
     model: str, plan: Any, dtype: str | None, device: str, threads: int | None, kernels: Any = "auto"
 ) -> tuple[Any, Any]:
     """Load a model under a plan, and its tokenizer; say where the plan was fitted to another model."""
-    from quicksilver.runtime.presets import resolve_plan
+    from quicksilver.plan.presets import resolve_plan
 
     plan = resolve_plan(plan, model)
     check_model(model, device)
@@ -124,7 +124,7 @@ def open_model(
     quiet_transformers()
     import torch
 
-    from quicksilver.runtime.loading import load, load_tokenizer
+    from quicksilver.loading.load import load, load_tokenizer
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -140,7 +140,7 @@ def check_model(model: str, device: str = "cpu") -> None:
     Raises:
         ModelError: one of these.
     """
-    from quicksilver.runtime import sources
+    from quicksilver.core import sources
 
     sources.check_device(device)
     sources.check_model(model)
@@ -195,8 +195,8 @@ def own_lines() -> Iterator[None]:
 
 def resolve_plans(given: Sequence[str], model: str) -> list[Any]:
     """Return the plans for a model of presets' names and files, those of one name told apart by file, else by hash."""
-    from quicksilver.core.plan import PRESETS
-    from quicksilver.runtime.presets import resolve_plan
+    from quicksilver.plan import PRESETS
+    from quicksilver.plan.presets import resolve_plan
 
     plans = [resolve_plan(each, model) for each in given]
     names = Counter(["dense", *(plan.name for plan in plans)])  # the baseline's row is called dense
@@ -213,7 +213,7 @@ def resolve_plans(given: Sequence[str], model: str) -> list[Any]:
 
 def warn_fitted_elsewhere(plan: Any, model: Any) -> None:
     """Print a warning where a plan's thresholds were fitted to another model than the one that runs it."""
-    from quicksilver.runtime.loading import check_fitted_to
+    from quicksilver.loading.load import check_fitted_to
 
     problem = check_fitted_to(plan, model.model, model.adapter)
     if problem is not None:

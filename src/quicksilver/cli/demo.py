@@ -34,7 +34,7 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo --output results --max-tokens 20000
     """
     from quicksilver.core.files import check_folder
-    from quicksilver.runtime.sources import embedded_models
+    from quicksilver.core.sources import embedded_models
 
     names = models or tuple(embedded_models())
     if not names:
@@ -51,10 +51,10 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
     """Measure one model, print its tables and a sample, write the picture and the figures."""
     model, tokenizer = open_model(name, "dense", None, "cpu", threads)
     from quicksilver.cli.table import print_table
-    from quicksilver.core.plan import Plan
     from quicksilver.measure import demo
     from quicksilver.measure.scoring import num_runs
-    from quicksilver.runtime.presets import calibrated_plans, resolve_plan
+    from quicksilver.plan import Plan
+    from quicksilver.plan.presets import calibrated_plans, resolve_plan
 
     halting, fusing = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
     try:

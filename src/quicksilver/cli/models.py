@@ -13,8 +13,8 @@ def command() -> None:
     Examples:
       quicksilver models
     """
-    from quicksilver.models.families import FAMILIES
-    from quicksilver.runtime.sources import embedded_models
+    from quicksilver.core.sources import embedded_models
+    from quicksilver.families.names import FAMILIES
 
     print("families:")
     for name in FAMILIES:

@@ -34,8 +34,8 @@ def list_plans() -> None:
     Examples:
       quicksilver plan list
     """
-    from quicksilver.core.plan import PRESETS
-    from quicksilver.runtime.presets import calibrated_plans
+    from quicksilver.plan import PRESETS
+    from quicksilver.plan.presets import calibrated_plans
 
     for name in (*PRESETS, *calibrated_plans()):
         print(name)
@@ -50,7 +50,7 @@ def show(plan: str) -> None:
     Examples:
       quicksilver plan show paper > mine.json
     """
-    from quicksilver.runtime.presets import resolve_plan
+    from quicksilver.plan.presets import resolve_plan
 
     print(json.dumps(resolve_plan(plan).to_dict(), indent=2))
 
@@ -64,7 +64,7 @@ def validate(plan: str) -> None:
     Examples:
       quicksilver plan validate mine.json
     """
-    from quicksilver.runtime.presets import resolve_plan
+    from quicksilver.plan.presets import resolve_plan
 
     resolved = resolve_plan(plan)
     print(f"{plan}: valid, hash {resolved.hash}")
@@ -99,7 +99,7 @@ def fit(
     """
     from quicksilver.core.files import check_target
     from quicksilver.errors import InputError, PlanError
-    from quicksilver.runtime.presets import resolve_plan
+    from quicksilver.plan.presets import resolve_plan
 
     recipe = resolve_plan(plan, model)
     if not recipe.is_recipe:

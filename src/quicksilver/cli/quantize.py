@@ -82,10 +82,10 @@ def command(
     quiet_transformers()
     import torch
 
-    from quicksilver.models.nesting import check, nest, nested_names
+    from quicksilver.families.nesting import check, nest, nested_names
+    from quicksilver.loading.load import load_plain
+    from quicksilver.loading.nested import nest_and_save, save_nested
     from quicksilver.quant.config import QuantizationConfig
-    from quicksilver.runtime.loading import load_plain
-    from quicksilver.runtime.nested import nest_and_save, save_nested
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -117,7 +117,7 @@ def _method(method: Any, calibration: str | None, calibration_tokens: int | None
 
 def _tokenizer(model: str, required: bool) -> Any:
     """Return a model's tokenizer; None, with a note, where it has none and none is needed."""
-    from quicksilver.runtime.loading import load_tokenizer
+    from quicksilver.loading.load import load_tokenizer
 
     try:
         return load_tokenizer(model)
@@ -130,7 +130,7 @@ def _tokenizer(model: str, required: bool) -> Any:
 
 def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int | None, head: bool) -> Any:
     from quicksilver.calibrate.hessians import collect_hessians
-    from quicksilver.models import registry
+    from quicksilver.families import registry
 
     limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _CALIBRATION_TOKENS
     windows, _ = calibration_windows(corpus, tokenizer, limit, _CONTEXT, max_tokens)

@@ -56,8 +56,8 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
 
 def _fit(nested: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
     from quicksilver.calibrate.widths import fit
-    from quicksilver.core.provenance import FittedTo
-    from quicksilver.models.fingerprint import fingerprint
+    from quicksilver.families.fingerprint import fingerprint
+    from quicksilver.plan.provenance import FittedTo
 
     record = FittedTo(name, fingerprint(nested.model, nested.adapter.spec), source.removeprefix("of "), tokens)
     with progress("fitting widths", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:
@@ -75,9 +75,9 @@ def nested_copy(model: Any) -> Any:
         return model
     import copy
 
-    from quicksilver.models.nesting import nest, nested_names
+    from quicksilver.families.nesting import nest, nested_names
+    from quicksilver.loading.load import accelerate
     from quicksilver.quant.config import QuantizationConfig
-    from quicksilver.runtime.loading import accelerate
 
     config, plain = QuantizationConfig(), copy.deepcopy(model.model)
     with progress("nesting weights", len(nested_names(plain, config))) as advance:

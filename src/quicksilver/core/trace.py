@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.ragged import RaggedLayout
-from quicksilver.core.rules.precision import MAX_WIDTH
 
 
 class DeferredSum:

@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from quicksilver.core.plan import Plan
 from quicksilver.errors import InputError, QuickSilverError
+from quicksilver.loading.load import load, load_tokenizer, resolve_device, resolve_model
+from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops.native import KernelChoice
-from quicksilver.runtime.generation import QuickSilverForCausalLM
-from quicksilver.runtime.loading import load, load_tokenizer, resolve_device, resolve_model
-from quicksilver.runtime.presets import resolve_plan
+from quicksilver.plan import Plan
+from quicksilver.plan.presets import resolve_plan
 from quicksilver.version import __version__
 
 

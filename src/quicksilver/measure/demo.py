@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from quicksilver.core.files import write_atomically
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import RelativeDriftRule
 from quicksilver.measure.picture import TokenPanel, draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos
+from quicksilver.model import QuickSilverForCausalLM
+from quicksilver.plan import Plan
+from quicksilver.rules import RelativeDriftRule
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.generation import QuickSilverForCausalLM
 from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"

@@ -7,18 +7,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import Part
 from quicksilver.core.trace import Trace
+from quicksilver.families.cost import executed_cost, kv_read_bytes
+from quicksilver.families.spec import ModelSpec
 from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
 from quicksilver.measure.statistics import paired_delta, perplexity
 from quicksilver.measure.windows import Protocol, WindowedText
-from quicksilver.models.cost import executed_cost, kv_read_bytes
-from quicksilver.models.spec import ModelSpec
+from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
+from quicksilver.plan import Plan
+from quicksilver.rules.maps import Part
 from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.generation import QuickSilverForCausalLM
 
 _REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes", "kv_read_bytes")
 

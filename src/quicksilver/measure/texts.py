@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from quicksilver.core.sources import hub_answers
 from quicksilver.errors import ByteOrderMarkWarning, InputError, first_line
-from quicksilver.runtime.sources import hub_answers
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
 _MARK = "\ufeff"

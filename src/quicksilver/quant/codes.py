@@ -12,11 +12,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules.checks import is_whole
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.errors import ModelError
 from quicksilver.quant import planes
 from quicksilver.quant.blocks import Block, blocks
-from quicksilver.quant.planes import MAX_WIDTH, Planes
+from quicksilver.quant.planes import Planes
+from quicksilver.rules.checks import is_whole
 
 GROUP_SIZES = (32, 64, 128)
 STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs

@@ -1,6 +1,6 @@
 """What a model's nested weights were made with: the `quantization_config` of its config.json.
 
-Which of a model's maps that means is `models/nesting.py`'s business.
+Which of a model's maps that means is `families/nesting.py`'s business.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.ops.native import Kernels
 from quicksilver.ops.nested_linear import StoredMatrix, accepts, check_rows, multiply, prepared
 from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
-from quicksilver.quant.planes import MAX_WIDTH, PLANE_BITS, run_bytes
+from quicksilver.quant.planes import PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
 BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")

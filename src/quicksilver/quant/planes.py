@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quicksilver.core.rules.precision import MAX_WIDTH, WIDTHS
+from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.rules.precision import WIDTHS
 
 PLANE_BITS = (2, 2, 2, 2)
 """Bits of a code in each plane, leading bits first; MAX_WIDTH together."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from quicksilver.cache import TailRow
 from quicksilver.core.groups import FusionRows
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.rules import FusionWeights
+from quicksilver.rules import FusionWeights
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.status import Running
 

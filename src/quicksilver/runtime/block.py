@@ -9,9 +9,9 @@ from torch import Tensor
 
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.rules.maps import Part
-from quicksilver.models.spec import Apply, LayerOps
+from quicksilver.families.spec import Apply, LayerOps
 from quicksilver.ops import ragged_attention
+from quicksilver.rules.maps import Part
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.shortcuts import Detour
 from quicksilver.runtime.status import Running, TokenStatus

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.ragged import RaggedLayout
-from quicksilver.core.rules import AttentionConfig, ScreeningConfig
 from quicksilver.core.trace import Trace
-from quicksilver.models.rotary import Rotation
+from quicksilver.families.rotary import Rotation
 from quicksilver.ops import AttentionBackend, Screen
+from quicksilver.rules import AttentionConfig, ScreeningConfig
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
-from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
 from quicksilver.ops import AttentionBackend
+from quicksilver.plan import Plan
 from quicksilver.policies import kv
 from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quicksilver.models.spec import num_nested
+from quicksilver.families.spec import num_nested
 
 
 class ModelFacts(nn.Module):

@@ -1,6 +1,6 @@
 """Fusion between two layers: ask the policy which neighbours are alike, chain them, keep the last of each group.
 
-The rules are in `quicksilver.core.rules.fusion`, and in packages that bring others.
+The rules are in `quicksilver.rules.fusion`, and in packages that bring others.
 A group may have begun in an earlier pass: its last row waits in the
 cache (`FusionTails`) and takes part again; where it is absorbed, its entries in deeper layers are taken back.
 """
@@ -20,9 +20,9 @@ from quicksilver.cache import TailRow
 from quicksilver.core.decisions import PairView
 from quicksilver.core.groups import FusionRows, Groups, merge
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.rules import FusionConfig
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
 from quicksilver.policies import fusion
+from quicksilver.rules import FusionConfig
 from quicksilver.runtime.arrivals import Arrivals, gather, group_state
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.protection import Protection

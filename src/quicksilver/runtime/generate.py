@@ -37,7 +37,7 @@ from quicksilver.runtime.sampling import Draw, Ending, Rows, TokenChoice
 from quicksilver.runtime.settings import Settings
 
 if TYPE_CHECKING:
-    from quicksilver.runtime.generation import QuickSilverForCausalLM
+    from quicksilver.model import QuickSilverForCausalLM
 
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers' outputs call the cache: `cache` from 5.24 on. Callers may use either name."""

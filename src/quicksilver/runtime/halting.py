@@ -1,6 +1,6 @@
 """Halting between two layers: ask the policy, respect what is protected.
 
-The rules themselves are in `quicksilver.core.rules.halting`, and in packages that bring others.
+The rules themselves are in `quicksilver.rules.halting`, and in packages that bring others.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.decisions import LayerView
-from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import HaltingConfig
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.rules import HaltingConfig
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.status import SplitRows

@@ -10,14 +10,13 @@ from typing import get_args
 
 import torch
 
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ENTRY_BITS
-from quicksilver.core.rules.maps import Part
-from quicksilver.core.rules.precision import MAX_WIDTH
+from quicksilver.core.bits import ENTRY_BITS, MAX_WIDTH
 from quicksilver.core.trace import LayerTrace
-from quicksilver.models.spec import LayerOps, ModelSpec
+from quicksilver.families.spec import LayerOps, ModelSpec
 from quicksilver.ops import native
+from quicksilver.plan import Plan
 from quicksilver.policies import precision
+from quicksilver.rules.maps import Part
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.spec import ModelSpec
+from quicksilver.plan import Plan
 from quicksilver.runtime.status import Stop
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import ChannelView, TokenWidthView
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules import ChannelWidthRule
-from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.core.tensors import named_vector
 from quicksilver.core.trace import LayerTrace, Trace
-from quicksilver.models.spec import Adapter, Apply
+from quicksilver.families.spec import Adapter, Apply
+from quicksilver.plan import Plan
+from quicksilver.plan.tensors import named_vector
 from quicksilver.policies import precision
 from quicksilver.quant import NestedLinear
+from quicksilver.rules import ChannelWidthRule
 from quicksilver.runtime.protection import Protection
 
 

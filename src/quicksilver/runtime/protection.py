@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
+from quicksilver.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
 
 _FEW = 16  # tokens that are looked at one by one
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quicksilver.core.affine import AffineMap
 from quicksilver.core.decisions import ShortcutView
-from quicksilver.core.plan import Plan
-from quicksilver.core.rules.maps import Part
 from quicksilver.core.trace import LayerTrace
-from quicksilver.models.spec import Adapter
+from quicksilver.families.spec import Adapter
+from quicksilver.plan import Plan
+from quicksilver.plan.affine import AffineMap
 from quicksilver.policies import shortcuts
+from quicksilver.rules.maps import Part
 from quicksilver.runtime.protection import Protection
 
 

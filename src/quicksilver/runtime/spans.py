@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import Fill
-from quicksilver.core.plan import Plan
 from quicksilver.core.ragged import TokenState
-from quicksilver.core.rules import UniformWidthRule
-from quicksilver.core.rules.precision import MAX_WIDTH
-from quicksilver.models.kernels import activation_name, norm_operands
-from quicksilver.models.spec import Adapter, LayerOps, Leaves, MapRole
+from quicksilver.families.kernels import activation_name, norm_operands
+from quicksilver.families.spec import Adapter, LayerOps, Leaves, MapRole
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import has_whole_levels, prepared
+from quicksilver.plan import Plan
 from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
+from quicksilver.rules import UniformWidthRule
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.kernel_counts import KernelCounts
 from quicksilver.runtime.precision import PrecisionStep

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quicksilver.core.trace import Trace
-from quicksilver.models.cost import dense_cost, executed_cost, kv_read_bytes
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
+from quicksilver.families.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.models.rotary import Rotation
+from quicksilver.families.rotary import Rotation
 
 
 class SplitRows(NamedTuple):

@@ -10,7 +10,7 @@ from operator import attrgetter, is_not
 
 from torch import Tensor
 
-from quicksilver.models.spec import LayerOps
+from quicksilver.families.spec import LayerOps
 
 _version_of = attrgetter("_version")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quicksilver.core.decisions import Fill, KVDecision
-from quicksilver.core.rules import DropFill
+from quicksilver.rules import DropFill
 
 
 def decide(fill: DropFill, layer_idx: int) -> KVDecision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quicksilver.core.decisions import Fill, KVDecision
-from quicksilver.core.rules import PropagateFill
+from quicksilver.rules import PropagateFill
 
 
 def decide(fill: PropagateFill, layer_idx: int) -> KVDecision:

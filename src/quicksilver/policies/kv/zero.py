@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quicksilver.core.decisions import Fill, KVDecision
-from quicksilver.core.rules import ZeroFill
+from quicksilver.rules import ZeroFill
 
 
 def decide(fill: ZeroFill, layer_idx: int) -> KVDecision:

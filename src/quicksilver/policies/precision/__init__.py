@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from quicksilver.core import rules
+from quicksilver import rules
 from quicksilver.core.decisions import ChannelView, TokenWidthView, WidthChoice
 from quicksilver.policies.precision import channel, entropy, uniform
 

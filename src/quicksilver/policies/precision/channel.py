@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from quicksilver.core.decisions import ChannelView, WidthChoice
-from quicksilver.core.rules import ChannelWidthRule
 from quicksilver.policies.precision.graded import widths_of
+from quicksilver.rules import ChannelWidthRule
 
 
 def decide(rule: ChannelWidthRule, view: ChannelView) -> WidthChoice:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import ChannelView, TokenWidthView, WidthChoice
-from quicksilver.core.rules import EntropyWidthRule
-from quicksilver.core.rules.precision import MAX_WIDTH
 from quicksilver.policies.precision.graded import widths_of
+from quicksilver.rules import EntropyWidthRule
 
 
 def decide(rule: EntropyWidthRule, view: ChannelView) -> WidthChoice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quicksilver.core.rules.precision import Thresholds
+from quicksilver.rules.precision import Thresholds
 
 
 def widths_of(scores: Tensor, thresholds: Thresholds, widths: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """The same width for everything."""
 
 from quicksilver.core.decisions import ChannelView, WidthChoice
-from quicksilver.core.rules import UniformWidthRule
+from quicksilver.rules import UniformWidthRule
 
 
 def decide(rule: UniformWidthRule, view: ChannelView) -> WidthChoice:

@@ -1,6 +1,6 @@
 """Where a plan's thresholds come from: what `plan fit` leaves in a plan for whoever runs it later.
 
-It changes nothing that a plan does. How a model is told from another is `models/fingerprint.py`'s business.
+It changes nothing that a plan does. How a model is told from another is `families/fingerprint.py`'s business.
 """
 
 from __future__ import annotations

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quicksilver.core.rules.checks import is_whole
+from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
 from quicksilver.errors import PlanError
-
-ENTRY_BITS = 8
-HALF_BITS = 16
+from quicksilver.rules.checks import is_whole
 
 
 @dataclass(frozen=True)

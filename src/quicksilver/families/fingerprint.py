@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.spec import ModelSpec
 from quicksilver.quant import NestedWeight
 
 _SAMPLES = 64

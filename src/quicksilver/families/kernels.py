@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
-from quicksilver.models.modules import defined_in, is_observed
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.modules import defined_in, is_observed
+from quicksilver.families.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice, Kernels
 from quicksilver.ops.nested_linear import NormOperands, accepts, has_whole_levels, multiply, prepared

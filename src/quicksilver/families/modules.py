@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.models.weights import WeightPlaces
+from quicksilver.families.weights import WeightPlaces
 from quicksilver.quant import NestedLinear, NestedSplit
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")

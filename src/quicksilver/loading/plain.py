@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quicksilver.errors import ModelError, WeightFilesWarning, first_line
-from quicksilver.models.nesting import is_tied
+from quicksilver.families.nesting import is_tied
 from quicksilver.quant.storage import INDEX, list_shards
 
 GENERATION_CONFIG = "generation_config.json"

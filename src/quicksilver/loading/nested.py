@@ -1,6 +1,6 @@
 """Folders of nested models: written whole or not at all, and loaded without choosing codes anew.
 
-The files' integrity is `quant/storage.py`'s business; which maps are nested, `models/nesting.py`'s.
+The files' integrity is `quant/storage.py`'s business; which maps are nested, `families/nesting.py`'s.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from quicksilver.core.files import check_new_folder
 from quicksilver.errors import InputError, ModelError, first_line
-from quicksilver.models import nesting
+from quicksilver.families import nesting
+from quicksilver.loading.plain import read_generation_config
 from quicksilver.quant import NestedWeight
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, give_back, read_tensors, write_tensors
-from quicksilver.runtime.plain import read_generation_config
 
 _CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"

@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from quicksilver.core.decisions import FusionDecision, PairView
-from quicksilver.core.rules.checks import (
+from quicksilver.errors import PlanError
+from quicksilver.rules.checks import (
     LARGE,
     Threshold,
     check_draw,
@@ -21,9 +22,8 @@ from quicksilver.core.rules.checks import (
     is_whole,
     threshold_at,
 )
-from quicksilver.core.rules.registry import DecidingRule, RuleTypes
-from quicksilver.core.rules.retired import refuse_retired
-from quicksilver.errors import PlanError
+from quicksilver.rules.registry import DecidingRule, RuleTypes
+from quicksilver.rules.retired import refuse_retired
 
 FusionWeights = Literal["last", "mass"]
 FusionScope = Literal["prompt", "all"]

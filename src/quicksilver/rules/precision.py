@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from quicksilver.core.rules.checks import check_parts, check_protection, is_whole
-from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError
-
-MAX_WIDTH = 8
+from quicksilver.rules.checks import check_parts, check_protection, is_whole
+from quicksilver.rules.retired import refuse_retired
 
 EntropyOf = Literal["head", "hidden"]
 WIDTHS = (2, 4, 6, 8)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quicksilver.errors import ModelError, first_line
-from quicksilver.runtime.sentencepiece import SentencePieceModel
+from quicksilver.loading.sentencepiece import SentencePieceModel
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WHOLE = ("tokenizer.json", "vocab.json", "tekken.json")  # transformers reads these without sentencepiece

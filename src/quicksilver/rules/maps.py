@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quicksilver.core.rules.checks import LARGE, check_parts, check_protection, is_whole
 from quicksilver.errors import PlanError
+from quicksilver.rules.checks import LARGE, check_parts, check_protection, is_whole
 
 Part = Literal["mlp", "attention"]
 

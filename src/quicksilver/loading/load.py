@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver.core.plan import Plan
+from quicksilver.core.sources import check_device, is_local, resolve_model
 from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError, first_line
-from quicksilver.models import registry
-from quicksilver.models.families import check_family
-from quicksilver.models.fingerprint import fingerprint
-from quicksilver.models.modules import causal_lm
-from quicksilver.models.nesting import nest
-from quicksilver.models.spec import Adapter
+from quicksilver.families import registry
+from quicksilver.families.fingerprint import fingerprint
+from quicksilver.families.modules import causal_lm
+from quicksilver.families.names import check_family
+from quicksilver.families.nesting import nest
+from quicksilver.families.spec import Adapter
+from quicksilver.loading.plain import read_plain
+from quicksilver.loading.tokenizers import read_tokenizer
+from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
+from quicksilver.plan import Plan
+from quicksilver.plan.presets import resolve_plan
 from quicksilver.quant.config import QuantizationConfig, is_nested
 from quicksilver.quant.storage import give_back
-from quicksilver.runtime.generation import QuickSilverForCausalLM
-from quicksilver.runtime.plain import read_plain
-from quicksilver.runtime.presets import resolve_plan
-from quicksilver.runtime.sources import check_device, is_local, resolve_model
-from quicksilver.runtime.tokenizers import read_tokenizer
 
 
 def accelerate(
@@ -234,7 +234,7 @@ def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
     config = _read_config(source, local)
     if not is_nested(config):
         return read_plain(source, config, dtype, local)
-    from quicksilver.runtime.nested import load_nested
+    from quicksilver.loading.nested import load_nested
 
     return load_nested(_folder(source, local), config, dtype)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape
-from quicksilver.models.modules import ModuleWatch
-from quicksilver.models.rotary import Rotation
+from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.families.modules import ModuleWatch
+from quicksilver.families.rotary import Rotation
 from quicksilver.ops.native import Kernels
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedWeight
-from quicksilver.quant.planes import MAX_WIDTH
 
 Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]

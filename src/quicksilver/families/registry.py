@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.models import gpt2, llama
-from quicksilver.models.families import FAMILIES, check_family
-from quicksilver.models.kernels import head, resolve
-from quicksilver.models.modules import ModuleLayout, ModuleWatch, causal_lm, check_nested_maps
-from quicksilver.models.spec import Adapter
-from quicksilver.models.weights import check_weights
+from quicksilver.families import gpt2, llama
+from quicksilver.families.kernels import head, resolve
+from quicksilver.families.modules import ModuleLayout, ModuleWatch, causal_lm, check_nested_maps
+from quicksilver.families.names import FAMILIES, check_family
+from quicksilver.families.spec import Adapter
+from quicksilver.families.weights import check_weights
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.models.modules import ModuleLayout, float_weight
-from quicksilver.models.rotary import Rotation, RotationTable
-from quicksilver.models.spec import (
+from quicksilver.families.modules import ModuleLayout, float_weight
+from quicksilver.families.rotary import Rotation, RotationTable
+from quicksilver.families.spec import (
     QKV,
     Adapter,
     Apply,

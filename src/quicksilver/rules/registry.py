@@ -9,8 +9,8 @@ from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from quicksilver.core.rules.retired import refuse_retired
 from quicksilver.errors import PlanError, first_line
+from quicksilver.rules.retired import refuse_retired
 
 GROUP = "quicksilver.rules"
 """The group of entry points by which packages say which rules they bring; an entry's name is its rule's."""

@@ -15,13 +15,14 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Sto
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quicksilver.cache import RaggedKVCache
-from quicksilver.core.plan import Plan
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError, UnsupportedFeatureError
-from quicksilver.models.registry import adapt
-from quicksilver.models.spec import Adapter
+from quicksilver.families.registry import adapt
+from quicksilver.families.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
+from quicksilver.plan import Plan
+from quicksilver.plan.presets import resolve_plan
 from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.facts import ModelFacts
 from quicksilver.runtime.generate import CACHE_FIELD, Request, generate, told_the_end
@@ -35,7 +36,6 @@ from quicksilver.runtime.grids import (
     shifted_loss,
     split_mask,
 )
-from quicksilver.runtime.presets import resolve_plan
 from quicksilver.runtime.settings import Settings
 from quicksilver.runtime.stats import RunStats
 

@@ -5,10 +5,10 @@ is in `quicksilver.policies`.
 """
 
 from quicksilver.core.decisions import FusionDecision, HaltDecision, LayerView, PairView
-from quicksilver.core.rules.attention import AttentionConfig
-from quicksilver.core.rules.checks import Threshold, threshold_at
-from quicksilver.core.rules.entries import ENTRY_BITS, HALF_BITS, EntryConfig
-from quicksilver.core.rules.fusion import (
+from quicksilver.rules.attention import AttentionConfig
+from quicksilver.rules.checks import Threshold, threshold_at
+from quicksilver.rules.entries import EntryConfig
+from quicksilver.rules.fusion import (
     CosineFusionRule,
     ForcedFusionRule,
     FusionConfig,
@@ -20,7 +20,7 @@ from quicksilver.core.rules.fusion import (
     SimilarityRule,
     fusion_rule,
 )
-from quicksilver.core.rules.halting import (
+from quicksilver.rules.halting import (
     AllRule,
     DriftRule,
     EntropyRule,
@@ -34,9 +34,9 @@ from quicksilver.core.rules.halting import (
     ThresholdRule,
     halting_rule,
 )
-from quicksilver.core.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
-from quicksilver.core.rules.maps import MapConfig, Shortcut, ShortcutConfig
-from quicksilver.core.rules.precision import (
+from quicksilver.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
+from quicksilver.rules.maps import MapConfig, Shortcut, ShortcutConfig
+from quicksilver.rules.precision import (
     ChannelWidthRule,
     EntropyWidthRule,
     GradedWidthRule,
@@ -44,11 +44,9 @@ from quicksilver.core.rules.precision import (
     PrecisionRule,
     UniformWidthRule,
 )
-from quicksilver.core.rules.screening import ScreeningConfig
+from quicksilver.rules.screening import ScreeningConfig
 
 __all__ = [
-    "ENTRY_BITS",
-    "HALF_BITS",
     "AllRule",
     "AttentionConfig",
     "ChannelWidthRule",

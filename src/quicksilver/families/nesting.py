@@ -1,6 +1,6 @@
 """Which linear maps of each family are nested, and replacing them in a model.
 
-How codes are chosen is `quant/rounding.py`'s business; how a nested model is stored, `runtime/nested.py`'s.
+How codes are chosen is `quant/rounding.py`'s business; how a nested model is stored, `loading/nested.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import ModelError
-from quicksilver.models.families import check_family
-from quicksilver.models.modules import runs_only
+from quicksilver.families.modules import runs_only
+from quicksilver.families.names import check_family
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 from quicksilver.quant.codes import NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.models.kernels import activation_name
-from quicksilver.models.modules import ModuleLayout, float_weight, is_observed, runs_only
-from quicksilver.models.spec import (
+from quicksilver.families.kernels import activation_name
+from quicksilver.families.modules import ModuleLayout, float_weight, is_observed, runs_only
+from quicksilver.families.spec import (
     QKV,
     Adapter,
     Apply,

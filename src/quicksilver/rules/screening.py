@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quicksilver.core.rules.checks import Threshold, check_bounded, check_count, threshold_at
+from quicksilver.rules.checks import Threshold, check_bounded, check_count, threshold_at
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quicksilver.core import codec
 from quicksilver.core.files import write_atomically
-from quicksilver.core.provenance import FittedTo
-from quicksilver.core.rules import (
+from quicksilver.errors import PlanError
+from quicksilver.plan import codec
+from quicksilver.plan.provenance import FittedTo
+from quicksilver.plan.tensors import PlanTensors, named_vector
+from quicksilver.rules import (
     AllRule,
     AttentionConfig,
     ChannelWidthRule,
@@ -39,14 +41,12 @@ from quicksilver.core.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.core.rules.checks import check_parts
-from quicksilver.core.tensors import PlanTensors, named_vector
-from quicksilver.errors import PlanError
+from quicksilver.rules.checks import check_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quicksilver.core.affine import AffineMap
+    from quicksilver.plan.affine import AffineMap
 
 PLAN_VERSION = 1
 
@@ -261,7 +261,7 @@ class Plan:
         Raises:
             PlanError: tensors are missing or of another model's shape.
         """
-        from quicksilver.core.affine import AffineMap
+        from quicksilver.plan.affine import AffineMap
 
         tensors = self.tensors or {}
         names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quicksilver.core.rules import ENTRY_BITS
+from quicksilver.core.bits import ENTRY_BITS
 from quicksilver.core.trace import LayerTrace, Trace
-from quicksilver.models.spec import ModelSpec
+from quicksilver.families.spec import ModelSpec
 
 _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
 

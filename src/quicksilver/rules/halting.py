@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quicksilver.core.decisions import HaltDecision, LayerView
-from quicksilver.core.rules.checks import (
+from quicksilver.errors import PlanError
+from quicksilver.rules.checks import (
     LARGE,
     Threshold,
     check_count,
@@ -23,8 +24,7 @@ from quicksilver.core.rules.checks import (
     is_whole,
     threshold_at,
 )
-from quicksilver.core.rules.registry import DecidingRule, RuleTypes
-from quicksilver.errors import PlanError
+from quicksilver.rules.registry import DecidingRule, RuleTypes
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from quicksilver.core import rules
-from quicksilver.core.provenance import FittedTo
-from quicksilver.core.rules.fusion import FUSION_RULES
-from quicksilver.core.rules.halting import HALTING_RULES
-from quicksilver.core.rules.registry import RuleTypes
-from quicksilver.core.rules.retired import refuse_retired
+from quicksilver import rules
 from quicksilver.errors import PlanError, first_line
+from quicksilver.plan.provenance import FittedTo
+from quicksilver.rules.fusion import FUSION_RULES
+from quicksilver.rules.halting import HALTING_RULES
+from quicksilver.rules.registry import RuleTypes
+from quicksilver.rules.retired import refuse_retired
 
 FILL_TYPES: dict[str, type[rules.KVFill]] = {
     "drop": rules.DropFill,

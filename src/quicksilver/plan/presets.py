@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quicksilver.core.plan import PRESETS, Plan
+from quicksilver.core.sources import check_model
 from quicksilver.errors import PlanError
-from quicksilver.runtime.sources import check_model
+from quicksilver.plan import PRESETS, Plan
 
 CALIBRATED = Path(__file__).parent.parent / "data" / "plans"
 

@@ -1,0 +1,10 @@
+"""In how many bits weights are read and cache entries are kept."""
+
+MAX_WIDTH = 8
+"""Bits of a nested weight, all of them read."""
+
+ENTRY_BITS = 8
+"""Of keys and values kept as whole numbers with a scale."""
+
+HALF_BITS = 16
+"""Of keys and values kept as bfloat16."""
