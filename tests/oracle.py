@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quicksilver.rules import DropFill, FusionWeights, KVFill, PropagateFill, ZeroFill
+from quicksilver.rules import DropFill, FillRule, FusionWeights, PropagateFill, ZeroFill
 from tests.oracle_parts import Layer, Read, parts_of
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
@@ -83,7 +83,7 @@ def through(layer_idx: int, part: str, normed: Tensor, state: Tensor) -> tuple[T
 def run(
     model: Any,
     ids: Tensor,
-    fill: KVFill,
+    fill: FillRule,
     halts: Halts = never,
     fusion: Fusion | None = None,
     read: Read = whole,
@@ -130,7 +130,7 @@ def run(
 class _Asked(NamedTuple):
     """Which mechanisms take part, and how; see `run`."""
 
-    fill: KVFill
+    fill: FillRule
     halts: Halts
     fusion: Fusion | None
     bypass: Bypass
@@ -211,7 +211,7 @@ def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, ask
     tokens.hidden = after
 
 
-def _filled(fill: KVFill, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _filled(fill: FillRule, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values [Hkv, T, D] of a layer, those of halted tokens as the fill makes them."""
     if isinstance(fill, ZeroFill):
         halted = ~tokens.running & (tokens.masses > 0)

@@ -162,7 +162,7 @@ def plan_file(tmp_path: Path) -> Callable[..., Path]:
 
     def write(file: str = "mine.json", **body: Any) -> Path:
         path = tmp_path / file
-        path.write_text(json.dumps({"version": 1, **body}), encoding="utf-8")
+        path.write_text(json.dumps({"version": 2, **body}), encoding="utf-8")
         return path
 
     return write

@@ -158,7 +158,7 @@ def test_score_and_decode_agree(
     documents.write_text("".join(json.dumps({"text": SENTENCES[:n]}) + "\n" for n in (40, 3, 12)))
     source = ("--text", text_file) if kind == "text" else ("--documents", documents)
     plans = [
-        plan_file(f"{fill}.json", halting=halting, kv={"type": fill})
+        plan_file(f"{fill}.json", halting=halting, kv={"fill": fill})
         for fill, halting in (("drop", RANDOM), ("zero", FORCED), ("propagate", RANDOM))
     ]
     cut = ("--context", 16, "--stride", 8, "--max-tokens", 60)

@@ -14,7 +14,7 @@ import pytest
 from quicksilver.cli.table import _COST, _LOSS, _PARTS_RAN, _RAN, EXPLANATION, print_table
 from tests.e2e.conftest import CUT, FORCED, RANDOM, SENTENCES, Outcome
 
-UNIFORM = {"rule": {"type": "uniform", "width": 4}}
+UNIFORM = {"rule": {"type": "uniform", "bits": 4}}
 
 
 def test_stdout_is_the_table_and_stderr_is_empty(
@@ -35,8 +35,8 @@ def test_stdout_is_the_table_and_stderr_is_empty(
 
 
 PARTS = {
-    "attention": {"threshold": 0.9, "query_threshold": 0.8},
-    "screening": {"threshold": 0.5, "query_threshold": 1.0},
+    "attention": {"skip_values_below": 0.9, "drop_query_dims_below": 0.8},
+    "screening": {"screen_keys_below": 0.5},
     "entries": {"bits": 16},
 }
 
@@ -50,7 +50,7 @@ def test_a_plan_of_one_part_has_its_row_in_every_table(
     tmp_path: Path,
     part: str,
 ) -> None:
-    given = ("--plan", "settled", "--plan", plan_file(**{part: PARTS[part]}), "--json", tmp_path / "out.json")
+    given = ("--plan", "settled", "--plan", plan_file(kv=PARTS[part]), "--json", tmp_path / "out.json")
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, *given, *CUT)
     assert outcome.status == 0, outcome.err
     tables = outcome.out.split("\n\n")[1:4]
@@ -71,7 +71,7 @@ def test_a_plan_of_shortcuts_has_its_row(
 ) -> None:
     """Shortcuts need fitted tensors, so a measured result is dressed up as one of theirs."""
     (result,) = evaluate(tiny_model_dir("gpt2"), "--text", text_file, "--plan", "settled", *CUT)
-    result["plan"] = {"version": 1, "name": "past", "halting": None, "shortcuts": {"shortcuts": []}}
+    result["plan"] = {"version": 2, "name": "past", "halting": {"shortcuts": []}}
     result["accelerated"]["shortcuts_by_layer"] = {"mlp": [1.0, 0.0, 0.0, 0.0], "attention": [0.5, 0.0, 0.0, 0.0]}
     out = io.StringIO()
     print_table([result], out)

@@ -96,8 +96,8 @@ def test_refusals(tiny_model_dir: Callable[[str], Path], text_file: Path, tmp_pa
     model, text, new = str(tiny_model_dir("llama")), str(text_file), str(tmp_path / "new.json")
     bad = {name: tmp_path / f"{name}.json" for name in ("cut", "field", "rule")}
     bad["cut"].write_text("{")
-    bad["field"].write_text('{"version": 1, "haltin": {}}')
-    bad["rule"].write_text('{"version": 1, "halting": {"rule": {"type": "drift", "threshold": "low"}}}')
+    bad["field"].write_text('{"version": 2, "haltin": {}}')
+    bad["rule"].write_text('{"version": 2, "halting": {"rule": {"type": "drift", "threshold": "low"}}}')
     latin, lines = tmp_path / "latin.txt", tmp_path / "lines.jsonl"
     latin.write_bytes(b"caf\xe9")
     lines.write_text('{"body": 1}\n')

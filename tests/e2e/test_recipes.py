@@ -59,7 +59,7 @@ def test_the_record_is_no_part_of_the_hash(fitted: Path) -> None:
 )
 def test_a_record_that_makes_no_sense(record: Any, named: str) -> None:
     with pytest.raises(PlanError, match=rf"fitted_to.*{named}"):
-        Plan.from_dict({"version": 1, "fitted_to": record})
+        Plan.from_dict({"version": 2, "fitted_to": record})
 
 
 def test_another_model_is_warned_of(

@@ -18,7 +18,7 @@ from tests.e2e.conftest import CUT, assert_refusal, run_process
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "halting_rule"
 SECTION = (ROOT / "docs" / "plans.md").read_text().split("### A rule of your own")[1].split("\n## ")[0]
-STEADY = {"version": 1, "halting": {"rule": {"type": "steady", "threshold": -1.0}, "min_layer": 1}}
+STEADY = {"version": 2, "halting": {"rule": {"type": "steady", "threshold": -1.0}, "min_layer": 1}}
 GOOD = "from dataclasses import dataclass\nfrom quicksilver import rules\n"
 OTHER_NAME = """
 @rules.halting_rule("other")
@@ -91,7 +91,7 @@ def test_eval_runs_it_and_counts_it(folder: Path, text_file: Path, example: Path
     (row,) = json.loads(results.read_text())
     assert row["accelerated"]["mean_depth"] < 2.0  # of four layers; the first tokens are protected
     assert 0.2 < row["delta"]["flops_body_reduction"] < 0.75
-    assert_refusal(run_process(*command), "halting.rule.type must be one of drift, relative", "got 'steady'")
+    assert_refusal(run_process(*command), "halting.rule.type must be one of all, drift", "got 'steady'")
 
 
 REFUSED: dict[str, tuple[dict[str, str], str, tuple[str, ...]]] = {
@@ -104,10 +104,10 @@ REFUSED: dict[str, tuple[dict[str, str], str, tuple[str, ...]]] = {
     "takes a name of ours": (
         {"steady": "broken"},
         GOOD + OTHER_NAME.replace('"other"', '"drift"'),
-        ("package 'their-rule'", "'drift' is quicksilver.rules.halting.DriftRule already"),
+        ("package 'their-rule'", "'drift' is quicksilver.rules.paper.drift.DriftRule already"),
     ),
     "says several lines": ({"steady": "broken"}, "raise RuntimeError('one\\ntwo')", ("RuntimeError: one",)),
-    "brings others": ({"calm": "broken"}, "1 / 0", ("must be one of drift, relative", "all, calm, got 'steady'")),
+    "brings others": ({"calm": "broken"}, "1 / 0", ("must be one of all, calm, drift", "relative, got 'steady'")),
 }
 
 
@@ -140,17 +140,17 @@ class Near(rules.SimilarityRule):
 """
     site, fusion = tmp_path / "site", {"rule": {"type": "near", "threshold": 1.0}}
     install(site, "near-rule", {"near": "near_rule"}, near_rule=GOOD + near)
-    path = plan_file(tmp_path, {"version": 1, "fusion": fusion})
+    path = plan_file(tmp_path, {"version": 2, "fusion": fusion})
     shown = run_process("plan", "show", path, PYTHONPATH=str(site))
     assert json.loads(shown.out)["fusion"]["rule"] == fusion["rule"]
-    assert_refusal(run_process("plan", "show", path), "fusion.rule.type must be one of l2, cosine, random, forced, got")
-    other = plan_file(tmp_path, {"version": 1, "halting": fusion})
+    assert_refusal(run_process("plan", "show", path), "fusion.rule.type must be one of cosine, forced, l2, random, got")
+    other = plan_file(tmp_path, {"version": 2, "halting": fusion})
     outcome = run_process("plan", "show", other, PYTHONPATH=str(site))
     assert_refusal(outcome, "package 'near-rule' brings 'near'", "registers no such halting rule")
 
 
 def test_a_value_that_the_rule_refuses(example: Path, tmp_path: Path) -> None:
-    low = {"version": 1, "halting": {"rule": {"type": "steady", "threshold": "low"}}}
+    low = {"version": 2, "halting": {"rule": {"type": "steady", "threshold": "low"}}}
     outcome = run_process("plan", "validate", plan_file(tmp_path, low), PYTHONPATH=str(example))
     assert_refusal(outcome, "SteadyRule: threshold must be a number", "halting.rule")
 

@@ -90,5 +90,5 @@ def test_a_recipe_that_could_not_run_is_not_fitted(
     folder = tmp_path / "nested"
     assert cli("quantize", tiny_model_dir("llama"), "-o", folder).status == 0
     refusal = cli("plan", "fit", folder, recipe, "--calibration", text_file, "-o", target)
-    assert_refusal(refusal, "late", "saves nothing, the model has 4")
+    assert_refusal(refusal, "late", "save nothing, the model has 4")
     assert not target.exists()

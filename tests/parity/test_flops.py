@@ -15,18 +15,18 @@ from quicksilver.rules import (
     CosineFusionRule,
     DropFill,
     EntropyRule,
+    FillRule,
     FittedRule,
     ForcedFusionRule,
     ForcedRule,
     HaltingConfig,
-    KVFill,
-    MapConfig,
+    KVConfig,
     PropagateFill,
     Shortcut,
     ZeroFill,
 )
 from tests import tiny
-from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan
+from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan, with_maps
 
 PAST = (Shortcut(0, "mlp"), Shortcut(1, "attention"), Shortcut(2, "attention"), Shortcut(2, "mlp"))
 HALTING = HaltingConfig(ForcedRule((2, 1, 4, 3, 4)), min_layer=1, protect_first=0, protect_special=False)
@@ -41,10 +41,10 @@ PLANS = {
     },
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
     "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
-    "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=PropagateFill()),
+    "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=KVConfig(PropagateFill())),
     "nested fusion and halting": NESTED,
-    "maps": replace(halting_plan(ForcedRule((1, 3, 5, 2))), maps=MapConfig(), tensors=tiny.fitted()),
-    "maps of low rank, fusion": replace(NESTED, maps=MapConfig(), tensors=tiny.fitted(rank=3)),
+    "maps": with_maps(halting_plan(ForcedRule((1, 3, 5, 2))), tiny.fitted()),
+    "maps of low rank, fusion": with_maps(NESTED, tiny.fitted(rank=3)),
 }
 
 
@@ -95,7 +95,7 @@ def test_entropy_signal_counts_the_head() -> None:
 def test_maps_count_once_for_each_token_that_stops() -> None:
     """Ten tokens, five of which halt after layer 1 by their entropy too, which is taken of their own states."""
     rule = AllRule((EntropyRule(1e9, layers=(1,)), ForcedRule((2, 4))))
-    plan = replace(halting_plan(rule), maps=MapConfig(), tensors=tiny.fitted(rank=3))
+    plan = with_maps(halting_plan(rule), tiny.fitted(rank=3))
     engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
     run = run_steps(engine, ids)
     assert [layer.fitted_macs for layer in run.trace.layers] == [0, 5 * 2 * 32 * 3, 0, 0]
@@ -118,7 +118,7 @@ def test_gates_and_their_features_count() -> None:
 
 
 @pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill()], ids=lambda f: type(f).__name__)
-def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
+def test_prefill_and_decode_count_the_same_work(kv: FillRule) -> None:
     engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
     whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
     assert executed_cost(engine.spec, whole) == executed_cost(engine.spec, steps)
@@ -147,7 +147,7 @@ def test_similarity_and_merged_means_count() -> None:
 def test_gates_count_for_every_token_that_they_are_asked_about(family: str) -> None:
     """PyTorch's counter sees the product with the input; the norm, its weight and the constant are counted by hand."""
     gated = tuple(Shortcut(layer, part, 1.0) for layer, part in ((1, "mlp"), (2, "attention")))
-    plan = shortcut_plan(*gated, halting=HALTING, kv=PropagateFill(), protection={"protect_first": 5})
+    plan = shortcut_plan(*gated, halting=HALTING, kv=KVConfig(PropagateFill()), protection={"protect_first": 5})
     engine, ids = decoder(tiny.model(family), plan, backend="eager"), tiny.token_ids(20)
     run = run_steps(engine, ids)
     past = run.trace.layers[1].shortcut_rows["mlp"], run.trace.layers[2].shortcut_rows["attention"]

@@ -51,11 +51,11 @@ LENGTH = 40
 
 
 def check(name: str, ids: torch.Tensor, plan: Plan, halts=oracle.never, fusion: oracle.Fusion | None = None) -> None:
-    assert plan.attention is not None
-    model, config = tiny.model(name, torch.float64), plan.attention
-    limits, query_limits = ([f(i) for i in range(4)] for f in (config.threshold_in, config.query_threshold_in))
+    model, kv = tiny.model(name, torch.float64), plan.kv
+    below = kv.skip_values_below, kv.drop_query_dims_below
+    limits, query_limits = ([rules.threshold_at(each, i) for i in range(4)] for each in below)
     run = run_whole(decoder(model, plan), ids)
-    expected = oracle.run(model, ids, plan.kv, halts, fusion, skip_below=limits, query_below=query_limits)
+    expected = oracle.run(model, ids, plan.kv.fill, halts, fusion, skip_below=limits, query_below=query_limits)
     assert torch.equal(run.trace.depths[0], expected.depths)
     assert [layer.attended.value for layer in run.trace.layers] == expected.attended
     assert [layer.values_skipped.value for layer in run.trace.layers] == expected.skipped
@@ -75,7 +75,7 @@ def test_alone_it_equals_the_oracle(name: str, threshold: rules.Threshold, query
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_halting_it_equals_the_oracle(
-    name: str, fill: rules.KVFill, threshold: float, query_threshold: float
+    name: str, fill: rules.FillRule, threshold: float, query_threshold: float
 ) -> None:
     depths = torch.randint(1, 6, (LENGTH,), generator=torch.Generator().manual_seed(3))
     plan = skipping_plan(threshold, halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill), query_threshold)
@@ -86,7 +86,7 @@ def test_with_halting_it_equals_the_oracle(
 @pytest.mark.parametrize("fill", [None, *FILLS], ids=lambda f: "no halting" if f is None else type(f).__name__)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_fusion_a_groups_mass_counts_in_its_weight(
-    name: str, fill: rules.KVFill | None, threshold: float, query_threshold: float
+    name: str, fill: rules.FillRule | None, threshold: float, query_threshold: float
 ) -> None:
     generator = torch.Generator().manual_seed(7)
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())
@@ -269,7 +269,7 @@ def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: li
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-def test_prefill_equals_decode_in_bfloat16(family: str, fill: rules.KVFill) -> None:
+def test_prefill_equals_decode_in_bfloat16(family: str, fill: rules.FillRule) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
     plan = skipping_plan(0.5, halting_plan(rules.RandomRule(0.35, seed=2), fill))
     engine, ids = decoder(model, plan), tiny.token_ids(24)

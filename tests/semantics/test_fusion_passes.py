@@ -171,7 +171,7 @@ def test_every_layer_accounts_for_every_token(plan: Plan, family: str, lengths: 
     sequences = [tiny.token_ids(n, seed=n) for n in lengths]
     cache, trace = engine.new_cache(len(lengths)), engine.new_trace(per_token=True)
     engine.run(torch.cat(sequences), lengths, cache, trace, prompt=True)
-    dropped = isinstance(plan.kv, rules.DropFill) and plan.halting is not None
+    dropped = isinstance(plan.kv.fill, rules.DropFill) and plan.halting is not None
     for layer_idx in range(4):
         for seq, length in enumerate(lengths):
             entries = cache.entries(layer_idx, seq)

@@ -21,7 +21,7 @@ from quicksilver.loading.load import accelerate
 from quicksilver.ops import native, nested_linear
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
+from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
 from quicksilver.runtime.spans import LayerSpans
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no 
 
 PLANS = {
     "dense": Plan.dense(),
-    "uniform": precision_plan(UniformWidthRule(4)),
-    "by token": precision_plan(EntropyWidthRule((7.1, 6.6), layer=2)),
+    "uniform": precision_plan(UniformBitsRule(4)),
+    "by token": precision_plan(EntropyBitsRule((7.1, 6.6), layer=2)),
 }
-CHANNEL = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+CHANNEL = precision_plan(ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0)))
 ATOL = tolerances.KERNEL_LOGITS
 
 

@@ -84,7 +84,7 @@ def test_the_hash_and_the_digest_follow_every_value_name_and_shape() -> None:
     plans = [PLAN, *(replace(PLAN, tensors=PlanTensors(each)) for each in others)]
     assert len({plan.hash for plan in plans}) == len({plan.tensors for plan in plans}) == 6
     assert PlanTensors(dict(reversed(tensors.items()))) == tiny.shortcut_tensors()
-    assert Plan("other", shortcuts=PLAN.shortcuts, tensors=PLAN.tensors).hash == PLAN.hash
+    assert Plan("other", PLAN.halting, tensors=PLAN.tensors).hash == PLAN.hash
 
 
 def test_tensors_that_were_changed_are_refused(tmp_path: Path) -> None:
@@ -138,14 +138,14 @@ def test_only_a_file_beside_the_plan_is_read(tmp_path: Path, file: object) -> No
         (lambda data: data["tensors"].update(digest=5), "tensors.digest is missing"),
         (lambda data: data["tensors"].update(digest="0" * 16), "it was made with 0000"),
         (lambda data: data.update(tensors=[]), "tensors.file must be"),
-        (lambda data: data["shortcuts"].pop("protect_first"), "hash"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(part="norm"), r"shortcuts\[0\]: .*mlp, attention"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(threshold=0), r"shortcuts\[0\]: .*positive number"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(layer=-1), r"shortcuts\[0\]: .*layer's index"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(rank=2), r"shortcuts\[0\]: unknown key 'rank'"),
-        (lambda data: data["shortcuts"].update(shortcuts=[]), "at least one sublayer"),
-        (lambda data: data["shortcuts"]["shortcuts"].append(data["shortcuts"]["shortcuts"][0]), "each one once"),
-        (lambda data: data["shortcuts"].update(shortcuts={}), "must be a list"),
+        (lambda data: data["halting"].pop("protect_first"), "hash"),
+        (lambda data: data["halting"]["shortcuts"][0].update(part="norm"), r"shortcuts\[0\]: .*mlp, attention"),
+        (lambda data: data["halting"]["shortcuts"][0].update(threshold=0), r"shortcuts\[0\]: .*positive number"),
+        (lambda data: data["halting"]["shortcuts"][0].update(layer=-1), r"shortcuts\[0\]: .*layer's index"),
+        (lambda data: data["halting"]["shortcuts"][0].update(rank=2), r"shortcuts\[0\]: unknown key 'rank'"),
+        (lambda data: data["halting"].update(shortcuts=[]), "there are no shortcuts"),
+        (lambda data: data["halting"]["shortcuts"].append(data["halting"]["shortcuts"][0]), "each sublayer once"),
+        (lambda data: data["halting"].update(shortcuts={}), "must be a list"),
     ],
 )
 def test_malformed_plans_are_refused_by_name(

@@ -234,4 +234,4 @@ def test_a_similarity_without_a_name_is_not_written() -> None:
 def test_a_value_that_a_rule_refuses_in_its_own_words() -> None:
     rule = {"type": "test-choosy", "threshold": 1.0}
     with pytest.raises(PlanError, match=r"^mine: halting\.rule: threshold is$"):
-        Plan.from_dict({"version": 1, "halting": {"rule": rule}}, "mine")
+        Plan.from_dict({"version": 2, "halting": {"rule": rule}}, "mine")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quicksilver.calibrate.bits import MapScores, collect_scores, unprotected
 from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.sensitivity import (
@@ -19,16 +20,12 @@ from quicksilver.calibrate.sensitivity import (
     VALUE_THRESHOLDS,
     Probe,
     attention_prices,
-    leaving_out,
     map_weights,
-    screening,
-    skipping,
     threshold_at_price,
 )
-from quicksilver.calibrate.widths import MapScores, collect_scores, unprotected
 from quicksilver.families.registry import adapt
 from quicksilver.plan import Plan
-from quicksilver.rules import ChannelWidthRule, PrecisionConfig
+from quicksilver.rules import ChannelBitsRule, PrecisionConfig
 from tests import tiny, tolerances
 from tests.engines import skipping_plan
 
@@ -36,7 +33,7 @@ WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(3)]
 
 
 def scores_of(model: Any) -> list[MapScores]:
-    adapter, rule = adapt(model), ChannelWidthRule(target=8.0, widths=(8, 0))
+    adapter, rule = adapt(model), ChannelBitsRule(target=8.0, bits=(8, 0))
     return collect_scores(rule, adapter, unprotected(adapter, PrecisionConfig(rule), WINDOWS, ()))
 
 
@@ -45,9 +42,9 @@ def hooks_of(model: Any) -> list[str]:
 
 
 KINDS = {
-    "values": (skipping, VALUE_THRESHOLDS),
-    "queries": (leaving_out, QUERY_THRESHOLDS),
-    "screening": (screening, SCREENING_THRESHOLDS),
+    "values": ("skip_values_below", VALUE_THRESHOLDS),
+    "queries": ("drop_query_dims_below", QUERY_THRESHOLDS),
+    "screening": ("screen_keys_below", SCREENING_THRESHOLDS),
 }
 
 

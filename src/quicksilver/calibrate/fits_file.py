@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.candidates import Fits
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
-from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.files import write_atomically
 from quicksilver.families.spec import ModelSpec
 

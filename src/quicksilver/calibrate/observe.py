@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quicksilver.families.spec import Adapter, Apply, LayerOps
 from quicksilver.plan import Plan
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part
 from quicksilver.runtime.decoder import Decoder
 
 PROTECTED = 4

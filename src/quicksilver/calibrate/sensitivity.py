@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
-from quicksilver.calibrate.widths import MapScores
 from quicksilver.families.cost import executed_cost
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
-from quicksilver.rules import AttentionConfig, ScreeningConfig, Threshold
+from quicksilver.rules import KVConfig, Threshold
 from quicksilver.runtime.decoder import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
@@ -131,7 +131,7 @@ class AttentionPrices:
 
 def attention_prices(
     probe: Probe,
-    part: Callable[[Threshold], dict[str, Any]],
+    knob: str,
     thresholds: Sequence[float],
     on_point: Callable[[], None] = lambda: None,
 ) -> AttentionPrices:
@@ -139,14 +139,15 @@ def attention_prices(
 
     Args:
         probe: on the model.
-        part: from a threshold to the part of a plan that it is the threshold of.
+        knob: the field of `KVConfig` that is to hold the threshold.
         thresholds: ascending.
         on_point: called after each measurement, `len(thresholds)` and the number of layers in all.
     """
     dense = probe.macs(Plan.dense())
 
     def measure(threshold: Threshold) -> tuple[float, float]:
-        plan = Plan("attention", **part(threshold))
+        chosen: dict[str, Any] = {knob: threshold}
+        plan = Plan("attention", kv=KVConfig(**chosen))
         measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()
         return measured
@@ -163,21 +164,6 @@ def attention_prices(
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
     return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
-
-
-def skipping(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which values are left unread."""
-    return {"attention": AttentionConfig(threshold)}
-
-
-def leaving_out(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which components of queries are left out."""
-    return {"attention": AttentionConfig(query_threshold=threshold)}
-
-
-def screening(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which keys are screened."""
-    return {"screening": ScreeningConfig(threshold)}
 
 
 def threshold_at_price(prices: Sequence[tuple[float, float]], price: float) -> float:

@@ -55,7 +55,7 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
 
 
 def _fit(nested: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
-    from quicksilver.calibrate.widths import fit
+    from quicksilver.calibrate.bits import fit
     from quicksilver.families.fingerprint import fingerprint
     from quicksilver.plan.provenance import FittedTo
 

@@ -17,7 +17,7 @@ from quicksilver.measure.windows import Protocol, WindowedText
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part
 from quicksilver.runtime.decoder import Decoder
 
 _REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes", "kv_read_bytes")

@@ -11,7 +11,7 @@ from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.families.spec import Apply, LayerOps
 from quicksilver.ops import ragged_attention
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part, threshold_at
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.shortcuts import Detour
 from quicksilver.runtime.status import Running, TokenStatus
@@ -154,8 +154,8 @@ def _attend(
     """Attend within each sequence, for those running tokens that `layout` lists; return [N, num_heads * head_dim]."""
     outputs, bounds = [], layout.bounds
     written = running if skipped.fill is Fill.NONE else skipped.status.present
-    skip_below = 0.0 if context.attention is None else context.attention.threshold_in(layer_idx)
-    query_below = 0.0 if context.attention is None else context.attention.query_threshold_in(layer_idx)
+    skip_below = threshold_at(context.kv.skip_values_below, layer_idx)
+    query_below = threshold_at(context.kv.drop_query_dims_below, layer_idx)
     screen, layer_trace = context.screen(layer_idx), context.trace.at(layer_idx)
     if query_below > 0.0 or screen is not None:
         layer_trace.signal_rows["query"] += query.shape[0]

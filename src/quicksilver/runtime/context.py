@@ -11,7 +11,7 @@ from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import Trace
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops import AttentionBackend, Screen
-from quicksilver.rules import AttentionConfig, ScreeningConfig
+from quicksilver.rules import KVConfig, threshold_at
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 
@@ -33,8 +33,7 @@ class PassContext:
         cache: extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
-        attention: what attention does not read, None where it reads all.
-        screening: which keys meet a query with its large components alone, None where none do.
+        kv: what attention reads of the cache.
     """
 
     chunk: RaggedLayout
@@ -49,12 +48,9 @@ class PassContext:
     cache: RaggedKVCache
     trace: Trace
     backend: AttentionBackend
-    attention: AttentionConfig | None
-    screening: ScreeningConfig | None
+    kv: KVConfig
 
     def screen(self, layer_idx: int) -> Screen | None:
         """Return how keys are screened in a layer, None where they are not."""
-        config = self.screening
-        if config is None or config.threshold_in(layer_idx) == 0.0:
-            return None
-        return Screen(config.threshold_in(layer_idx), config.query_threshold_in(layer_idx))
+        below = threshold_at(self.kv.screen_keys_below, layer_idx)
+        return Screen(below, threshold_at(self.kv.screen_query_dims_below, layer_idx)) if below else None

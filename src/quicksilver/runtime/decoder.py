@@ -1,6 +1,6 @@
 """The layer loop: every token enters, some halt or fuse on the way, the rest run on. Read this file first.
 
-What one layer does is in `block.py`; what halts or fuses is decided by `quicksilver.policies`.
+What one layer does is in `block.py`; what halts or fuses is decided by `quicksilver.rules`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from quicksilver.errors import InputError
 from quicksilver.families.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.plan import Plan
-from quicksilver.policies import kv
 from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.fusion import FusionStep, Rerun
@@ -85,12 +84,12 @@ class Decoder:
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
         """Return an empty cache for `batch_size` sequences under this plan."""
-        shape = self.spec.cache_shape(self.plan.entry_bits)
+        shape = self.spec.cache_shape(self.plan.kv.bits)
         return RaggedKVCache(shape, batch_size, self._owner, self._fusion.layers)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
-        return Trace(self.spec.num_layers, per_token, self.plan.entry_bits)
+        return Trace(self.spec.num_layers, per_token, self.plan.kv.bits)
 
     @torch.no_grad()
     def run(
@@ -150,7 +149,7 @@ class Decoder:
         layer_idx, modules = first - 1, self.adapter.modules
         spans = None if modules is not None and modules.is_observed else self._spans
         while (layer_idx := layer_idx + 1) < self.spec.num_layers:
-            layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
+            layer, skipped = self.adapter.layers[layer_idx], Skipped(status, self.plan.kv.fill.ask(layer_idx))
             if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
                 fill_layer(layer, layer_idx, skipped, context)
             else:
@@ -249,8 +248,7 @@ class Decoder:
             cache=cache,
             trace=trace,
             backend=self.backend,
-            attention=self.plan.attention,
-            screening=self.plan.screening,
+            kv=self.plan.kv,
         )
 
     @torch.no_grad()

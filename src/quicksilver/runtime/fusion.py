@@ -21,8 +21,8 @@ from quicksilver.core.decisions import PairView
 from quicksilver.core.groups import FusionRows, Groups, merge
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.families.spec import Adapter
-from quicksilver.policies import fusion
 from quicksilver.rules import FusionConfig
+from quicksilver.rules.fusion.chain import chain
 from quicksilver.runtime.arrivals import Arrivals, gather, group_state
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.protection import Protection
@@ -116,7 +116,7 @@ class FusionStep:
         trace.signal_rows.update(decision.signal_rows)
         trace.rule_macs += decision.macs
         alike = torch.zeros_like(rows.mass, dtype=torch.bool).index_copy_(0, later, decision.alike)
-        joins = fusion.chain(alike, rows.mass, config.max_group)
+        joins = chain(alike, rows.mass, config.max_group)
         groups = Groups.from_joins(joins)
         return _Joined(arrivals, joins, joins.tolist(), groups, merge(rows, groups))
 

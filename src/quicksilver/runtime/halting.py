@@ -35,11 +35,11 @@ class HaltingStep:
     def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int]) -> None:
         config, spec = plan.halting, adapter.spec
         self._adapter = adapter
-        self._config = config
         gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
         self._gates = {layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()}
-        self._protection = None if config is None else Protection(config, special_ids, spec.device)
-        self.keeps_updates = config is not None and config.rule.reads_previous_update
+        self._rule = rule = None if config is None else config.rule
+        self._protection = None if rule is None else Protection(config, special_ids, spec.device)
+        self.keeps_updates = rule is not None and rule.reads_previous_update
         self._asked = () if config is None else _asked_layers(config, spec.num_layers, plan.fusion is not None)
 
     @property
@@ -62,8 +62,8 @@ class HaltingStep:
         context: PassContext,
     ) -> SplitRows | None:
         """Return the rows that halt after a layer and those that go on, or None where none halts."""
-        config = self._config
-        if config is None or context.protected is None or layer_idx not in self._asked:
+        rule = self._rule
+        if rule is None or context.protected is None or layer_idx not in self._asked:
             return None
         layout, trace, gate = after.layout, context.trace.at(layer_idx), self._gates.get(layer_idx)
         token_ids, protected = (t.index_select(0, layout.origin) for t in (context.token_ids, context.protected))
@@ -77,7 +77,7 @@ class HaltingStep:
             self.head_entropy,
             gate,
         )
-        decision = config.rule.ask(view)
+        decision = rule.ask(view)
         if gate is not None:
             trace.record_fitted(decision.gate_rows, gate.numel(), gate.nbytes)
         halt = decision.halt & ~protected
@@ -101,6 +101,8 @@ class HaltingStep:
 
 def _asked_layers(config: HaltingConfig, num_layers: int, fuses: bool) -> tuple[int, ...]:
     """Return the indices of the layers after which the rule is asked, ascending."""
-    first = config.first_halt(num_layers)
+    if config.rule is None:
+        return ()
+    first, rule = config.first_halt(num_layers), config.rule
     known = None if fuses else first
-    return tuple(i for i in range(first, num_layers - 1) if config.rule.may_halt(i, known))
+    return tuple(i for i in range(first, num_layers - 1) if rule.may_halt(i, known))

@@ -15,8 +15,7 @@ from quicksilver.core.trace import LayerTrace
 from quicksilver.families.spec import LayerOps, ModelSpec
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.policies import precision
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part, threshold_at
 from quicksilver.runtime.precision import PrecisionStep
 from quicksilver.runtime.shortcuts import ShortcutStep
 
@@ -66,25 +65,25 @@ class KernelCounts:
         trace.values_skipped.add(counted["values_skipped"])
         trace.scores_skipped.add(counted["scores_skipped"])
         trace.scored_twice.add(counted["scored_twice"])
-        if self._plan.entry_bits == ENTRY_BITS:
+        if self._plan.kv.bits == ENTRY_BITS:
             trace.signal_rows["entry"] += counted["query_rows"] + counted["fill_rows"]
 
     def _settle_maps(self, layer_idx: int, trace: LayerTrace, widths: list[int], asking_rows: int) -> None:
         rule = None if self._plan.precision is None else self._plan.precision.rule
-        channels, ops = precision.channel_rule(rule), self._layers[layer_idx]
+        ops = self._layers[layer_idx]
+        bits = None if rule is None else rule.kernel_bits(layer_idx, 0, len(ops.nested))
         for role, module in zip(ops.leaves.roles, ops.nested, strict=True):
             at = self._maps[role] * _WIDTHS
             by_width = widths[at : at + _WIDTHS]
             trace.widths.add(by_width, module.num_outputs, module.channel_bytes)
-            if channels is not None:
+            if bits is not None and bits.thresholds:
                 trace.signal_rows["score"] += sum(by_width)
             centre = self._precision.centre(module)
             if centre is not None:
                 nbytes = sum(t.nbytes for t in centre.bind(module.channel_norms))
                 trace.record_fitted(sum(by_width) // module.num_inputs, 0, nbytes)
-        attention, screening = self._plan.attention, self._plan.screening
-        leaves_out = attention is not None and attention.query_threshold_in(layer_idx) > 0.0
-        if leaves_out or (screening is not None and screening.threshold_in(layer_idx) > 0.0):
+        kv = self._plan.kv
+        if any(threshold_at(limit, layer_idx) > 0.0 for limit in (kv.drop_query_dims_below, kv.screen_keys_below)):
             trace.signal_rows["query"] += asking_rows
 
     def _settle_shortcuts(self, layer_idx: int, trace: LayerTrace, counted: dict[str, int]) -> None:

@@ -1,6 +1,6 @@
 """Precision inside a layer: ask the policy how many bits of each map are read, read them, count them.
 
-The rules themselves are in `quicksilver.policies.precision`; reading is `quicksilver.quant`'s.
+The rules themselves are in `quicksilver.rules.precision`; reading is `quicksilver.quant`'s.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver.core.bits import MAX_WIDTH
-from quicksilver.core.decisions import ChannelView, TokenWidthView
+from quicksilver.core.bits import MAX_WIDTH, WEIGHT_BITS
+from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.core.trace import LayerTrace, Trace
+from quicksilver.errors import PlanError
 from quicksilver.families.spec import Adapter, Apply
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import named_vector
-from quicksilver.policies import precision
 from quicksilver.quant import NestedLinear
-from quicksilver.rules import ChannelWidthRule
+from quicksilver.rules.precision.base import mean_name
 from quicksilver.runtime.protection import Protection
 
 
@@ -76,12 +76,11 @@ class PrecisionStep:
         self._rule = None if config is None else config.rule
         self._protection = Protection(config, special_ids, spec.device)
         self._head_entropy = head_entropy
-        self._token_rule = None if config is None else precision.token_rule(config.rule)
-        self._token_layer = None if self._token_rule is None else self._token_rule.after_layer(spec.num_layers)
+        self._token_layer = None if self._rule is None else self._rule.after_layer(spec.num_layers)
         self._num_maps = len(adapter.layers[0].nested)
         self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
-        channels = precision.channel_rule(self._rule)
-        self._centres = {} if channels is None or not channels.centred else _centres(adapter, plan.tensors or {})
+        centred = self._rule is not None and self._rule.reads_means
+        self._centres = _centres(adapter, plan.tensors or {}) if centred else {}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -124,13 +123,14 @@ class PrecisionStep:
         self, layer_idx: int, hidden: Tensor, origins: Tensor, caps: Tensor | None, count: int, trace: Trace
     ) -> Tensor | None:
         """Return the pass's caps after a layer, [count] uint8: of tokens `origins`, as their states [M, d] decide."""
-        if self._token_rule is None or layer_idx != self._token_layer or len(hidden) == 0:
+        if self._rule is None or layer_idx != self._token_layer or len(hidden) == 0:
             return caps
-        choice = precision.decide_tokens(self._token_rule, TokenWidthView(hidden, self._head_entropy))
+        choice = self._rule.ask_tokens(TokenBitsView(hidden, self._head_entropy))
         trace.at(layer_idx).signal_rows.update(choice.signal_rows)
+        trace.at(layer_idx).rule_macs += choice.macs
         if caps is None:
             caps = torch.full((count,), MAX_WIDTH, dtype=torch.uint8, device=hidden.device)
-        return caps.index_copy(0, origins, choice.widths)  # type: ignore[arg-type]
+        return caps.index_copy(0, origins, choice.bits)  # type: ignore[arg-type]
 
     def _choose(
         self,
@@ -142,9 +142,10 @@ class PrecisionStep:
         x: Tensor,
     ) -> int | Tensor:
         view = ChannelView(layer_idx, self._map_idx[id(module)], self._num_maps, x, lambda: module.channel_norms, caps)
-        choice = precision.decide(self._rule, view)  # type: ignore[arg-type]
+        choice = self._rule.ask(view)  # type: ignore[union-attr]
         trace.signal_rows.update(choice.signal_rows)
-        widths = choice.widths
+        trace.rule_macs += choice.macs
+        widths = choice.bits
         if exempt is None or (isinstance(widths, int) and widths == MAX_WIDTH):
             return widths
         if isinstance(widths, int):
@@ -173,6 +174,8 @@ class PrecisionStep:
         if isinstance(counts, list):
             return module(x, widths=widths, kernels=self._kernels)
         present = [width for width, count in enumerate(counts.tolist()) if width and count]
+        if not set(present) <= set(WEIGHT_BITS):
+            raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
         return module(x, widths=widths, present=present, kernels=self._kernels)
 
 
@@ -181,7 +184,7 @@ def _centres(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[int, Centr
     centres = {}
     for layer_idx, layer in enumerate(adapter.layers):
         for map_idx, module in enumerate(layer.nested):
-            name = ChannelWidthRule.mean_name(layer_idx, map_idx)
+            name = mean_name(layer_idx, map_idx)
             centres[id(module)] = Centre(module, named_vector(tensors, name, module.num_inputs))
     return centres
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quicksilver.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
+from quicksilver.rules import FusionConfig, HaltingConfig, PrecisionConfig
 
 _FEW = 16  # tokens that are looked at one by one
 
@@ -23,7 +23,7 @@ class Protection:
 
     def __init__(
         self,
-        config: HaltingConfig | FusionConfig | PrecisionConfig | ShortcutConfig | None,
+        config: HaltingConfig | FusionConfig | PrecisionConfig | None,
         special_ids: Sequence[int],
         device: torch.device,
     ) -> None:

@@ -1,6 +1,6 @@
 """Shortcuts inside a layer: ask the policy who goes past a sublayer, apply the fitted map to them, count both.
 
-The rule itself is in `quicksilver.policies.shortcuts`; the sublayers run in `block.py`.
+Who is decided by `quicksilver.rules.halting.shortcuts`; the sublayers run in `block.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from quicksilver.core.trace import LayerTrace
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
-from quicksilver.policies import shortcuts
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part, Shortcut
 from quicksilver.runtime.protection import Protection
 
 
@@ -27,7 +26,7 @@ class BoundShortcut:
 
     fitted: AffineMap
     gate: Tensor | None
-    threshold: float | None
+    shortcut: Shortcut
 
     def record(self, trace: LayerTrace, part: Part, past: int, asked: int) -> None:
         """Count `past` rows that took the shortcut and `asked` rows that its gate was asked about."""
@@ -69,17 +68,17 @@ class ShortcutStep:
     """
 
     def __init__(self, adapter: Adapter, plan: Plan, special_ids: Sequence[int]) -> None:
-        spec, config = adapter.spec, plan.shortcuts
+        spec, config = adapter.spec, None if not plan.shortcuts else plan.halting.for_shortcuts  # type: ignore[union-attr]
         self._protection = Protection(config, special_ids, spec.device)
         self._bound: dict[tuple[int, Part], BoundShortcut] = {}
         if config is None:
             return
         maps, gates = plan.fitted_maps(spec.num_layers, spec.hidden_size), plan.shortcut_gates(spec.hidden_size)
         wide = torch.promote_types(spec.dtype, torch.float32)
-        for shortcut in config.shortcuts:
+        for shortcut in plan.shortcuts:
             fitted, gate = maps[shortcut.name].to(spec.device, spec.dtype), gates.get(shortcut)
             gate = None if gate is None else gate.to(spec.device, wide)
-            self._bound[shortcut.layer, shortcut.part] = BoundShortcut(fitted, gate, shortcut.threshold)
+            self._bound[shortcut.layer, shortcut.part] = BoundShortcut(fitted, gate, shortcut)
 
     def bound(self, layer_idx: int, part: Part) -> BoundShortcut | None:
         """Return the shortcut past a sublayer, None where there is none."""
@@ -117,7 +116,7 @@ class ShortcutStep:
         if bound is None:
             return None
         protected = None if exempt is None else exempt.index_select(0, origins)
-        decision = shortcuts.decide(bound.gate, bound.threshold, ShortcutView(normed, state, protected))
+        decision = bound.shortcut.decide(bound.gate, ShortcutView(normed, state, protected))
         past = decision.take.nonzero().squeeze(-1)
         bound.record(trace, part, past.shape[0], decision.gate_rows)
         if past.shape[0] == 0:

@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.core.bits import MAX_WIDTH
-from quicksilver.core.decisions import Fill
+from quicksilver.core.decisions import Fill, KernelBits
 from quicksilver.core.ragged import TokenState
 from quicksilver.families.kernels import activation_name, norm_operands
 from quicksilver.families.spec import Adapter, LayerOps, Leaves, MapRole
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import has_whole_levels, prepared
 from quicksilver.plan import Plan
-from quicksilver.policies import kv, precision
 from quicksilver.quant import NestedLinear
-from quicksilver.rules import UniformWidthRule
+from quicksilver.rules import threshold_at
 from quicksilver.runtime.context import PassContext
 from quicksilver.runtime.kernel_counts import KernelCounts
 from quicksilver.runtime.precision import PrecisionStep
@@ -52,7 +51,7 @@ class LayerSpans:
         spec = adapter.spec
         self._plan, self._spec, self._layers = plan, spec, adapter.layers
         self._precision, self._shortcuts = precision_step, shortcut_step
-        self._fill = kv.decide(plan.kv, 0).fill
+        self._fill = plan.kv.fill.ask(0)
         self._plain_head = adapter.normed_head is None  # PyTorch's threads multiply it next
         self._key = object()  # of its counts in a trace, which does not keep these spans
         self._kept: list[Any] = []  # what the kernels hold addresses of
@@ -68,6 +67,11 @@ class LayerSpans:
             return "it has norms or an activation that the kernels do not know"
         if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
             return "levels of its narrow widths are not whole codes"
+        rule, num_layers = None if plan.precision is None else plan.precision.rule, adapter.spec.num_layers
+        if rule is not None and rule.kernel_bits(0, 0, len(adapter.layers[0].nested)) is None:
+            return f"they do not know how {type(rule).__name__} chooses bits"
+        if len({plan.kv.fill.ask(layer_idx) for layer_idx in range(num_layers)}) > 1:
+            return "halted tokens do not leave the same in all layers"
         return None
 
     def span(self, first: int, running: Running, status: TokenStatus, context: PassContext) -> range | None:
@@ -175,7 +179,7 @@ class LayerSpans:
             spec.num_kv_heads,
             spec.head_dim,
             activation_name(leaves.activation),
-            self._plan.entry_bits or 8 * torch.float32.itemsize,
+            self._plan.kv.bits or 8 * torch.float32.itemsize,
         )
 
     def _new_counts(self) -> KernelCounts:
@@ -189,14 +193,9 @@ class LayerSpans:
             self._set_map(layer, layer_idx, map_idx, role, module)
         for part in ("attention", "mlp"):
             self._set_shortcut(layer, layer_idx, part)
-        attention, screening = self._plan.attention, self._plan.screening
-        layer.set_attention(
-            ops.scaling,
-            0.0 if attention is None else attention.threshold_in(layer_idx),
-            0.0 if attention is None else attention.query_threshold_in(layer_idx),
-            0.0 if screening is None else screening.threshold_in(layer_idx),
-            0.0 if screening is None else screening.query_threshold_in(layer_idx),
-        )
+        kv = self._plan.kv
+        limits = kv.skip_values_below, kv.drop_query_dims_below, kv.screen_keys_below, kv.screen_query_dims_below
+        layer.set_attention(ops.scaling, *(threshold_at(limit, layer_idx) for limit in limits))
         return layer
 
     def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
@@ -211,14 +210,15 @@ class LayerSpans:
             mean, product = centre.bind(module.channel_norms)
             bias = product if bias is None else bias + product
         rule = None if self._plan.precision is None else self._plan.precision.rule
-        channels = precision.channel_rule(rule)
-        matrix = prepared(module.stored, by_channel=channels is not None)
+        num_maps = len(self._layers[0].nested)
+        chosen = KernelBits((MAX_WIDTH,)) if rule is None else rule.kernel_bits(layer_idx, map_idx, num_maps)
+        assert chosen is not None  # see `obstacle`
+        matrix = prepared(module.stored, by_channel=bool(chosen.thresholds))
         self._kept.append(matrix)
-        width = rule.width if isinstance(rule, UniformWidthRule) else MAX_WIDTH
-        layer.set_map(role, matrix, self._address(bias), self._address(mean), width)
-        if channels is not None:
-            thresholds = channels.thresholds_at(layer_idx, map_idx, len(self._layers[0].nested))
-            layer.grade_map(role, list(thresholds), list(channels.widths), self._address(module.channel_norms))
+        layer.set_map(role, matrix, self._address(bias), self._address(mean), chosen.bits[0])
+        if chosen.thresholds:
+            norms = self._address(module.channel_norms)
+            layer.grade_map(role, list(chosen.thresholds), list(chosen.bits), norms)
 
     def _set_shortcut(self, layer: Any, layer_idx: int, part: Any) -> None:
         bound = self._shortcuts.bound(layer_idx, part)
@@ -234,7 +234,7 @@ class LayerSpans:
             self._address(bound.fitted.bias),
             rank,
             self._address(bound.gate),
-            0.0 if bound.threshold is None else math.log(bound.threshold),
+            0.0 if bound.shortcut.threshold is None else math.log(bound.shortcut.threshold),
         )
 
     def _address(self, tensor: Tensor | None) -> int:
