@@ -169,7 +169,7 @@ def test_settings_say_what_was_nested_and_fitted(
     if nested:
         assert "dense is the nested weights (compensated, groups of 64), all 8 bits of them read" in heading
     else:
-        assert "dense is the float32 weights as loaded; plans that choose widths read them nested in memory" in heading
+        assert "dense is the float32 weights as loaded; plans that choose bits read them nested in memory" in heading
 
 
 def test_plans_of_one_name_are_told_apart(

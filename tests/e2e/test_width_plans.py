@@ -1,4 +1,4 @@
-"""Plans that choose widths, at the command line: fitted plans run, and dense stays the model as it was loaded."""
+"""Plans that choose bits, at the command line: fitted plans run, and dense stays the model as it was loaded."""
 
 from __future__ import annotations
 

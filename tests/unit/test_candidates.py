@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, static_exit
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
-from quicksilver.calibrate.sensitivity import SCREENING_THRESHOLDS
+from quicksilver.calibrate.sensitivity import THRESHOLDS
 from quicksilver.core.trace import Trace
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.families.registry import adapt
@@ -111,7 +111,7 @@ def test_the_threshold_of_screening_grows_with_the_price(fits: Fits) -> None:
     found = [make(fits, price, ["screening"]).kv for price in (*PRICES, 1e6)]
     thresholds = [threshold_at(each.screen_keys_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
-    assert thresholds[-1] == SCREENING_THRESHOLDS[-1]
+    assert thresholds[-1] == THRESHOLDS["screening"][-1]
 
 
 def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -> None:

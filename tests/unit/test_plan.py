@@ -140,7 +140,7 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"halting": {**BASE["halting"], "min_layer": 0}}, "min_layer must be"),
         ({"halting": {**BASE["halting"], "min_layer": 1.5}}, "min_layer must be"),
         ({"halting": {**BASE["halting"], "protect_first": -1}}, "protect_first"),
-        ({"kv": {"fill": "forget"}}, "kv.fill.type must be one of drop, propagate, zero, got 'forget'"),
+        ({"kv": {"fill": "forget"}}, "kv.fill.type must be one of drop, propagate, .*zero, got 'forget'"),
         ({"kv": {"fill": {"type": "drop", "deep": 1}}}, "kv.fill: unknown key 'deep'"),
         ({"kv": {"fill": 3}}, "kv.fill must be an object, got 3"),
         ({"kv": {"type": "drop"}}, "kv: unknown key 'type'"),

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quicksilver.calibrate.bits import MapScores, collect_scores, unprotected
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.sensitivity import (
-    QUERY_THRESHOLDS,
-    SCREENING_THRESHOLDS,
-    VALUE_THRESHOLDS,
+    THRESHOLDS,
     Probe,
     attention_prices,
     map_weights,
@@ -41,19 +40,12 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-KINDS = {
-    "values": ("skip_values_below", VALUE_THRESHOLDS),
-    "queries": ("drop_query_dims_below", QUERY_THRESHOLDS),
-    "screening": ("screen_keys_below", SCREENING_THRESHOLDS),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", THRESHOLDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_prices_of_attention_ascend(family: str, kind: str) -> None:
+def test_prices_of_attention_ascend(family: str, kind: Mechanism) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
-    part, thresholds = KINDS[kind]
-    prices = attention_prices(probe, part, thresholds, lambda: counted.append(None))
+    thresholds = THRESHOLDS[kind]
+    prices = attention_prices(probe, kind, lambda: counted.append(None))
     assert [threshold for threshold, _ in prices.points] == list(thresholds)
     assert len(counted) == len(thresholds) + tiny.NUM_LAYERS
     assert all(before <= after for (_, before), (_, after) in pairwise(prices.points))
@@ -85,13 +77,13 @@ def test_windows_of_attention_sinks_do_not_count() -> None:
 def prices(draw: st.DrawFn) -> list[tuple[float, float]]:
     """Return thresholds and their prices, both ascending."""
     of_thresholds = sorted(draw(st.lists(st.floats(0.0, 1.0), min_size=7, max_size=7)))
-    return list(zip(VALUE_THRESHOLDS, of_thresholds, strict=True))
+    return list(zip(THRESHOLDS["values"], of_thresholds, strict=True))
 
 
 @given(prices(), st.floats(0.0, 1.5), st.floats(0.0, 1.5))
 def test_thresholds_grow_with_the_price(known: list[tuple[float, float]], one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= VALUE_THRESHOLDS[-1]
+    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= THRESHOLDS["values"][-1]
 
 
 def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:

@@ -63,7 +63,7 @@ CHANNEL = {"type": "channel", "thresholds": [3.0, 2.0, 1.0, 0.5]}
         ({"type": "uniform", "bits": 9}, "bits must be one of 2, 4, 6, 8, got 9"),
         ({"type": "uniform", "bits": 4.0}, "bits must be"),
         ({"type": "uniform"}, "bits"),
-        ({"type": "best"}, "precision.rule.type must be one of channel, entropy, uniform, got 'best'"),
+        ({"type": "best"}, "precision.rule.type must be one of channel, entropy, .*uniform, got 'best'"),
         ({"type": "channel"}, "give thresholds, or a target"),
         ({**CHANNEL, "thresholds": [3, 2, 1]}, "thresholds must be 4 numbers"),
         ({**CHANNEL, "thresholds": [1, 2, 3, 4]}, "thresholds must descend"),

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from quicksilver.calibrate.bits import MapScores, thresholds
-from quicksilver.calibrate.mechanisms import Mechanism
+from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
@@ -33,7 +33,6 @@ from quicksilver.rules import (
     PrecisionConfig,
     PropagateFill,
     Shortcut,
-    Threshold,
 )
 
 FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
@@ -74,9 +73,7 @@ class Fits:
         map_scores: of the nested maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
         centred: channels that are left out stand at their mean.
-        value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
-        query_prices: of leaving components of queries out.
-        screening_prices: of screening keys.
+        prices: of what attention need not read.
         entry_nats: what keeping keys and values as codes costs.
     """
 
@@ -89,9 +86,7 @@ class Fits:
     map_scores: list[MapScores] = field(default_factory=list)
     map_weights: list[float] = field(default_factory=list)
     centred: bool = False
-    value_prices: AttentionPrices = field(default_factory=AttentionPrices)
-    query_prices: AttentionPrices = field(default_factory=AttentionPrices)
-    screening_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    prices: dict[Mechanism, AttentionPrices] = field(default_factory=dict)
     entry_nats: float = 0.0
 
 
@@ -115,12 +110,9 @@ def build(knobs: Knobs, fits: Fits, name: str, bits: tuple[int, ...]) -> Plan:
             kv["fill"] = FILLS[knobs.fill]
         elif mechanism == "shortcuts":
             halting["shortcuts"] = shortcuts_at(price, fits)
-        elif mechanism == "values":
-            kv["skip_values_below"] = _limits(fits.value_prices, price * product)
-        elif mechanism == "queries":
-            kv["drop_query_dims_below"] = _limits(fits.query_prices, price * product)
-        elif mechanism == "screening":
-            kv["screen_keys_below"] = _limits(fits.screening_prices, price * product)
+        elif mechanism in KNOBS:
+            limits = fits.prices.get(mechanism, AttentionPrices()).thresholds(price * product)
+            kv[KNOBS[mechanism]] = limits if any(limits) else 0.0
         elif mechanism == "entries":
             kv["bits"] = 8
         elif mechanism == "fusion":
@@ -132,12 +124,6 @@ def build(knobs: Knobs, fits: Fits, name: str, bits: tuple[int, ...]) -> Plan:
     plan = Plan(name, kv=KVConfig(**kv), **parts)
     tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith(prefixes(plan, fits))}
     return replace(plan, tensors=PlanTensors(tensors)) if tensors else plan
-
-
-def _limits(prices: AttentionPrices, price: float) -> Threshold:
-    """Return thresholds at a price, one for each layer; 0 where all are."""
-    limits = prices.thresholds(price)
-    return limits if any(limits) else 0.0
 
 
 def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:

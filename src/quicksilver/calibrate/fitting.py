@@ -31,12 +31,9 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
         total += 2 * num_windows
     if "shortcuts" in mechanisms:
         total += 2 * num_windows + 2 * spec.num_layers
-    if "values" in mechanisms:
-        total += len(sensitivity.VALUE_THRESHOLDS) + spec.num_layers
-    if "queries" in mechanisms:
-        total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
-    if "screening" in mechanisms:
-        total += len(sensitivity.SCREENING_THRESHOLDS) + spec.num_layers
+    for mechanism, thresholds in sensitivity.THRESHOLDS.items():
+        if mechanism in mechanisms:
+            total += len(thresholds) + spec.num_layers
     if "entries" in mechanisms:
         total += 1
     if "channels" in mechanisms:
@@ -72,13 +69,9 @@ def fit(
         fits.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
         fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
         fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
-    prices = sensitivity.attention_prices
-    if "values" in mechanisms:
-        fits.value_prices = prices(probe, "skip_values_below", sensitivity.VALUE_THRESHOLDS, on_step)
-    if "queries" in mechanisms:
-        fits.query_prices = prices(probe, "drop_query_dims_below", sensitivity.QUERY_THRESHOLDS, on_step)
-    if "screening" in mechanisms:
-        fits.screening_prices = prices(probe, "screen_keys_below", sensitivity.SCREENING_THRESHOLDS, on_step)
+    for mechanism in sensitivity.THRESHOLDS:
+        if mechanism in mechanisms:
+            fits.prices[mechanism] = sensitivity.attention_prices(probe, mechanism, on_step)
     if "entries" in mechanisms:
         fits.entry_nats = probe.nats(Plan("entries", kv=KVConfig(bits=8)))
         on_step()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.histograms import quantiles
+from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
 from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.families.cost import executed_cost
@@ -25,9 +26,12 @@ from quicksilver.rules import KVConfig, Threshold
 from quicksilver.runtime.decoder import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
-VALUE_THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-QUERY_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)
-SCREENING_THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+THRESHOLDS: dict[Mechanism, tuple[float, ...]] = {
+    "values": (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
+    "queries": (0.1, 0.2, 0.3, 0.4, 0.5, 0.65),
+    "screening": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
+}
+"""At which what attention need not read is tried."""
 
 
 class Probe:
@@ -131,22 +135,20 @@ class AttentionPrices:
 
 def attention_prices(
     probe: Probe,
-    knob: str,
-    thresholds: Sequence[float],
+    mechanism: Mechanism,
     on_point: Callable[[], None] = lambda: None,
 ) -> AttentionPrices:
     """Measure some thresholds in all layers at once, and the middle one in each layer alone.
 
     Args:
         probe: on the model.
-        knob: the field of `KVConfig` that is to hold the threshold.
-        thresholds: ascending.
-        on_point: called after each measurement, `len(thresholds)` and the number of layers in all.
+        mechanism: one of `THRESHOLDS`.
+        on_point: called after each measurement, one for each threshold and each layer.
     """
-    dense = probe.macs(Plan.dense())
+    dense, thresholds = probe.macs(Plan.dense()), THRESHOLDS[mechanism]
 
     def measure(threshold: Threshold) -> tuple[float, float]:
-        chosen: dict[str, Any] = {knob: threshold}
+        chosen: dict[str, Any] = {KNOBS[mechanism]: threshold}
         plan = Plan("attention", kv=KVConfig(**chosen))
         measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()

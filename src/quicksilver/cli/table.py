@@ -129,14 +129,14 @@ def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _baseline(results: Sequence[dict[str, Any]]) -> str:
-    """Say which weights the dense row has read, and which the plans that choose widths."""
+    """Say which weights the dense row has read, and which the plans that choose bits."""
     settings = [result["settings"] for result in results]
     nesting = next((each["nesting"] for each in settings if each["nesting"] is not None), None)
     how = "" if nesting is None else f"{nesting['method']}, groups of {nesting['group_size']}"
     if settings[0]["baseline"] == "nested":
         return _NESTED_BASELINE.format(how)
     line = _PLAIN_BASELINE.format(results[0]["model"]["dtype"])
-    return line if nesting is None else f"{line}; plans that choose widths read them nested in memory ({how})"
+    return line if nesting is None else f"{line}; plans that choose bits read them nested in memory ({how})"
 
 
 def _dense_loss(result: dict[str, Any]) -> list[str]:

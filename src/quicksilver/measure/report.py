@@ -43,7 +43,7 @@ def evaluate(
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window that is run, `scoring.num_runs` times.
-        nested: the model with nested weights, on which plans that choose widths are run; by default `model`.
+        nested: the model with nested weights, on which plans that choose bits are run; by default `model`.
 
     Returns:
         One JSON-ready object per plan, in order.

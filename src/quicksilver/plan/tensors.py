@@ -136,6 +136,9 @@ class PlanTensors(Mapping[str, "Tensor"]):
         values = torch.frombuffer(each.data, dtype=dtype[each.code]) if each.data else torch.empty(0)
         return values.reshape(each.shape)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

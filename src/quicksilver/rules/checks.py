@@ -53,6 +53,17 @@ def check_count(threshold: Threshold, num_layers: int) -> None:
         raise PlanError(f"{len(threshold)} thresholds, the model has {num_layers} layers")
 
 
+def check_layers_run(what: str, value: object) -> None:
+    """Raise PlanError where a count of layers is neither whole nor a fraction of the depth; `what` names it."""
+    if not (is_whole(value) and value >= 1) and not (isinstance(value, float) and 0.0 < value < 1.0):
+        raise PlanError(f"{what} must be at least 1, or a fraction in (0, 1), got {value!r}")
+
+
+def layers_run(value: int | float, num_layers: int) -> int:
+    """Return how many layers of a model a count is, or a fraction of its depth, rounded up."""
+    return value if isinstance(value, int) else math.ceil(value * num_layers)
+
+
 def check_protection(owner: str, protect_first: object, protect_special: object, prefix: str = "") -> None:
     """Raise PlanError where what a mechanism may never touch is not given as a count and a switch."""
     owner = f"{owner}.{prefix}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import LARGE, check_parts, check_protection, is_whole
+from quicksilver.rules.checks import LARGE, check_layers_run, check_parts, check_protection, is_whole, layers_run
 from quicksilver.rules.fusion.base import FusionRule
 from quicksilver.rules.retired import refuse_retired
 
@@ -47,8 +46,7 @@ class FusionConfig:
         layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
         object.__setattr__(self, "layers", layers)
         for item in layers:
-            if not (is_whole(item) and item >= 1) and not (isinstance(item, float) and 0.0 < item < 1.0):
-                raise PlanError(f"fusion.layers must be at least 1, or fractions in (0, 1), got {item!r}")
+            check_layers_run("fusion.layers", item)
         if not layers:
             raise PlanError("fusion.layers is empty")
         alike = [(a, b) for a, b in pairwise(layers) if isinstance(a, int) == isinstance(b, int)]
@@ -70,9 +68,9 @@ class FusionConfig:
         Raises:
             PlanError: the configuration does not fit the depth.
         """
-        run = [item if is_whole(item) else math.ceil(item * num_layers) for item in self.layers]
+        run = [layers_run(item, num_layers) for item in self.layers]
         if any(later <= earlier for earlier, later in pairwise(run)):
             raise PlanError(f"fusion.layers must ascend, got {list(self.layers)} in a model of {num_layers} layers")
         if run[-1] >= num_layers:
             raise PlanError(f"fusion after {run[-1]} layers saves nothing, the model has {num_layers}")
-        return tuple(int(count) - 1 for count in run)
+        return tuple(count - 1 for count in run)

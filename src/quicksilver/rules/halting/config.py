@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import check_parts, check_protection, is_whole
+from quicksilver.rules.checks import check_layers_run, check_parts, check_protection, layers_run
 from quicksilver.rules.halting.base import HaltingRule
 from quicksilver.rules.halting.shortcuts import Shortcut
 
@@ -38,9 +37,7 @@ class HaltingConfig:
 
     def __post_init__(self) -> None:
         check_parts(self, "halting")
-        whole = is_whole(self.min_layer) and self.min_layer >= 1
-        if not whole and not (isinstance(self.min_layer, float) and 0.0 < self.min_layer < 1.0):
-            raise PlanError(f"halting.min_layer must be at least 1, or a fraction in (0, 1), got {self.min_layer!r}")
+        check_layers_run("halting.min_layer", self.min_layer)
         check_protection("halting", self.protect_first, self.protect_special)
         if not isinstance(self.output_maps, bool):
             raise PlanError(f"halting.output_maps must be true or false, got {self.output_maps!r}")
@@ -67,9 +64,7 @@ class HaltingConfig:
 
     def first_halt(self, num_layers: int) -> int:
         """Index of the first layer after which a token may halt in a model of `num_layers` layers."""
-        if isinstance(self.min_layer, int):
-            return self.min_layer - 1
-        return math.ceil(self.min_layer * num_layers) - 1
+        return layers_run(self.min_layer, num_layers) - 1
 
     def check_depth(self, num_layers: int) -> None:
         """Raise PlanError where the configuration does not fit a model of `num_layers` layers."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits, TokenBitsView
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import is_whole
+from quicksilver.rules.checks import check_layers_run, layers_run
 from quicksilver.rules.precision.base import precision_rule
 from quicksilver.rules.precision.graded import GradedBitsRule
 
@@ -39,13 +38,11 @@ class EntropyBitsRule(GradedBitsRule):
             raise PlanError(f"EntropyBitsRule: target must be one share for each of {list(self.bits)}")
         if self.over not in get_args(EntropyOf):
             raise PlanError(f"EntropyBitsRule: over must be head or hidden, got {self.over!r}")
-        whole = is_whole(self.layer) and self.layer >= 1
-        if not whole and not (isinstance(self.layer, float) and 0.0 < self.layer < 1.0):
-            raise PlanError(f"EntropyBitsRule: layer must be at least 1, or a fraction in (0, 1), got {self.layer!r}")
+        check_layers_run("EntropyBitsRule: layer", self.layer)
 
     def after_layer(self, num_layers: int) -> int:
         """Index of the layer after which tokens are asked, in a model of `num_layers` layers."""
-        return (self.layer if isinstance(self.layer, int) else math.ceil(self.layer * num_layers)) - 1
+        return layers_run(self.layer, num_layers) - 1
 
     def decide(self, view: ChannelView) -> BitsChoice:
         """Read what the token was granted; everything before that was decided."""
