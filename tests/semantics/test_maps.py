@@ -89,7 +89,7 @@ def check(model, ids: Tensor, plan: Plan, halts: oracle.Halts, fusion: oracle.Fu
     expected = oracle.run(model, ids, plan.kv, halts, fusion, maps=maps)
     run = run_whole(decoder(model, plan), ids)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
     return expected.depths
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from quicksilver.backends.native import span_ends
 from quicksilver.families.cost import Cost, executed_cost
 from quicksilver.families.nesting import nest
 from quicksilver.ops import native, nested_linear
@@ -31,8 +32,7 @@ from quicksilver.rules import (
     UniformWidthRule,
     ZeroFill,
 )
-from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.spans import span_ends
+from quicksilver.runtime.loop import Decoder
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -220,8 +220,8 @@ def test_python_threads_take_turns() -> None:
 def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is() -> None:
     calls: list[range] = []
     _, engine = engines("llama", EXACT["dense"])
-    run = engine._spans.run
-    engine._spans.run = lambda layers, *rest: calls.append(layers) or run(layers, *rest)  # type: ignore[union-attr]
+    run = engine.backend.run
+    engine.backend.run = lambda span, *rest: calls.append(span) or run(span, *rest)  # type: ignore[method-assign]
     run_steps(engine, tiny.token_ids(3))
     assert calls == [range(engine.spec.num_layers)] * 3
     assert span_ends(6, ()) == [6] * 6

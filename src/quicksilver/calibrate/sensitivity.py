@@ -22,7 +22,7 @@ from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
 from quicksilver.rules import AttentionConfig, ScreeningConfig, Threshold
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
 VALUE_THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)

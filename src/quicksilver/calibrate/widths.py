@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,8 +31,9 @@ from quicksilver.rules import (
     PrecisionRule,
 )
 from quicksilver.rules.precision import Thresholds
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.protection import Protection
+from quicksilver.runtime.steps.halting import head_entropy
 
 _BISECTIONS = 80
 
@@ -145,7 +147,7 @@ def _fit_entropy(
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for window in text:
         hidden = run_window(decoder, window.token_ids)[window.rows]
-        scores, _ = entropy.entropy_of(rule, TokenWidthView(hidden, decoder.head_entropy))
+        scores, _ = entropy.entropy_of(rule, TokenWidthView(hidden, partial(head_entropy, adapter)))
         counts += histogram(scores)
         on_window()
     assert isinstance(rule.target, tuple)
