@@ -239,7 +239,7 @@ def test_components_of_queries_by_hand(backend: Literal["sdpa", "eager"]) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     """The same values are skipped too; plans that fuse are compared with the others of their kind."""
@@ -254,7 +254,7 @@ def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: in
             assert one.scores_skipped == other.scores_skipped
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), lengths=st.lists(st.integers(1, 20), min_size=2))
 def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: list[int]) -> None:
     engine = decoder(tiny.model(family, torch.float64), plan)

@@ -102,7 +102,7 @@ def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.KVFill | None) 
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])
@@ -115,7 +115,7 @@ def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: in
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_the_cache_does_not_depend_on_how_tokens_were_fed(
     plan: Plan, family: str, length: int, data: st.DataObject
@@ -133,7 +133,7 @@ def test_the_cache_does_not_depend_on_how_tokens_were_fed(
             torch.testing.assert_close(one.values, other.values, atol=ATOL, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20)
 @given(plan=coded_plans, family=st.sampled_from(tiny.FAMILIES), lengths=st.lists(st.integers(1, 20), min_size=2))
 def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: list[int]) -> None:
     engine = decoder(tiny.model(family, torch.float64), plan)

@@ -157,7 +157,7 @@ def test_several_layers_are_for_prompts() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80)
 @given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     engine, ids = decoder(tiny.model(family), at_one_layer(plan), special_ids=[7]), tiny.token_ids(length, seed=length)
@@ -167,7 +167,7 @@ def test_any_plan_any_chunking(plan: Plan, family: str, length: int, data: st.Da
     assert_same_run(whole, run_chunks(engine, ids, chunks, prompt=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(plan=skipping_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_any_plan_whose_attention_skips_any_chunking(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     engine = decoder(tiny.model(family, torch.float64), at_one_layer(plan), special_ids=[7])
@@ -179,7 +179,7 @@ def test_any_plan_whose_attention_skips_any_chunking(plan: Plan, family: str, le
     torch.testing.assert_close(whole.logits[same], parts.logits[same], atol=ATOL, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(
     plan=fusing_plans,
     family=st.sampled_from(tiny.FAMILIES),

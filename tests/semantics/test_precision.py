@@ -19,6 +19,7 @@ from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRu
 from quicksilver.rules.precision import WIDTHS
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.oracle_parts import linear_maps
 
 CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
 TOKEN = EntropyWidthRule((7.1, 6.6), layer=2)
@@ -87,7 +88,7 @@ class Definition:
             thresholds = self.rule.thresholds
             if isinstance(thresholds[0], tuple):
                 of_layer = len(thresholds) // 4
-                maps = self.layer_maps(layer_idx)
+                maps = linear_maps(self.model, layer_idx)
                 thresholds = thresholds[layer_idx * of_layer + next(i for i, m in enumerate(maps) if m is module)]
         scores = (x.abs() * module.codes.dequantize().norm(dim=1)).tolist()
         chosen = torch.tensor([[self.width(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
@@ -95,14 +96,6 @@ class Definition:
         for width in WIDTHS:
             y += torch.where(chosen == width, x, 0.0) @ module.codes.dequantize(width).to(x.dtype)
         return y if module.bias is None else y + module.bias
-
-    def layer_maps(self, layer_idx: int) -> list:
-        if self.model.config.model_type == "gpt2":
-            block = self.model.transformer.h[layer_idx]
-            return [*block.attn.c_attn.parts, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
-        block = self.model.model.layers[layer_idx]
-        attn, mlp = block.self_attn, block.mlp
-        return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -128,11 +121,11 @@ def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ..
     means = {
         (layer, i): 0.2 * torch.randn(module.num_inputs, generator=generator)
         for layer in range(tiny.NUM_LAYERS)
-        for i, module in enumerate(meaning.layer_maps(layer))
+        for i, module in enumerate(linear_maps(model, layer))
     }
 
     def read(layer_idx: int, module, x: Tensor) -> Tensor:
-        i = next(i for i, each in enumerate(meaning.layer_maps(layer_idx)) if each is module)
+        i = next(i for i, each in enumerate(linear_maps(model, layer_idx)) if each is module)
         mean = means[layer_idx, i].to(x.dtype)
         return meaning.read(layer_idx, module, x - mean) + mean @ module.codes.dequantize().to(x.dtype)
 

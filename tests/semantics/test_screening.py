@@ -184,7 +184,7 @@ def test_a_block_of_queries_at_a_time_is_the_same(
         assert int(whole.values_skipped) > 0 < int(whole.scores_skipped)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(plan=screening_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: int, data: st.DataObject) -> None:
     engine = decoder(tiny.model(family, torch.float64), replace(plan, fusion=None), special_ids=[7])
@@ -195,7 +195,7 @@ def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: in
         assert executed_cost(engine.spec, whole.trace) == executed_cost(engine.spec, parts.trace)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20)
 @given(plan=screening_plans, family=st.sampled_from(tiny.FAMILIES), lengths=st.lists(st.integers(1, 20), min_size=2))
 def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: list[int]) -> None:
     engine = decoder(tiny.model(family, torch.float64), plan)

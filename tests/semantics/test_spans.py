@@ -120,7 +120,7 @@ def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, nam
     costs: tuple[list[Cost], list[Cost]] = ([], [])
     for seed in range(3):  # in one text, a single decision that falls to the other side may be a large part of the mean
         ids = tiny.token_ids(60, seed=seed)
-        runs = [run_steps(each, ids, prompt=30) for each in (definition, engine)]
+        runs = [run_steps(each, ids, prompt=48) for each in (definition, engine)]
         for i, run in enumerate(runs):
             losses[i].append(float(torch.nn.functional.cross_entropy(run.logits[:-1], ids[1:])))
             costs[i].append(executed_cost(engine.spec, run.trace))
