@@ -35,7 +35,7 @@ from quicksilver.rules import (
     PrecisionRule,
     UniformBitsRule,
 )
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 BUDGETS = (0.010, 0.036)
 MEANS = (6.0, 5.2, 4.5, 4.0)

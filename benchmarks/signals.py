@@ -35,7 +35,7 @@ from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, Window, cut, default_bos
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 MIN_LAYER = 0.5
 RANDOM_SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15)

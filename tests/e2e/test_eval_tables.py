@@ -22,7 +22,7 @@ def test_stdout_is_the_table_and_stderr_is_empty(
 ) -> None:
     mine = plan_file(halting=FORCED)
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", "dense", "--plan", mine, *CUT)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     heading, *tables = outcome.out.split("\n\n")
     heading = " ".join(heading.split())
     assert heading.split(" ", 1)[1].startswith("(gpt2, 4 layers, ")
@@ -112,7 +112,7 @@ def test_headings_hold_the_units_and_two_lines_explain_the_rest(
 
 def test_every_column_is_explained_without_a_model(cli: Callable[..., Outcome]) -> None:
     outcome = cli("eval", "--explain")
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     assert outcome.out.strip() == EXPLANATION
     lines = outcome.out.splitlines()
     assert max(map(len, lines)) <= 80

@@ -25,7 +25,7 @@ from quicksilver.loading.nested import save_nested
 from quicksilver.plan import Plan
 from quicksilver.rules import HaltingConfig, KVConfig, PropagateFill, RelativeDriftRule
 from tests import tiny
-from tests.e2e.conftest import FORCED, RANDOM
+from tests.e2e.conftest import FORCED, RANDOM, own_lines
 from tests.tolerances import LOGLIKELIHOOD
 
 SENTENCES = ("The river", "Nobody has counted its bends", "It is", "Water runs to the sea", "Hills!")
@@ -296,4 +296,4 @@ def test_the_command_refuses_in_a_line(command: Callable[..., Any], folder: Path
     status, out, err = command(f"pretrained={folder},{wrong[0]}", *wrong[1:])
     assert status == 2
     assert "Traceback" not in out + err
-    assert err.splitlines()[-1].startswith("quicksilver: error: ")
+    assert own_lines(err)[-1].startswith("quicksilver: error: ")

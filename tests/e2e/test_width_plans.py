@@ -68,7 +68,7 @@ def test_a_plan_that_was_fitted_runs(
     folder, target = tmp_path / "nested", tmp_path / "mine.json"
     assert cli("quantize", tiny_model_dir(family), "-o", folder).status == 0
     made = cli("plan", "fit", folder, "channel-5bit", "--calibration", text_file, "-o", target)
-    assert (made.status, made.err) == (0, "")
+    assert (made.status, made.said) == (0, [])
     plan = Plan.load(target)
     assert not plan.is_recipe
     assert made.out.splitlines()[-1] == f"{target}: written, hash {plan.hash}"
@@ -79,7 +79,7 @@ def test_a_plan_that_was_fitted_runs(
     assert same["plan"]["hash"] == plan.hash
     assert timeless(same["accelerated"]) == timeless(row["accelerated"])
     generated = cli("generate", folder, "The river", "--plan", target, "--max-new-tokens", 3)
-    assert (generated.status, generated.err) == (0, "")
+    assert (generated.status, generated.said) == (0, [])
 
 
 def test_a_recipe_that_could_not_run_is_not_fitted(

@@ -134,9 +134,9 @@ def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, pla
 
 def test_weights_that_have_not_changed_are_not_packed_again() -> None:
     engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
-    spans = engine._spans
+    backend = engine.backend
     run_steps(engine, tiny.token_ids(4))
-    assert engine._spans is spans is not None
+    assert engine.backend is backend
 
 
 @pytest.mark.parametrize("entry_bits", [None, 16, 8])
@@ -177,12 +177,12 @@ def test_a_copied_trace_has_what_was_counted_and_counts_on_alone(copied: str) ->
     assert executed_cost(engine.spec, second) == executed_cost(engine.spec, run_steps(engine, ids).trace)
 
 
-def test_a_trace_keeps_no_spans() -> None:
+def test_a_trace_keeps_no_backend() -> None:
     engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
-    trace, spans = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine._spans)
+    trace, backend = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine.backend)
     del engine
     gc.collect()
-    assert spans() is None
+    assert backend() is None
     assert trace.layers[0].query_rows == 8
 
 

@@ -16,7 +16,7 @@ from tests.strategies import plans
 
 FILLS = (DropFill(), ZeroFill(), PropagateFill())
 ATOL = tolerances.LOGITS[torch.float32]
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_same_cache(first: RaggedKVCache, second: RaggedKVCache, seqs: tuple[int, int] = (0, 0)) -> None:

@@ -103,7 +103,7 @@ def test_what_attention_leaves_out_is_the_same_as_in_float32(name: str, plan: Pl
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_backends_are_the_same_as_in_float32(name: str, backend: str, plan: Plan) -> None:
-    assert_same(name, plan, backend=backend)
+    assert_same(name, plan, attention=backend)
 
 
 @pytest.mark.parametrize("rule", [rules.UniformBitsRule(6), rules.ChannelBitsRule((0.5,), (8, 6))], ids=str)

@@ -36,7 +36,7 @@ def check(model, ids, plan: Plan, halts=oracle.never, alike=None) -> oracle.Orac
     )
     run = run_whole(decoder(model, plan), ids)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     formed = [sorted(layer.group_sizes.elements()) for layer in run.trace.layers]
     assert formed == expected.sizes
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)

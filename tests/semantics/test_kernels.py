@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from quicksilver.backends.native import NativeBackend
 from quicksilver.families.kernels import norm_operands
 from quicksilver.families.nesting import nest
 from quicksilver.families.registry import adapt
@@ -22,7 +23,6 @@ from quicksilver.ops import native, nested_linear
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
-from quicksilver.runtime.spans import LayerSpans
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.ops.nested import draw
@@ -56,13 +56,13 @@ def test_however_tokens_are_fed_the_definition_is_met(family: str, name: str) ->
 
 @pytest.mark.parametrize("plan", [PLANS["uniform"], CHANNEL], ids=["uniform", "channel"])
 def test_a_prompt_runs_through_all_layers_in_one_call(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, run, seen = decoder(tiny.nested("llama"), plan, kernels="native"), LayerSpans.run, []
+    engine, run, seen = decoder(tiny.nested("llama"), plan, kernels="native"), NativeBackend.run, []
 
-    def counted(self: LayerSpans, layers: range, *args: Any) -> Any:
+    def counted(self: NativeBackend, layers: range, *args: Any) -> Any:
         seen.append(layers)
         return run(self, layers, *args)
 
-    monkeypatch.setattr(LayerSpans, "run", counted)
+    monkeypatch.setattr(NativeBackend, "run", counted)
     run_whole(engine, tiny.token_ids(30))
     assert seen == [range(engine.spec.num_layers)]
 

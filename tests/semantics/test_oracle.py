@@ -27,7 +27,7 @@ def check(model, ids, rule, fill, halts) -> torch.Tensor:
     run = run_whole(decoder(model, halting_plan(rule, fill)), ids)
     expected = oracle.run(model, ids, fill, halts)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     torch.testing.assert_close(run.logits, expected.logits, atol=tolerances.LOGITS[torch.float32], rtol=0)
     return expected.depths
 

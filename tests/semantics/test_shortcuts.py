@@ -40,7 +40,7 @@ HALTING = rules.HaltingConfig(rules.ForcedRule(DEPTHS), min_layer=1, protect_fir
 
 def fusing(weights: rules.FusionWeights = "last") -> rules.FusionConfig:
     rule, free = rules.ForcedFusionRule(JOINS), {"protect_first": 0, "protect_special": False}
-    return rules.FusionConfig(rule, layers=(1, 2), max_group=3, weights=weights, scope="all", **free)
+    return rules.FusionConfig(rule, layers=(1, 2), max_group=3, weights=weights, **free)
 
 
 def halts(layer_idx: int, before: Tensor, *_: object) -> Tensor:
@@ -88,7 +88,7 @@ def check(
     layers = run.trace.layers
     assert torch.equal(run.trace.depths[0], expected.depths)
     assert [{part: layer.shortcut_rows[part] for part in get_args(Part)} for layer in layers] == expected.past
-    assert [layer.attended.value for layer in layers] == expected.attended
+    assert [layer.attended for layer in layers] == expected.attended
     assert [sorted(layer.group_sizes.elements()) for layer in layers] == expected.sizes
     torch.testing.assert_close(run.logits, expected.logits, atol=tolerances.LOGITS[run.logits.dtype], rtol=0)
     return run
@@ -207,7 +207,7 @@ def test_a_layer_past_which_everyone_goes_still_writes_entries_and_reads_none(fa
     run = run_whole(decoder(tiny.model(family), shortcut_plan(*SETS["a whole layer"])), tiny.token_ids(LENGTH))
     layer = run.trace.layers[1]
     assert run.cache.entry_counts(1) == [LENGTH]
-    assert (layer.query_rows, layer.attended.value, layer.entries_read) == (LENGTH, 0, 0)
+    assert (layer.query_rows, layer.attended, layer.entries_read) == (LENGTH, 0, 0)
     assert run.trace.head_rows == LENGTH
     assert run.trace.mean_depth == 4.0
 
@@ -263,4 +263,4 @@ def test_widths_are_counted_only_where_weights_are_read(family: str) -> None:
         past = layer.shortcut_rows
         assert past["mlp"] * past["attention"] > 0
         macs = LENGTH * spec.layer_macs - past["mlp"] * spec.mlp_macs - past["attention"] * spec.query_macs
-        assert layer.widths.macs == [0, 0, 0, 0, macs, 0, 0, 0, 0]
+        assert layer.macs_by_bits == [0, 0, 0, 0, macs, 0, 0, 0, 0]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from quicksilver.backends.native import span_ends
 from quicksilver.families.cost import Cost, executed_cost
 from quicksilver.families.nesting import nest
 from quicksilver.ops import native, nested_linear
@@ -30,8 +31,7 @@ from quicksilver.rules import (
     UniformBitsRule,
     ZeroFill,
 )
-from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.spans import span_ends
+from quicksilver.runtime.loop import Decoder
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -120,7 +120,7 @@ def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, nam
     costs: tuple[list[Cost], list[Cost]] = ([], [])
     for seed in range(3):  # in one text, a single decision that falls to the other side may be a large part of the mean
         ids = tiny.token_ids(60, seed=seed)
-        runs = [run_steps(each, ids, prompt=30) for each in (definition, engine)]
+        runs = [run_steps(each, ids, prompt=48) for each in (definition, engine)]
         for i, run in enumerate(runs):
             losses[i].append(float(torch.nn.functional.cross_entropy(run.logits[:-1], ids[1:])))
             costs[i].append(executed_cost(engine.spec, run.trace))
@@ -220,8 +220,8 @@ def test_python_threads_take_turns() -> None:
 def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is() -> None:
     calls: list[range] = []
     _, engine = engines("llama", EXACT["dense"])
-    run = engine._spans.run
-    engine._spans.run = lambda layers, *rest: calls.append(layers) or run(layers, *rest)  # type: ignore[union-attr]
+    run = engine.backend.run
+    engine.backend.run = lambda span, *rest: calls.append(span) or run(span, *rest)  # type: ignore[method-assign]
     run_steps(engine, tiny.token_ids(3))
     assert calls == [range(engine.spec.num_layers)] * 3
     assert span_ends(6, ()) == [6] * 6

@@ -321,8 +321,8 @@ def test_a_precision_rule_that_kernels_do_not_know_runs_map_by_map(kernels: Any)
 def test_bits_that_a_rule_grants_to_tokens_are_read_from_the_next_layer_on() -> None:
     engine = decoder(tiny.nested("llama"), precision_plan(Granting("granted")))
     layers = run_whole(engine, tiny.token_ids(10)).trace.layers
-    assert layers[0].widths.macs[4] == 0
-    assert all(layer.widths.macs[4] == layer.widths.macs[8] > 0 for layer in layers[1:])
+    assert layers[0].macs_by_bits[4] == 0
+    assert all(layer.macs_by_bits[4] == layer.macs_by_bits[8] > 0 for layer in layers[1:])
     assert [layer.rule_macs for layer in layers] == [7, 0, 0, 0]
 
 

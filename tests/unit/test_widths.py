@@ -159,7 +159,7 @@ def test_protected_tokens_do_not_count(rule: Any) -> None:
     plan = fit(adapt(model), recipe, windows, special_ids=[special])
     traces = [run_whole(decoder(model, plan, special_ids=[special]), window).trace for window in windows]
     first = 2 if isinstance(rule, EntropyBitsRule) else 0
-    counts = [layer.widths.macs for trace in traces for layer in trace.layers[first:]]
+    counts = [layer.macs_by_bits for trace in traces for layer in trace.layers[first:]]
     macs = [sum(of_width) for of_width in zip(*counts, strict=True)]
     shares = [2 * count / sum(macs) for count in macs]
     shares[8] -= 1.0
@@ -205,7 +205,7 @@ def test_entropy_thresholds_give_the_shares_asked_for() -> None:
     macs = [0] * 9
     for window in WINDOWS:
         trace = run_whole(decoder(model, plan), window).trace
-        deeper = (layer.widths.macs for layer in trace.layers[2:])
+        deeper = (layer.macs_by_bits for layer in trace.layers[2:])
         macs = [sum(counts) for counts in zip(macs, *deeper, strict=True)]
     assert [macs[width] / sum(macs) for width in (8, 4, 2)] == pytest.approx(target, abs=0.03)
 

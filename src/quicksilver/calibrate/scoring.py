@@ -18,7 +18,7 @@ from quicksilver.measure.statistics import PairedDelta, paired_delta
 from quicksilver.measure.windows import Protocol
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 _REDUCTION = {
     "flops": "flops_reduction",

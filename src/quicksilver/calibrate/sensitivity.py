@@ -23,7 +23,7 @@ from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
 from quicksilver.rules import KVConfig, Threshold
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
 THRESHOLDS: dict[Mechanism, tuple[float, ...]] = {

@@ -21,7 +21,7 @@ from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.rules import RelativeDriftRule
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"

@@ -18,7 +18,7 @@ from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.plan import Plan
 from quicksilver.rules import Part
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 _REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes", "kv_read_bytes")
 
@@ -55,8 +55,14 @@ def evaluate(
     ]
     rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
     return [
-        {**row, "settings": _settings(model, each, plan)} for row, each, plan in zip(rows, chosen, plans, strict=True)
+        {**row, "settings": {**_settings(model, each, decoder.plan), "backend": _backend(decoder)}}
+        for row, each, decoder in zip(rows, chosen, decoders[1:], strict=True)
     ]
+
+
+def _backend(decoder: Decoder) -> dict[str, str | None]:
+    """Return who ran a plan's layers, and why not a faster one."""
+    return {"name": decoder.backend.name, "reason": decoder.backend.reason}
 
 
 def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:

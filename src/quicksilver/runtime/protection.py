@@ -55,6 +55,11 @@ class Protection:
             return torch.tensor(listed) if any(listed) else None
         return self.covers(token_ids, positions)
 
+    def found_any(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return what `found` does, None also where that is known by waiting only: once, and not in every layer."""
+        covered = self.found(token_ids, positions)
+        return None if covered is None or not bool(covered.any()) else covered
+
     def _listed(self, token_ids: Tensor, positions: Tensor) -> list[bool]:
         rows = zip(token_ids.tolist(), positions.tolist(), strict=True)
         return [position < self._first or token in self._known for token, position in rows]

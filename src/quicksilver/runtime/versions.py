@@ -15,7 +15,7 @@ from quicksilver.families.spec import LayerOps
 _version_of = attrgetter("_version")
 
 
-class WeightWatch:
+class WeightVersions:
     """Remembers the tensors of layers' nested maps and norms, and how often each was written to.
 
     Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors. Modules replaced
@@ -38,7 +38,7 @@ class WeightWatch:
         self._movable = [tensor for tensor in parameters if tensor is not None]  # what `.to()` gives other memory
         self._addresses = list(map(Tensor.data_ptr, self._movable))
 
-    def has_changed(self) -> bool:
+    def have_changed(self) -> bool:
         """Whether a tensor was written to, moved or replaced; 0.1 ms for 12 layers."""
         return (
             any(map(is_not, self._find(), self._tensors))
