@@ -144,7 +144,7 @@ def test_at_several_layers_no_group_crosses_a_pass(plan: Plan) -> None:
         return hashed_uniform(rule.seed, layer_idx, torch.arange(len(ids)), ids) < rule.probability
 
     fusion = oracle.Fusion(config.after_layers(4), config.max_group, config.weights, alike)
-    expected = oracle.run(model, ids, plan.kv, halts, fusion)
+    expected = oracle.run(model, ids, plan.kv.fill, halts, fusion)
     assert torch.equal(torch.cat(run.trace.depths), expected.depths)
     assert [sorted(layer.group_sizes.elements()) for layer in run.trace.layers] == expected.sizes
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)

@@ -57,7 +57,7 @@ COUNT = {name: place for place, name in enumerate(_NAMES)}
     halted: tokens that halted after this layer.
     fusion_rows: rows that reached fusion after this layer.
     fused: tokens that were absorbed by a later one after this layer.
-    rule_macs: multiply-adds that rules of halting and fusion report beside their signals.
+    rule_macs: multiply-adds that rules report beside their signals.
 """
 
 _MACS = slice(COUNT["macs_at_0"], COUNT["macs_at_0"] + MAX_WIDTH + 1)
