@@ -196,12 +196,19 @@ inline void fetch_entry(const Entries& entries, int size, int i) {
   }
 }
 
+inline float hyperbolic_tangent(float x) {
+  const float e = exponential(-2.0f * std::fabs(x));
+  return std::copysign((1.0f - e) / (1.0f + e), x);
+}
+
 // The score of key i.
 template <typename Kept>
-float score(const float* query, int size, const Entries& entries, float scaling, int i) {
+float score(const float* query, int size, const Entries& entries, const Attention& attention, int i) {
   const float scale = Kept::scale(entries.key_scales, i * entries.scale_stride);
   const float of_key = product(query, Kept::at(entries.keys, i * entries.stride), size) * scale;
-  return of_key * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
+  float found = of_key * attention.scaling;
+  if (attention.softcap > 0.0f) found = hyperbolic_tangent(found / attention.softcap) * attention.softcap;
+  return found + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
 }
 
 float largest_of(const float* scores, int count) {
@@ -254,14 +261,14 @@ void screen(const float* query, int size, const Entries& entries, const Attentio
     large[d] = small ? 0.0f : query[d];
     later += small && query[d] != 0.0f;
   }
-  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention.scaling, i);
+  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention, i);
   const float margin = std::log(attention.screen_below / static_cast<float>(entries.count));
   const float least = largest_of(scores, entries.count) + std::min(margin, 0.0f);
   int left = 0;
   for (int i = 0; i < entries.count; ++i) {
     const bool out = scores[i] < least;
     left += !out;
-    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention.scaling, i);
+    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention, i);
   }
   skipped.scores += std::int64_t{later} * (entries.count - left);
   skipped.scored_twice += left;
@@ -284,7 +291,7 @@ Skipped attend_to(float* queries, int group, int size, const Entries& entries, c
     } else {
       for (int i = 0; i < count; ++i) {
         fetch_entry<Kept>(entries, size, i);
-        weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+        weights[i] = score<Kept>(query, size, entries, attention, i);
       }
     }
     const float largest = largest_of(weights, count);

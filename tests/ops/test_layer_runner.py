@@ -47,7 +47,7 @@ def test_lists_that_do_not_fit_are_refused(
     hidden = torch.zeros(num_rows, 4)
     counts = torch.zeros(native.extension().NUM_LAYER_COUNTS, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        runner().run(0, last, hidden.data_ptr(), num_rows, rows, 0, 0, storage, 1, counts.data_ptr(), 1, False)
+        runner().run(0, last, hidden.data_ptr(), num_rows, rows, [], storage, 1, counts.data_ptr(), 1, False)
 
 
 @pytest.mark.parametrize("name", ["set_map", "grade_map"])

@@ -25,6 +25,7 @@ from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,
+    dense_pairs,
     fusion_plan,
     halting_plan,
     run_batch,
@@ -290,7 +291,7 @@ def test_flops_fall_by_the_head_width_for_each_value_skipped(family: str) -> Non
     assert cost.flops + 2 * macs == dense.flops == counter.get_total_flops()
     assert cost.bitops + macs * 32 * 32 == dense.bitops
     assert cost.weight_bytes == dense.weight_bytes
-    values = 4 * 4 * 20 * 21 // 2  # layers, heads, pairs
+    values = 4 * sum(dense_pairs(engine, 20))  # heads, pairs
     assert trace.values_read(4) == pytest.approx(1 - sum(skipped) / values)
     assert skipped[1] == 0 < trace.values_read(4) < 1
 
@@ -303,8 +304,9 @@ def test_flops_fall_by_one_product_for_each_component_and_key_left_out(family: s
     trace = run_steps(engine, ids).trace
     cost, dense = executed_cost(engine.spec, trace), dense_cost(engine.spec, trace)
     skipped = [layer.scores_skipped.value for layer in trace.layers]
-    scores = engine.spec.head_dim * 4 * 20 * 21 // 2  # of a layer: components, heads, pairs
-    assert skipped[1] == 0 < skipped[0] < skipped[2] < skipped[3] == scores
+    scores = [engine.spec.head_dim * 4 * pairs for pairs in dense_pairs(engine, 20)]  # of layers: components, heads
+    shares = [count / of_layer for count, of_layer in zip(skipped, scores, strict=True)]
+    assert shares[1] == 0 < shares[0] < shares[2] < shares[3] == 1
     macs = sum(skipped) + trace.layers[2].values_skipped.value * engine.spec.head_dim
     macs -= 3 * 20 * 4 * engine.spec.head_dim
     with FlopCounterMode(display=False) as counter:
@@ -312,7 +314,7 @@ def test_flops_fall_by_one_product_for_each_component_and_key_left_out(family: s
     assert cost.flops + 2 * macs == dense.flops == counter.get_total_flops()
     assert cost.bitops + macs * 32 * 32 == dense.bitops
     assert cost.weight_bytes == dense.weight_bytes
-    assert trace.query_components_read(4, engine.spec.head_dim) == pytest.approx(1 - sum(skipped) / (4 * scores))
+    assert trace.query_components_read(4, engine.spec.head_dim) == pytest.approx(1 - sum(skipped) / sum(scores))
 
 
 def test_thresholds_for_another_depth_are_refused() -> None:

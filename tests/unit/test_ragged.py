@@ -62,4 +62,7 @@ def test_deferred_sum_keeps_a_bounded_number_of_device_numbers() -> None:
 def test_dense_pairs_are_causal() -> None:
     trace = Trace(num_layers=2)
     trace.begin_pass([0, 10], RaggedLayout.build([0, 10], [3, 2], "cpu"))
-    assert trace.dense_attended == (1 + 2 + 3) + (11 + 12)
+    assert trace.dense_pairs() == (1 + 2 + 3) + (11 + 12)
+    assert trace.dense_pairs(12) == trace.dense_pairs()
+    assert trace.dense_pairs(11) == (1 + 2 + 3) + (11 + 11)
+    assert trace.dense_pairs(2) == (1 + 2 + 2) + (2 + 2)

@@ -150,6 +150,12 @@ class LayerTrace:
         self.fitted_bytes += rows * nbytes
 
 
+def _pairs(length: int, window: int | None) -> int:
+    """Return the pairs of a whole sequence; a window is in keys, the query's own included."""
+    rising = length if window is None else min(length, window)
+    return rising * (rising + 1) // 2 + (length - rising) * rising
+
+
 Counts = TypeVar("Counts", bound="PendingCounts")
 
 
@@ -177,7 +183,7 @@ class Trace:
         self._pending: dict[object, PendingCounts] = {}
         self.tokens = 0
         self.head_rows = 0
-        self.dense_attended = 0
+        self._ends: Counter[int] = Counter()  # lengths up to which sequences were fed, less those from which on
         self.kv_bytes = 0
         self.kv_used_bytes = 0
         self.kv_entries = 0
@@ -211,13 +217,18 @@ class Trace:
         return self._pending[owner]  # type: ignore[return-value]
 
     def begin_pass(self, starts: list[int], layout: RaggedLayout) -> None:
-        """Count the tokens entering a pass and the pairs that dense causal attention would score."""
+        """Count the tokens entering a pass, and note where they stand."""
         self.tokens += layout.num_tokens
         for start, length in zip(starts, layout.lengths, strict=True):
-            self.dense_attended += length * start + length * (length + 1) // 2
+            self._ends[start + length] += 1
+            self._ends[start] -= 1
         if self.per_token:
             depth = torch.full((layout.num_tokens,), self._num_layers, device=layout.origin.device)
             self.depths.append(depth)
+
+    def dense_pairs(self, window: int | None = None) -> int:
+        """Return the (query, key) pairs that dense causal attention scores in a layer whose queries see so far back."""
+        return sum(count * _pairs(length, window) for length, count in self._ends.items())
 
     def record_halt(self, layer_idx: int, origin: Tensor, signal_rows: Mapping[str, int]) -> None:
         """Record the tokens ([M] origins) that halted after a layer and the signals computed there."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.families.spec import Apply, LayerOps
+from quicksilver.families.rotary import Rotation
+from quicksilver.families.spec import Apply, LayerOps, LayerSpec
 from quicksilver.ops import ragged_attention
 from quicksilver.rules.maps import Part
 from quicksilver.runtime.context import PassContext
@@ -39,7 +40,7 @@ def run_layer(layer: LayerOps, layer_idx: int, running: Running, skipped: Skippe
     hidden = state.hidden + _attention(layer, layer_idx, running, skipped, context)
     hidden = hidden + _mlp(layer, layer_idx, hidden, state.layout.origin, skipped.status, context)
     context.trace.at(layer_idx).query_rows += hidden.shape[0]
-    return Running(TokenState(hidden, state.layout, state.mass), running.rotation, running.update)
+    return Running(TokenState(hidden, state.layout, state.mass), running.rotations, running.update)
 
 
 def _attention(layer: LayerOps, layer_idx: int, running: Running, skipped: Skipped, context: PassContext) -> Tensor:
@@ -56,15 +57,19 @@ def _attention(layer: LayerOps, layer_idx: int, running: Running, skipped: Skipp
         query_apply = _linear(layer_idx, asking.state.layout.origin, status, context)
         key, value = layer.project_kv(normed, apply)
         query = layer.project_query(normed.index_select(0, detour.through), query_apply) if len(asking) else None
-    key = key if running.rotation is None else running.rotation.apply(key)
+    key = _rotate(key, layer, running.rotations)
     _write(layer, layer_idx, state, (key, value), skipped, context)
     if query is None:
         assert detour is not None  # without one all rows ask
         return detour.mapped
-    query = query if asking.rotation is None else asking.rotation.apply(query)
-    attended = _attend(query, asking.state.layout, state.layout, layer_idx, layer.scaling, skipped, context)
+    query = _rotate(query, layer, asking.rotations)
+    attended = _attend(query, asking.state.layout, state.layout, layer_idx, layer.spec, skipped, context)
     added = layer.attn_output(attended, query_apply)
     return added if detour is None else detour.join(added)
+
+
+def _rotate(x: Tensor, layer: LayerOps, rotations: tuple[Rotation, ...]) -> Tensor:
+    return x if layer.spec.rotary is None else rotations[layer.spec.rotary].apply(x)
 
 
 def _mlp(
@@ -130,8 +135,8 @@ def _write(
             frozen = layer.attn_norm(status.frozen.index_select(0, status.halted))
             apply = _linear(layer_idx, status.halted, status, context)
             frozen_key, frozen_value = layer.project_kv(frozen, apply)
-            if context.rotation is not None:
-                frozen_key = context.rotation.select(status.halted).apply(frozen_key)
+            if (rotary := layer.spec.rotary) is not None:
+                frozen_key = context.rotations[rotary].select(status.halted).apply(frozen_key)
             keys.index_copy_(0, status.halted, frozen_key)
             values.index_copy_(0, status.halted, frozen_value)
             layer_trace.fill_rows += frozen.shape[0]
@@ -147,7 +152,7 @@ def _attend(
     layout: RaggedLayout,
     running: RaggedLayout,
     layer_idx: int,
-    scaling: float,
+    spec: LayerSpec,
     skipped: Skipped,
     context: PassContext,
 ) -> Tensor:
@@ -170,19 +175,21 @@ def _attend(
             entries.values,
             layout.positions[rows],
             entries.positions,
-            scaling,
+            spec.scaling,
             newest=length == written.lengths[seq],
             backend=context.backend,
             masses=entries.masses,
             skip_below=skip_below,
             query_below=query_below,
             screen=screen,
+            window=spec.window if spec.window is not None and spec.window < context.upto(seq) else None,
+            softcap=spec.softcap,
         )
         layer_trace.attended.add(attended.pairs)
         layer_trace.values_skipped.add(attended.values_skipped)
         layer_trace.scores_skipped.add(attended.scores_skipped)
         layer_trace.scored_twice.add(attended.scored_twice)
-        layer_trace.entries_read += entries.keys.shape[0]
+        layer_trace.entries_read += attended.entries
         outputs.append(attended.output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output.flatten(1)

@@ -24,7 +24,7 @@ class PassContext:
         chunk: layout of all tokens of the pass.
         token_ids: [N] of all tokens of the pass.
         protected: [N] tokens that may never halt, None where nothing can halt.
-        rotation: of all tokens of the pass, None where positions are embedded.
+        rotations: of all tokens of the pass; each layer names its own.
         fuses: for each sequence, whether its tokens may fuse in this pass.
         precision: applies linear maps, at the widths it chooses.
         exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
@@ -40,7 +40,7 @@ class PassContext:
     chunk: RaggedLayout
     token_ids: Tensor
     protected: Tensor | None
-    rotation: Rotation | None
+    rotations: tuple[Rotation, ...]
     fuses: tuple[bool, ...]
     precision: PrecisionStep
     exempt: Tensor | None
@@ -51,6 +51,10 @@ class PassContext:
     backend: AttentionBackend
     attention: AttentionConfig | None
     screening: ScreeningConfig | None
+
+    def upto(self, seq: int) -> int:
+        """Return how many tokens of a sequence there are at most by the end of the pass."""
+        return self.cache.seq_lengths[seq] + self.chunk.lengths[seq]
 
     def screen(self, layer_idx: int) -> Screen | None:
         """Return how keys are screened in a layer, None where they are not."""

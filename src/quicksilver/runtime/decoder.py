@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache
+from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
@@ -131,7 +132,7 @@ class Decoder:
         context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
         running, status = self._run_layers(
-            0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
+            0, Running(embedded, context.rotations), TokenStatus.all_running(chunk), context
         )
         cache.advance(chunk, context.fuses)
         trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
@@ -151,8 +152,15 @@ class Decoder:
         spans = None if modules is not None and modules.is_observed else self._spans
         while (layer_idx := layer_idx + 1) < self.spec.num_layers:
             layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
-            if len(running) == 0:  # nothing runs: the layer is skipped but for its fill
-                fill_layer(layer, layer_idx, skipped, context)
+            if len(running) == 0:  # nothing runs: the layer is skipped but for its fill, by whoever would have run it
+                if (
+                    spans is not None
+                    and skipped.fill is Fill.PROJECT
+                    and spans.span(layer_idx, running, status, context)
+                ):
+                    running = spans.run(range(layer_idx, layer_idx + 1), running, status, context)
+                else:
+                    fill_layer(layer, layer_idx, skipped, context)
             else:
                 before = running
                 if spans is None or (span := spans.span(layer_idx, running, status, context)) is None:
@@ -209,7 +217,7 @@ class Decoder:
         with outer.trace.rerun(chunk.num_tokens, self.spec.device):
             self._run_layers(
                 first,
-                Running(rerun.state, context.rotation, rerun.update),
+                Running(rerun.state, context.rotations, rerun.update),
                 TokenStatus.all_running(
                     chunk, None if rerun.state.mass is None else rerun.state.mass.clone(), rerun.caps
                 ),
@@ -231,8 +239,7 @@ class Decoder:
         cache: RaggedKVCache,
         trace: Trace,
     ) -> PassContext:
-        rotate = self.adapter.rotation
-        rotation = None if rotate is None else rotate(chunk.positions)
+        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
         protected = self._halting.protected(token_ids, chunk.positions)
         exempt = self._precision.exempt(token_ids, chunk.positions)
         unshortened = self._shortcuts.exempt(token_ids, chunk.positions)
@@ -240,7 +247,7 @@ class Decoder:
             chunk=chunk,
             token_ids=token_ids,
             protected=protected,
-            rotation=rotation,
+            rotations=rotations,
             fuses=fuses,
             precision=self._precision,
             exempt=exempt,

@@ -87,11 +87,10 @@ class LayerSpans:
 
     def _reads(self, running: Running) -> bool:
         """Whether states and rotations are what the kernels take them for, whatever has become of the model."""
-        hidden, rotation = running.state.hidden, running.rotation
+        hidden = running.state.hidden
         fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
-        if rotation is None or not fit:
-            return fit
-        return rotation.cos.dtype == torch.float32 and rotation.cos.shape[-1] == self._spec.head_dim
+        each = (rotation.cos for rotation in running.rotations)
+        return fit and all(cos.dtype == torch.float32 and cos.shape[-1] == self._spec.head_dim for cos in each)
 
     def run(self, layers: range, running: Running, status: TokenStatus, context: PassContext) -> Running:
         """Run layers for the running tokens, write their entries, count; as `run_layer` does one by one.
@@ -103,8 +102,7 @@ class LayerSpans:
         hidden = self._rows(running, status, halted)
         fields = self._fields(layout, halted, status, context)
         storage = context.cache.extend(layers, layout.lengths)
-        rotation = running.rotation if halted is None else context.rotation
-        cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
+        rotations = running.rotations if halted is None else context.rotations
         counts = context.trace.pending(self._key, self._new_counts)
         if self._runner is None:  # not before it is needed: it takes as much memory as the weights
             self._runner = self._new_runner()
@@ -114,8 +112,7 @@ class LayerSpans:
             hidden.data_ptr(),
             len(hidden),
             fields,
-            cos,
-            sin,
+            [address for each in rotations for address in (each.cos.data_ptr(), each.sin.data_ptr())],
             storage,
             len(layout.lengths),
             counts.address(layers.start),
@@ -124,7 +121,7 @@ class LayerSpans:
         )
         if halted is not None:
             hidden = hidden.index_select(0, running.state.layout.origin)
-        return Running(TokenState(hidden, running.state.layout), running.rotation)
+        return Running(TokenState(hidden, running.state.layout), running.rotations)
 
     @staticmethod
     def _rows(running: Running, status: TokenStatus, halted: Tensor | None) -> Tensor:
@@ -185,17 +182,22 @@ class LayerSpans:
         layer, leaves = native.extension().Layer(), ops.leaves
         for name, norm in leaves.norms.items():
             layer.set_norm(name, *self._norm(norm))
+        layer.set_sublayers(leaves.norms_projections, leaves.residual_scale or 1.0)
         for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for part in ("attention", "mlp"):
             self._set_shortcut(layer, layer_idx, part)
         attention, screening = self._plan.attention, self._plan.screening
         layer.set_attention(
-            ops.scaling,
+            ops.spec.scaling,
             0.0 if attention is None else attention.threshold_in(layer_idx),
             0.0 if attention is None else attention.query_threshold_in(layer_idx),
             0.0 if screening is None else screening.threshold_in(layer_idx),
             0.0 if screening is None else screening.query_threshold_in(layer_idx),
+            ops.spec.softcap or 0.0,
+        )
+        layer.set_place(
+            0 if ops.spec.window is None else ops.spec.window, -1 if ops.spec.rotary is None else ops.spec.rotary
         )
         return layer
 

@@ -35,12 +35,12 @@ class Running:
 
     Attributes:
         state: their states.
-        rotation: of their queries and keys, None where positions are embedded.
+        rotations: of their queries and keys; each layer names its own.
         update: [N, d] what the last layer added, None where no rule reads it.
     """
 
     state: TokenState
-    rotation: Rotation | None
+    rotations: tuple[Rotation, ...]
     update: Tensor | None = None
 
     def __len__(self) -> int:
@@ -48,9 +48,9 @@ class Running:
 
     def select(self, rows: Tensor, state: TokenState | None = None) -> Running:
         """Return the given rows ([M], ascending), in another state if one is given."""
-        rotation = None if self.rotation is None else self.rotation.select(rows)
+        rotations = tuple(rotation.select(rows) for rotation in self.rotations)
         update = None if self.update is None else self.update.index_select(0, rows)
-        return Running(self.state.select(rows) if state is None else state, rotation, update)
+        return Running(self.state.select(rows) if state is None else state, rotations, update)
 
 
 @dataclass(frozen=True)
