@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from quicksilver.quant import NestedSplit
@@ -98,7 +99,7 @@ def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> Parts:
 def _llama_parts(model: Any, ids: Tensor, read: Read) -> Parts:
     body, config = model.model, model.config
     embedded = body.embed_tokens(ids) * getattr(config, "embedding_multiplier", 1.0)
-    if config.model_type == "gemma2" and not hasattr(body.embed_tokens, "scalar_embed_scale"):
+    if config.model_type == "gemma2" and not hasattr(modeling_gemma2, "Gemma2TextScaledWordEmbedding"):
         embedded = embedded * config.hidden_size**0.5
     positions = torch.arange(len(ids))[None]
 

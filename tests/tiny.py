@@ -128,6 +128,9 @@ VARIANTS: dict[str, Any] = {
     "qwen3-biased": lambda: Qwen3Config(**_LLAMA, head_dim=8, attention_bias=True),
 }
 
+MORE = ("llama-one-kv-head", "gpt2-unscaled-relu-untied", "mistral-window", "smollm3-windows")
+"""Variants on which mechanisms are tested besides families."""
+
 
 def from_config(config: Any, seed: int = 0) -> Any:
     """Return a random float32 model in evaluation mode, with weights large enough for tokens to differ."""

@@ -33,7 +33,7 @@ from tests.engines import (
 from tests.strategies import coded_plans
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 ATOL = tolerances.LOGITS[torch.float64]
 LENGTH = 40
 LIMITS = [0.0, 0.5, 0.5, 0.0], [0.7, 0.0, 0.7, 0.0]

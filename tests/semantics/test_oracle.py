@@ -39,7 +39,7 @@ def check(model, ids, rule, fill, halts) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MORE])
 @pytest.mark.parametrize("seed", range(3))
 def test_forced_random_depths(family: str, fill: rules.KVFill, seed: int) -> None:
     model, ids = tiny.model(family), tiny.token_ids(40, seed)

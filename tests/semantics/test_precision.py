@@ -104,7 +104,7 @@ class Definition:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", [*GPT2_AND_LLAMA, "mistral-window", "gemma3_text", "phi3"])
 def test_widths_equal_their_definition(name: str, family: str) -> None:
     model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
     run = run_whole(decoder(model, precision_plan(rule)), ids)

@@ -36,7 +36,7 @@ from tests.engines import (
 from tests.strategies import screening_plans
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 PLANS = {
     "alone": screening_plan(0.5),
     "layer by layer": screening_plan((0.9, 0.0, 3.0, 20.0), (1.0, 1.0, 0.5, 1.5)),

@@ -96,7 +96,7 @@ def check(
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("rank", [None, 3])
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gpt2-unscaled-relu-untied", "llama-one-kv-head"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MORE])
 def test_shortcuts_equal_their_definition(family: str, rank: int | None, name: str) -> None:
     run = check(tiny.model(family), shortcut_plan(*SETS[name], rank=rank), tiny.token_ids(LENGTH))
     for shortcut in SETS[name]:

@@ -2,7 +2,6 @@
 
 from operator import attrgetter
 
-from quicksilver.families.gemma2 import root_of_width
 from quicksilver.families.llama_like import LlamaLike, declare
 
 FAMILY = declare(
@@ -14,7 +13,6 @@ FAMILY = declare(
         norm_offset=1.0,
         windows="by kind",
         rotates_by_kind=True,
-        embedding_scale=root_of_width,
         logits_softcap=attrgetter("final_logit_softcapping"),
         refused=("use_bidirectional_attention",),
     )

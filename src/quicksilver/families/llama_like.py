@@ -70,7 +70,7 @@ class LlamaLike:
         rotates: for each layer, whether it rotates queries and keys.
         softcap: bound of attention scores, None where there is none.
         residual_scale: factor of what a sublayer adds to the states.
-        embedding_scale: factor of embeddings, in a dtype; not where their module sees to it itself.
+        embedding_scale: factor of embeddings, in a dtype, None where there is none or their module multiplies by it.
         logits_divisor: what the head's products are divided by.
         logits_softcap: bound of logits, None where there is none.
         refused: options that must not be set.
@@ -90,7 +90,7 @@ class LlamaLike:
     rotates: Callable[[Any], Sequence[Any]] | None = None
     softcap: Callable[[Any], float | None] | None = None
     residual_scale: Callable[[Any], float] | None = None
-    embedding_scale: Callable[[Any, torch.dtype], float] | None = None
+    embedding_scale: Callable[[Any, torch.dtype], float | None] | None = None
     logits_divisor: Callable[[Any], float] | None = None
     logits_softcap: Callable[[Any], float | None] | None = None
     refused: tuple[str, ...] = ()
@@ -161,6 +161,7 @@ def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any)
         _check_rotary(config, kind)
     like_weight = float_weight(body.norm, body)
     spec = _spec(like, maps, model, kinds)
+    scale = None if like.embedding_scale is None else like.embedding_scale(config, spec.dtype)
     rotary = _rotary_module(model, kinds)
     compute = [partial(_rotation, rotary, like_weight, kind) for kind in kinds]
     return Adapter(
@@ -168,7 +169,7 @@ def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any)
         layers=tuple(
             partial(_layer_ops, like, maps, config)(*each) for each in zip(body.layers, spec.layers, strict=True)
         ),
-        embed=partial(_embed, body, _embedding_scale(like, config, body.embed_tokens, like_weight.dtype)),
+        embed=partial(_embed, body, scale),
         rotations=tuple(RotationTable(each, spec.max_positions) for each in compute),
         final_norm=body.norm,
         head=model.lm_head,
@@ -295,12 +296,6 @@ def _layer_ops(
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _embedding_scale(like: LlamaLike, config: Any, embedding: Any, dtype: torch.dtype) -> float | None:
-    if like.embedding_scale is None or hasattr(embedding, "scalar_embed_scale"):
-        return None
-    return like.embedding_scale(config, dtype)
 
 
 def _embed(body: Any, scale: float | None, ids: Tensor, positions: Tensor) -> Tensor:
