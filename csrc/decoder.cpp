@@ -8,30 +8,10 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace quicksilver {
 namespace {
-
-// Rows of floats at a stride, in memory that is kept.
-struct Grid {
-  std::vector<float> values;
-  int stride = 0;
-
-  void resize(int rows, int width) {
-    stride = width;
-    if (values.size() < std::size_t(rows) * width) values.resize(std::size_t(rows) * width);
-  }
-  float* row(int index) { return values.data() + std::size_t(index) * stride; }
-};
-
-void apply(const FloatKernels& floats, const AffineMap& map, const float* x, int size, std::vector<float>& room,
-           float* y) {
-  std::copy(map.bias, map.bias + size, y);
-  if (!map.down) return floats.add_rows(x, size, map.up, size, size, y);
-  room.assign(map.rank, 0.0f);
-  floats.add_rows(x, size, map.down, map.rank, map.rank, room.data());
-  floats.add_rows(room.data(), map.rank, map.up, size, size, y);
-}
 
 struct ThreadState {
   std::vector<float> centred, scores, low_rank;
