@@ -141,9 +141,7 @@ def _fit_entropy(
     rule: EntropyWidthRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
 ) -> EntropyWidthRule:
     """Collect entropies at the rule's layer, by running the model up to there."""
-    depth = rule.after_layer(adapter.spec.num_layers) + 1
-    spec = replace(adapter.spec, num_layers=depth)
-    decoder = Decoder(replace(adapter, spec=spec, layers=adapter.layers[:depth]), Plan.dense())
+    decoder = Decoder(adapter.cut_behind(rule.after_layer(adapter.spec.num_layers)), Plan.dense())
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for window in text:
         hidden = run_window(decoder, window.token_ids)[window.rows]
