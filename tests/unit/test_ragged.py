@@ -38,7 +38,7 @@ def test_select_keeps_rows_and_recounts(pairs: list[tuple[int, int]], data: st.D
 
 def test_states_of_tokens_that_stopped_return_to_their_origin() -> None:
     layout = RaggedLayout.build([0], [4], "cpu")
-    state = State(layout, torch.arange(4.0)[:, None], layout, None, layout)
+    state = State(layout, torch.arange(4.0)[:, None], layout, (), layout)
     state.halt(0, SplitRows(torch.tensor([0, 2]), torch.tensor([1, 3])))
     state.hidden = -state.hidden
     assert state.final()[:, 0].tolist() == [0.0, -1.0, 2.0, -3.0]
