@@ -48,11 +48,21 @@ def halting_plan(rule: HaltingRule, kv: KVFill | None = None, **protection: Any)
 
 
 def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill | None = None, **options: Any) -> Plan:
-    """Return a plan that fuses all tokens by `rule` and halts by `halting`, with nothing protected."""
-    free = {"protect_first": 0, "protect_special": False}
-    config = FusionConfig(rule, **{"layers": (1,), "scope": "all", "max_group": 3, **free, **options})
+    """Return a plan that fuses tokens by `rule` and halts by `halting`, with nothing protected.
+
+    All tokens, and prompts alone where several layers are given.
+    """
+    layers = options.pop("layers", (1,))
+    free = {"protect_first": 0, "protect_special": False, "scope": "all" if len(layers) == 1 else "prompt"}
+    config = FusionConfig(rule, **{"layers": layers, "max_group": 3, **free, **options})
     stops = None if halting is None else HaltingConfig(halting, min_layer=1, protect_first=0, protect_special=False)
     return Plan("test", stops, kv or DropFill(), config)
+
+
+def at_one_layer(plan: Plan) -> Plan:
+    """Return the plan with the first of its fusion layers alone."""
+    fusion = plan.fusion
+    return plan if fusion is None else replace(plan, fusion=replace(fusion, layers=fusion.layers[:1]))
 
 
 def precision_plan(rule: PrecisionRule, **others: Any) -> Plan:
@@ -81,9 +91,15 @@ def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: 
     return Decoder(adapt(model, kernels), plan, **options)
 
 
-def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int], prompt: bool = False) -> Run:
-    """Feed one sequence in chunks of the given sizes."""
+def fuses_prompts_alone(engine: Decoder) -> bool:
+    """Whether a plan fuses at several layers, so that tests feed it prompts."""
+    return engine.plan.fusion is not None and len(engine.plan.fusion.layers) > 1
+
+
+def run_chunks(engine: Decoder, ids: Tensor, chunks: Sequence[int], prompt: bool | None = None) -> Run:
+    """Feed one sequence in chunks of the given sizes; as no prompt, unless asked for or with several fusion layers."""
     cache, trace = engine.new_cache(1), engine.new_trace(per_token=True)
+    prompt = fuses_prompts_alone(engine) if prompt is None else prompt
     hidden = [engine.run(chunk, [len(chunk)], cache, trace, prompt) for chunk in ids.split(list(chunks))]
     return Run(engine.logits(torch.cat(hidden), trace), cache, trace)
 
@@ -101,5 +117,6 @@ def run_steps(engine: Decoder, ids: Tensor, prompt: int = 1) -> Run:
 def run_batch(engine: Decoder, sequences: Sequence[Tensor]) -> Run:
     """Feed several sequences of any lengths in one ragged batch; logits are end to end."""
     cache, trace = engine.new_cache(len(sequences)), engine.new_trace(per_token=True)
-    hidden = engine.run(torch.cat(list(sequences)), [len(s) for s in sequences], cache, trace)
+    prompt = fuses_prompts_alone(engine)
+    hidden = engine.run(torch.cat(list(sequences)), [len(s) for s in sequences], cache, trace, prompt)
     return Run(engine.logits(hidden, trace), cache, trace)

@@ -46,24 +46,30 @@ halting_configs = st.builds(
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),
 )
-_fusion_layers = st.lists(st.integers(1, NUM_LAYERS - 1), min_size=1, max_size=3, unique=True).map(
-    lambda layers: tuple(sorted(layers))
-)
 fusion_rules: st.SearchStrategy[rules.FusionRule] = st.one_of(
     st.builds(rules.L2FusionRule, st.floats(10.0, 30.0)),
     st.builds(rules.CosineFusionRule, st.floats(-0.2, 0.6)),
     st.builds(rules.RandomFusionRule, st.floats(0.0, 1.0), seed=st.integers(0, 1000)),
     st.builds(rules.ForcedFusionRule, st.lists(st.booleans(), min_size=1, max_size=7).map(tuple)),
 )
+_fusion_layers = st.lists(st.integers(1, NUM_LAYERS - 1), min_size=1, max_size=3, unique=True).map(
+    lambda layers: tuple(sorted(layers))
+)
+_fusion_places = st.tuples(_fusion_layers, st.sampled_from(get_args(rules.FusionScope))).map(
+    lambda place: {"layers": place[0], "scope": place[1] if len(place[0]) == 1 else "prompt"}
+)
 fusion_configs = st.builds(
-    rules.FusionConfig,
+    lambda rule, places, options: rules.FusionConfig(rule, **places, **options),
     fusion_rules,
-    layers=_fusion_layers,
-    max_group=st.integers(2, 6),
-    weights=st.sampled_from(get_args(rules.FusionWeights)),
-    scope=st.sampled_from(get_args(rules.FusionScope)),
-    protect_first=st.integers(0, 3),
-    protect_special=st.booleans(),
+    _fusion_places,
+    st.fixed_dictionaries(
+        {
+            "max_group": st.integers(2, 6),
+            "weights": st.sampled_from(get_args(rules.FusionWeights)),
+            "protect_first": st.integers(0, 3),
+            "protect_special": st.booleans(),
+        }
+    ),
 )
 _shortcuts = st.builds(
     rules.Shortcut,

@@ -184,7 +184,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
         decoder, generating = self._decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
-        decoder.check_cache(cache, len(input_ids))
+        decoder.check_caches(cache.sequences, len(input_ids))
         input_ids = input_ids.to(self.device)
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         grid = self._continue(cache, input_ids, attention_mask, position_ids, labels)

@@ -19,7 +19,8 @@ from tests.e2e.conftest import SENTENCES, Outcome
 from tests.e2e.prompts import ATOL, PROMPT, left_padded
 
 PAIRS = Plan("pairs", fusion=FusionConfig(RandomFusionRule(0.6), layers=(1,), max_group=3, protect_first=1))
-EVERYWHERE = Plan("all", fusion=FusionConfig(RandomFusionRule(0.6), layers=(1, 2), scope="all", protect_first=1))
+EVERYWHERE = Plan("all", fusion=FusionConfig(RandomFusionRule(0.6), layers=(1,), scope="all", protect_first=1))
+SEVERAL = Plan("several", fusion=FusionConfig(RandomFusionRule(0.6), layers=(1, 2), protect_first=1))
 
 
 def fused(model: Any) -> int:
@@ -36,7 +37,7 @@ def test_chunked_prefill_generates_what_whole_prefill_does(family: str, plan: Pl
         assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False, prefill_chunk_size=chunk), whole)
 
 
-@pytest.mark.parametrize("plan", [PAIRS, EVERYWHERE], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", [PAIRS, EVERYWHERE, SEVERAL], ids=lambda plan: plan.name)
 def test_a_left_padded_batch_generates_what_each_does_alone(plan: Plan) -> None:
     model, batch = quicksilver.accelerate(tiny.model("qwen2"), plan), left_padded()
     together = model.generate(**batch, max_new_tokens=10, do_sample=False, eos_token_id=None)

@@ -22,6 +22,7 @@ from transformers import (
 import quicksilver
 from quicksilver.errors import InputError
 from quicksilver.plan import Plan
+from quicksilver.rules import EntryConfig
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.tolerances import LOSS
@@ -219,13 +220,17 @@ def test_the_cache_has_two_names(model: Any) -> None:
             call(PROMPT, **both)
 
 
-def test_a_cache_is_not_continued_under_another_plan(model: Any) -> None:
+def test_a_cache_is_continued_under_another_plan_where_entries_are_alike(model: Any) -> None:
+    whole = torch.cat((PROMPT, PROMPT), 1)
+    expected = model(whole).logits[:, PROMPT.shape[1] :]
     cache = model(PROMPT).past_key_values
-    model.plan = HALTING
-    with pytest.raises(InputError, match="another plan"):
+    model.plan = Plan("coded", entries=EntryConfig())
+    with pytest.raises(InputError, match="keeps entries of 32 bits, where the plan asks for entries of 8 bits"):
         model(PROMPT, past_key_values=cache)
-    with pytest.raises(InputError, match="another plan"):
-        model.generate(torch.cat((PROMPT, PROMPT), 1), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(InputError, match="keeps entries of 32 bits"):
+        model.generate(whole, past_key_values=cache, max_new_tokens=2)
+    model.plan = "dense"
+    torch.testing.assert_close(model(PROMPT, past_key_values=cache).logits, expected, atol=ATOL, rtol=0)
 
 
 def test_a_cache_is_not_continued_by_another_batch(model: Any) -> None:

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quicksilver import rules
-from quicksilver.cache.coded import CodedRowBuffer, RoundedRowBuffer, decode, encode
+from quicksilver.cache import CacheShape, ModelIdentity, SequenceCache
+from quicksilver.cache.coded import decode, encode
 from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     Run,
+    at_one_layer,
     decoder,
     fusion_plan,
     halting_plan,
@@ -118,7 +120,7 @@ def test_prefill_equals_decode_equals_chunks(plan: Plan, family: str, length: in
 def test_the_cache_does_not_depend_on_how_tokens_were_fed(
     plan: Plan, family: str, length: int, data: st.DataObject
 ) -> None:
-    engine = decoder(tiny.model(family, torch.float64), plan, special_ids=[7])
+    engine = decoder(tiny.model(family, torch.float64), at_one_layer(plan), special_ids=[7])
     ids, cut = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
     whole = run_chunks(engine, ids, [length], prompt=True)
     for sizes in ([cut, length - cut], [1] * length):
@@ -227,15 +229,16 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 @BITS
-def test_a_buffer_of_fewer_bits_is_like_any_other(bits: int) -> None:
-    buffer = (CodedRowBuffer if bits == 8 else RoundedRowBuffer)((2, 4), torch.float32, torch.device("cpu"))
-    rows = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
-    buffer.append(rows[:3])
-    buffer.append(rows[3:])
+def test_entries_of_fewer_bits_are_kept_as_what_they_mean(bits: int) -> None:
+    cache = SequenceCache(CacheShape(1, 2, 4, torch.float32, torch.device("cpu"), bits), ModelIdentity())
+    rows, positions = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    cache.append(0, positions[:3], rows[:3], -rows[:3])
+    cache.append(0, positions[3:], rows[3:], -rows[3:])
+    cache.advance(5)
     kept = decode(*encode(rows), torch.float32) if bits == 8 else rows.bfloat16().float()
-    assert torch.equal(buffer.rows, kept)
-    buffer.length -= 1
-    assert buffer.rows.shape == (4, 2, 4)
-    assert buffer.used_nbytes == 4 * 2 * (4 + 4)  # of codes and a scale, or of halves
-    buffer.trim()
-    assert buffer.nbytes == buffer.used_nbytes
+    assert torch.equal(cache.entries(0).keys, kept)
+    assert torch.equal(cache.entries(0).values, -kept)
+    assert cache.truncate(4) == 4
+    assert cache.entries(0).keys.shape == (4, 2, 4)
+    assert cache.used_nbytes == 4 * (2 * 2 * (4 + 4) + 4)  # of codes and a scale, or of halves; and a position
+    assert cache.copy().nbytes == cache.used_nbytes

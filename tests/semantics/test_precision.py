@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver import rules
-from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.plan import Plan
@@ -181,7 +180,7 @@ def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
 HALTING = rules.HaltingConfig(rules.ForcedRule((4, 3, 1, 2)), min_layer=1, protect_first=0, protect_special=False)
 FUSING = rules.FusionConfig(
     rules.ForcedFusionRule((False, True, True, False, True)),
-    layers=(1, 2, 3),
+    layers=(2,),
     max_group=3,
     weights="mass",
     scope="all",
@@ -224,27 +223,6 @@ def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.PropagateFill(), fusion=FUSING)
     engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(17)
     whole, steps = run_whole(engine, ids), run_steps(engine, ids)
-    torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
-    same_cache(whole, steps)
-
-
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
-def test_rows_that_run_again_in_a_later_pass_read_what_they_would_have_read(
-    monkeypatch: pytest.MonkeyPatch, name: str, family: str
-) -> None:
-    reruns, rerun = [], Trace.rerun
-    monkeypatch.setattr(
-        Trace, "rerun", lambda trace, count, device: reruns.append(count) or rerun(trace, count, device)
-    )
-    fusion = replace(FUSING, rule=rules.RandomFusionRule(0.6, seed=2), layers=(2, 3))
-    config = rules.PrecisionConfig(rule_for(name, family), protect_first=2, protect_special=False)
-    plan = Plan("test", precision=config, fusion=fusion)
-    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(30)
-    whole = run_whole(engine, ids)
-    assert not reruns
-    steps = run_steps(engine, ids)
-    assert sum(reruns) > 0
     torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
     same_cache(whole, steps)
 

@@ -40,7 +40,7 @@ HALTING = rules.HaltingConfig(rules.ForcedRule(DEPTHS), min_layer=1, protect_fir
 
 def fusing(weights: rules.FusionWeights = "last") -> rules.FusionConfig:
     rule, free = rules.ForcedFusionRule(JOINS), {"protect_first": 0, "protect_special": False}
-    return rules.FusionConfig(rule, layers=(1, 2), max_group=3, weights=weights, scope="all", **free)
+    return rules.FusionConfig(rule, layers=(1, 2), max_group=3, weights=weights, **free)
 
 
 def halts(layer_idx: int, before: Tensor, *_: object) -> Tensor:

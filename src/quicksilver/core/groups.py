@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -18,39 +18,25 @@ class FusionRows:
         hidden: [N, d] the rows' own states.
         mean: [N, d] float32, mean over the tokens that the row stands for, None where no mean is used.
         mass: [N] int64, tokens that the row stands for.
-        members: [N] int64, rows of this layer in its group.
         positions: [N] logical positions; a row covers its last `mass` positions.
         token_ids: [N] the tokens at those positions.
         seq_ids: [N] sequences, ascending.
-        update: [N, d] what the layer added, None where no halting rule reads it.
-        caps: [N] uint8, the most bits of each weight that a row reads, None where nothing limits them.
     """
 
     hidden: Tensor
     mean: Tensor | None
     mass: Tensor
-    members: Tensor
     positions: Tensor
     token_ids: Tensor
     seq_ids: Tensor
-    update: Tensor | None
-    caps: Tensor | None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> FusionRows:
-        """Return the rows with every tensor changed alike."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return FusionRows(*(None if value is None else change(value) for value in values))  # type: ignore[arg-type]
-
     def select(self, rows: Tensor) -> FusionRows:
         """Return the given rows ([M])."""
-        return self.map(lambda value: value.index_select(0, rows))
-
-    def detached_row(self, row: int) -> FusionRows:
-        """Return one row in memory of its own."""
-        return self.map(lambda value: value[row : row + 1].clone())
+        values = (getattr(self, field.name) for field in fields(self))
+        return FusionRows(*(None if value is None else value.index_select(0, rows) for value in values))  # type: ignore[arg-type]
 
     @classmethod
     def concatenate(cls, parts: Sequence[FusionRows]) -> FusionRows:
@@ -94,14 +80,4 @@ def merge(rows: FusionRows, groups: Groups) -> FusionRows:
         averaged = groups.sum(rows.mean * rows.mass[:, None]) / mass[:, None]
         alone = torch.bincount(groups.group_ids, minlength=len(last))[:, None] == 1
         mean = torch.where(alone, last.mean, averaged)  # a row alone keeps its bits
-    return FusionRows(
-        last.hidden,
-        mean,
-        mass,
-        groups.sum(rows.members),
-        last.positions,
-        last.token_ids,
-        last.seq_ids,
-        last.update,
-        last.caps,
-    )
+    return replace(last, mean=mean, mass=mass)

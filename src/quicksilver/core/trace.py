@@ -6,8 +6,7 @@ FLOPs, tables, pictures and the oracle tests all read this; it computes no cost 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -243,17 +242,6 @@ class Trace:
     def _record_depth(self, layer_idx: int, origin: Tensor) -> None:
         if self.per_token and origin.shape[0]:
             self.depths[-1].index_fill_(0, origin, layer_idx + 1)
-
-    @contextmanager
-    def rerun(self, num_tokens: int, device: torch.device) -> Iterator[None]:
-        """Count work done again for tokens of earlier passes, whose depths are on record already."""
-        if self.per_token:
-            self.depths.append(torch.zeros(num_tokens, dtype=torch.int64, device=device))
-        try:
-            yield
-        finally:
-            if self.per_token:
-                self.depths.pop()
 
     def record_cache(self, allocated: int, used: int, entries: int) -> None:
         """Record the cache after a pass: bytes allocated, bytes of what is held, and entries."""

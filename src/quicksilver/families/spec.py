@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quicksilver.cache import CacheShape
+from quicksilver.cache import CacheShape, ModelIdentity
 from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.families.modules import ModuleWatch
 from quicksilver.families.rotary import Rotation
@@ -171,6 +171,7 @@ class Adapter:
         normed_head: states [N, d] to logits, both in one; None where they are two.
         kernels: which kernels read nested weights.
         modules: says whether the model's modules are still those that this was made of.
+        identity: of the model, by which its caches know it; a copy has another.
     """
 
     spec: ModelSpec
@@ -182,6 +183,7 @@ class Adapter:
     normed_head: Map | None = None
     kernels: Kernels = "torch"
     modules: ModuleWatch | None = None
+    identity: ModelIdentity = field(default_factory=ModelIdentity)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""

@@ -139,7 +139,7 @@ class FusionConfig:
     Attributes:
         rule: says whether a token is like the one before it.
         layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1),
-            rounded up.
+            rounded up. Several for scope "prompt" alone; then no group goes on in a later pass.
         max_group: most tokens that one representative stands for.
         weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
             by the tokens each stands for (the paper).
@@ -175,6 +175,11 @@ class FusionConfig:
             raise PlanError(f"fusion.weights must be one of {', '.join(get_args(FusionWeights))}, got {self.weights!r}")
         if self.scope not in get_args(FusionScope):
             raise PlanError(f"fusion.scope must be one of {', '.join(get_args(FusionScope))}, got {self.scope!r}")
+        if self.scope == "all" and len(layers) > 1:
+            raise PlanError(
+                f'fusion at several layers is for prompts, got layers {list(layers)} in scope "all": name one layer, or'
+                ' use scope "prompt"'
+            )
         check_protection("fusion", self.protect_first, self.protect_special)
         self.rule.check_layers(len(layers))
 

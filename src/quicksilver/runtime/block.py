@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quicksilver.cache import append_rows
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.families.spec import Apply, LayerOps
@@ -93,7 +94,7 @@ def fill_layer(layer: LayerOps, layer_idx: int, skipped: Skipped, context: PassC
     """Write the entries of a layer that no token runs."""
     if skipped.fill is Fill.NONE:
         return
-    shape = context.cache.shape
+    shape = context.caches[0].shape
     none = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=shape.device)
     nobody = TokenState(none, context.chunk.select(context.chunk.origin[:0]))
     _write(layer, layer_idx, nobody, (none, none), skipped, context)
@@ -114,13 +115,13 @@ def _write(
     context: PassContext,
 ) -> None:
     """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
-    cache, chunk, status, layout = context.cache, context.chunk, skipped.status, state.layout
+    caches, chunk, status, layout = context.caches, context.chunk, skipped.status, state.layout
     key, value = running
-    layer_trace = context.trace.at(layer_idx)
-    if cache.shape.coded:
+    layer_trace, coded = context.trace.at(layer_idx), caches[0].shape.coded
+    if coded:
         layer_trace.signal_rows["entry"] += key.shape[0]
     if status.halted is None or status.frozen is None or skipped.fill is Fill.NONE:
-        cache.append(layer_idx, layout, key, value, masses=state.mass)
+        append_rows(caches, layer_idx, layout, key, value, state.mass)
     else:
         shape = (chunk.num_tokens, *key.shape[1:])
         keys, values = key.new_zeros(shape), value.new_zeros(shape)
@@ -135,11 +136,11 @@ def _write(
             keys.index_copy_(0, status.halted, frozen_key)
             values.index_copy_(0, status.halted, frozen_value)
             layer_trace.fill_rows += frozen.shape[0]
-            if cache.shape.coded:
+            if coded:
                 layer_trace.signal_rows["entry"] += frozen.shape[0]
         if status.present is not chunk:
             keys, values = (t.index_select(0, status.present.origin) for t in (keys, values))
-        cache.append(layer_idx, status.present, keys, values, masses=status.present_masses)
+        append_rows(caches, layer_idx, status.present, keys, values, status.present_masses)
 
 
 def _attend(
@@ -163,7 +164,7 @@ def _attend(
         if length == 0:
             continue
         rows = slice(bounds[seq], bounds[seq + 1])
-        entries = context.cache.entries(layer_idx, seq)
+        entries = context.caches[seq].entries(layer_idx)
         attended = ragged_attention(
             query[rows],
             entries.keys,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quicksilver.cache import RaggedKVCache
+from quicksilver.cache import SequenceCache
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import Trace
 from quicksilver.families.rotary import Rotation
@@ -30,7 +30,7 @@ class PassContext:
         exempt: [N] tokens that read all bits of every weight, None where widths are not chosen by token.
         shortcuts: lets tokens past sublayers.
         unshortened: [N] tokens that run every sublayer in full, None where none must.
-        cache: extended by every layer.
+        caches: of the sequences, extended by every layer.
         trace: counts what runs.
         backend: attention implementation.
         attention: what attention does not read, None where it reads all.
@@ -46,7 +46,7 @@ class PassContext:
     exempt: Tensor | None
     shortcuts: ShortcutStep
     unshortened: Tensor | None
-    cache: RaggedKVCache
+    caches: tuple[SequenceCache, ...]
     trace: Trace
     backend: AttentionBackend
     attention: AttentionConfig | None

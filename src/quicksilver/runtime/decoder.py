@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quicksilver.cache import RaggedKVCache
+from quicksilver.cache import RaggedKVCache, SequenceCache
 from quicksilver.core.ragged import RaggedLayout, TokenState
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
@@ -22,7 +23,7 @@ from quicksilver.plan import Plan
 from quicksilver.policies import kv
 from quicksilver.runtime.block import Skipped, fill_layer, run_layer
 from quicksilver.runtime.context import PassContext
-from quicksilver.runtime.fusion import FusionStep, Rerun
+from quicksilver.runtime.fusion import FusionStep
 from quicksilver.runtime.halting import HaltingStep
 from quicksilver.runtime.maps import OutputMaps
 from quicksilver.runtime.precision import PrecisionStep
@@ -63,7 +64,7 @@ class Decoder:
         self.plan = plan
         self.backend: AttentionBackend = backend
         self._special_ids = tuple(special_ids)
-        self._owner = (plan.hash, id(adapter))
+        self._cache_shape = adapter.spec.cache_shape(plan.entry_bits)
         self._maps = OutputMaps(plan, adapter.spec)
         self._halting = HaltingStep(adapter, plan, special_ids)
         self._fusion = FusionStep(adapter, plan.fusion, special_ids)
@@ -74,19 +75,17 @@ class Decoder:
         """Say how copies are made, since steps know modules by identity and kernels hold addresses."""
         return type(self), (self.adapter, self.plan, self._special_ids, self.backend)
 
-    @property
-    def fusion_layers(self) -> tuple[int, ...]:
-        """Indices of the layers after which tokens may fuse, ascending."""
-        return self._fusion.layers
-
     def head_entropy(self, hidden: Tensor) -> Tensor:
         """Return the entropy in bits of the model's head on states [M, d], [M]."""
         return self._halting.head_entropy(hidden)
 
     def new_cache(self, batch_size: int) -> RaggedKVCache:
-        """Return an empty cache for `batch_size` sequences under this plan."""
-        shape = self.spec.cache_shape(self.plan.entry_bits)
-        return RaggedKVCache(shape, batch_size, self._owner, self._fusion.layers)
+        """Return an empty cache for a batch of `batch_size` sequences."""
+        return RaggedKVCache([self.new_sequence() for _ in range(batch_size)])
+
+    def new_sequence(self) -> SequenceCache:
+        """Return an empty cache for one sequence; plans that keep entries in as many bits may continue it in turn."""
+        return SequenceCache(self._cache_shape, self.adapter.identity)
 
     def new_trace(self, per_token: bool = False) -> Trace:
         """Return an empty trace for this model."""
@@ -97,16 +96,19 @@ class Decoder:
         self,
         token_ids: Tensor,
         lengths: Sequence[int],
-        cache: RaggedKVCache,
+        caches: RaggedKVCache | Sequence[SequenceCache],
         trace: Trace,
         prompt: bool | Sequence[bool] = False,
     ) -> Tensor:
-        """Feed each sequence's next tokens through the layers.
+        """Feed sequences' next tokens through the layers: of any sequences, here a whole prompt and there one token.
+
+        All that is given is checked before anything is written. Where a pass fails on the way, the sequences that it
+        fed cannot go on.
 
         Args:
             token_ids: [N] new tokens of all sequences, end to end.
-            lengths: new tokens of each sequence; they continue what the cache has seen.
-            cache: extended in place.
+            lengths: new tokens of each sequence, 0 for none; they continue what its cache has seen.
+            caches: of the sequences, from wherever they come; extended in place.
             trace: added to.
             prompt: the tokens belong to a prompt: nobody asks what any but the last predicts. For all sequences, or
                 for each. A plan may fuse such tokens only.
@@ -116,25 +118,29 @@ class Decoder:
             the states of tokens that stop early, the mapped one.
 
         Raises:
-            InputError: a token id out of range, a sequence longer than the model allows, or flags of another number.
+            InputError: a token id out of range, a sequence longer than the model allows, a cache that cannot be
+                continued or is given twice, or lengths or flags of another number.
             UnsupportedModelError: something was put on the model's modules, or in their place, that would not run.
         """
-        self._check_modules(decodes=len(token_ids) <= len(lengths) and any(cache.seq_lengths))
-        self.check_cache(cache, len(lengths))
-        self.check_tokens(token_ids, lengths, cache.seq_lengths)
+        caches = tuple(caches.sequences if isinstance(caches, RaggedKVCache) else caches)
+        starts = [cache.length for cache in caches]
+        self._check_modules(decodes=len(token_ids) <= len(lengths) and any(starts))
+        self.check_caches(caches, len(lengths))
+        self.check_tokens(token_ids, lengths, starts)
         of_prompt = self._flags(prompt, len(lengths))
-        chunk = RaggedLayout.build(cache.seq_lengths, lengths, self.spec.device)
-        if not any(cache.seq_lengths):
+        chunk = RaggedLayout.build(starts, lengths, self.spec.device)
+        if not any(starts):
             self._follow_weights()
-        trace.begin_pass(cache.seq_lengths, chunk)
-        cache.in_pass = True
-        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), cache, trace)
+        context = self._context(chunk, token_ids, self._fusion.takes_part(of_prompt), caches, trace)
         embedded = TokenState(self.adapter.embed(token_ids, chunk.positions), chunk)
-        running, status = self._run_layers(
-            0, Running(embedded, context.rotation), TokenStatus.all_running(chunk), context
-        )
-        cache.advance(chunk, context.fuses)
-        trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)
+        trace.begin_pass(starts, chunk)
+        fed = [each for each in zip(caches, lengths, context.fuses, strict=True) if each[1]]
+        for cache, _, _ in fed:
+            cache.in_pass = True
+        running, status = self._run_layers(Running(embedded, context.rotation), TokenStatus.all_running(chunk), context)
+        for cache, length, fuses in fed:
+            cache.advance(length, joinable=fuses and self._fusion.crosses_passes)
+        trace.record_cache(*_held(caches))
         hidden = running.state.hidden if status.frozen is None else running.state.scatter_into(status.frozen)
         return self._maps.map_stopped(hidden, status.stops, trace)
 
@@ -143,11 +149,9 @@ class Decoder:
         if (modules := self.adapter.modules) is not None:
             (modules.check_hooks if decodes else modules.check)()
 
-    def _run_layers(
-        self, first: int, running: Running, status: TokenStatus, context: PassContext
-    ) -> tuple[Running, TokenStatus]:
-        """Run the layers from `first` on."""
-        layer_idx, modules = first - 1, self.adapter.modules
+    def _run_layers(self, running: Running, status: TokenStatus, context: PassContext) -> tuple[Running, TokenStatus]:
+        """Run all layers."""
+        layer_idx, modules = -1, self.adapter.modules
         spans = None if modules is not None and modules.is_observed else self._spans
         while (layer_idx := layer_idx + 1) < self.spec.num_layers:
             layer, skipped = self.adapter.layers[layer_idx], Skipped(status, kv.decide(self.plan.kv, layer_idx).fill)
@@ -167,9 +171,7 @@ class Decoder:
                     status, running = status.halt(layer_idx, running.state, split), running.select(split.keep)
                 status = self._cap(layer_idx, running, status, context)
             if layer_idx in self._fusion.layers and (fused := self._fusion.apply(layer_idx, running, status, context)):
-                if fused.rerun is not None:
-                    self._run_again(layer_idx + 1, fused.rerun, context)
-                running, status = fused.running, fused.status
+                running, status = fused
         return running, status
 
     def _bind_weights(self) -> None:
@@ -201,21 +203,6 @@ class Decoder:
         caps = self._precision.decide_tokens(layer_idx, hidden, origins, status.caps, count, context.trace)
         return status if caps is status.caps else replace(status, caps=caps)
 
-    def _run_again(self, first: int, rerun: Rerun, outer: PassContext) -> None:
-        """Run the layers from `first` on for tokens of earlier passes, ahead of a pass's own."""
-        chunk = rerun.state.layout
-        fuses = tuple(fuses and length > 0 for fuses, length in zip(outer.fuses, chunk.lengths, strict=True))
-        context = self._context(chunk, rerun.token_ids, fuses, outer.cache, outer.trace)
-        with outer.trace.rerun(chunk.num_tokens, self.spec.device):
-            self._run_layers(
-                first,
-                Running(rerun.state, context.rotation, rerun.update),
-                TokenStatus.all_running(
-                    chunk, None if rerun.state.mass is None else rerun.state.mass.clone(), rerun.caps
-                ),
-                context,
-            )
-
     @staticmethod
     def _flags(prompt: bool | Sequence[bool], count: int) -> list[bool]:
         flags = [prompt] * count if isinstance(prompt, bool) else [bool(flag) for flag in prompt]
@@ -228,7 +215,7 @@ class Decoder:
         chunk: RaggedLayout,
         token_ids: Tensor,
         fuses: tuple[bool, ...],
-        cache: RaggedKVCache,
+        caches: tuple[SequenceCache, ...],
         trace: Trace,
     ) -> PassContext:
         rotate = self.adapter.rotation
@@ -246,7 +233,7 @@ class Decoder:
             exempt=exempt,
             shortcuts=self._shortcuts,
             unshortened=unshortened,
-            cache=cache,
+            caches=caches,
             trace=trace,
             backend=self.backend,
             attention=self.plan.attention,
@@ -259,35 +246,54 @@ class Decoder:
         trace.head_rows += hidden.shape[0]
         return self.adapter.logits(hidden)
 
-    def check_cache(self, cache: RaggedKVCache, batch_size: int) -> None:
-        """Raise InputError where a cache cannot be continued under this plan by so many sequences."""
-        if batch_size != cache.batch_size:
-            raise InputError(f"{batch_size} sequences were given to a cache of {cache.batch_size}")
-        if cache.owner != self._owner:
-            raise InputError(
-                f"the cache was written by another model or under another plan than {self.plan.name!r}; start a new one"
-            )
-        if cache.in_pass:
-            raise InputError("an earlier pass over this cache failed and left it incomplete; start a new one")
+    def check_caches(self, caches: Sequence[SequenceCache], count: int) -> None:
+        """Raise InputError where caches cannot be continued by `count` sequences."""
+        if count != len(caches):
+            raise InputError(f"{count} sequences were given to a cache of {len(caches)}")
+        for index, cache in enumerate(caches):
+            obstacle = cache.obstacle(self._cache_shape, self.adapter.identity)
+            if obstacle is not None:
+                raise InputError(f"{_sequence(index, count)}{obstacle}; start a new one")
+        if count > 1 and len(set(map(id, caches))) < count:
+            first = next(index for index, cache in enumerate(caches) if any(cache is other for other in caches[:index]))
+            raise InputError(f"{_sequence(first, count)}its cache is another's too; give each a copy")
 
     def check_tokens(self, token_ids: Tensor, lengths: Sequence[int], seen: Sequence[int]) -> None:
         """Raise InputError where tokens [N] cannot follow what sequences have seen: wrong ids, too long a context."""
-        for before, length in zip(seen, lengths, strict=True):
+        if min(lengths, default=0) < 0 or sum(lengths) != len(token_ids):
+            raise InputError(f"lengths {list(lengths)} do not divide {len(token_ids)} tokens")
+        for index, (before, length) in enumerate(zip(seen, lengths, strict=True)):
             if before + length > self.spec.max_positions:
                 raise InputError(
-                    f"a sequence of {before + length} tokens is longer than the model's context"
-                    f" of {self.spec.max_positions}"
+                    f"{_sequence(index, len(lengths))}a sequence of {before + length} tokens is longer than the model's"
+                    f" context of {self.spec.max_positions}"
                 )
         prefill = token_ids.shape[0] > len(lengths)
         if token_ids.device.type == "cpu" or prefill:  # a check costs a device synchronisation in decode
-            check_token_ids(token_ids, self.spec.vocab_size)
+            check_token_ids(token_ids, self.spec.vocab_size, lengths)
 
 
-def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Raise InputError where an id is not in [0, vocab_size)."""
+def check_token_ids(token_ids: Tensor, vocab_size: int, lengths: Sequence[int] = ()) -> None:
+    """Raise InputError where an id is not in [0, vocab_size), naming of which sequence where several have `lengths`."""
     if token_ids.numel() == 0:
         raise InputError("no tokens were given")
     few = token_ids.tolist() if token_ids.numel() <= _FEW else torch.stack(token_ids.aminmax()).tolist()
     low, high = min(few), max(few)
     if low < 0 or high >= vocab_size:
-        raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+        wrong = low if low < 0 else high
+        row = int((token_ids == wrong).nonzero()[0])
+        index = next((index for index, end in enumerate(accumulate(lengths)) if row < end), 0)
+        raise InputError(f"{_sequence(index, len(lengths))}token id {wrong} is outside the vocabulary of {vocab_size}")
+
+
+def _sequence(index: int, count: int) -> str:
+    """Return how an error names one of several sequences."""
+    return f"sequence {index}: " if count > 1 else ""
+
+
+def _held(caches: Sequence[SequenceCache]) -> tuple[int, int, int]:
+    """Return bytes allocated, bytes of what is held, and entries of all sequences."""
+    allocated = used = entries = 0
+    for cache in caches:
+        allocated, used, entries = allocated + cache.nbytes, used + cache.used_nbytes, entries + cache.num_entries
+    return allocated, used, entries

@@ -232,7 +232,7 @@ class _Feed:
         ids, fed = self._request.input_ids, cache.fed
         if not settings.config.use_cache:
             raise InputError("a cache was given, and use_cache=False says not to use one; leave out one of them")
-        self._model.decoder.check_cache(cache, len(ids))
+        self._model.decoder.check_caches(cache.sequences, len(ids))
         if columns > ids.shape[1]:  # the new tokens alone were given
             if columns != fed.count + ids.shape[1]:
                 raise InputError(

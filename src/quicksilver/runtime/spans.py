@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.cache import extend
 from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import Fill
 from quicksilver.core.ragged import TokenState
@@ -102,7 +103,7 @@ class LayerSpans:
         layout = running.state.layout if halted is None else context.chunk
         hidden = self._rows(running, status, halted)
         fields = self._fields(layout, halted, status, context)
-        storage = context.cache.extend(layers, layout.lengths)
+        storage = extend(context.caches, layers, layout.lengths)
         rotation = running.rotation if halted is None else context.rotation
         cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
         counts = context.trace.pending(self._key, self._new_counts)

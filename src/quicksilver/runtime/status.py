@@ -76,9 +76,9 @@ class TokenStatus:
     stops: tuple[Stop, ...] = ()
 
     @classmethod
-    def all_running(cls, chunk: RaggedLayout, masses: Tensor | None = None, caps: Tensor | None = None) -> TokenStatus:
+    def all_running(cls, chunk: RaggedLayout) -> TokenStatus:
         """Return the status at the beginning of a pass."""
-        return cls(chunk, chunk, masses=masses, caps=caps)
+        return cls(chunk, chunk)
 
     @property
     def present_masses(self) -> Tensor | None:

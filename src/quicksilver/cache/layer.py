@@ -1,0 +1,132 @@
+"""One layer's entries of one sequence, in tensors that grow geometrically: a token does not copy those before it.
+
+When they grow, and what is written, is `sequence.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quicksilver.cache.coded import SCALE_BYTES
+from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
+
+_STORED = {HALF_BITS: torch.bfloat16, ENTRY_BITS: torch.int8}  # by the bits of a number
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache must know of a model, and of a plan.
+
+    Attributes:
+        num_layers: layers.
+        num_kv_heads: heads of keys and values.
+        head_dim: width of each.
+        dtype: of keys and values as they are written and read.
+        device: where they live.
+        entry_bits: they are kept in so many: 8 for int8 codes with a scale for each entry and head, 16 for bfloat16;
+            None for their own dtype.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    entry_bits: int | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether entries are codes with scales."""
+        return self.entry_bits == ENTRY_BITS
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry's key and value."""
+        bits = 8 * self.dtype.itemsize if self.entry_bits is None else self.entry_bits
+        return 2 * self.num_kv_heads * (self.head_dim * bits // 8 + (SCALE_BYTES if self.coded else 0))
+
+
+class Entries(NamedTuple):
+    """One sequence's entries in one layer.
+
+    Attributes:
+        keys: [n, num_kv_heads, head_dim].
+        values: like keys.
+        positions: [n] logical positions.
+        masses: [n] tokens that each entry stands for, None where each stands for one.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    masses: Tensor | None
+
+
+class LayerEntries:
+    """Tensors of one layer's entries, with room to grow; empty at first.
+
+    Args:
+        shape: the cache's.
+
+    Attributes:
+        length: entries held.
+        capacity: entries that there is room for.
+        row_nbytes: bytes of one entry, its position and mass included.
+        keys: [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes.
+        values: like keys.
+        key_scales: [capacity, num_kv_heads] float32 of codes, None where there are none.
+        value_scales: like key_scales.
+        positions: [capacity] int32.
+        masses: [capacity] int32, None where each entry stands for one token.
+    """
+
+    __slots__ = (
+        "capacity",
+        "key_scales",
+        "keys",
+        "length",
+        "masses",
+        "positions",
+        "row_nbytes",
+        "value_scales",
+        "values",
+    )
+    TENSORS = ("keys", "values", "key_scales", "value_scales", "positions", "masses")  # in the kernels' order
+
+    def __init__(self, shape: CacheShape) -> None:
+        stored = shape.dtype if shape.entry_bits is None else _STORED[shape.entry_bits]
+        rows = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=stored, device=shape.device)
+        scales = rows.new_empty(rows.shape[:2], dtype=torch.float32) if shape.coded else None
+        self.length = self.capacity = 0
+        self.keys = self.values = rows
+        self.key_scales = self.value_scales = scales
+        self.positions = rows.new_empty(0, dtype=torch.int32)
+        self.masses: Tensor | None = None
+        self.row_nbytes = shape.entry_bytes + self.positions.element_size()
+
+    def resize(self, capacity: int) -> None:
+        """Move what is held to tensors of their own, of another capacity."""
+        for name in self.TENSORS:
+            before: Tensor | None = getattr(self, name)
+            if before is not None:
+                after = before.new_empty((capacity, *before.shape[1:]))
+                after[: self.length] = before[: self.length]
+                setattr(self, name, after)
+        self.capacity = capacity
+
+    def add_masses(self) -> None:
+        """Keep masses from here on; each entry so far stands for one token."""
+        self.masses = torch.ones_like(self.positions)
+        self.row_nbytes += self.masses.element_size()
+
+    def copy(self) -> LayerEntries:
+        """Return the same entries in tensors of their own, without room to grow."""
+        copied = object.__new__(LayerEntries)
+        for name in self.__slots__:
+            setattr(copied, name, getattr(self, name))
+        copied.resize(self.length)
+        return copied
