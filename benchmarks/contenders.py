@@ -91,7 +91,7 @@ def halved(model: GPT2LMHeadModel, fill: str) -> Contender:
     layers = model.config.n_layer
     forced = Forced(layers, (layers, layers // 2), fills=fill != "drop")
     halting = rules.HaltingConfig(rules.ForcedRule(forced.depths), min_layer=1, protect_first=0)
-    plan = quicksilver.Plan(f"half-{fill}", halting, fills[fill]())
+    plan = quicksilver.Plan(f"half-{fill}", halting, rules.KVConfig(fills[fill]()))
     return Contender(plan.name, quicksilver.accelerate(model, plan), DENSE, forced)
 
 

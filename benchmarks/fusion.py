@@ -24,7 +24,7 @@ from quicksilver.measure.scoring import EngineRecord, run_windows
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import Protocol, Window, WindowedText, cut, default_bos
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 FusionMode = Literal["prompt", "score"]
 SCOPES: dict[FusionMode, rules.FusionScope] = {"prompt": "prompt", "score": "all"}

@@ -18,7 +18,7 @@ from quicksilver import rules
 from quicksilver.families.spec import Adapter
 from quicksilver.measure.windows import Window
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 WEIGHTS: tuple[rules.FusionWeights, ...] = get_args(rules.FusionWeights)
 SWEPT: rules.FusionWeights = "last"  # measured at every share; the other weights at one

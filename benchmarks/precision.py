@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep import heading, interval, read_corpus, show_dot, text_options, write_results
+from quicksilver.calibrate.bits import fit
 from quicksilver.calibrate.hessians import collect_hessians
-from quicksilver.calibrate.widths import fit
 from quicksilver.errors import QuickSilverError
 from quicksilver.families.nesting import nest
 from quicksilver.loading.load import accelerate, load, load_tokenizer
@@ -29,13 +29,13 @@ from quicksilver.plan import Plan
 from quicksilver.quant.codes import GROUP_SIZES
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import (
-    ChannelWidthRule,
-    EntropyWidthRule,
+    ChannelBitsRule,
+    EntropyBitsRule,
     PrecisionConfig,
     PrecisionRule,
-    UniformWidthRule,
+    UniformBitsRule,
 )
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 BUDGETS = (0.010, 0.036)
 MEANS = (6.0, 5.2, 4.5, 4.0)
@@ -49,15 +49,15 @@ PROTECT_FIRST = 4  # and special tokens, under every policy but uniform ones
 def wanted() -> Iterator[tuple[str, PrecisionRule]]:
     """Yield the policies compared, by name; those with a target are still to be fitted."""
     for width in (8, 6, 4, 2):
-        yield f"uniform {width}", UniformWidthRule(width)
+        yield f"uniform {width}", UniformBitsRule(width)
     for over in ("head", "hidden"):
         for shares in ENTROPY_SHARES:
             label = "/".join(f"{share:.0%}" for share in shares)
-            yield f"entropy ({over}) {label}", EntropyWidthRule(over=over, target=shares)
+            yield f"entropy ({over}) {label}", EntropyBitsRule(over=over, target=shares)
     for mean in MEANS:
-        yield f"channel, skipping {mean}", ChannelWidthRule(widths=FINE_SKIPPING, target=mean)
-        yield f"channel {mean}", ChannelWidthRule(widths=FINE, target=mean)
-        yield f"channel, 8/4/2/0 {mean}", ChannelWidthRule(widths=COARSE_SKIPPING, target=mean)
+        yield f"channel, skipping {mean}", ChannelBitsRule(bits=FINE_SKIPPING, target=mean)
+        yield f"channel {mean}", ChannelBitsRule(bits=FINE, target=mean)
+        yield f"channel, 8/4/2/0 {mean}", ChannelBitsRule(bits=COARSE_SKIPPING, target=mean)
 
 
 def nested_copy(model: Any, windows: Sequence[Tensor], config: QuantizationConfig) -> Any:
@@ -71,7 +71,7 @@ def plans_for(nested: Any, windows: Sequence[Tensor]) -> list[Plan]:
     """Return the plans, fitted on the windows."""
     plans = []
     for name, rule in wanted():
-        protect = 0 if isinstance(rule, UniformWidthRule) else PROTECT_FIRST
+        protect = 0 if isinstance(rule, UniformBitsRule) else PROTECT_FIRST
         plan = Plan(name, precision=PrecisionConfig(rule, protect_first=protect, protect_special=protect > 0))
         plans.append(fit(nested.adapter, plan, windows, special_ids=nested.special_ids))
         print("f", end="", file=sys.stderr, flush=True)

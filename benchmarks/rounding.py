@@ -34,7 +34,7 @@ from quicksilver.plan import Plan
 from quicksilver.quant.codes import GROUP_SIZES, Grid, NestedCodes
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import REACH, quantize
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 WIDTHS = (8, 4, 2)
 NARROW = (4, 2)

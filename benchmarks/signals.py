@@ -35,11 +35,11 @@ from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Protocol, Window, cut, default_bos
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 MIN_LAYER = 0.5
 RANDOM_SHARES = (0.01, 0.02, 0.035, 0.06, 0.1, 0.15)
-FILLS: dict[str, rules.KVFill] = {
+FILLS: dict[str, rules.FillRule] = {
     "drop": rules.DropFill(),
     "zero": rules.ZeroFill(),
     "propagate": rules.PropagateFill(),
@@ -68,7 +68,7 @@ SIGNALS = {
 def plan_for(signal: str, fill: str, number: float) -> Plan:
     """Return the plan of a signal's rule at a threshold, with a fill."""
     rule = SIGNALS[signal].rule(number)
-    return Plan(f"{signal}/{fill}", rules.HaltingConfig(rule, min_layer=MIN_LAYER), FILLS[fill])
+    return Plan(f"{signal}/{fill}", rules.HaltingConfig(rule, min_layer=MIN_LAYER), rules.KVConfig(FILLS[fill]))
 
 
 def saved_share(model: Any, plan: Plan, windows: Sequence[Window]) -> float:

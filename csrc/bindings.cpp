@@ -172,13 +172,6 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
   Pool::shared().run(threads, expand_share, Next::kOthers);
 }
 
-template <std::size_t N>
-nb::dict by_name(const Named (&all)[N]) {
-  nb::dict indices;
-  for (const Named& each : all) indices[each.name] = each.index;
-  return indices;
-}
-
 LinearMap& map_of(Layer& layer, const std::string& name) {
   for (const Named& each : kMapNames) {
     if (name == each.name) return layer.maps[each.index];
@@ -186,12 +179,15 @@ LinearMap& map_of(Layer& layer, const std::string& name) {
   throw std::invalid_argument("no such map: " + name);
 }
 
-void set_map(Layer& layer, const std::string& map, const NestedMatrix& matrix, Address bias, Address mean, int width) {
+void set_map(Layer& layer, const std::string& map, const NestedMatrix& matrix, Address bias, Address mean, int width,
+             const std::vector<std::int64_t>& channel_bytes) {
   LinearMap& linear = map_of(layer, map);
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
   linear.mean = floats_at(mean);
   linear.width = width;
+  if (channel_bytes.size() != linear.channel_bytes.size()) throw std::invalid_argument("bytes of 0 to 8 bits are needed");
+  std::copy(channel_bytes.begin(), channel_bytes.end(), linear.channel_bytes.begin());
 }
 
 void grade_map(Layer& layer, const std::string& map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
@@ -262,15 +258,19 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields, std::si
 
 void run_layers(LayerRunner& runner, int first, int last, Address hidden, int num_rows, std::vector<std::int64_t> rows,
                 Address cos, Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts,
-                int threads, bool then_others) {
+                std::int64_t stride, const std::vector<int>& count_places, int threads,
+                bool then_others) {
   if (first < 0 || last < first || last > runner.num_layers() || num_rows < 0 || num_sequences < 0 || threads < 1) {
     throw std::invalid_argument("there are no such layers, rows, sequences or threads");
   }
+  std::array<int, kLayerCounts> at_places;
+  if (count_places.size() != at_places.size()) throw std::invalid_argument("each count needs a place");
+  std::copy(count_places.begin(), count_places.end(), at_places.begin());
   const std::vector<Row> of_pass = rows_of(rows, num_rows, num_sequences);
   const std::vector<Storage> places = storage_of(storage, std::size_t(last - first) * num_sequences);
   nb::gil_scoped_release release;
   runner.run(first, last, at<float>(hidden), of_pass, floats_at(cos), floats_at(sin), places, num_sequences,
-             at<std::int64_t>(counts), threads, then_others ? Next::kOthers : Next::kRun);
+             {at<std::int64_t>(counts), stride, at_places}, threads, then_others ? Next::kOthers : Next::kRun);
 }
 
 Activation activation_of(const std::string& name) {
@@ -310,7 +310,8 @@ NB_MODULE(_native, m) {
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
-      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "width"_a)
+      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "width"_a,
+           "channel_bytes"_a)
       .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
       .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
            "log_threshold"_a)
@@ -324,9 +325,7 @@ NB_MODULE(_native, m) {
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "activation"_a, "entry_bits"_a)
       .def("run", &run_layers);
-  m.attr("MAPS") = by_name(kMapNames);
-  m.attr("LAYER_COUNTS") = by_name(kCountNames);
-  m.attr("NUM_LAYER_COUNTS") = static_cast<int>(kLayerCounts);
+  m.attr("COUNTS") = std::vector<std::string>(std::begin(kCountNames), std::end(kCountNames));
   m.def("instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(current_kernels().name); });
   m.def("use_instruction_set", &use_instruction_set, "name"_a);

@@ -33,6 +33,8 @@ void apply(const FloatKernels& floats, const AffineMap& map, const float* x, int
   floats.add_rows(room.data(), map.rank, map.up, size, size, y);
 }
 
+constexpr std::int64_t kFloatBytes = sizeof(float);
+
 struct ThreadState {
   std::vector<float> centred, scores, low_rank;
   std::vector<std::int64_t> counts;
@@ -77,7 +79,8 @@ struct LayerRunner::Pass {
   void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
   Entries entries_of(const Storage& place, int head, int count) const;
   void attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx, int thread);
-  void count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences, int layer_idx);
+  void count_rows(const Attention& attention, const std::vector<int>& asking, const Storage* storage, int num_sequences,
+                  int layer_idx);
   void add(const std::vector<int>& through, int map, int thread);
   void run_layer(const Layer& layer, const Layer* after, int layer_idx, const Storage* storage, int num_sequences,
                  int thread, Barrier& barrier);
@@ -128,15 +131,20 @@ void LayerRunner::Pass::make_room(const std::vector<Layer>& layers, int n) {
 bool LayerRunner::Pass::takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread) {
   const Row& entry = (*rows)[row];
   if (!shortcut.present || entry.fills || entry.unshortened) return false;
+  std::int64_t* counted = counts(layer, thread);
+  const int d = shape->hidden;
   if (shortcut.gate) {
-    ++counts(layer, thread)[attention ? kGatedAttention : kGatedMlp];
-    const int d = shape->hidden;
+    counted[kFittedMacs] += 2 * d + 2;  // the gate's, and the norm's of the state
+    counted[kFittedBytes] += kFloatBytes * (d + 2);
     const float length = std::max(std::sqrt(floats->dot(state(row), state(row), d)), FLT_MIN);
     const float predicted =
         floats->dot(normed.row(row), shortcut.gate, d) + shortcut.gate[d] * std::log(length) + shortcut.gate[d + 1];
     if (!(predicted < shortcut.log_threshold)) return false;
   }
-  ++counts(layer, thread)[attention ? kPastAttention : kPastMlp];
+  const std::int64_t weights = std::int64_t{d} * (shortcut.map.down ? 2 * shortcut.map.rank : d);
+  ++counted[attention ? kSkippedAttention : kSkippedMlp];
+  counted[kFittedMacs] += weights;
+  counted[kFittedBytes] += kFloatBytes * (weights + d);
   return true;
 }
 
@@ -168,7 +176,9 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
   const LinearMap& linear = layer.maps[map];
   const int inputs = linear.matrix->num_inputs(), blocks = Selection::blocks_of(inputs);
   const int begin = blocks * thread / num_threads, end = blocks * (thread + 1) / num_threads;
-  std::int64_t* counted = counts(layer_idx, thread) + kWidthCounts + map * (kMaxWidth + 1);
+  std::int64_t* counted = counts(layer_idx, thread);
+  const std::int64_t outputs = linear.matrix->num_outputs();
+  if (linear.mean && thread == 0) counted[kFittedBytes] += kFloatBytes * std::int64_t(of.size()) * (inputs + outputs);
   for (int i = 0; i < static_cast<int>(of.size()); ++i) {
     const float* x = compact ? const_cast<Grid*>(compact)->row(i) : normed.row(of[i]);
     if (linear.mean) {
@@ -188,7 +198,11 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
     }
     const WidthCounts chosen =
         selections[map][i].choose(*floats, x, linear.matrix->base_scales(), inputs, widths, begin, end);
-    for (int width = 0; width <= kMaxWidth; ++width) counted[width] += chosen[width];
+    for (int width = 0; width <= kMaxWidth; ++width) {
+      counted[kMacsAt0 + width] += chosen[width] * outputs;
+      counted[kWeightBytes] += chosen[width] * linear.channel_bytes[width];
+      if (!linear.levels.empty()) counted[kSignalScore] += chosen[width];
+    }
   }
 }
 
@@ -287,18 +301,19 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
   }
 }
 
-void LayerRunner::Pass::count_rows(const std::vector<int>& asking, const Storage* storage, int num_sequences,
-                                   int layer_idx) {
+void LayerRunner::Pass::count_rows(const Attention& attention, const std::vector<int>& asking, const Storage* storage,
+                                   int num_sequences, int layer_idx) {
   std::int64_t* counted = counts(layer_idx, 0);
   counted[kQueryRows] += running.size();
   counted[kFillRows] += all.size() - running.size();
-  counted[kAskingRows] += asking.size();
+  if (shape->kept == Kept::kCodes) counted[kSignalEntry] += all.size();
+  if (attention.query_below > 0.0f || attention.screen_below > 0.0f) counted[kSignalQuery] += asking.size();
   std::vector<int> written(num_sequences, 0);
   std::vector<char> asks(num_sequences, 0);
   for (int row : all) ++written[(*rows)[row].sequence];
   for (int row : asking) {
     const Row& entry = (*rows)[row];
-    counted[kPairs] += storage[entry.sequence].held + entry.offset + 1;
+    counted[kAttended] += storage[entry.sequence].held + entry.offset + 1;
     asks[entry.sequence] = 1;
   }
   for (int s = 0; s < num_sequences; ++s) counted[kEntriesRead] += asks[s] ? storage[s].held + written[s] : 0;
@@ -328,7 +343,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, const Layer* after, int la
   choose(layer, kValue, all, nullptr, layer_idx, thread);
   multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, &layer.maps[kOutput], 1, thread, barrier);
   write_entries(layer, asking, storage, thread);
-  if (thread == 0) count_rows(asking, storage, num_sequences, layer_idx);
+  if (thread == 0) count_rows(layer.attention, asking, storage, num_sequences, layer_idx);
   barrier.wait();
   attend(layer, asking, storage, layer_idx, thread);
   barrier.wait();
@@ -361,8 +376,8 @@ LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
 LayerRunner::~LayerRunner() = default;
 
 void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos,
-                      const float* sin, const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts,
-                      int threads, Next next) {
+                      const float* sin, const std::vector<Storage>& storage, int num_sequences,
+                      const CountTable& table, int threads, Next next) {
   std::lock_guard<std::mutex> one_at_a_time(mutex_);
   Pass& pass = *pass_;
   pass.shape = &shape_;
@@ -380,9 +395,12 @@ void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>
     }
   };
   Pool::shared().run(threads, run_all, next);
-  const std::size_t size = std::size_t(last - first) * kLayerCounts;
-  for (int t = 0; t < threads; ++t) {
-    for (std::size_t i = 0; i < size; ++i) counts[i] += pass.threads[t].counts[i];
+  for (int layer = 0; layer < last - first; ++layer) {
+    std::int64_t* row = table.counts + layer * table.stride;
+    for (int t = 0; t < threads; ++t) {
+      const std::int64_t* counted = pass.counts(layer, t);
+      for (int count = 0; count < kLayerCounts; ++count) row[table.places[count]] += counted[count];
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 // Which rows run, who halts and what is counted is decided on the Python side.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -19,7 +20,8 @@ struct LinearMap {
   const NestedMatrix* matrix = nullptr;
   const float* bias = nullptr;  // [out]; the mean's product included
   const float* mean = nullptr;  // [in], taken from the input first
-  int width = kMaxWidth;        // of rows that are not exempt, where nothing below is given
+  std::array<std::int64_t, kMaxWidth + 1> channel_bytes{};  // of a channel read at each width
+  int width = kMaxWidth;  // of rows that are not exempt, where nothing below is given
   std::vector<float> thresholds;
   std::vector<std::uint8_t> levels;  // empty where widths are uniform
   const float* norms = nullptr;      // [in]; null where |x| alone is the score
@@ -82,22 +84,32 @@ struct Storage {
   int held;              // entries before this run
 };
 
-// Counts of one layer, added to. Python reads them as int64 [kLayerCounts].
+// Counts of one layer, added to.
 enum Count {
-  kWidthCounts = 0,  // [kMaps, 9] channels read at each width
-  kQueryRows = kMaps * (kMaxWidth + 1),
+  kMacsAt0 = 0,  // of nested weights, by the bits read: 0, 1, ... 8
+  kQueryRows = kMaxWidth + 1,
   kFillRows,
-  kAskingRows,  // that attend
   kEntriesRead,
-  kPairs,
+  kAttended,
   kValuesSkipped,
   kScoresSkipped,
   kScoredTwice,
-  kPastMlp,
-  kPastAttention,
-  kGatedMlp,
-  kGatedAttention,
+  kSkippedMlp,
+  kSkippedAttention,
+  kFittedMacs,
+  kFittedBytes,
+  kWeightBytes,
+  kSignalEntry,
+  kSignalScore,
+  kSignalQuery,
   kLayerCounts
+};
+
+// Where Python keeps the counts of layers: layer after layer, `stride` apart, each count at its place.
+struct CountTable {
+  std::int64_t* counts;
+  std::int64_t stride;
+  const std::array<int, kLayerCounts>& places;
 };
 
 class LayerRunner {
@@ -108,9 +120,10 @@ class LayerRunner {
   int num_layers() const { return static_cast<int>(layers_.size()); }
 
   // Runs layers [first, last) for rows [rows, hidden], in place. cos, sin: [rows, head_dim] or null.
-  // storage: [last - first, sequences]. counts: [last - first, kLayerCounts].
+  // storage: [last - first, sequences]. table: of layer `first` and those after it.
   void run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos, const float* sin,
-           const std::vector<Storage>& storage, int num_sequences, std::int64_t* counts, int threads, Next next);
+           const std::vector<Storage>& storage, int num_sequences, const CountTable& table, int threads,
+           Next next);
 
  private:
   struct Pass;

@@ -16,20 +16,12 @@ inline constexpr Named kMapNames[] = {{"query", kQuery}, {"key", kKey}, {"value"
                                       {"gate", kGate},   {"up", kUp},   {"down", kDown}};
 static_assert(std::size(kMapNames) == kMaps, "every map has a name");
 
-// Of a layer's counts; "widths" are the first of [maps, widths].
-inline constexpr Named kCountNames[] = {{"widths", kWidthCounts},
-                                        {"query_rows", kQueryRows},
-                                        {"fill_rows", kFillRows},
-                                        {"asking_rows", kAskingRows},
-                                        {"entries_read", kEntriesRead},
-                                        {"pairs", kPairs},
-                                        {"values_skipped", kValuesSkipped},
-                                        {"scores_skipped", kScoresSkipped},
-                                        {"scored_twice", kScoredTwice},
-                                        {"past_mlp", kPastMlp},
-                                        {"past_attention", kPastAttention},
-                                        {"gated_mlp", kGatedMlp},
-                                        {"gated_attention", kGatedAttention}};
-static_assert(std::size(kCountNames) == 1 + kLayerCounts - kQueryRows, "every count has a name");
+// Of a layer's counts, in their order; what `Trace.counts` calls them too.
+inline constexpr const char* kCountNames[] = {
+    "macs_at_0",         "macs_at_1",   "macs_at_2",    "macs_at_3",    "macs_at_4",     "macs_at_5",
+    "macs_at_6",         "macs_at_7",   "macs_at_8",    "query_rows",   "fill_rows",     "entries_read",
+    "attended",          "values_skipped", "scores_skipped", "scored_twice", "skipped_mlp", "skipped_attention",
+    "fitted_macs",       "fitted_bytes", "weight_bytes", "signal_entry", "signal_score", "signal_query"};
+static_assert(std::size(kCountNames) == kLayerCounts, "every count has a name");
 
 }  // namespace quicksilver

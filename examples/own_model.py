@@ -15,7 +15,7 @@ hf_model = AutoModelForCausalLM.from_config(
 ).eval()
 
 halting = rules.HaltingConfig(rules.RelativeDriftRule(1.0), min_layer=0.5, protect_first=4)
-plan = quicksilver.Plan("mine", halting, rules.PropagateFill())
+plan = quicksilver.Plan("mine", halting, rules.KVConfig(rules.PropagateFill()))
 model = quicksilver.accelerate(hf_model, plan)  # the weights are shared, not copied
 
 prompt = torch.randint(0, 1000, (1, 32))

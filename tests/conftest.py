@@ -10,10 +10,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import tiny
 
-torch.set_num_threads(1)  # tiny models run fastest on one thread, and timings do not depend on load
+torch.set_num_threads(1)  # tiny models run fastest on one thread
+settings.register_profile("unhurried", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -14,22 +14,21 @@ from quicksilver.core.trace import Trace
 from quicksilver.families.registry import adapt
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
+from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import (
-    AttentionConfig,
     DropFill,
+    FillRule,
     FusionConfig,
     FusionRule,
     HaltingConfig,
     HaltingRule,
-    KVFill,
+    KVConfig,
     PrecisionConfig,
     PrecisionRule,
-    ScreeningConfig,
     Shortcut,
-    ShortcutConfig,
     Threshold,
 )
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 from tests import tiny
 
 
@@ -41,13 +40,15 @@ class Run(NamedTuple):
     trace: Trace
 
 
-def halting_plan(rule: HaltingRule, kv: KVFill | None = None, **protection: Any) -> Plan:
+def halting_plan(rule: HaltingRule, fill: FillRule | None = None, **protection: Any) -> Plan:
     """Return a plan that halts by `rule` with nothing protected unless asked for."""
     config = HaltingConfig(rule, **{"min_layer": 1, "protect_first": 0, "protect_special": False, **protection})
-    return Plan("test", config, kv or DropFill())
+    return Plan("test", config, KVConfig(fill or DropFill()))
 
 
-def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill | None = None, **options: Any) -> Plan:
+def fusion_plan(
+    rule: FusionRule, halting: HaltingRule | None = None, fill: FillRule | None = None, **options: Any
+) -> Plan:
     """Return a plan that fuses tokens by `rule` and halts by `halting`, with nothing protected.
 
     All tokens, and prompts alone where several layers are given.
@@ -56,7 +57,7 @@ def fusion_plan(rule: FusionRule, halting: HaltingRule | None = None, kv: KVFill
     free = {"protect_first": 0, "protect_special": False, "scope": "all" if len(layers) == 1 else "prompt"}
     config = FusionConfig(rule, **{"layers": layers, "max_group": 3, **free, **options})
     stops = None if halting is None else HaltingConfig(halting, min_layer=1, protect_first=0, protect_special=False)
-    return Plan("test", stops, kv or DropFill(), config)
+    return Plan("test", stops, KVConfig(fill or DropFill()), config)
 
 
 def at_one_layer(plan: Plan) -> Plan:
@@ -66,24 +67,42 @@ def at_one_layer(plan: Plan) -> Plan:
 
 
 def precision_plan(rule: PrecisionRule, **others: Any) -> Plan:
-    """Return a plan that chooses widths by `rule` with nothing protected."""
+    """Return a plan that chooses bits by `rule` with nothing protected."""
     return Plan("test", precision=PrecisionConfig(rule, protect_first=0, protect_special=False), **others)
 
 
 def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any = None, **others: Any) -> Plan:
     """Return a plan that lets tokens past sublayers, with nothing protected unless asked for."""
-    config = ShortcutConfig(shortcuts, **{"protect_first": 0, "protect_special": False, **(protection or {})})
-    return Plan("test", shortcuts=config, tensors=tiny.shortcut_tensors(rank=rank), **others)
+    own = {"protect_first": 0, "protect_special": False, **(protection or {})}
+    halting = others.pop("halting", None)
+    if halting is None:
+        config = HaltingConfig(shortcuts=shortcuts, **own)
+    else:
+        config = replace(halting, shortcuts=shortcuts, **{f"shortcuts_{name}": value for name, value in own.items()})
+    return Plan("test", config, tensors=tiny.shortcut_tensors(rank=rank), **others)
 
 
 def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshold: Threshold = 0.0) -> Plan:
     """Return a plan, dense unless one is given, that skips values, and components of queries, too."""
-    return replace(plan or Plan("test"), attention=AttentionConfig(threshold, query_threshold))
+    return with_kv(plan or Plan("test"), skip_values_below=threshold, drop_query_dims_below=query_threshold)
 
 
 def screening_plan(threshold: Threshold, large: Threshold = 1.0, plan: Plan | None = None) -> Plan:
     """Return a plan, dense unless one is given, that screens keys too."""
-    return replace(plan or Plan("test"), screening=ScreeningConfig(threshold, large))
+    return with_kv(plan or Plan("test"), screen_keys_below=threshold, screen_query_dims_below=large)
+
+
+def with_kv(plan: Plan, **changes: Any) -> Plan:
+    """Return a plan with other settings of its cache."""
+    return replace(plan, kv=replace(plan.kv, **changes))
+
+
+def with_maps(plan: Plan, tensors: PlanTensors, output_maps: bool = True) -> Plan:
+    """Return a plan with tensors, and with output maps."""
+    halting = (
+        HaltingConfig(output_maps=True) if plan.halting is None else replace(plan.halting, output_maps=output_maps)
+    )
+    return replace(plan, halting=halting, tensors=tensors)
 
 
 def decoder(model: Any, plan: Plan, kernels: KernelChoice = "torch", **options: Any) -> Decoder:

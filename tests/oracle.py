@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quicksilver.rules import DropFill, FusionWeights, KVFill, PropagateFill, ZeroFill
+from quicksilver.rules import DropFill, FillRule, FusionWeights, PropagateFill, ZeroFill
 from tests.oracle_parts import Layer, Read, parts_of
 
 Halts = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
@@ -27,6 +27,14 @@ Alike = Callable[[int, Tensor, int, int], bool]
 Bypass = Callable[[int, str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, "attention" or "mlp", its normed input, the state before the norm, each [T, d]) to who goes past it,
 [T] bool, and what is added to those instead, [T, d]."""
+
+
+Limit = float | Callable[[Tensor], float]
+"""A threshold, or what makes it of all that will be compared with it."""
+
+
+Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, keys, values), each [Hkv, T, D], to those that are kept."""
 
 
 def whole(layer_idx: int, module: Any, x: Tensor) -> Tensor:
@@ -83,16 +91,17 @@ def through(layer_idx: int, part: str, normed: Tensor, state: Tensor) -> tuple[T
 def run(
     model: Any,
     ids: Tensor,
-    fill: KVFill,
+    fill: FillRule,
     halts: Halts = never,
     fusion: Fusion | None = None,
     read: Read = whole,
     bypass: Bypass = through,
-    skip_below: Sequence[float] | None = None,
-    query_below: Sequence[float] | None = None,
+    skip_below: Sequence[Limit] | None = None,
+    query_below: Sequence[Limit] | None = None,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     entry_bits: int | None = None,
-    screen: Sequence[tuple[float, float]] | None = None,
+    screen: Sequence[tuple[Limit, Limit]] | None = None,
+    keep: Keep | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
@@ -101,10 +110,11 @@ def run(
     is added to the state of a token that stopped there before it predicts; `entry_bits` says whether keys and values
     are kept as whole numbers up to 127 (8) or as bfloat16 (16); `screen` has, for each layer, the threshold below which
     keys are left out by what the large components of a query say, and from what magnitude on those are large, in the
-    same multiples.
+    same multiples. Where a threshold is a function, it is given all multiples that there are, halted tokens' too.
+    `keep` stands in for `entry_bits` where something else says what is kept.
     """
     parts = parts_of(model, ids, read)
-    asked = _Asked(fill, halts, fusion, bypass, skip_below, query_below, entry_bits, screen)
+    asked = _Asked(fill, halts, fusion, bypass, skip_below, query_below, entry_bits, screen, keep)
     tokens, counts = _Tokens.at_first(parts.embedded), _Counts()
     for layer_idx, layer in enumerate(parts.layers):
         is_last = layer_idx == len(parts.layers) - 1
@@ -130,14 +140,15 @@ def run(
 class _Asked(NamedTuple):
     """Which mechanisms take part, and how; see `run`."""
 
-    fill: KVFill
+    fill: FillRule
     halts: Halts
     fusion: Fusion | None
     bypass: Bypass
-    skip_below: Sequence[float] | None
-    query_below: Sequence[float] | None
+    skip_below: Sequence[Limit] | None
+    query_below: Sequence[Limit] | None
     entry_bits: int | None
-    screen: Sequence[tuple[float, float]] | None
+    screen: Sequence[tuple[Limit, Limit]] | None
+    keep: Keep | None
 
 
 @dataclass
@@ -211,7 +222,7 @@ def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, ask
     tokens.hidden = after
 
 
-def _filled(fill: KVFill, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _filled(fill: FillRule, tokens: _Tokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values [Hkv, T, D] of a layer, those of halted tokens as the fill makes them."""
     if isinstance(fill, ZeroFill):
         halted = ~tokens.running & (tokens.masses > 0)
@@ -239,10 +250,12 @@ def _attend(
     if asked.query_below is not None:
         query, small = _leave_out(query, asked.query_below[layer_idx])
         counts.unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
-    if asked.entry_bits is not None:
-        key, value = (_code(t) if asked.entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
+    if asked.keep is not None:
+        key, value = asked.keep(layer_idx, key, value)
+    elif asked.entry_bits is not None:
+        key, value = (code(t) if asked.entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
     weights = _weights(query, key, mask, scaling, masses)
-    if asked.screen is not None and asked.screen[layer_idx][0] > 0:
+    if asked.screen is not None and asked.screen[layer_idx][0] != 0:
         below, large_from = asked.screen[layer_idx]
         later = _leave_out(whole_query, large_from)[1] & (query != 0)
         first = _weights(torch.where(later, 0.0, query), key, mask, scaling, masses)
@@ -284,7 +297,7 @@ def _fuse(
     return new_hidden, new_masses, sizes
 
 
-def _code(entries: Tensor) -> Tensor:
+def code(entries: Tensor) -> Tensor:
     """Return keys or values [Hkv, T, D] as they are kept: whole multiples of a float32, the largest 127 times it."""
     kept = torch.zeros_like(entries)
     for head in range(entries.shape[0]):
@@ -295,9 +308,15 @@ def _code(entries: Tensor) -> Tensor:
     return kept
 
 
-def _leave_out(query: Tensor, query_below: float) -> tuple[Tensor, Tensor]:
+def _limit(limit: Limit, compared: Tensor, mean: Tensor | float) -> float:
+    """Return a threshold, for numbers that are compared with so many times a mean."""
+    return limit(compared / mean) if callable(limit) else limit
+
+
+def _leave_out(query: Tensor, query_below: Limit) -> tuple[Tensor, Tensor]:
     """Return queries [H, T, D] without their small components, and which of all components those are."""
-    small = query.abs() < query_below * query.norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
+    root_mean_square = query.norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
+    small = query.abs() < _limit(query_below, query.abs(), root_mean_square) * root_mean_square
     return torch.where(small, 0.0, query), small
 
 
@@ -309,9 +328,10 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, masses: T
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
 
 
-def _screened(weights: Tensor, mask: Tensor, below: float) -> Tensor:
+def _screened(weights: Tensor, mask: Tensor, below: Limit) -> Tensor:
     """Return which of the keys that `mask` shows weigh too little, [H, T, T], by weights of the first step."""
     screened = torch.zeros_like(weights, dtype=torch.bool)
+    below = _limit(below, weights, weights.amax(-1, keepdim=True) / mask.sum(-1, keepdim=True))
     for t, seen in enumerate(mask):
         for head in range(len(weights)):
             largest = weights[head, t].max()
@@ -319,9 +339,10 @@ def _screened(weights: Tensor, mask: Tensor, below: float) -> Tensor:
     return screened
 
 
-def _skip(weights: Tensor, mask: Tensor, skip_below: float) -> tuple[Tensor, Tensor]:
+def _skip(weights: Tensor, mask: Tensor, skip_below: Limit) -> tuple[Tensor, Tensor]:
     """Return the weights [H, T, T] that are left, summing to 1 again, and which of those that `mask` shows are not."""
     left, left_out = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
+    skip_below = _limit(skip_below, weights, 1 / mask.sum(-1, keepdim=True))
     for t, seen in enumerate(mask):
         for head in range(len(weights)):
             small = seen & (weights[head, t] * seen.sum() < skip_below)

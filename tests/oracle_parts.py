@@ -49,6 +49,16 @@ def parts_of(model: Any, ids: Tensor, read: Read) -> Parts:
     return (_gpt2_parts if model.config.model_type == "gpt2" else _llama_parts)(model, ids, read)
 
 
+def linear_maps(model: Any, layer_idx: int) -> list[Any]:
+    """Return the modules of a nested layer's maps, in the order of plans: query, key, value, output, MLP."""
+    if model.config.model_type == "gpt2":
+        block = model.transformer.h[layer_idx]
+        return [*block.attn.c_attn.parts, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+    block = model.model.layers[layer_idx]
+    attn, mlp = block.self_attn, block.mlp
+    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
 def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> Parts:
     body = model.transformer
 

@@ -8,11 +8,13 @@ from typing import get_args
 from hypothesis import strategies as st
 
 from quicksilver import rules
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.rules.maps import Part
-from quicksilver.rules.precision import WIDTHS, EntropyOf
+from quicksilver.rules import Part
+from quicksilver.rules.paper.entropy_bits import EntropyOf
 from tests import tiny
+from tests.engines import screening_plan, skipping_plan, with_kv, with_maps
 from tests.tiny import NUM_LAYERS
 
 
@@ -38,7 +40,9 @@ halting_rules = st.one_of(
     simple_rules,
     st.builds(rules.AllRule, st.lists(simple_rules, min_size=1, max_size=3).map(tuple)),
 )
-fills: st.SearchStrategy[rules.KVFill] = st.sampled_from([rules.DropFill(), rules.ZeroFill(), rules.PropagateFill()])
+fills: st.SearchStrategy[rules.KVConfig] = st.sampled_from(
+    [rules.KVConfig(), rules.KVConfig(rules.ZeroFill()), rules.KVConfig(rules.PropagateFill())]
+)
 halting_configs = st.builds(
     rules.HaltingConfig,
     halting_rules,
@@ -77,27 +81,29 @@ _shortcuts = st.builds(
     st.sampled_from(get_args(Part)),
     st.none() | st.floats(0.3, 3.0),
 )
-shortcut_configs = st.builds(
-    rules.ShortcutConfig,
-    st.lists(_shortcuts, min_size=1, max_size=5, unique_by=lambda shortcut: shortcut.name).map(tuple),
-    protect_first=st.integers(0, 3),
-    protect_special=st.booleans(),
+shortcut_parts = st.fixed_dictionaries(
+    {
+        "shortcuts": st.lists(_shortcuts, min_size=1, max_size=5, unique_by=lambda shortcut: shortcut.name).map(tuple),
+        "shortcuts_protect_first": st.integers(0, 3),
+        "shortcuts_protect_special": st.booleans(),
+    }
 )
 
 
 def _maybe_with_shortcuts(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
     tensors = st.builds(tiny.shortcut_tensors, st.integers(0, 3), st.sampled_from((None, 3)))
     return drawn | st.builds(
-        lambda plan, config, fitted: replace(
-            plan, shortcuts=config, tensors=PlanTensors({**(plan.tensors or {}), **fitted})
+        lambda plan, parts, fitted: replace(
+            plan,
+            halting=rules.HaltingConfig(**parts) if plan.halting is None else replace(plan.halting, **parts),
+            tensors=PlanTensors({**(plan.tensors or {}), **fitted}),
         ),
         drawn,
-        shortcut_configs,
+        shortcut_parts,
         tensors,
     )
 
 
-map_configs = st.builds(rules.MapConfig, st.booleans())
 _fitted = st.builds(
     tiny.fitted,
     st.integers(0, 3),
@@ -109,11 +115,13 @@ _fitted = st.builds(
 def _with_fitted(drawn: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
     """Give plans output maps, or not, and to those that refer to fitted tensors the tensors."""
 
-    def complete(plan: Plan, maps: rules.MapConfig | None, tensors: PlanTensors) -> Plan:
-        refers = maps is not None or (plan.halting is not None and plan.halting.rule.reads_gates)
-        return replace(plan, maps=maps, tensors=tensors) if refers else plan
+    def complete(plan: Plan, maps: bool, tensors: PlanTensors) -> Plan:
+        if maps:
+            return with_maps(plan, tensors)
+        rule = None if plan.halting is None else plan.halting.rule
+        return replace(plan, tensors=tensors) if rule is not None and rule.reads_gates else plan
 
-    return st.builds(complete, drawn, st.none() | map_configs, _fitted)
+    return st.builds(complete, drawn, st.booleans(), _fitted)
 
 
 plans = _maybe_with_shortcuts(_with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills)))
@@ -121,30 +129,26 @@ fusing_plans = _maybe_with_shortcuts(
     _with_fitted(st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, fusion_configs))
 )
 
-attention_configs = st.builds(
-    rules.AttentionConfig, st.just(0.0) | _thresholds(0.0, 1.0), st.just(0.0) | _thresholds(0.0, 2.0)
-)
 skipping_plans = _with_fitted(
     st.builds(
-        Plan,
-        st.just("random"),
-        st.none() | halting_configs,
-        fills,
-        st.none() | fusion_configs,
-        attention=attention_configs,
+        lambda plan, values, queries: skipping_plan(values, plan, queries),
+        st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none() | fusion_configs),
+        st.just(0.0) | _thresholds(0.0, 1.0),
+        st.just(0.0) | _thresholds(0.0, 2.0),
     )
 )
 """Run these in float64: in float32 what is near its threshold may fall on either side of it, in float64 hardly."""
 
 screening_plans = st.builds(
-    lambda plan, screening: replace(plan, screening=screening),
+    lambda plan, keys, queries: screening_plan(keys, queries, plan),
     st.one_of(plans, fusing_plans, skipping_plans),
-    st.builds(rules.ScreeningConfig, _thresholds(0.0, 4.0), _thresholds(0.0, 2.0)),
+    _thresholds(0.0, 4.0),
+    _thresholds(0.0, 2.0),
 )
 """These too."""
 
 coded_plans = st.builds(
-    lambda plan, bits: replace(plan, entries=rules.EntryConfig(bits)),
+    lambda plan, bits: with_kv(plan, bits=bits),
     st.one_of(plans, fusing_plans, skipping_plans, screening_plans),
     st.sampled_from([8, 16]),
 )
@@ -153,11 +157,11 @@ coded_plans = st.builds(
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
     """Widths, and as many descending thresholds as they need, for scores of a few units."""
-    widths = options.pop("widths")
-    return widths.flatmap(
+    chosen_bits = options.pop("bits")
+    return chosen_bits.flatmap(
         lambda chosen: st.fixed_dictionaries(
             {
-                "widths": st.just(chosen),
+                "bits": st.just(chosen),
                 "thresholds": st.lists(st.floats(0.0, 8.0), min_size=len(chosen) - 1, max_size=len(chosen) - 1).map(
                     lambda limits: tuple(sorted(limits, reverse=True))
                 ),
@@ -168,19 +172,19 @@ def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str,
 
 
 def _widths(*more: int) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.sets(st.sampled_from((*more, *WIDTHS)), min_size=2, max_size=5).map(
+    return st.sets(st.sampled_from((*more, *WEIGHT_BITS)), min_size=2, max_size=5).map(
         lambda found: tuple(sorted(found, reverse=True))
     )
 
 
-channel_rules = _graded(widths=_widths(0)).map(lambda values: rules.ChannelWidthRule(**values))
+channel_rules = _graded(bits=_widths(0)).map(lambda values: rules.ChannelBitsRule(**values))
 entropy_width_rules = _graded(
-    widths=_widths(), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
-).map(lambda values: rules.EntropyWidthRule(**values))
+    bits=_widths(), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
+).map(lambda values: rules.EntropyBitsRule(**values))
 precision_configs = st.builds(
     rules.PrecisionConfig,
     st.one_of(
-        st.builds(rules.UniformWidthRule, st.sampled_from(WIDTHS)),
+        st.builds(rules.UniformBitsRule, st.sampled_from(WEIGHT_BITS)),
         channel_rules,
         entropy_width_rules,
     ),

@@ -20,7 +20,7 @@ from transformers import (
 from quicksilver.families.nesting import nest
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part
 
 MAX_POSITIONS = 64
 NUM_LAYERS = 4

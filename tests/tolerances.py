@@ -20,6 +20,9 @@ KERNEL_LOGITS = 0.02
 One product is off by about 4e-5 of its outputs; layers of random weights amplify that.
 """
 
+UNTIED_LOGITS = 5e-3
+"""The same for 26 tokens of two such models under plans none of whose decisions is near its threshold."""
+
 KERNEL_LOSS = 0.02
 """Largest absolute difference of a mean loss between the two on a tiny random model, in nats."""
 

@@ -27,8 +27,8 @@ HALF = "-half"
 MILD = "mild"
 RANDOM_PLANS = (UNIFORM_8, UNIFORM_4, CHANNEL, CHANNEL_SKIP, UNIFORM_8 + HALF, CHANNEL + HALF)
 MEAN_BITS = 5.2
-_ENTRIES = rules.EntryConfig(16)  # llama.cpp keeps keys and values in 16 bits too
-_CHANNEL_WIDTHS = {CHANNEL: (8, 6, 4, 2), CHANNEL_SKIP: (8, 6, 4, 2, 0)}
+_HALVES = rules.KVConfig(bits=16)  # llama.cpp keeps keys and values in 16 bits too
+_CHANNEL_BITS = {CHANNEL: (8, 6, 4, 2), CHANNEL_SKIP: (8, 6, 4, 2, 0)}
 _FIT_WINDOWS, _FIT_LENGTH = 4, 256
 _COUNTED = 16  # decoded tokens over which bytes are counted
 
@@ -79,9 +79,9 @@ def nest_to(floats: Path, target: Path) -> None:
 
 def fit_to(nested: Path, name: str, target: Path) -> None:
     """Write a plan of channel widths, fitted to random tokens."""
-    from quicksilver.calibrate.widths import fit
+    from quicksilver.calibrate.bits import fit
 
-    rule = rules.ChannelWidthRule(widths=_CHANNEL_WIDTHS[name], target=MEAN_BITS)
+    rule = rules.ChannelBitsRule(bits=_CHANNEL_BITS[name], target=MEAN_BITS)
     model = quicksilver.load(nested, special_ids=())
     windows = random_windows(model.config.vocab_size, _FIT_WINDOWS, _FIT_LENGTH)
     plan = fit(model.adapter, Plan(name, precision=rules.PrecisionConfig(rule)), windows)
@@ -95,20 +95,19 @@ def plan_of(name: str, subject: Subject, num_layers: int) -> Plan:
         halting = rules.HaltingConfig(
             rules.ForcedRule((num_layers, num_layers // 2)), min_layer=1, protect_first=0, protect_special=False
         )
-        return replace(whole, name=name, halting=halting, kv=rules.DropFill())
+        return replace(whole, name=name, halting=halting, kv=replace(whole.kv, fill=rules.DropFill()))
     if name in (UNIFORM_8, UNIFORM_4):
-        width = rules.UniformWidthRule(int(name[-1]))
-        config = rules.PrecisionConfig(width, protect_first=0, protect_special=False)
-        return Plan(name, precision=config, entries=_ENTRIES)
-    if name in _CHANNEL_WIDTHS:
-        return replace(Plan.load(plan_file(subject, name)), entries=_ENTRIES)
+        config = rules.PrecisionConfig(rules.UniformBitsRule(int(name[-1])), protect_first=0, protect_special=False)
+        return Plan(name, precision=config, kv=_HALVES)
+    if name in _CHANNEL_BITS:
+        return replace(Plan.load(plan_file(subject, name)), kv=_HALVES)
     # The head, nested here, is not what its thresholds were fitted to; the layers' codes are.
     return replace(resolve_plan(name, subject.name), fitted_to=None)
 
 
 def fitted_plans(names: Sequence[str]) -> list[str]:
     """Return the plans among these, or under their halting, that are fitted to the subject."""
-    return [name for name in _CHANNEL_WIDTHS if name in names or name + HALF in names]
+    return [name for name in _CHANNEL_BITS if name in names or name + HALF in names]
 
 
 def plan_file(subject: Subject, name: str) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from quicksilver.backends.base import LayerBackend
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError, UnsupportedFeatureError
@@ -23,7 +24,6 @@ from quicksilver.ops import AttentionBackend
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
 from quicksilver.plan.presets import resolve_plan
-from quicksilver.runtime.decoder import Decoder
 from quicksilver.runtime.facts import ModelFacts
 from quicksilver.runtime.generate import CACHE_FIELD, Request, generate, told_the_end
 from quicksilver.runtime.grids import (
@@ -36,6 +36,7 @@ from quicksilver.runtime.grids import (
     shifted_loss,
     split_mask,
 )
+from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.settings import Settings
 from quicksilver.runtime.stats import RunStats
 
@@ -50,7 +51,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         adapter: how its family's weights are read.
         plan: what may be saved.
         special_ids: token ids that a plan with `protect_special` never halts or fuses.
-        backend: attention implementation, "sdpa" or "eager".
+        attention: which of PyTorch's attention runs where PyTorch runs layers, "sdpa" or "eager".
         kernels: which kernels were asked for to read nested weights; the adapter says which do.
     """
 
@@ -60,7 +61,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         adapter: Adapter,
         plan: Plan,
         special_ids: Sequence[int] = (),
-        backend: AttentionBackend = "sdpa",
+        attention: AttentionBackend = "sdpa",
         kernels: KernelChoice = "auto",
     ) -> None:
         super().__init__()
@@ -69,9 +70,9 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         self.generation_config: GenerationConfig = model.generation_config
         self._adapter = adapter
         self._special_ids = tuple(special_ids)
-        self._backend: AttentionBackend = backend
+        self._attention: AttentionBackend = attention
         self._kernels: KernelChoice = kernels
-        self._decoder = Decoder(adapter, plan, self._special_ids, backend)
+        self._decoder = Decoder(adapter, plan, self._special_ids, attention)
         self._trace = self._decoder.new_trace()
 
     @property
@@ -81,12 +82,17 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
 
     @plan.setter
     def plan(self, plan: Plan | str | os.PathLike[str]) -> None:
-        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._backend)
+        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._attention)
 
     @property
     def decoder(self) -> Decoder:
         """The engine under this model, for callers that feed ragged rows themselves."""
         return self._decoder
+
+    @property
+    def backend(self) -> LayerBackend:
+        """Who runs the layers: its `name`, "native" or "pytorch", and the `reason` why not a faster one."""
+        return self._decoder.backend
 
     @property
     def adapter(self) -> Adapter:
@@ -106,7 +112,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
     @property
     def stats(self) -> RunStats:
         """What the last call of the model, or the last `generate`, ran."""
-        return RunStats.from_trace(self._adapter.spec, self._trace)
+        return RunStats.from_trace(self._adapter.spec, self._trace, self.backend)
 
     @property
     def device(self) -> torch.device:

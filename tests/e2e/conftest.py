@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import quicksilver
+from quicksilver import errors
 from quicksilver.cli.main import main
-from tests import tiny
+from tests import HANGS, tiny
 
 SENTENCES = "The river rises in the hills and runs to the sea. Nobody has counted its bends! "
 FORCED = {"rule": {"type": "forced", "depths": [1, 3, 2, 4]}, "min_layer": 1, "protect_first": 0}
@@ -35,6 +39,21 @@ class Outcome:
     status: int
     out: str
     err: str
+
+    @property
+    def said(self) -> list[str]:
+        """Lines on stderr that are the program's own."""
+        return own_lines(self.err)
+
+
+def own_lines(err: str) -> list[str]:
+    """Return the lines on stderr that are ours: notes, warnings, errors, tracebacks, click's answers.
+
+    What other packages say there is let be, and so is progress, which is shown where something takes long.
+    """
+    starts = ("quicksilver: ", "Usage: ", "Error: ")
+    within = ("Traceback", *(name for name in vars(errors) if name.endswith("Warning")))
+    return [line for line in err.splitlines() if line.startswith(starts) or any(mark in line for mark in within)]
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -89,7 +108,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def refused(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs a command which must be refused, checks how, and returns the error's line.
 
-    Exit status 2, nothing on stdout, one line on stderr that holds each of `names`, and no file written.
+    Exit status 2, nothing on stdout, one line of ours on stderr that holds each of `names`, and no file written.
     """
 
     def check(*args: object, names: tuple[object, ...] = (), stdin: bytes = b"") -> str:
@@ -100,7 +119,7 @@ def refused(cli: Callable[..., Outcome], tmp_path: Path) -> Callable[..., str]:
         outcome = cli(*args, stdin=stdin)
         assert_refusal(outcome, *names)
         assert list(results.iterdir()) == []
-        return outcome.err.splitlines()[-1]
+        return outcome.said[0]
 
     return check
 
@@ -109,18 +128,17 @@ def assert_refusal(outcome: Outcome, *names: object) -> None:
     """Check the exit status and the one line of a refusal, which must hold each of `names`."""
     assert outcome.status == 2, outcome
     assert outcome.out == ""
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("quicksilver: error: ")
+    assert len(outcome.said) == 1, outcome.err
+    assert outcome.said[0].startswith("quicksilver: error: ")
     for name in names:
-        assert str(name) in lines[-1], outcome.err
+        assert str(name) in outcome.said[0], outcome.err
 
 
 def run_process(*args: object, **env: str) -> Outcome:
     """Run `python -m quicksilver.cli.main ARGS` as a process of its own, one thread."""
     command = [sys.executable, "-m", "quicksilver.cli.main", *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -162,16 +180,41 @@ def plan_file(tmp_path: Path) -> Callable[..., Path]:
 
     def write(file: str = "mine.json", **body: Any) -> Path:
         path = tmp_path / file
-        path.write_text(json.dumps({"version": 1, **body}), encoding="utf-8")
+        path.write_text(json.dumps({"version": 2, **body}), encoding="utf-8")
         return path
 
     return write
 
 
+class Hub:
+    """A server in the hub's place that hangs up on whoever calls, and counts the calls."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self.endpoint, self.calls = f"http://127.0.0.1:{server.getsockname()[1]}", 0
+        self._server = server
+        Thread(target=self._hang_up, daemon=True).start()
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # the server is closed
+            while True:
+                caller, _ = self._server.accept()
+                self.calls += 1
+                caller.close()
+
+
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point the hub's client at an address where nothing answers."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", NO_SERVER)
+def dead_hub() -> Iterator[Hub]:
+    """A hub that answers nobody, for processes whose HF_ENDPOINT is its `endpoint`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield Hub(server)
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def no_hub(dead_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The same for the hub's client in this process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", dead_hub.endpoint)
+    return dead_hub
 
 
 def no_constants(name: str) -> None:

@@ -24,19 +24,19 @@ BAD_PLANS: dict[str, tuple[Any, str]] = {
     "not UTF-8": (b"\xff\xfe{}", "JSON"),
     "a list": ([], "object"),
     "no version": ({"version": None}, "version"),
-    "wrong version": ({"version": 2}, "version 2"),
+    "wrong version": ({"version": 3}, "version 3"),
     "unknown key": ({"haltin": {}}, "haltin"),
     "unknown rule": ({"halting": {"rule": {"type": "vibes"}}}, "vibes"),
     "no rule": ({"halting": {"min_layer": 2}}, "rule"),
     "unknown key of a rule": ({"halting": {"rule": {**THRESHOLD, "speed": 1}}}, "speed"),
-    "unknown fill": ({"kv": {"type": "forget"}}, "forget"),
+    "unknown fill": ({"kv": {"fill": "forget"}}, "forget"),
     "threshold NaN": ({"halting": {"rule": {**THRESHOLD, "threshold": float("nan")}}}, "threshold"),
     "threshold a string": ({"halting": {"rule": {**THRESHOLD, "threshold": "low"}}}, "low"),
     "threshold null": ({"halting": {"rule": {**THRESHOLD, "threshold": None}}}, "threshold"),
     "threshold missing": ({"halting": {"rule": {"type": "drift"}}}, "threshold"),
     "a threshold in a list": ({"halting": {"rule": {**THRESHOLD, "threshold": [0.1, "x", 0.1, 0.1]}}}, "threshold"),
     "fusion": ({"fusion": {"type": "cosine"}}, "fusion"),
-    "precision": ({"precision": {"widths": [8, 4]}}, "precision"),
+    "precision": ({"precision": {"bits": [8, 4]}}, "precision"),
     "wrong hash": ({"halting": {"rule": THRESHOLD}, "hash": "0" * 16}, "hash"),
     "hash of another type": ({"hash": 7}, "hash"),
     "layers of another type": ({"halting": {"rule": {"type": "entropy", "threshold": 1, "layers": 3}}}, "layers"),
@@ -66,8 +66,8 @@ RETIRED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"precision": {"rule": {**CHANNEL, "score": "activation"}}}, "leave score out"),
     "True": ({"halting": {"rule": THRESHOLD}, "maps": {"entropy": True}}, "entropy True is retired: leave it out"),
     **{f"{n}": ({"precision": {"rule": {"type": "uniform", "width": n}}}, f"use {n + 1}") for n in (1, 3, 5, 7)},
-    "5 of several": ({"precision": {"rule": {**CHANNEL, "widths": [8, 5, 0]}}}, "width 5 is retired: use 6"),
-    "3 of several": ({"precision": {"rule": {**ENTROPY, "widths": [8, 4, 3]}}}, "width 3 is retired: use 4"),
+    "5 of several": ({"precision": {"rule": {**CHANNEL, "widths": [8, 5, 0]}}}, "bits 5 is retired: use 6"),
+    "3 of several": ({"precision": {"rule": {**ENTROPY, "widths": [8, 4, 3]}}}, "bits 3 is retired: use 4"),
 }
 """What plans could once name: by that name, a plan and what is said of it."""
 
@@ -100,7 +100,7 @@ def test_the_value_that_is_left_may_still_be_written(tmp_path: Path, part: dict[
 def test_plan_files(refused: Refused, tmp_path: Path, content: Any, named: str) -> None:
     path = tmp_path / "bad.json"
     if isinstance(content, dict):
-        content = json.dumps({"version": 1, **content})
+        content = json.dumps({"version": 2, **content})
     elif isinstance(content, list):
         content = json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -130,7 +130,7 @@ def test_a_plan_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None
 
 
 def test_a_plan_given_as_json_instead_of_a_file(refused: Refused) -> None:
-    inline = json.dumps({"version": 1, "halting": {"rule": {**THRESHOLD, "threshold": [0.1] * 99}}})
+    inline = json.dumps({"version": 2, "halting": {"rule": {**THRESHOLD, "threshold": [0.1] * 99}}})
     refused("plan", "validate", inline, names=("plan file",))
 
 

@@ -17,11 +17,13 @@ import quicksilver
 from quicksilver.cli.main import _COMMANDS
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import PRESETS
-from tests.e2e.conftest import FORCED, RANDOM, ModelFolder, Outcome
+from tests import HANGS
+from tests.e2e.conftest import FORCED, RANDOM, ModelFolder, Outcome, own_lines
 
 
 def test_version(cli: Callable[..., Outcome]) -> None:
-    assert cli("--version") == Outcome(0, f"quicksilver, version {quicksilver.__version__}\n", "")
+    outcome = cli("--version")
+    assert (outcome.status, outcome.out) == (0, f"quicksilver, version {quicksilver.__version__}\n")
 
 
 COMMAND_LINES = [(), *((name,) for name in _COMMANDS), *(("plan", name) for name in ("list", "show", "validate"))]
@@ -31,7 +33,7 @@ COMMAND_LINES = [(), *((name,) for name in _COMMANDS), *(("plan", name) for name
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_shows_examples(cli: Callable[..., Outcome], command: tuple[str, ...], flag: str) -> None:
     outcome = cli(*command, flag)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     assert outcome.out.startswith("Usage: quicksilver")
     assert re.search(rf"Examples?:\n +quicksilver {' '.join(command)}", outcome.out), outcome.out
 
@@ -50,7 +52,7 @@ def test_help_lists_every_command(cli: Callable[..., Outcome]) -> None:
 
 def test_models_lists_the_families(cli: Callable[..., Outcome]) -> None:
     outcome = cli("models")
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     families, embedded = outcome.out.split("embedded models:\n")
     assert families.split() == ["families:", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
     from quicksilver.core.sources import embedded_models
@@ -60,7 +62,7 @@ def test_models_lists_the_families(cli: Callable[..., Outcome]) -> None:
 
 def test_plan_list_prints_one_name_per_line(cli: Callable[..., Outcome]) -> None:
     outcome = cli("plan", "list")
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     names = outcome.out.splitlines()
     assert {"dense", "paper"} <= set(names)
     assert all(re.fullmatch(r"([a-z0-9-]+/)?[a-z][a-z0-9-]*", name) for name in names)
@@ -76,7 +78,7 @@ def test_a_shown_plan_is_valid_when_saved(cli: Callable[..., Outcome], tmp_path:
     saved = tmp_path / "saved.json"
     saved.write_text(shown.out)
     outcome = cli("plan", "validate", saved)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     assert str(saved) in outcome.out
     assert json.loads(shown.out)["hash"] in outcome.out
     assert cli("plan", "show", saved).out == shown.out
@@ -96,7 +98,7 @@ def test_generate_prints_what_transformers_generates(
     inputs = tokenizer("The river", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
     outcome = cli("generate", folder, "The river", "--max-new-tokens", 12)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     assert outcome.out.rstrip("\n") == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\n")
 
 
@@ -106,7 +108,7 @@ def test_generate_stats_go_to_stderr(
     plan = plan_file(halting={**FORCED, "rule": {"type": "forced", "depths": [2]}})
     arguments = ("generate", tiny_model_dir("gpt2"), "The river", "--max-new-tokens", 8, "--plan", plan)
     plain, with_stats = cli(*arguments), cli(*arguments, "--stats")
-    assert plain.err == ""
+    assert "mean depth" not in plain.err
     assert with_stats.out == plain.out
     assert "tokens          16 (16 halted early)" in with_stats.err
     assert "mean depth      2.00 of 4 layers" in with_stats.err
@@ -128,7 +130,7 @@ def test_generate_is_reproducible_by_seed(cli: Callable[..., Outcome], tiny_mode
     assert first.status == 0
     assert first == again
     assert first.out != other.out
-    assert cli(*sampled) == cli(*sampled, "--seed", 0)
+    assert cli(*sampled).out == cli(*sampled, "--seed", 0).out
 
 
 def test_sampling_options_reach_generate(
@@ -166,7 +168,7 @@ def test_a_models_own_sampling_defaults_do_not_make_greedy_random(
     greedy = cli(*arguments)
     defaults = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "max_length": 12, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(defaults))
-    assert cli(*arguments) == greedy
+    assert cli(*arguments).out == greedy.out
     assert greedy.status == 0
 
 
@@ -175,7 +177,7 @@ def test_generation_stops_at_the_models_context(
 ) -> None:
     outcome = cli("generate", tiny_model_dir("gpt2"), "y" * 60, "--max-new-tokens", 50)
     assert outcome.status == 0
-    assert outcome.err == "quicksilver: note: only 4 tokens fit the model's context\n"
+    assert outcome.said == ["quicksilver: note: only 4 tokens fit the model's context"]
 
 
 @pytest.mark.slow
@@ -185,9 +187,9 @@ def test_a_reader_that_goes_away_ends_generation_quietly(tiny_model_dir: Callabl
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.stderr.read() == "quicksilver: note: only 55 tokens fit the model's context\n"
+    assert own_lines(process.stderr.read()) == ["quicksilver: note: only 55 tokens fit the model's context"]
     process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=HANGS) == 141
 
 
 def test_an_interrupt_ends_with_one_line(
@@ -199,4 +201,4 @@ def test_an_interrupt_ends_with_one_line(
     monkeypatch.setattr(QuickSilverForCausalLM, "generate", interrupt)
     outcome = cli("generate", tiny_model_dir("gpt2"), "x", "--max-new-tokens", 3)
     assert (outcome.status, outcome.out) == (130, "")
-    assert outcome.err == "quicksilver: interrupted\n"
+    assert outcome.said == ["quicksilver: interrupted"]

@@ -14,7 +14,7 @@ import pytest
 from quicksilver.cli.table import _COST, _LOSS, _PARTS_RAN, _RAN, EXPLANATION, print_table
 from tests.e2e.conftest import CUT, FORCED, RANDOM, SENTENCES, Outcome
 
-UNIFORM = {"rule": {"type": "uniform", "width": 4}}
+UNIFORM = {"rule": {"type": "uniform", "bits": 4}}
 
 
 def test_stdout_is_the_table_and_stderr_is_empty(
@@ -22,7 +22,7 @@ def test_stdout_is_the_table_and_stderr_is_empty(
 ) -> None:
     mine = plan_file(halting=FORCED)
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", "dense", "--plan", mine, *CUT)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     heading, *tables = outcome.out.split("\n\n")
     heading = " ".join(heading.split())
     assert heading.split(" ", 1)[1].startswith("(gpt2, 4 layers, ")
@@ -35,8 +35,8 @@ def test_stdout_is_the_table_and_stderr_is_empty(
 
 
 PARTS = {
-    "attention": {"threshold": 0.9, "query_threshold": 0.8},
-    "screening": {"threshold": 0.5, "query_threshold": 1.0},
+    "attention": {"skip_values_below": 0.9, "drop_query_dims_below": 0.8},
+    "screening": {"screen_keys_below": 0.5},
     "entries": {"bits": 16},
 }
 
@@ -50,7 +50,7 @@ def test_a_plan_of_one_part_has_its_row_in_every_table(
     tmp_path: Path,
     part: str,
 ) -> None:
-    given = ("--plan", "settled", "--plan", plan_file(**{part: PARTS[part]}), "--json", tmp_path / "out.json")
+    given = ("--plan", "settled", "--plan", plan_file(kv=PARTS[part]), "--json", tmp_path / "out.json")
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, *given, *CUT)
     assert outcome.status == 0, outcome.err
     tables = outcome.out.split("\n\n")[1:4]
@@ -71,7 +71,7 @@ def test_a_plan_of_shortcuts_has_its_row(
 ) -> None:
     """Shortcuts need fitted tensors, so a measured result is dressed up as one of theirs."""
     (result,) = evaluate(tiny_model_dir("gpt2"), "--text", text_file, "--plan", "settled", *CUT)
-    result["plan"] = {"version": 1, "name": "past", "halting": None, "shortcuts": {"shortcuts": []}}
+    result["plan"] = {"version": 2, "name": "past", "halting": {"shortcuts": []}}
     result["accelerated"]["shortcuts_by_layer"] = {"mlp": [1.0, 0.0, 0.0, 0.0], "attention": [0.5, 0.0, 0.0, 0.0]}
     out = io.StringIO()
     print_table([result], out)
@@ -112,7 +112,7 @@ def test_headings_hold_the_units_and_two_lines_explain_the_rest(
 
 def test_every_column_is_explained_without_a_model(cli: Callable[..., Outcome]) -> None:
     outcome = cli("eval", "--explain")
-    assert (outcome.status, outcome.err) == (0, "")
+    assert (outcome.status, outcome.said) == (0, [])
     assert outcome.out.strip() == EXPLANATION
     lines = outcome.out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -169,7 +169,7 @@ def test_settings_say_what_was_nested_and_fitted(
     if nested:
         assert "dense is the nested weights (compensated, groups of 64), all 8 bits of them read" in heading
     else:
-        assert "dense is the float32 weights as loaded; plans that choose widths read them nested in memory" in heading
+        assert "dense is the float32 weights as loaded; plans that choose bits read them nested in memory" in heading
 
 
 def test_plans_of_one_name_are_told_apart(

@@ -22,7 +22,7 @@ from transformers import (
 import quicksilver
 from quicksilver.errors import InputError
 from quicksilver.plan import Plan
-from quicksilver.rules import EntryConfig
+from quicksilver.rules import KVConfig
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.tolerances import LOSS
@@ -224,7 +224,7 @@ def test_a_cache_is_continued_under_another_plan_where_entries_are_alike(model: 
     whole = torch.cat((PROMPT, PROMPT), 1)
     expected = model(whole).logits[:, PROMPT.shape[1] :]
     cache = model(PROMPT).past_key_values
-    model.plan = Plan("coded", entries=EntryConfig())
+    model.plan = Plan("coded", kv=KVConfig(bits=8))
     with pytest.raises(InputError, match="keeps entries of 32 bits, where the plan asks for entries of 8 bits"):
         model(PROMPT, past_key_values=cache)
     with pytest.raises(InputError, match="keeps entries of 32 bits"):

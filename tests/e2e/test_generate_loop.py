@@ -28,7 +28,7 @@ from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.rules import EntropyRule, PropagateFill, RandomFusionRule
 from quicksilver.runtime.sampling import Draw
-from tests import tiny
+from tests import HANGS, tiny
 from tests.e2e.prompts import HALTING, PROMPT, left_padded
 from tests.engines import fusion_plan, halting_plan
 
@@ -232,7 +232,7 @@ def test_a_reader_of_a_stream_is_not_left_waiting_by_an_error() -> None:
             raise RuntimeError("at the third token")
         return scores
 
-    model, streamer = quicksilver.accelerate(tiny.model("gpt2")), TextIteratorStreamer(tiny.tokenizer(), timeout=10)
+    model, streamer = quicksilver.accelerate(tiny.model("gpt2")), TextIteratorStreamer(tiny.tokenizer(), timeout=HANGS)
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -244,7 +244,7 @@ def test_a_reader_of_a_stream_is_not_left_waiting_by_an_error() -> None:
     thread = threading.Thread(target=run)
     thread.start()
     list(streamer)
-    thread.join(timeout=10)
+    thread.join(timeout=HANGS)
     assert len(failed) == 1
 
 

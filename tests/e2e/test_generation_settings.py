@@ -86,6 +86,6 @@ def test_what_is_not_honoured_is_refused_in_one_line(
 ) -> None:
     outcome = cli("generate", with_settings(**settings), PROMPT, "--max-new-tokens", 5)
     assert (outcome.status, outcome.out) == (2, "")
-    assert outcome.err.startswith("quicksilver: error: ")
-    assert outcome.err.count("\n") == 1
+    assert outcome.said[0].startswith("quicksilver: error: ")
+    assert len(outcome.said) == 1
     assert named in outcome.err

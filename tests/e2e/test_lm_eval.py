@@ -23,9 +23,9 @@ from quicksilver.errors import InputError, ModelError, PlanError, QuickSilverErr
 from quicksilver.integrations.lm_eval import QuickSilverLM, main
 from quicksilver.loading.nested import save_nested
 from quicksilver.plan import Plan
-from quicksilver.rules import HaltingConfig, PropagateFill, RelativeDriftRule
+from quicksilver.rules import HaltingConfig, KVConfig, PropagateFill, RelativeDriftRule
 from tests import tiny
-from tests.e2e.conftest import FORCED, RANDOM
+from tests.e2e.conftest import FORCED, RANDOM, own_lines
 from tests.tolerances import LOGLIKELIHOOD
 
 SENTENCES = ("The river", "Nobody has counted its bends", "It is", "Water runs to the sea", "Hills!")
@@ -126,10 +126,12 @@ def test_the_dense_plan_answers_as_transformers(
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "drifting": Plan("drifting", HaltingConfig(RelativeDriftRule(1.0), min_layer=1), PropagateFill()).to_dict(),
-    "forced": {"version": 1, "halting": FORCED},
-    "random": {"version": 1, "halting": RANDOM, "kv": {"type": "propagate"}},
-    "fusing": {"version": 1, "fusion": FUSING},
+    "drifting": Plan(
+        "drifting", HaltingConfig(RelativeDriftRule(1.0), min_layer=1), KVConfig(PropagateFill())
+    ).to_dict(),
+    "forced": {"version": 2, "halting": FORCED},
+    "random": {"version": 2, "halting": RANDOM, "kv": {"fill": "propagate"}},
+    "fusing": {"version": 2, "fusion": FUSING},
 }
 
 
@@ -294,4 +296,4 @@ def test_the_command_refuses_in_a_line(command: Callable[..., Any], folder: Path
     status, out, err = command(f"pretrained={folder},{wrong[0]}", *wrong[1:])
     assert status == 2
     assert "Traceback" not in out + err
-    assert err.splitlines()[-1].startswith("quicksilver: error: ")
+    assert own_lines(err)[-1].startswith("quicksilver: error: ")

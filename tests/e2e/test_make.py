@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import HANGS
+
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = {
     "an old Python": ('[ "$1" = --version ] && echo Python 3.9.2 || exit 1', "is Python 3.9.2: Python 3.11 or newer"),
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 def make(target: str, python: str | Path, venv: Path) -> subprocess.CompletedProcess[str]:
     command = ["make", "--no-print-directory", target, f"PYTHON={python}", f"VENV={venv}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def fake_python(folder: Path, script: str) -> Path:

@@ -277,7 +277,7 @@ def test_widths_on_plain_weights_say_the_python_call(tiny_model_dir: Callable[[s
 
 
 def test_a_plan_that_does_not_fit_is_refused_and_the_old_one_stays(model: Any) -> None:
-    misfit = Plan.from_dict({"version": 1, "halting": {"rule": {"type": "drift", "threshold": [1.0, 2.0]}}})
+    misfit = Plan.from_dict({"version": 2, "halting": {"rule": {"type": "drift", "threshold": [1.0, 2.0]}}})
     with pytest.raises(PlanError, match="2 thresholds, the model has 4 layers"):
         model.plan = misfit
     assert model.plan.is_dense

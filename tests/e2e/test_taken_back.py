@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import quicksilver
 from quicksilver.errors import InputError, UnsupportedFeatureError
 from quicksilver.plan import Plan
-from quicksilver.rules import EntryConfig, ForcedRule, PropagateFill, RandomFusionRule, ZeroFill
+from quicksilver.rules import ForcedRule, KVConfig, PropagateFill, RandomFusionRule, ZeroFill
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
 from tests.engines import fusion_plan, halting_plan, screening_plan
@@ -24,8 +24,8 @@ PLANS = {
     "drop": HALTING,
     "propagate": halting_plan(DEPTHS, PropagateFill()),
     "zero": halting_plan(DEPTHS, ZeroFill()),
-    "8-bit entries": Plan("coded", entries=EntryConfig()),
-    "16-bit entries": Plan("halves", entries=EntryConfig(16)),
+    "8-bit entries": Plan("coded", kv=KVConfig(bits=8)),
+    "16-bit entries": Plan("halves", kv=KVConfig(bits=16)),
     "screening": screening_plan(0.1),
 }
 FUSED = fusion_plan(RandomFusionRule(0.7), scope="prompt")

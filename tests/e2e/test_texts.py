@@ -33,7 +33,7 @@ def test_eval_scores_every_byte_but_the_mark(
 ) -> None:
     out = tmp_path / "out.json"
     outcome = cli("eval", folder, "--text", marked, *CUT, "--json", out)
-    assert (outcome.status, outcome.err.splitlines()) == (0, [note])
+    assert (outcome.status, outcome.said) == (0, [note])
     (result,) = json.loads(out.read_text())
     assert result["tokens_scored"] == len(CRLF.encode()) - 1
     assert result["protocol"]["scored_bytes"] == len(CRLF.encode()) - 1
@@ -42,7 +42,7 @@ def test_eval_scores_every_byte_but_the_mark(
 def test_documents_may_begin_with_a_mark(cli: Callable[..., Outcome], folder: Path, marked: Path, note: str) -> None:
     marked.write_text(json.dumps({"text": SENTENCES}) + "\r\n", encoding="utf-8-sig", newline="")
     outcome = cli("eval", folder, "--documents", marked, *CUT)
-    assert (outcome.status, outcome.err.splitlines()) == (0, [note])
+    assert (outcome.status, outcome.said) == (0, [note])
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_calibration_texts_too(
     names = {"folder": folder, "marked": marked, "text": text_file, "made": marked.with_name("made")}
     outcome = cli(*(str(argument).format(**names) for argument in arguments))
     assert outcome.status == 0, outcome.err
-    assert outcome.err.splitlines().count(note) == 1, outcome.err
+    assert outcome.said.count(note) == 1, outcome.err
 
 
 def test_calibrate_too(cli: Callable[..., Outcome], folder: Path, marked: Path, note: str) -> None:
     output = marked.with_name("made.json")
     outcome = cli("calibrate", folder, "--text", marked, "--max-delta-nll", 0.1, "--context", 64, "-o", output)
-    assert outcome.err.splitlines()[0] == note
+    assert outcome.said[0] == note
     assert "windows are too few" in outcome.err  # the text is short, so that this is quick
 
 
@@ -76,8 +76,8 @@ def test_a_prompt_on_stdin_may_begin_with_a_mark(cli: Callable[..., Outcome], fo
         for mark in (b"", codecs.BOM_UTF8)
     )
     assert marked.out == plain.out
-    assert plain.err == ""
-    assert marked.err == ("quicksilver: note: the prompt on stdin: the byte order mark it begins with is left out\n")
+    assert plain.said == []
+    assert marked.said == ["quicksilver: note: the prompt on stdin: the byte order mark it begins with is left out"]
     refused = cli("generate", folder, "-", stdin="Once".encode("utf-16"))
     assert refused.status == 2
-    assert refused.err.startswith("quicksilver: error: the prompt on stdin: UTF-16 text")
+    assert refused.said[0].startswith("quicksilver: error: the prompt on stdin: UTF-16 text")

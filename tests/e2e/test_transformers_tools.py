@@ -17,7 +17,7 @@ from quicksilver.errors import UnsupportedFeatureError
 from quicksilver.families.nesting import nest
 from quicksilver.loading.nested import save_nested
 from quicksilver.quant.config import QUANT_METHOD, QuantizationConfig
-from tests import tiny
+from tests import HANGS, tiny
 from tests.e2e.prompts import PROMPT
 
 
@@ -92,7 +92,7 @@ def test_pipelines_generate(
 def test_an_iterating_streamer_gives_the_text(model: Any) -> None:
     tokenizer = tiny.tokenizer()
     expected = tokenizer.decode(model.generate(PROMPT, max_new_tokens=6)[0, PROMPT.shape[1] :])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30.0)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=HANGS)
     thread = Thread(target=model.generate, args=(PROMPT,), kwargs={"max_new_tokens": 6, "streamer": streamer})
     thread.start()
     assert "".join(streamer) == expected

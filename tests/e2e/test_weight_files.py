@@ -57,7 +57,7 @@ def test_tensors_without_a_place_are_named(cli: Callable[..., Outcome], model_co
     ):
         outcome = cli(*arguments)
         assert outcome.status == 0
-        assert outcome.err.splitlines().count(f"quicksilver: note: {message}") == 1, outcome.err
+        assert outcome.said.count(f"quicksilver: note: {message}") == 1, outcome.err
         assert outcome.err.count("extra.0") == 1
 
 

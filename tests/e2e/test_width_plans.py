@@ -1,4 +1,4 @@
-"""Plans that choose widths, at the command line: fitted plans run, and dense stays the model as it was loaded."""
+"""Plans that choose bits, at the command line: fitted plans run, and dense stays the model as it was loaded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_plan_that_was_fitted_runs(
     folder, target = tmp_path / "nested", tmp_path / "mine.json"
     assert cli("quantize", tiny_model_dir(family), "-o", folder).status == 0
     made = cli("plan", "fit", folder, "channel-5bit", "--calibration", text_file, "-o", target)
-    assert (made.status, made.err) == (0, "")
+    assert (made.status, made.said) == (0, [])
     plan = Plan.load(target)
     assert not plan.is_recipe
     assert made.out.splitlines()[-1] == f"{target}: written, hash {plan.hash}"
@@ -79,7 +79,7 @@ def test_a_plan_that_was_fitted_runs(
     assert same["plan"]["hash"] == plan.hash
     assert timeless(same["accelerated"]) == timeless(row["accelerated"])
     generated = cli("generate", folder, "The river", "--plan", target, "--max-new-tokens", 3)
-    assert (generated.status, generated.err) == (0, "")
+    assert (generated.status, generated.said) == (0, [])
 
 
 def test_a_recipe_that_could_not_run_is_not_fitted(
@@ -90,5 +90,5 @@ def test_a_recipe_that_could_not_run_is_not_fitted(
     folder = tmp_path / "nested"
     assert cli("quantize", tiny_model_dir("llama"), "-o", folder).status == 0
     refusal = cli("plan", "fit", folder, recipe, "--calibration", text_file, "-o", target)
-    assert_refusal(refusal, "late", "saves nothing, the model has 4")
+    assert_refusal(refusal, "late", "save nothing, the model has 4")
     assert not target.exists()

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import StoredMatrix
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import Grid, NestedCodes, centres
 from quicksilver.quant.rounding import quantize
-from quicksilver.rules.precision import WIDTHS
 
 INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
 
@@ -56,7 +56,7 @@ def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: 
 def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     """Return the product that defines the operator, [N, out] float64."""
     y = torch.zeros(x.shape[0], linear.num_outputs, dtype=torch.float64)
-    for width in WIDTHS:
+    for width in WEIGHT_BITS:
         y += torch.where(widths == width, x, 0.0).double() @ linear.codes.dequantize(width).double()
     return y
 
@@ -73,7 +73,7 @@ def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     for row in range(x.shape[0]):
         magnitudes = x[row].double().abs() * (widths[row] > 0)
         reach = torch.zeros_like(scales)
-        for width in WIDTHS:
+        for width in WEIGHT_BITS:
             levels = linear.codes.dequantize(width).double() / scales + zeros
             reach += (levels - zeros).abs() * (widths[row] == width)[:, None]
         blocks = zip(*(t.split(_CHUNK) for t in (magnitudes, scales, reach)), strict=True)

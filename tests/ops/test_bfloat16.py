@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import expand, prepared
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import Grid, NestedCodes, centres
-from quicksilver.rules.precision import WIDTHS
 from tests.ops.nested import INSTRUCTION_SETS, random_codes, using
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
@@ -37,7 +37,7 @@ def assert_rounded(linear: NestedLinear, width: int = 8) -> torch.Tensor:
 
 
 @ISAS
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WEIGHT_BITS)
 def test_weights_of_every_width_are_rounded(isa: str, width: int) -> None:
     with using(isa):
         assert_rounded(random_codes(70, 300), width)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.trace import COUNT
 from quicksilver.families.spec import MapRole
 from quicksilver.ops import native
 
@@ -21,12 +21,16 @@ def runner() -> Any:
     return kernels.LayerRunner([kernels.Layer()], 4, 4, 1, 1, 4, "silu", 32)
 
 
-def test_maps_and_counts_have_names_and_places_of_their_own() -> None:
-    kernels = native.extension()
-    assert {role: i for i, role in enumerate(get_args(MapRole))} == kernels.MAPS
-    places = dict(kernels.LAYER_COUNTS)
-    first = places.pop("widths") + len(kernels.MAPS) * (MAX_WIDTH + 1)
-    assert sorted(places.values()) == list(range(first, kernels.NUM_LAYER_COUNTS))
+def test_every_count_of_the_kernels_has_a_place_in_a_trace() -> None:
+    counts = native.extension().COUNTS
+    assert len(set(counts)) == len(counts)
+    assert set(counts) < set(COUNT)
+
+
+@pytest.mark.parametrize("role", get_args(MapRole))
+def test_maps_are_known_by_their_roles(role: str) -> None:
+    with pytest.raises(ValueError, match="not laid out for widths by channel"):
+        native.extension().Layer().grade_map(role, [], [8], 0)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +49,15 @@ def test_lists_that_do_not_fit_are_refused(
     message: str, last: int, num_rows: int, rows: list[int], storage: list[int]
 ) -> None:
     hidden = torch.zeros(num_rows, 4)
-    counts = torch.zeros(native.extension().NUM_LAYER_COUNTS, dtype=torch.int64)
+    counts, places = torch.zeros((2, len(COUNT)), dtype=torch.int64), list(range(len(native.extension().COUNTS)))
+    given = 0, last, hidden.data_ptr(), num_rows, rows, 0, 0, storage, 1, counts.data_ptr(), counts.stride(0)
     with pytest.raises(ValueError, match=message):
-        runner().run(0, last, hidden.data_ptr(), num_rows, rows, 0, 0, storage, 1, counts.data_ptr(), 1, False)
+        runner().run(*given, places, 1, False)
+
+
+def test_counts_without_a_place_are_refused() -> None:
+    with pytest.raises(ValueError, match="each count needs a place"):
+        runner().run(0, 1, 0, 0, [], 0, 0, [], 0, 0, 0, [0], 1, False)
 
 
 @pytest.mark.parametrize("name", ["set_map", "grade_map"])

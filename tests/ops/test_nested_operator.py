@@ -16,6 +16,7 @@ from quicksilver.ops.nested_linear import StoredMatrix
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.codes import NestedCodes
 from quicksilver.quant.linear import keeping_expanded
+from tests import HANGS
 from tests.ops.nested import arguments, assert_close, draw, draw_widths, module
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
@@ -262,5 +263,5 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_forked_process_multiplies_too() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr

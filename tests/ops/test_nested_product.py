@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import expand, multiply, nested_linear, prepared
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.rounding import quantize
-from quicksilver.rules.precision import WIDTHS
 from tests import tolerances
 from tests.ops.nested import (
     INSTRUCTION_SETS,
@@ -40,7 +40,7 @@ def product(linear: NestedLinear, x: Tensor, widths: int | Tensor) -> Tensor:
 def test_every_width_equals_the_definition(isa: str, shape: tuple[int, int], group_size: int) -> None:
     linear, x = module(*shape, group_size), draw(3, shape[0], seed=3)
     with using(isa):
-        for width in WIDTHS:
+        for width in WEIGHT_BITS:
             assert_close(product(linear, x, width), linear, x, torch.full(x.shape, width))
         assert torch.equal(product(linear, x, 0), torch.zeros(3, shape[1]))
 
@@ -52,7 +52,7 @@ def test_widths_channel_by_channel_equal_the_definition(isa: str, shape: tuple[i
     linear, x, widths = make(*shape), draw(4, shape[0], seed=3), draw_widths(4, shape[0], seed=5)
     with using(isa):
         assert_close(product(linear, x, widths), linear, x, widths)
-        for width in (0, *WIDTHS):  # one width for all, said channel by channel
+        for width in (0, *WEIGHT_BITS):  # one width for all, said channel by channel
             each = torch.full_like(widths, width)
             assert torch.equal(product(linear, x, each), product(linear, x, width))
 
@@ -61,7 +61,7 @@ def test_widths_channel_by_channel_equal_the_definition(isa: str, shape: tuple[i
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_all_instruction_sets_give_the_same_bits(shape: tuple[int, int], group_size: int) -> None:
     linear, x = random_codes(*shape, group_size), draw(4, shape[0], seed=3)
-    for widths in (0, *WIDTHS, draw_widths(4, shape[0], seed=5)):
+    for widths in (0, *WEIGHT_BITS, draw_widths(4, shape[0], seed=5)):
         results = []
         for isa in INSTRUCTION_SETS:
             with using(isa):
@@ -113,7 +113,7 @@ def test_a_row_that_is_not_finite_gives_nan_and_spoils_no_other(isa: str, bad: f
 def test_zeros_give_zeros(isa: str) -> None:
     linear = random_codes(70, 100)
     with using(isa):
-        for width in WIDTHS:
+        for width in WEIGHT_BITS:
             assert torch.equal(product(linear, torch.zeros(2, 70), width), torch.zeros(2, 100))
 
 
@@ -156,7 +156,7 @@ def test_expanded_a_matrix_has_the_weights_of_its_definition(
     linear = random_codes(*shape)
     matrix = prepared(linear.stored, by_channel)
     with using(isa):
-        for width in WIDTHS:
+        for width in WEIGHT_BITS:
             assert torch.equal(expand(matrix, width, torch.float32), linear.codes.dequantize(width))
 
 

@@ -26,7 +26,7 @@ def reference(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_dense_equals_transformers(name: str, backend: Any) -> None:
     model, ids = tiny.model(name), tiny.token_ids(tiny.MAX_POSITIONS)
-    logits = run_whole(decoder(model, Plan.dense(), backend=backend), ids).logits
+    logits = run_whole(decoder(model, Plan.dense(), attention=backend), ids).logits
     torch.testing.assert_close(logits, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
 
 

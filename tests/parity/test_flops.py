@@ -15,18 +15,18 @@ from quicksilver.rules import (
     CosineFusionRule,
     DropFill,
     EntropyRule,
+    FillRule,
     FittedRule,
     ForcedFusionRule,
     ForcedRule,
     HaltingConfig,
-    KVFill,
-    MapConfig,
+    KVConfig,
     PropagateFill,
     Shortcut,
     ZeroFill,
 )
 from tests import tiny
-from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan
+from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_whole, shortcut_plan, with_maps
 
 PAST = (Shortcut(0, "mlp"), Shortcut(1, "attention"), Shortcut(2, "attention"), Shortcut(2, "mlp"))
 HALTING = HaltingConfig(ForcedRule((2, 1, 4, 3, 4)), min_layer=1, protect_first=0, protect_special=False)
@@ -41,10 +41,10 @@ PLANS = {
     },
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
     "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
-    "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=PropagateFill()),
+    "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=KVConfig(PropagateFill())),
     "nested fusion and halting": NESTED,
-    "maps": replace(halting_plan(ForcedRule((1, 3, 5, 2))), maps=MapConfig(), tensors=tiny.fitted()),
-    "maps of low rank, fusion": replace(NESTED, maps=MapConfig(), tensors=tiny.fitted(rank=3)),
+    "maps": with_maps(halting_plan(ForcedRule((1, 3, 5, 2))), tiny.fitted()),
+    "maps of low rank, fusion": with_maps(NESTED, tiny.fitted(rank=3)),
 }
 
 
@@ -58,16 +58,16 @@ def counted_by_torch(run) -> int:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_decode_flops_equal_torchs_counter(family: str, plan: Plan) -> None:
     """Token by token nothing is masked, so causal counting and PyTorch's agree to the last FLOP."""
-    engine, ids = decoder(tiny.model(family), plan, backend="eager"), tiny.token_ids(20)
+    engine, ids = decoder(tiny.model(family), plan, attention="eager"), tiny.token_ids(20)
     run = run_steps(engine, ids)
     assert executed_cost(engine.spec, run.trace).flops == counted_by_torch(lambda: run_steps(engine, ids))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_prefill_flops_differ_from_torchs_only_in_the_upper_triangle(family: str) -> None:
-    engine, ids = decoder(tiny.model(family), Plan.dense(), backend="eager"), tiny.token_ids(20)
+    engine, ids = decoder(tiny.model(family), Plan.dense(), attention="eager"), tiny.token_ids(20)
     trace = run_whole(engine, ids).trace
-    masked = sum(20 * 20 - layer.attended.value for layer in trace.layers)
+    masked = sum(20 * 20 - layer.attended for layer in trace.layers)
     executed = executed_cost(engine.spec, trace)
     square = executed.flops + 2 * masked * engine.spec.attention_macs_per_pair
     assert square == counted_by_torch(lambda: run_whole(engine, ids))
@@ -85,7 +85,7 @@ def test_transformers_itself_costs_what_the_dense_count_says() -> None:
 
 def test_entropy_signal_counts_the_head() -> None:
     plan = halting_plan(EntropyRule(0.0, layers=(1, 2)))
-    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    engine, ids = decoder(tiny.model("llama"), plan, attention="eager"), tiny.token_ids(10)
     run = run_steps(engine, ids)
     torch_flops = counted_by_torch(lambda: run_steps(engine, ids))
     softmax_macs = signal_macs(engine.spec, "head") - engine.spec.head_macs
@@ -95,8 +95,8 @@ def test_entropy_signal_counts_the_head() -> None:
 def test_maps_count_once_for_each_token_that_stops() -> None:
     """Ten tokens, five of which halt after layer 1 by their entropy too, which is taken of their own states."""
     rule = AllRule((EntropyRule(1e9, layers=(1,)), ForcedRule((2, 4))))
-    plan = replace(halting_plan(rule), maps=MapConfig(), tensors=tiny.fitted(rank=3))
-    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    plan = with_maps(halting_plan(rule), tiny.fitted(rank=3))
+    engine, ids = decoder(tiny.model("llama"), plan, attention="eager"), tiny.token_ids(10)
     run = run_steps(engine, ids)
     assert [layer.fitted_macs for layer in run.trace.layers] == [0, 5 * 2 * 32 * 3, 0, 0]
     assert [layer.fitted_bytes for layer in run.trace.layers] == [0, 5 * 4 * (2 * 32 * 3 + 32), 0, 0]
@@ -118,7 +118,7 @@ def test_gates_and_their_features_count() -> None:
 
 
 @pytest.mark.parametrize("kv", [DropFill(), ZeroFill(), PropagateFill()], ids=lambda f: type(f).__name__)
-def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
+def test_prefill_and_decode_count_the_same_work(kv: FillRule) -> None:
     engine, ids = decoder(tiny.model("qwen3"), halting_plan(ForcedRule((2, 1, 4, 3, 4)), kv)), tiny.token_ids(30)
     whole, steps = run_whole(engine, ids).trace, run_steps(engine, ids).trace
     assert executed_cost(engine.spec, whole) == executed_cost(engine.spec, steps)
@@ -127,18 +127,18 @@ def test_prefill_and_decode_count_the_same_work(kv: KVFill) -> None:
 def test_similarity_and_merged_means_count() -> None:
     """Ten tokens, all alike: nine pairs compared after each of two layers, means merged into."""
     plan = fusion_plan(CosineFusionRule(-1.0), layers=(1, 2), weights="mass", max_group=2)
-    engine, ids = decoder(tiny.model("llama"), plan, backend="eager"), tiny.token_ids(10)
+    engine, ids = decoder(tiny.model("llama"), plan, attention="eager"), tiny.token_ids(10)
     trace = run_whole(engine, ids).trace
     assert [layer.fusion_rows for layer in trace.layers] == [10, 5, 0, 0]
     assert [layer.fused for layer in trace.layers] == [5, 0, 0, 0]
     assert not any(layer.fill_rows for layer in trace.layers)
     assert [dict(layer.signal_rows) for layer in trace.layers[:2]] == [
         {"cosine": 9, "mean": 5},
-        {"cosine": 4, "mean": 0},
+        {"cosine": 4},
     ]
     spec = engine.spec
     macs = sum(layer.query_rows for layer in trace.layers) * spec.layer_macs
-    macs += sum(layer.attended.value for layer in trace.layers) * spec.attention_macs_per_pair
+    macs += sum(layer.attended for layer in trace.layers) * spec.attention_macs_per_pair
     macs += (13 * 4 + 5) * spec.hidden_size + 10 * spec.head_macs
     assert executed_cost(spec, trace).flops == 2 * macs
 
@@ -147,8 +147,8 @@ def test_similarity_and_merged_means_count() -> None:
 def test_gates_count_for_every_token_that_they_are_asked_about(family: str) -> None:
     """PyTorch's counter sees the product with the input; the norm, its weight and the constant are counted by hand."""
     gated = tuple(Shortcut(layer, part, 1.0) for layer, part in ((1, "mlp"), (2, "attention")))
-    plan = shortcut_plan(*gated, halting=HALTING, kv=PropagateFill(), protection={"protect_first": 5})
-    engine, ids = decoder(tiny.model(family), plan, backend="eager"), tiny.token_ids(20)
+    plan = shortcut_plan(*gated, halting=HALTING, kv=KVConfig(PropagateFill()), protection={"protect_first": 5})
+    engine, ids = decoder(tiny.model(family), plan, attention="eager"), tiny.token_ids(20)
     run = run_steps(engine, ids)
     past = run.trace.layers[1].shortcut_rows["mlp"], run.trace.layers[2].shortcut_rows["attention"]
     asked = 15 * 4 // 5, 15 * 3 // 5  # tokens from the sixth on that run more than one layer, more than two

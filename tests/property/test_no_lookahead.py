@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
 from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, screening_plans, skipping_plans
@@ -33,7 +33,7 @@ def assert_blind(engine: Decoder, ids: Tensor, changed: Tensor, keep: int) -> No
     assert_same_until(run_steps(engine, ids), run_steps(engine, changed), keep)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     plan=plans,
     name=st.sampled_from([*tiny.FAMILIES, "llama-rope-dynamic", "llama-rope-longrope", "llama-rope-llama3"]),
@@ -49,7 +49,7 @@ def test_later_tokens_change_nothing(plan: Plan, name: str, length: int, seed: i
     assert_blind(engine, ids, changed, keep)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(plan=plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(1, 20), other=st.integers(1, 30))
 def test_neighbours_in_a_batch_change_nothing(plan: Plan, family: str, length: int, other: int) -> None:
     engine = decoder(tiny.model(family), plan)
@@ -57,7 +57,7 @@ def test_neighbours_in_a_batch_change_nothing(plan: Plan, family: str, length: i
     assert_same_until(run_whole(engine, ids), run_batch(engine, [ids, neighbour]), length)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_later_tokens_change_nothing_where_tokens_fuse(
     plan: Plan, family: str, length: int, data: st.DataObject
@@ -72,7 +72,7 @@ def test_later_tokens_change_nothing_where_tokens_fuse(
     torch.testing.assert_close(one, other, atol=atol, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(plan=fusing_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_in_one_pass_later_tokens_decide_only_who_is_absorbed_at_the_end(
     plan: Plan, family: str, length: int, data: st.DataObject
@@ -93,7 +93,7 @@ def test_in_one_pass_later_tokens_decide_only_who_is_absorbed_at_the_end(
     torch.testing.assert_close(whole.logits[:keep][same], prefix.logits[same], atol=atol, rtol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=precise_plans, family=st.sampled_from(tiny.FAMILIES), length=st.integers(2, 24), data=st.data())
 def test_later_tokens_change_nothing_where_widths_are_chosen(
     plan: Plan, family: str, length: int, data: st.DataObject
@@ -103,7 +103,7 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
     assert_blind(engine, ids, torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000))), keep)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     plan=skipping_plans | screening_plans | coded_plans,
     family=st.sampled_from(tiny.FAMILIES),

@@ -24,7 +24,7 @@ from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.rules import ChannelWidthRule, EntryConfig
+from quicksilver.rules import ChannelBitsRule, KVConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, precision_plan, run_steps
 
@@ -88,7 +88,7 @@ def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None
     torch.testing.assert_close(*logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
 
 
-CHANNEL = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+CHANNEL = precision_plan(ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0)))
 
 
 def write_codes(model: Any) -> None:
@@ -134,16 +134,15 @@ def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, pla
 
 def test_weights_that_have_not_changed_are_not_packed_again() -> None:
     engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
-    spans = engine._spans
+    backend = engine.backend
     run_steps(engine, tiny.token_ids(4))
-    assert engine._spans is spans is not None
+    assert engine.backend is backend
 
 
 @pytest.mark.parametrize("entry_bits", [None, 16, 8])
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copied_cache_goes_a_way_of_its_own(copied: str, entry_bits: int | None) -> None:
-    entries = None if entry_bits is None else EntryConfig(entry_bits)
-    engine = decoder(tiny.nested("llama"), replace(Plan("test"), entries=entries), kernels="native")
+    engine = decoder(tiny.nested("llama"), Plan("test", kv=KVConfig(bits=entry_bits)), kernels="native")
     shared, ways = tiny.token_ids(6), (tiny.token_ids(5, seed=1), tiny.token_ids(5, seed=2))
     wanted = [run_steps(engine, torch.cat((shared, way))).logits[6:] for way in ways]
     first, trace = run_steps(engine, shared).cache, engine.new_trace()
@@ -178,12 +177,12 @@ def test_a_copied_trace_has_what_was_counted_and_counts_on_alone(copied: str) ->
     assert executed_cost(engine.spec, second) == executed_cost(engine.spec, run_steps(engine, ids).trace)
 
 
-def test_a_trace_keeps_no_spans() -> None:
+def test_a_trace_keeps_no_backend() -> None:
     engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
-    trace, spans = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine._spans)
+    trace, backend = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine.backend)
     del engine
     gc.collect()
-    assert spans() is None
+    assert backend() is None
     assert trace.layers[0].query_rows == 8
 
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.plan import Plan
-from quicksilver.rules import DropFill, ForcedRule, KVFill, PropagateFill, RandomRule, ZeroFill
+from quicksilver.rules import DropFill, FillRule, ForcedRule, PropagateFill, RandomRule, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, halting_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import plans
 
 FILLS = (DropFill(), ZeroFill(), PropagateFill())
 ATOL = tolerances.LOGITS[torch.float32]
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_same_cache(first: RaggedKVCache, second: RaggedKVCache, seqs: tuple[int, int] = (0, 0)) -> None:
@@ -35,7 +35,7 @@ def assert_same_run(one: Run, other: Run) -> None:
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_prefill_equals_decode_equals_chunks(family: str, fill: KVFill) -> None:
+def test_prefill_equals_decode_equals_chunks(family: str, fill: FillRule) -> None:
     engine = decoder(tiny.model(family), halting_plan(RandomRule(0.35, seed=2), fill))
     ids = tiny.token_ids(33)
     whole = run_whole(engine, ids)
@@ -47,7 +47,7 @@ def test_prefill_equals_decode_equals_chunks(family: str, fill: KVFill) -> None:
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_batch_of_unequal_prompts_equals_each_alone(family: str, fill: KVFill) -> None:
+def test_batch_of_unequal_prompts_equals_each_alone(family: str, fill: FillRule) -> None:
     engine = decoder(tiny.model(family), halting_plan(RandomRule(0.35, seed=4), fill))
     sequences = [tiny.token_ids(n, seed=n) for n in (11, 1, 30, 2)]
     batch = run_batch(engine, sequences)
@@ -59,7 +59,7 @@ def test_batch_of_unequal_prompts_equals_each_alone(family: str, fill: KVFill) -
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_prefill_equals_decode_in_bfloat16(family: str, fill: KVFill) -> None:
+def test_prefill_equals_decode_in_bfloat16(family: str, fill: FillRule) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
     engine, ids = decoder(model, halting_plan(RandomRule(0.35, seed=2), fill)), tiny.token_ids(24)
     whole, steps = run_whole(engine, ids), run_steps(engine, ids, prompt=9)

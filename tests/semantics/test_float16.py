@@ -6,7 +6,6 @@ Queries and keys are as those of Qwen2, whose biases are large; their products a
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +22,6 @@ from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant import NestedLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
-from quicksilver.rules.maps import MapConfig
 from tests import tiny, tolerances
 from tests.engines import (
     decoder,
@@ -34,6 +32,7 @@ from tests.engines import (
     run_whole,
     screening_plan,
     skipping_plan,
+    with_maps,
 )
 
 BIAS = 250.0  # twice its square is above 65,504
@@ -104,10 +103,10 @@ def test_what_attention_leaves_out_is_the_same_as_in_float32(name: str, plan: Pl
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_backends_are_the_same_as_in_float32(name: str, backend: str, plan: Plan) -> None:
-    assert_same(name, plan, backend=backend)
+    assert_same(name, plan, attention=backend)
 
 
-@pytest.mark.parametrize("rule", [rules.UniformWidthRule(6), rules.ChannelWidthRule((0.5,), (8, 6))], ids=str)
+@pytest.mark.parametrize("rule", [rules.UniformBitsRule(6), rules.ChannelBitsRule((0.5,), (8, 6))], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_nested_weights_are_the_same_as_in_float32(name: str, rule: rules.PrecisionRule) -> None:
     assert_same(name, skipping_plan(FEW, precision_plan(rule)), nested=True)
@@ -201,7 +200,7 @@ def test_fitted_maps_of_large_states_are_those_of_float32(rank: int | None) -> N
         name: tensor * next((factor for end, factor in large.items() if name.endswith(end)), 1.0)
         for name, tensor in tiny.fitted(rank=rank).items()
     }
-    plan = replace(HALTING, tensors=PlanTensors(tensors), maps=MapConfig(output=True))
+    plan = with_maps(HALTING, PlanTensors(tensors))
     assert_same("qwen2", plan)
 
 

@@ -31,10 +31,12 @@ def check(model, ids, plan: Plan, halts=oracle.never, alike=None) -> oracle.Orac
     after = config.after_layers(4)
     joins = config.rule.joins if isinstance(config.rule, rules.ForcedFusionRule) else ()
     alike = alike or (lambda layer_idx, hidden, earlier, later: joins[later % len(joins)])
-    expected = oracle.run(model, ids, plan.kv, halts, oracle.Fusion(after, config.max_group, config.weights, alike))
+    expected = oracle.run(
+        model, ids, plan.kv.fill, halts, oracle.Fusion(after, config.max_group, config.weights, alike)
+    )
     run = run_whole(decoder(model, plan), ids)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     formed = [sorted(layer.group_sizes.elements()) for layer in run.trace.layers]
     assert formed == expected.sizes
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
@@ -60,7 +62,7 @@ def test_forced_random_groups(family: str, layers: tuple[int, ...], weights: rul
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_forced_random_groups_with_forced_random_depths(
-    family: str, weights: rules.FusionWeights, fill: rules.KVFill
+    family: str, weights: rules.FusionWeights, fill: rules.FillRule
 ) -> None:
     ids, generator = tiny.token_ids(LENGTH, 5), torch.Generator().manual_seed(7)
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from quicksilver.backends.native import NativeBackend
 from quicksilver.families.kernels import norm_operands
 from quicksilver.families.nesting import nest
 from quicksilver.families.registry import adapt
@@ -21,8 +22,7 @@ from quicksilver.loading.load import accelerate
 from quicksilver.ops import native, nested_linear
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
-from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
-from quicksilver.runtime.spans import LayerSpans
+from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.ops.nested import draw
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no 
 
 PLANS = {
     "dense": Plan.dense(),
-    "uniform": precision_plan(UniformWidthRule(4)),
-    "by token": precision_plan(EntropyWidthRule((7.1, 6.6), layer=2)),
+    "uniform": precision_plan(UniformBitsRule(4)),
+    "by token": precision_plan(EntropyBitsRule((7.1, 6.6), layer=2)),
 }
-CHANNEL = precision_plan(ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0)))
+CHANNEL = precision_plan(ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0)))
 ATOL = tolerances.KERNEL_LOGITS
 
 
@@ -56,13 +56,13 @@ def test_however_tokens_are_fed_the_definition_is_met(family: str, name: str) ->
 
 @pytest.mark.parametrize("plan", [PLANS["uniform"], CHANNEL], ids=["uniform", "channel"])
 def test_a_prompt_runs_through_all_layers_in_one_call(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, run, seen = decoder(tiny.nested("llama"), plan, kernels="native"), LayerSpans.run, []
+    engine, run, seen = decoder(tiny.nested("llama"), plan, kernels="native"), NativeBackend.run, []
 
-    def counted(self: LayerSpans, layers: range, *args: Any) -> Any:
+    def counted(self: NativeBackend, layers: range, *args: Any) -> Any:
         seen.append(layers)
         return run(self, layers, *args)
 
-    monkeypatch.setattr(LayerSpans, "run", counted)
+    monkeypatch.setattr(NativeBackend, "run", counted)
     run_whole(engine, tiny.token_ids(30))
     assert seen == [range(engine.spec.num_layers)]
 

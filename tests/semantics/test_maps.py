@@ -15,7 +15,7 @@ from quicksilver.errors import PlanError
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from tests import oracle, tiny, tolerances
-from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole, with_maps
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 FAMILIES = ("gpt2", "llama")
@@ -32,7 +32,7 @@ DECIDED = {
 
 def mapped(plan: Plan, tensors: PlanTensors | None = None, **config: bool) -> Plan:
     """Return a plan with output maps."""
-    return replace(plan, maps=rules.MapConfig(**config), tensors=tensors or tiny.fitted())
+    return with_maps(plan, tensors or tiny.fitted(), **config)
 
 
 def added(tensors: PlanTensors) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -85,11 +85,11 @@ def decided(model, ids: Tensor, plan: Plan) -> oracle.Halts:
 def check(model, ids: Tensor, plan: Plan, halts: oracle.Halts, fusion: oracle.Fusion | None = None) -> Tensor:
     """Compare the engine with the oracle; return the depths."""
     assert plan.tensors is not None
-    maps = added(plan.tensors) if plan.maps is not None and plan.maps.output else {}
-    expected = oracle.run(model, ids, plan.kv, halts, fusion, maps=maps)
+    maps = added(plan.tensors) if plan.halting is not None and plan.halting.output_maps else {}
+    expected = oracle.run(model, ids, plan.kv.fill, halts, fusion, maps=maps)
     run = run_whole(decoder(model, plan), ids)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
     return expected.depths
 
@@ -97,7 +97,7 @@ def check(model, ids: Tensor, plan: Plan, halts: oracle.Halts, fusion: oracle.Fu
 @RANKS
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forced_random_depths(family: str, fill: rules.KVFill, rank: int | None) -> None:
+def test_forced_random_depths(family: str, fill: rules.FillRule, rank: int | None) -> None:
     ids, depths = tiny.token_ids(LENGTH), torch.randint(1, 5, (LENGTH,), generator=torch.Generator().manual_seed(1))
     plan = mapped(halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill), tiny.fitted(1, rank))
     check(tiny.model(family), ids, plan, forced(depths))
@@ -116,7 +116,7 @@ def test_decided_halting(family: str, name: str) -> None:
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
-    family: str, fill: rules.KVFill, weights: rules.FusionWeights
+    family: str, fill: rules.FillRule, weights: rules.FusionWeights
 ) -> None:
     """Fusion after layers 0 and 1, halting from layer 1 on: the plan holds no map of layer 0."""
     ids, generator = tiny.token_ids(LENGTH, 5), torch.Generator().manual_seed(7)
@@ -129,7 +129,7 @@ def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
     fusion = oracle.Fusion((0, 1), 3, weights, lambda layer_idx, hidden, earlier, later: joins[later])
     ran = check(tiny.model(family), ids, plan, forced(depths), fusion)
     assert set(ran.tolist()) == {1, 2, 3, 4}
-    no_halting = replace(plan, halting=None)
+    no_halting = replace(plan, halting=rules.HaltingConfig(output_maps=True))
     check(tiny.model(family), ids, no_halting, oracle.never, fusion)
 
 
@@ -145,7 +145,7 @@ def test_decided_halting_of_groups(family: str, rule: rules.HaltingRule) -> None
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_map_changes_what_stopped_tokens_predict_and_nothing_else(family: str, fill: rules.KVFill) -> None:
+def test_a_map_changes_what_stopped_tokens_predict_and_nothing_else(family: str, fill: rules.FillRule) -> None:
     plan, ids = halting_plan(rules.ForcedRule((1, 4, 2, 3, 4)), fill), tiny.token_ids(LENGTH)
     plain, other = (run_whole(decoder(tiny.model(family), each), ids) for each in (plan, mapped(plan)))
     full = plain.trace.depths[0] == 4
@@ -161,7 +161,7 @@ def test_what_no_mechanism_uses_changes_no_bit() -> None:
     plan, ids = halting_plan(rules.RandomRule(0.3)), tiny.token_ids(LENGTH)
     unused = (
         (plan, replace(plan, tensors=tiny.fitted())),
-        (plan, mapped(plan, output=False)),
+        (plan, mapped(plan, output_maps=False)),
         (Plan.dense(), mapped(Plan.dense())),
         (Plan.dense(), mapped(halting_plan(rules.FittedRule(0.0)))),
     )
@@ -241,7 +241,7 @@ NARROW = PlanTensors(
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (replace(FORCED, maps=rules.MapConfig()), "output.0.down is missing"),
+        (replace(mapped(FORCED), tensors=None), "output.0.down is missing"),
         (mapped(FORCED, tiny.fitted(outputs=(0, 1))), "output.2.down is missing"),
         (mapped(FORCED, NARROW), r"output.0 has shapes .* the model needs 32 to 32"),
         (
@@ -257,7 +257,7 @@ NARROW = PlanTensors(
         ),
         (replace(FITTED, tensors=NARROW), r"gate.0.weight has shape \(8,\), the model needs \(36,\)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_plans_whose_tensors_do_not_fit_are_refused(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError, match=f"plan 'test': .*{message}"):

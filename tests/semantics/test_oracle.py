@@ -27,7 +27,7 @@ def check(model, ids, rule, fill, halts) -> torch.Tensor:
     run = run_whole(decoder(model, halting_plan(rule, fill)), ids)
     expected = oracle.run(model, ids, fill, halts)
     assert torch.equal(run.trace.depths[0], expected.depths)
-    assert [layer.attended.value for layer in run.trace.layers] == expected.attended
+    assert [layer.attended for layer in run.trace.layers] == expected.attended
     torch.testing.assert_close(run.logits, expected.logits, atol=tolerances.LOGITS[torch.float32], rtol=0)
     return expected.depths
 
@@ -35,7 +35,7 @@ def check(model, ids, rule, fill, halts) -> torch.Tensor:
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"])
 @pytest.mark.parametrize("seed", range(3))
-def test_forced_random_depths(family: str, fill: rules.KVFill, seed: int) -> None:
+def test_forced_random_depths(family: str, fill: rules.FillRule, seed: int) -> None:
     model, ids = tiny.model(family), tiny.token_ids(40, seed)
     depths = torch.randint(1, 5, (40,), generator=torch.Generator().manual_seed(seed))
 
@@ -48,7 +48,7 @@ def test_forced_random_depths(family: str, fill: rules.KVFill, seed: int) -> Non
 
 @pytest.mark.parametrize(("family", "fill"), [*product(tiny.FAMILIES, (FILLS[0], FILLS[2]))], ids=str)
 @pytest.mark.parametrize("rule", DECIDED, ids=lambda r: type(r).__name__)
-def test_decided_halting(family: str, fill: rules.KVFill, rule: rules.HaltingRule) -> None:
+def test_decided_halting(family: str, fill: rules.FillRule, rule: rules.HaltingRule) -> None:
     model, ids = tiny.model(family), tiny.token_ids(48)
     norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
 

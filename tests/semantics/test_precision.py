@@ -11,24 +11,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from quicksilver import rules
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.errors import PlanError
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.rules import ChannelWidthRule, EntropyWidthRule, UniformWidthRule
-from quicksilver.rules.precision import WIDTHS
+from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
+from quicksilver.rules.precision.base import mean_name
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.oracle_parts import linear_maps
 
-CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
-TOKEN = EntropyWidthRule((7.1, 6.6), layer=2)
+CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
+TOKEN = EntropyBitsRule((7.1, 6.6), layer=2)
 RULES = {
-    "uniform 4": UniformWidthRule(4),
-    "uniform 6": UniformWidthRule(6),
+    "uniform 4": UniformBitsRule(4),
+    "uniform 6": UniformBitsRule(6),
     "channel": CHANNEL,
-    "channel, map by map": ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(24)), widths=(8, 2, 0)),
+    "channel, map by map": ChannelBitsRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(24)), bits=(8, 2, 0)),
     "entropy": TOKEN,
-    "entropy of the state": EntropyWidthRule((3.0, 2.0), over="hidden", layer=2),
+    "entropy of the state": EntropyBitsRule((3.0, 2.0), over="hidden", layer=2),
 }
 GPT2_AND_LLAMA = ("gpt2", "llama")
 ATOL = tolerances.LOGITS[torch.float64]
@@ -38,7 +40,7 @@ def rule_for(name: str, family: str) -> rules.PrecisionRule:
     """Return a rule; sets of thresholds are as many as the family's 4 layers have maps."""
     rule = RULES[name]
     if name == "channel, map by map" and family != "gpt2":
-        return ChannelWidthRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), widths=(8, 2, 0))
+        return ChannelBitsRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), bits=(8, 2, 0))
     return rule
 
 
@@ -58,7 +60,7 @@ class Definition:
     def after_layer(self, layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
         """Stand in for a halting rule that halts nobody."""
         rule = self.rule
-        if isinstance(rule, EntropyWidthRule) and layer_idx == rule.layer - 1:
+        if isinstance(rule, EntropyBitsRule) and layer_idx == rule.layer - 1:
             if rule.over == "head":
                 entropy = head_entropy(self.model, after)
             else:
@@ -68,41 +70,33 @@ class Definition:
         return torch.zeros(len(after), dtype=torch.bool)
 
     @staticmethod
-    def grade(rule: rules.GradedWidthRule, score: float, thresholds) -> int:
-        return next((w for w, limit in zip(rule.widths, thresholds, strict=False) if score >= limit), rule.widths[-1])
+    def grade(rule: rules.GradedBitsRule, score: float, thresholds) -> int:
+        return next((w for w, limit in zip(rule.bits, thresholds, strict=False) if score >= limit), rule.bits[-1])
 
     def width(self, rule: rules.PrecisionRule, t: int, score: float, thresholds) -> int:
         if self.exempt(t):
             return 8
-        if isinstance(rule, UniformWidthRule):
-            return rule.width
+        if isinstance(rule, UniformBitsRule):
+            return rule.bits
         cap = 8 if self.caps is None else self.caps[t]
-        if isinstance(rule, EntropyWidthRule):
+        if isinstance(rule, EntropyBitsRule):
             return cap
         return self.grade(rule, score, thresholds)
 
     def read(self, layer_idx: int, module, x: Tensor) -> Tensor:
         thresholds = None
-        if isinstance(self.rule, ChannelWidthRule):
+        if isinstance(self.rule, ChannelBitsRule):
             thresholds = self.rule.thresholds
             if isinstance(thresholds[0], tuple):
                 of_layer = len(thresholds) // 4
-                maps = self.layer_maps(layer_idx)
+                maps = linear_maps(self.model, layer_idx)
                 thresholds = thresholds[layer_idx * of_layer + next(i for i, m in enumerate(maps) if m is module)]
         scores = (x.abs() * module.codes.dequantize().norm(dim=1)).tolist()
         chosen = torch.tensor([[self.width(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
         y = torch.zeros(len(x), module.num_outputs, dtype=x.dtype)
-        for width in WIDTHS:
+        for width in WEIGHT_BITS:
             y += torch.where(chosen == width, x, 0.0) @ module.codes.dequantize(width).to(x.dtype)
         return y if module.bias is None else y + module.bias
-
-    def layer_maps(self, layer_idx: int) -> list:
-        if self.model.config.model_type == "gpt2":
-            block = self.model.transformer.h[layer_idx]
-            return [*block.attn.c_attn.parts, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
-        block = self.model.model.layers[layer_idx]
-        attn, mlp = block.self_attn, block.mlp
-        return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -122,21 +116,21 @@ def test_widths_equal_their_definition(name: str, family: str) -> None:
 def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ...]) -> None:
     """What differs from the mean is read at the width that it deserves; the mean's own product is added."""
     model, ids = tiny.nested(family, torch.float64), tiny.token_ids(9)
-    rule = ChannelWidthRule((0.3, 0.1, 0.03)[: len(widths) - 1], widths, centred=True)
+    rule = ChannelBitsRule((0.3, 0.1, 0.03)[: len(widths) - 1], widths, centred=True)
     meaning = Definition(model, rule)
     generator = torch.Generator().manual_seed(0)
     means = {
         (layer, i): 0.2 * torch.randn(module.num_inputs, generator=generator)
         for layer in range(tiny.NUM_LAYERS)
-        for i, module in enumerate(meaning.layer_maps(layer))
+        for i, module in enumerate(linear_maps(model, layer))
     }
 
     def read(layer_idx: int, module, x: Tensor) -> Tensor:
-        i = next(i for i, each in enumerate(meaning.layer_maps(layer_idx)) if each is module)
+        i = next(i for i, each in enumerate(linear_maps(model, layer_idx)) if each is module)
         mean = means[layer_idx, i].to(x.dtype)
         return meaning.read(layer_idx, module, x - mean) + mean @ module.codes.dequantize().to(x.dtype)
 
-    tensors = PlanTensors({rule.mean_name(*place): mean for place, mean in means.items()})
+    tensors = PlanTensors({mean_name(*place): mean for place, mean in means.items()})
     run = run_whole(decoder(model, precision_plan(rule, tensors=tensors)), ids)
     expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=read)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
@@ -147,7 +141,7 @@ def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ..
 
 @pytest.mark.parametrize("tensors", [{}, {"mean.0.0": torch.zeros(3)}], ids=["missing", "of another shape"])
 def test_means_that_do_not_fit_the_model_are_refused(tensors: dict[str, Tensor]) -> None:
-    rule = ChannelWidthRule((0.1,), (8, 0), centred=True)
+    rule = ChannelBitsRule((0.1,), (8, 0), centred=True)
     with pytest.raises(PlanError, match=r"mean\.0\.0"):
         decoder(tiny.nested("llama"), precision_plan(rule, tensors=PlanTensors(tensors)))
 
@@ -168,7 +162,7 @@ def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
     for family in tiny.FAMILIES:
         model, ids = tiny.nested(family), tiny.token_ids(20)
         dense, uniform = (
-            run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), precision_plan(UniformWidthRule(8)))
+            run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), precision_plan(UniformBitsRule(8)))
         )
         assert torch.equal(dense.logits, uniform.logits)
         assert decoder(model, Plan.dense()).spec.parameters == decoder(tiny.model(family), Plan.dense()).spec.parameters
@@ -177,6 +171,7 @@ def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
         torch.testing.assert_close(dense.logits, reference, atol=tolerances.LOGITS[torch.float32], rtol=0)
 
 
+PROPAGATE = rules.KVConfig(rules.PropagateFill())
 HALTING = rules.HaltingConfig(rules.ForcedRule((4, 3, 1, 2)), min_layer=1, protect_first=0, protect_special=False)
 FUSING = rules.FusionConfig(
     rules.ForcedFusionRule((False, True, True, False, True)),
@@ -196,8 +191,8 @@ def same(one: Run, other: Run) -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
 @pytest.mark.parametrize("fill", [rules.DropFill(), rules.PropagateFill()], ids=lambda fill: type(fill).__name__)
-def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str, fill: rules.KVFill) -> None:
-    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=fill)
+def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str, fill: rules.FillRule) -> None:
+    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.KVConfig(fill))
     engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(14)
     whole = run_whole(engine, ids)
     for fed in (run_steps(engine, ids), run_chunks(engine, ids, [4, 1, 9])):
@@ -220,7 +215,7 @@ def same_cache(one: Run, other: Run) -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
 def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family: str) -> None:
-    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.PropagateFill(), fusion=FUSING)
+    plan = precision_plan(rule_for(name, family), halting=HALTING, kv=PROPAGATE, fusion=FUSING)
     engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(17)
     whole, steps = run_whole(engine, ids), run_steps(engine, ids)
     torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
@@ -231,8 +226,8 @@ def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family
 def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
     """Token by token nothing is multiplied that is not counted, so PyTorch's counter agrees to the last FLOP."""
     ids = tiny.token_ids(3)
-    for rule in (CHANNEL, UniformWidthRule(4)):
-        engine = decoder(tiny.nested(family), precision_plan(rule), backend="eager")
+    for rule in (CHANNEL, UniformBitsRule(4)):
+        engine = decoder(tiny.nested(family), precision_plan(rule), attention="eager")
         run = run_steps(engine, ids)
         cost, dense = executed_cost(engine.spec, run.trace), dense_cost(engine.spec, run.trace)
         with FlopCounterMode(display=False) as counter:
@@ -246,7 +241,7 @@ def test_bitops_and_bytes_follow_what_is_read() -> None:
     model, ids = tiny.nested("llama"), tiny.token_ids(6)
     costs, spec = {}, decoder(model, Plan.dense()).spec
     for width in (8, 6, 4, 2):
-        engine = decoder(model, precision_plan(UniformWidthRule(width)))
+        engine = decoder(model, precision_plan(UniformBitsRule(width)))
         costs[width] = executed_cost(spec, run_whole(engine, ids).trace)
     linear = 6 * spec.num_layers * spec.layer_macs
     assert costs[8].bitops - costs[4].bitops == linear * 4 * 32
@@ -271,14 +266,14 @@ BITS_4 = 6 * 4 * (2 * 32 * (16 + 2) + 2 * 32 * (8 + 2) + 2 * 32 * (24 + 4) + 48 
     ("rule", "weight_bytes", "bitops"),
     [
         (None, 436_224, 111_673_344),
-        (UniformWidthRule(8), PLAIN + BITS_8, PAIRS + HEAD + MACS * 8 * 32),
-        (UniformWidthRule(4), PLAIN + BITS_4, PAIRS + HEAD + MACS * 4 * 32),
+        (UniformBitsRule(8), PLAIN + BITS_8, PAIRS + HEAD + MACS * 8 * 32),
+        (UniformBitsRule(4), PLAIN + BITS_4, PAIRS + HEAD + MACS * 4 * 32),
         (
-            ChannelWidthRule((0.0,), widths=(4, 2)),
+            ChannelBitsRule((0.0,), bits=(4, 2)),
             PLAIN + BITS_4 + 4 * SCORES,
             PAIRS + HEAD + MACS * 4 * 32 + SCORES * 32 * 32,
         ),
-        (ChannelWidthRule((1e9,), widths=(4, 0)), PLAIN + 4 * SCORES, PAIRS + HEAD + SCORES * 32 * 32),
+        (ChannelBitsRule((1e9,), bits=(4, 0)), PLAIN + 4 * SCORES, PAIRS + HEAD + SCORES * 32 * 32),
     ],
     ids=["dense", "uniform 8", "uniform 4", "all at 4 by score", "nothing by score"],
 )

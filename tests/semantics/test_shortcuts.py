@@ -13,8 +13,7 @@ from torch import Tensor
 from quicksilver import rules
 from quicksilver.families.cost import executed_cost
 from quicksilver.plan import Plan
-from quicksilver.rules import Shortcut, UniformWidthRule
-from quicksilver.rules.maps import Part
+from quicksilver.rules import Part, Shortcut, UniformBitsRule
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_chunks, run_steps, run_whole, shortcut_plan
 from tests.semantics.test_precision import CHANNEL, TOKEN, Definition
@@ -35,6 +34,7 @@ SETS: dict[str, tuple[Shortcut, ...]] = {
 }
 DEPTHS = (4, 2, 3, 4, 1, 4)
 JOINS = (False, True, True, False, True)
+PROPAGATE = rules.KVConfig(rules.PropagateFill())
 HALTING = rules.HaltingConfig(rules.ForcedRule(DEPTHS), min_layer=1, protect_first=0, protect_special=False)
 
 
@@ -49,9 +49,9 @@ def halts(layer_idx: int, before: Tensor, *_: object) -> Tensor:
 
 def bypass(plan: Plan, ids: Tensor) -> oracle.Bypass:
     """What a shortcut means, token by token: the map, and the gate's exponential against the threshold."""
-    config, tensors = plan.shortcuts, plan.tensors
-    assert config is not None
-    assert tensors is not None
+    assert plan.halting is not None
+    assert plan.tensors is not None
+    config, tensors = plan.halting.for_shortcuts, plan.tensors
     chosen = {(shortcut.layer, shortcut.part): shortcut for shortcut in config.shortcuts}
 
     def past(layer_idx: int, part: str, normed: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,13 +82,13 @@ def check(
     if plan.fusion is not None:
         grouped = (plan.fusion.after_layers(4), plan.fusion.max_group, plan.fusion.weights)
         fusion = oracle.Fusion(*grouped, lambda layer_idx, hidden, earlier, later: JOINS[later % len(JOINS)])
-    halting = halting or (oracle.never if plan.halting is None else halts)
-    expected = oracle.run(model, ids, plan.kv, halting, fusion, read, bypass(plan, ids))
+    halting = halting or (oracle.never if plan.halting is None or plan.halting.rule is None else halts)
+    expected = oracle.run(model, ids, plan.kv.fill, halting, fusion, read, bypass(plan, ids))
     run = run_whole(decoder(model, plan, special_ids=[SPECIAL]), ids)
     layers = run.trace.layers
     assert torch.equal(run.trace.depths[0], expected.depths)
     assert [{part: layer.shortcut_rows[part] for part in get_args(Part)} for layer in layers] == expected.past
-    assert [layer.attended.value for layer in layers] == expected.attended
+    assert [layer.attended for layer in layers] == expected.attended
     assert [sorted(layer.group_sizes.elements()) for layer in layers] == expected.sizes
     torch.testing.assert_close(run.logits, expected.logits, atol=tolerances.LOGITS[run.logits.dtype], rtol=0)
     return run
@@ -107,8 +107,10 @@ def test_shortcuts_equal_their_definition(family: str, rank: int | None, name: s
 @pytest.mark.parametrize("fill", FILLS, ids=lambda fill: type(fill).__name__)
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_halting(family: str, name: str, fill: rules.KVFill) -> None:
-    check(tiny.model(family), shortcut_plan(*SETS[name], halting=HALTING, kv=fill), tiny.token_ids(LENGTH))
+def test_with_halting(family: str, name: str, fill: rules.FillRule) -> None:
+    check(
+        tiny.model(family), shortcut_plan(*SETS[name], halting=HALTING, kv=rules.KVConfig(fill)), tiny.token_ids(LENGTH)
+    )
 
 
 @pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
@@ -116,11 +118,11 @@ def test_with_halting(family: str, name: str, fill: rules.KVFill) -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_fusion(family: str, name: str, halting: rules.HaltingConfig | None, weights: rules.FusionWeights) -> None:
-    plan = shortcut_plan(*SETS[name], halting=halting, kv=rules.PropagateFill(), fusion=fusing(weights))
+    plan = shortcut_plan(*SETS[name], halting=halting, kv=PROPAGATE, fusion=fusing(weights))
     check(tiny.model(family), plan, tiny.token_ids(LENGTH))
 
 
-@pytest.mark.parametrize("rule", [UniformWidthRule(4), CHANNEL, TOKEN], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", [UniformBitsRule(4), CHANNEL, TOKEN], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("others", ["", "halting", "fusion", "halting and fusion"])
 @pytest.mark.parametrize("name", ["a whole layer", "everything, gated"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,15 +130,15 @@ def test_with_widths(family: str, name: str, others: str, rule: rules.PrecisionR
     model, ids = tiny.nested(family, torch.float64), tiny.token_ids(9)
     precision = rules.PrecisionConfig(rule, protect_first=0, protect_special=False)
     halting, fusion = HALTING if "halting" in others else None, fusing() if "fusion" in others else None
-    plan = shortcut_plan(*SETS[name], precision=precision, halting=halting, fusion=fusion, kv=rules.PropagateFill())
+    plan = shortcut_plan(*SETS[name], precision=precision, halting=halting, fusion=fusion, kv=PROPAGATE)
     meaning = Definition(model, rule)
 
     def stops(layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
         decided = meaning.after_layer(layer_idx, before, after, previous)
         return decided if halting is None else decided | halts(layer_idx, before)
 
-    if halting is not None and isinstance(rule, rules.EntropyWidthRule):
-        plan = replace(plan, kv=rules.DropFill())  # what halted before has decided no width of its own
+    if halting is not None and isinstance(rule, rules.EntropyBitsRule):
+        plan = replace(plan, kv=rules.KVConfig())  # what halted before has decided no width of its own
     check(model, plan, ids, meaning.read, stops)
 
 
@@ -205,7 +207,7 @@ def test_a_layer_past_which_everyone_goes_still_writes_entries_and_reads_none(fa
     run = run_whole(decoder(tiny.model(family), shortcut_plan(*SETS["a whole layer"])), tiny.token_ids(LENGTH))
     layer = run.trace.layers[1]
     assert run.cache.entry_counts(1) == [LENGTH]
-    assert (layer.query_rows, layer.attended.value, layer.entries_read) == (LENGTH, 0, 0)
+    assert (layer.query_rows, layer.attended, layer.entries_read) == (LENGTH, 0, 0)
     assert run.trace.head_rows == LENGTH
     assert run.trace.mean_depth == 4.0
 
@@ -223,7 +225,7 @@ def test_a_gate_that_lets_nobody_past_leaves_the_dense_model_bit_for_bit(family:
 @pytest.mark.parametrize("halting", [None, HALTING], ids=["", "halting"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_one_meaning_however_tokens_are_fed(family: str, halting: rules.HaltingConfig | None, name: str) -> None:
-    plan = shortcut_plan(*SETS[name], halting=halting, kv=rules.PropagateFill(), protection={"protect_first": 2})
+    plan = shortcut_plan(*SETS[name], halting=halting, kv=PROPAGATE, protection={"protect_first": 2})
     engine, ids = decoder(tiny.model(family), plan), tiny.token_ids(LENGTH)
     whole, atol = run_whole(engine, ids), tolerances.LOGITS[torch.float32]
     for fed in (run_steps(engine, ids), run_chunks(engine, ids, [1, 4, 12, 13])):
@@ -254,11 +256,11 @@ def test_prefill_equals_decode_in_bfloat16(family: str, rank: int | None) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_widths_are_counted_only_where_weights_are_read(family: str) -> None:
-    precision = rules.PrecisionConfig(UniformWidthRule(4), protect_first=0, protect_special=False)
+    precision = rules.PrecisionConfig(UniformBitsRule(4), protect_first=0, protect_special=False)
     engine = decoder(tiny.nested(family), shortcut_plan(*ALL, precision=precision))
     trace, spec = run_whole(engine, tiny.token_ids(LENGTH)).trace, engine.spec
     for layer in trace.layers:
         past = layer.shortcut_rows
         assert past["mlp"] * past["attention"] > 0
         macs = LENGTH * spec.layer_macs - past["mlp"] * spec.mlp_macs - past["attention"] * spec.query_macs
-        assert layer.widths.macs == [0, 0, 0, 0, macs, 0, 0, 0, 0]
+        assert layer.macs_by_bits == [0, 0, 0, 0, macs, 0, 0, 0, 0]

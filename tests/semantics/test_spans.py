@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from statistics import mean
 from threading import Thread
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from quicksilver.backends.native import span_ends
 from quicksilver.families.cost import Cost, executed_cost
 from quicksilver.families.nesting import nest
 from quicksilver.ops import native, nested_linear
@@ -19,20 +19,19 @@ from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.linear import keeping_expanded
 from quicksilver.rules import (
-    ChannelWidthRule,
+    ChannelBitsRule,
     DropFill,
-    EntropyWidthRule,
-    EntryConfig,
+    EntropyBitsRule,
     ForcedFusionRule,
     ForcedRule,
+    KVConfig,
     PropagateFill,
     RelativeDriftRule,
     Shortcut,
-    UniformWidthRule,
+    UniformBitsRule,
     ZeroFill,
 )
-from quicksilver.runtime.decoder import Decoder
-from quicksilver.runtime.spans import span_ends
+from quicksilver.runtime.loop import Decoder
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -47,16 +46,17 @@ from tests.engines import (
     screening_plan,
     shortcut_plan,
     skipping_plan,
+    with_kv,
 )
 from tests.ops.nested import threads
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
 FORCED = ForcedRule((2, 99, 3, 99, 99))
-CHANNEL = ChannelWidthRule((3.0, 1.5, 0.7, 0.3), widths=(8, 6, 4, 2, 0))
+CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
 EXACT = {  # nothing that the kernels' rounding could decide otherwise
     "dense": Plan.dense(),
-    "uniform": precision_plan(UniformWidthRule(4)),
+    "uniform": precision_plan(UniformBitsRule(4)),
     "drop": halting_plan(FORCED, DropFill(), min_layer=1),
     "propagate": halting_plan(FORCED, PropagateFill(), min_layer=1),
     "zero": halting_plan(FORCED, ZeroFill(), min_layer=1),
@@ -68,13 +68,13 @@ EXACT = {  # nothing that the kernels' rounding could decide otherwise
 }
 ROUGH = {  # thresholds that a value may lie on, and codes
     "channels": precision_plan(CHANNEL),
-    "by token": precision_plan(EntropyWidthRule((7.1, 6.6), layer=2)),
+    "by token": precision_plan(EntropyBitsRule((7.1, 6.6), layer=2)),
     "values": skipping_plan(0.8),
     "queries": skipping_plan(0.0, query_threshold=0.4),
     "screened": screening_plan(0.8),
-    "entries": replace(Plan("test"), entries=EntryConfig()),
-    "entries of 16 bits": replace(Plan("test"), entries=EntryConfig(16)),
-    "all": replace(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), entries=EntryConfig()),
+    "entries": Plan("test", kv=KVConfig(bits=8)),
+    "entries of 16 bits": Plan("test", kv=KVConfig(bits=16)),
+    "all": with_kv(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), bits=8),
 }
 
 
@@ -120,7 +120,7 @@ def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, nam
     costs: tuple[list[Cost], list[Cost]] = ([], [])
     for seed in range(3):  # in one text, a single decision that falls to the other side may be a large part of the mean
         ids = tiny.token_ids(60, seed=seed)
-        runs = [run_steps(each, ids, prompt=30) for each in (definition, engine)]
+        runs = [run_steps(each, ids, prompt=48) for each in (definition, engine)]
         for i, run in enumerate(runs):
             losses[i].append(float(torch.nn.functional.cross_entropy(run.logits[:-1], ids[1:])))
             costs[i].append(executed_cost(engine.spec, run.trace))
@@ -220,8 +220,8 @@ def test_python_threads_take_turns() -> None:
 def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is() -> None:
     calls: list[range] = []
     _, engine = engines("llama", EXACT["dense"])
-    run = engine._spans.run
-    engine._spans.run = lambda layers, *rest: calls.append(layers) or run(layers, *rest)  # type: ignore[union-attr]
+    run = engine.backend.run
+    engine.backend.run = lambda span, *rest: calls.append(span) or run(span, *rest)  # type: ignore[method-assign]
     run_steps(engine, tiny.token_ids(3))
     assert calls == [range(engine.spec.num_layers)] * 3
     assert span_ends(6, ()) == [6] * 6

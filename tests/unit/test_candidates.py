@@ -14,18 +14,18 @@ from transformers import LlamaConfig
 from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, static_exit
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
-from quicksilver.calibrate.sensitivity import SCREENING_THRESHOLDS
+from quicksilver.calibrate.sensitivity import THRESHOLDS
 from quicksilver.core.trace import Trace
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.families.registry import adapt
 from quicksilver.plan import Plan
 from quicksilver.rules import (
-    ChannelWidthRule,
+    ChannelBitsRule,
     CosineFusionRule,
     DropFill,
-    EntryConfig,
     FittedRule,
     PropagateFill,
+    threshold_at,
 )
 from tests import tiny
 from tests.engines import decoder, run_whole
@@ -77,13 +77,12 @@ def test_limits_of_halting_grow_with_the_price_and_with_what_is_left_to_run(fits
 def test_limits_of_shortcuts_grow_with_the_price(fits: Fits) -> None:
     before: dict[str, float] = {}
     for price in PRICES:
-        config = shortcuts_at(price, fits)
-        found = {} if config is None else {each.name: each.threshold or 0.0 for each in config.shortcuts}
+        found = {each.name: each.threshold or 0.0 for each in shortcuts_at(price, fits)}
         assert set(found) >= set(before)
         assert all(found[name] > before[name] for name in before)
         before = found
     assert len(before) == 2 * tiny.NUM_LAYERS
-    assert shortcuts_at(1e-9, fits) is None
+    assert shortcuts_at(1e-9, fits) == ()
 
 
 @pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
@@ -93,7 +92,7 @@ def test_limits_of_channels_grow_with_the_price(fits: Fits, objective: Objective
     for price in PRICES:
         precision = make(priced, price, ["channels"]).precision
         assert precision is not None
-        assert isinstance(precision.rule, ChannelWidthRule)
+        assert isinstance(precision.rule, ChannelBitsRule)
         limits.append(torch.tensor(precision.rule.thresholds))
     assert limits[0].shape == (tiny.NUM_LAYERS * 7, len(WIDTHS) - 1)
     for low, high in pairwise(limits):
@@ -101,18 +100,18 @@ def test_limits_of_channels_grow_with_the_price(fits: Fits, objective: Objective
 
 
 def test_the_threshold_of_values_grows_with_the_price(fits: Fits) -> None:
-    found = [make(fits, price, ["values"]).attention for price in (1e-6, *PRICES, 1e6)]
-    thresholds = [0.0 if each is None else each.threshold_in(0) for each in found]
+    found = [make(fits, price, ["values"]).kv for price in (1e-6, *PRICES, 1e6)]
+    thresholds = [threshold_at(each.skip_values_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
     assert thresholds[0] < 0.01
     assert thresholds[-1] == 1.0
 
 
 def test_the_threshold_of_screening_grows_with_the_price(fits: Fits) -> None:
-    found = [make(fits, price, ["screening"]).screening for price in (*PRICES, 1e6)]
-    thresholds = [0.0 if each is None else each.threshold_in(0) for each in found]
+    found = [make(fits, price, ["screening"]).kv for price in (*PRICES, 1e6)]
+    thresholds = [threshold_at(each.screen_keys_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
-    assert thresholds[-1] == SCREENING_THRESHOLDS[-1]
+    assert thresholds[-1] == THRESHOLDS["screening"][-1]
 
 
 def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -> None:
@@ -120,11 +119,10 @@ def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -
     priced = replace(fits, units=units_of(tiny.nested("llama"), "bitops"))
     assert priced.units.pair == pytest.approx(4 * priced.units.entry)
     on, off = (make(priced, price, names) for price, names in ((2.0, ["values", "entries"]), (0.5, ["values"])))
-    assert on.entries == EntryConfig()
-    assert on.attention == off.attention
-    assert off.entries is None
-    assert make(fits, 2.0, ["values", "entries"]).attention == make(fits, 2.0, ["values"]).attention  # as many FLOPs
-    assert make(fits, 1e-9, ["entries"]).entries == EntryConfig()
+    assert on.kv == replace(off.kv, bits=8)
+    assert off.kv.bits is None
+    assert make(fits, 2.0, ["values", "entries"]).kv == replace(make(fits, 2.0, ["values"]).kv, bits=8)  # as many FLOPs
+    assert make(fits, 1e-9, ["entries"]).kv.bits == 8
 
 
 def test_fusion_has_a_cosine_instead_of_a_price(fits: Fits) -> None:
@@ -154,33 +152,30 @@ def test_a_price_of_nothing_saves_nothing(fits: Fits) -> None:
 def test_a_mechanism_left_out_is_off_and_nothing_else_changes(fits: Fits, mechanism: Any) -> None:
     knobs = Knobs(5.0, {**dict.fromkeys(ALL, 1.0), "fusion": 0.9})
     whole, plan = (build(each, fits, "mine", WIDTHS) for each in (knobs, knobs.without(mechanism)))
-    names = {
-        "halting": "halting",
-        "shortcuts": "shortcuts",
-        "values": "attention",
-        "screening": "screening",
-        "channels": "precision",
+    parts = {
+        "halting": lambda each: each.halting.rule,
+        "shortcuts": lambda each: each.shortcuts or None,
+        "values": lambda each: each.kv.skip_values_below or None,
+        "screening": lambda each: each.kv.screen_keys_below or None,
+        "channels": lambda each: each.precision,
+        "fusion": lambda each: each.fusion,
     }
-    for name in (*names.values(), "fusion"):
-        left_out = name == names[mechanism]
-        assert getattr(whole, name) is not None
-        assert getattr(plan, name) == (None if left_out else getattr(whole, name))
-    assert mechanism in knobs.factors
-    assert list(knobs.without(mechanism).factors) == [name for name in knobs.factors if name != mechanism]
-    assert knobs.without("halting").without("halting") == knobs.without("halting")
+    for name, part in parts.items():
+        assert part(whole) is not None
+        assert part(plan) == (None if name == mechanism else part(whole))
 
 
 def test_a_factor_multiplies_the_price_of_its_mechanism_alone(fits: Fits) -> None:
     base, other = (build(Knobs(2.0, {"halting": 1.0, "values": f}), fits, "mine", WIDTHS) for f in (1.0, 1e-7))
     assert base.halting == other.halting
-    assert base.attention != other.attention
+    assert base.kv.skip_values_below != other.kv.skip_values_below
     dearer = build(Knobs(0.5, {"halting": 4.0}), fits, "mine", WIDTHS)
     assert dearer.halting == base.halting
 
 
 @pytest.mark.parametrize(("fill", "kind"), [("propagate", PropagateFill), ("drop", DropFill)])
 def test_fills(fits: Fits, fill: str, kind: type) -> None:
-    assert isinstance(make(fits, 5.0, fill=fill).kv, kind)
+    assert isinstance(make(fits, 5.0, fill=fill).kv.fill, kind)
 
 
 def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(fits: Fits) -> None:
@@ -193,9 +188,8 @@ def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(fits: Fits) -> None
     assert halting is not None
     assert {name.rsplit(".", 1)[0] for name in halting} == {"output.1", "output.2", "gate.1", "gate.2"}
     plan = make(fits, 0.5, ["shortcuts"])
-    assert plan.shortcuts is not None
     assert plan.tensors is not None
-    assert {name.rsplit(".", 1)[0] for name in plan.tensors} == {each.name for each in plan.shortcuts.shortcuts}
+    assert {name.rsplit(".", 1)[0] for name in plan.tensors} == {each.name for each in plan.shortcuts}
 
 
 @pytest.mark.parametrize("layer_idx", [1, 2])
@@ -214,9 +208,10 @@ def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
     model = tiny.from_config(LlamaConfig(**config))
     fits = fit(adapt(model), ("halting", "shortcuts", "values"), units_of(model, "flops"), WINDOWS, (8, 0))
     plan = make(fits, 5.0, ["halting", "shortcuts", "values"])
-    assert plan.halting is None
-    assert plan.shortcuts is not None
-    assert plan.attention is not None
+    assert plan.halting is not None
+    assert plan.halting.rule is None
+    assert plan.shortcuts
+    assert plan.kv.skip_values_below
     run_whole(decoder(model, plan), WINDOWS[0])
 
 
@@ -260,10 +255,9 @@ def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(neste
     spec, units = adapt(model).spec, units_of(model, objective)
     tensors = {"shortcut.1.mlp.down": torch.zeros(32, 3), "shortcut.1.mlp.up": torch.zeros(3, 32)}
     fits = Fits(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
-    config = shortcuts_at(0.3, fits)
-    assert config is not None
+    (shortcut,) = shortcuts_at(0.3, fits)
     if objective == "flops":
         saved = (spec.mlp_macs - 6 * 32) * units.mac
     else:
         saved = (spec.mlp_macs * spec.weight_bits - 6 * 32 * 32) * units.bit
-    assert config.shortcuts[0].threshold == pytest.approx(0.3 * saved / 2.0)
+    assert shortcut.threshold == pytest.approx(0.3 * saved / 2.0)

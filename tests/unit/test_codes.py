@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.errors import ModelError
 from quicksilver.quant.codes import Grid, NestedCodes, centres, check_group_size
 from quicksilver.quant.planes import join, run_bytes, split
-from quicksilver.rules.precision import WIDTHS
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +23,7 @@ def test_packing_is_exact_and_widths_are_prefixes(rows: int, columns: int, seed:
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
     planes = split(codes)
     assert torch.equal(join(planes, columns), codes)
-    for width in WIDTHS:
+    for width in WEIGHT_BITS:
         assert torch.equal(join(planes, columns, width), codes >> (8 - width))
     assert [plane.shape for plane in planes] == [(rows, -(-columns // 4))] * 4
 

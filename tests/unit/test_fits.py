@@ -17,14 +17,13 @@ from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, layer_states, watch_sublayers
 from quicksilver.calibrate.outputs import divergence, fit_gates, fit_maps
 from quicksilver.calibrate.shortcuts import fit_in_order, fit_units, units
-from quicksilver.core.signals import gate_features
+from quicksilver.core.signals import gate_features, shortcut_error
 from quicksilver.errors import ModelError
 from quicksilver.families.registry import adapt
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
-from quicksilver.policies.shortcuts import log_error
-from quicksilver.rules import Shortcut, ShortcutConfig
+from quicksilver.rules import Shortcut
 from tests import tiny, tolerances
 
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(16)]
@@ -104,7 +103,7 @@ def test_gates_of_shortcuts_know_where_the_maps_err() -> None:
         name = f"shortcut.{unit[0]}.{unit[1]}"
         missed = rows.output - AffineMap.named(tensors, name, tiny.HIDDEN_SIZE)(rows.normed)
         true.append((missed.square().sum(-1) / rows.state.square().sum(-1)).log()[PROTECTED:])
-        told.append(log_error(tensors[f"{name}.gate"], rows.normed, rows.state)[PROTECTED:])
+        told.append(shortcut_error(tensors[f"{name}.gate"], rows.normed, rows.state)[PROTECTED:])
 
     for unit in chosen:
         told.clear(), true.clear()
@@ -166,15 +165,13 @@ def test_deeper_shortcuts_are_fitted_on_states_that_shallower_ones_changed() -> 
     chosen = (Shortcut(2, "attention"), Shortcut(0, "mlp"), Shortcut(2, "mlp"))  # in no order
     alone, _ = fit_units(adapter, [(each.layer, each.part) for each in chosen], WINDOWS, Plan.dense())
     steps_taken: list[None] = []
-    together = fit_in_order(
-        adapter, chosen, WINDOWS, Plan("all", shortcuts=ShortcutConfig(chosen)), lambda: steps_taken.append(None)
-    )
+    together = fit_in_order(adapter, chosen, WINDOWS, lambda: steps_taken.append(None))
     assert len(steps_taken) == 2 * len(chosen) * len(WINDOWS)
     assert {name.rsplit(".", 1)[0] for name in together} == {each.name for each in chosen}
     assert torch.equal(together["shortcut.0.mlp.bias"], alone["shortcut.0.mlp.bias"])  # nothing comes before
     for name in ("shortcut.2.attention.bias", "shortcut.2.mlp.bias"):
         assert float((together[name] - alone[name]).abs().max()) > 1e-3, name
-    only = fit_in_order(adapter, chosen[:1], WINDOWS, Plan("one", shortcuts=ShortcutConfig(chosen[:1])))
+    only = fit_in_order(adapter, chosen[:1], WINDOWS)
     assert torch.equal(only["shortcut.2.attention.bias"], alone["shortcut.2.attention.bias"])
 
 
@@ -219,8 +216,8 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
     there = {
         "halting": bool(fits.halt_layers),
         "shortcuts": bool(fits.shortcuts),
-        "values": bool(fits.value_prices.points),
-        "screening": bool(fits.screening_prices.points),
+        "values": "values" in fits.prices,
+        "screening": "screening" in fits.prices,
         "entries": fits.entry_nats > 0.0,
         "channels": bool(fits.map_scores),
     }
@@ -238,8 +235,7 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Pa
         "halt_layers",
         "shortcuts",
         "map_weights",
-        "value_prices",
-        "screening_prices",
+        "prices",
         "entry_nats",
     ):
         assert getattr(again, name) == getattr(fits, name), name

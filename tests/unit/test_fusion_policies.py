@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quicksilver import rules
 from quicksilver.core.decisions import PairView
 from quicksilver.errors import PlanError
-from quicksilver.policies import fusion
+from quicksilver.rules.fusion.chain import chain
 
 EARLIER = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
 LATER = torch.tensor([[3.0, 4.0], [0.0, 5.0], [-1.0, -1.0]])  # distances 4, 1, 2.83; cosines 0.6, 1, -1
@@ -64,7 +64,7 @@ def test_chaining_is_greedy_from_the_left(data: st.DataObject, num_rows: int, ma
         joins = like and size + tokens <= max_group
         size = size + tokens if joins else tokens
         expected.append(joins)
-    assert fusion.chain(torch.tensor(alike), torch.tensor(mass), max_group).tolist() == expected
+    assert chain(torch.tensor(alike), torch.tensor(mass), max_group).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.errors import ModelError
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
 from quicksilver.quant.rounding import fit_tables, quantize, walk_order
-from quicksilver.rules.precision import WIDTHS
 from tests import tolerances
 
 SHAPES = ((1, 1, 1), (3, 7, 5), (2, 33, 31), (5, 64, 129), (4, 50, 96), (1, 129, 200))  # rows, in, out
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 def written_out(module: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     """Return [N, out] float64, one product after the other."""
-    weights = {width: module.codes.dequantize(width).double() for width in WIDTHS}
+    weights = {width: module.codes.dequantize(width).double() for width in WEIGHT_BITS}
     y = torch.zeros(x.shape[0], module.num_outputs, dtype=torch.float64)
     if module.bias is not None:
         y += module.bias.double()
@@ -50,7 +50,7 @@ def test_every_way_of_giving_widths_equals_the_oracle(
     torch.testing.assert_close(module(x, by_channel).double(), written_out(module, x, by_channel), **close)
     expected = written_out(module, x, by_token[:, None].expand_as(by_channel))
     torch.testing.assert_close(module(x, by_token).double(), expected, **close)
-    for width in (0, *WIDTHS):
+    for width in (0, *WEIGHT_BITS):
         expected = written_out(module, x, torch.full_like(by_channel, width))
         torch.testing.assert_close(module(x, width).double(), expected, **close)
     assert torch.equal(module(x), module(x, 8))

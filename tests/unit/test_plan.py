@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from quicksilver import rules
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import InputError, PlanError
-from quicksilver.plan import PRESETS, Plan, codec
-from quicksilver.rules.fusion import FUSION_RULES
-from quicksilver.rules.halting import HALTING_RULES
+from quicksilver.plan import PRESETS, Plan
+from quicksilver.rules.fusion.base import FUSION_RULES
+from quicksilver.rules.halting.base import HALTING_RULES
+from quicksilver.rules.kv.base import FILL_RULES
+from quicksilver.rules.precision.base import PRECISION_RULES
 from tests.strategies import fusing_plans, plans, skipping_plans
 
-BASE: dict[str, Any] = {"version": 1, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"type": "drop"}}
+BASE: dict[str, Any] = {"version": 2, "halting": {"rule": {"type": "drift", "threshold": 0.1}}, "kv": {"fill": "drop"}}
 
 
 @given(st.one_of(plans, fusing_plans, skipping_plans))
 def test_round_trip_through_json(plan: Plan) -> None:
-    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())), tensors=plan.tensors)
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())), tensors=plan.stored)
     assert again == plan
     assert again.hash == plan.hash
 
@@ -39,20 +41,27 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.2))),
         Plan("a", rules.HaltingConfig(rules.RelativeDriftRule(0.1))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1), min_layer=3)),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.ZeroFill()),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.KVConfig(rules.ZeroFill())),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.L2FusionRule(1.0))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.CosineFusionRule(1.0))),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.1)),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig((0.1, 0.1))),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.1, 0.1)),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), attention=rules.AttentionConfig(0.0, 0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_values_below=0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_values_below=(0.1, 0.1))),
+        Plan(
+            "a",
+            rules.HaltingConfig(rules.DriftRule(0.1)),
+            kv=rules.KVConfig(skip_values_below=0.1, drop_query_dims_below=0.1),
+        ),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(drop_query_dims_below=0.1)),
     ]
     assert len({plan.hash, *(other.hash for other in others)}) == 12
 
 
-def test_a_plan_without_fusion_keeps_the_hash_it_had_before_there_was_fusion() -> None:
-    assert Plan.dense().hash == "2a30209e3c3c1ac2"
-    assert Plan.preset("settled").hash == "2de2b915cb8a596e"
+def test_presets_keep_their_hashes() -> None:
+    """A default that changes, or a field that is new, must not change what plans are called by."""
+    assert Plan.dense().hash == "0899eaeee76dcfdd"
+    assert Plan.preset("settled").hash == "22c09f9a3e59e443"
+    assert Plan.preset("fused-prompt").hash == "2279c45336468462"
+    assert Plan.preset("channel-5bit").hash == "9dadfa6b9a33f0e5"
 
 
 def test_the_paper_preset_is_the_published_rule() -> None:
@@ -60,8 +69,8 @@ def test_the_paper_preset_is_the_published_rule() -> None:
     assert halting is not None
     assert halting.rule == rules.AllRule((rules.DriftRule(0.045), rules.EntropyRule(1.15)))
     assert (halting.min_layer, halting.protect_first) == (1, 0)
-    assert Plan.preset("paper").kv == rules.DropFill()
-    assert Plan.preset("paper-zero").kv == rules.ZeroFill()
+    assert Plan.preset("paper").kv == rules.KVConfig()
+    assert Plan.preset("paper-zero").kv == rules.KVConfig(rules.ZeroFill())
 
 
 def test_presets_carry_their_own_names() -> None:
@@ -75,12 +84,12 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2 is not supported"),
+        ({"version": 3}, "version 3 is not supported"),
         ({"version": None}, "version None"),
         ({"halts": {}}, "unknown key 'halts'"),
         ({"fusion": {"type": "cosine"}}, "fusion.rule is missing"),
-        ({"fusion": {"rule": {"type": "cosine"}}}, "fusion.rule: .*threshold"),
-        ({"fusion": {"rule": {"type": "euclid"}}}, "fusion.rule.type must be one of l2, cosine, random"),
+        ({"fusion": {"rule": {"type": "cosine"}}}, "fusion.rule.threshold is missing"),
+        ({"fusion": {"rule": {"type": "euclid"}}}, "fusion.rule.type must be one of cosine, forced, l2, random"),
         ({"fusion": {"rule": {"type": "l2", "threshold": "near"}}}, "threshold must be a number"),
         ({"fusion": {"rule": {"type": "l2", "threshold": [1, 2]}, "layers": [3]}}, "2 thresholds for 1 fusion layers"),
         ({"fusion": {**FUSION, "layers": []}}, "fusion.layers is empty"),
@@ -96,34 +105,26 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {**FUSION, "protect": 1}}, "fusion: unknown key 'protect'"),
         ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
         ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
-        ({"attention": 0.5}, "attention must be an object"),
-        ({"attention": {"threshold": "low"}}, "threshold must be a number"),
-        ({"attention": {"threshold": True}}, "threshold must be a number"),
-        ({"attention": {"threshold": float("nan")}}, "threshold must be a number"),
-        ({"attention": {"threshold": 1.01}}, "must lie in .0, 1., got 1.01"),
-        ({"attention": {"threshold": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
-        ({"attention": {"query_threshold": "low"}}, "attention: query_threshold must be a number"),
-        ({"attention": {"query_threshold": None}}, "attention: query_threshold must be a number"),
-        ({"attention": {"query_threshold": float("inf")}}, "attention: query_threshold must be a number"),
-        ({"attention": {"query_threshold": [2, -0.1]}}, "query_threshold must be 0 or more, got -0.1"),
-        ({"attention": {"threshold": 0.5, "heads": 2}}, "attention: unknown key 'heads'"),
-        ({"screening": 0.5}, "screening must be an object"),
-        ({"screening": {}}, "screening: .*threshold"),
-        ({"screening": {"threshold": -0.1}}, "screening: threshold must be 0 or more, got -0.1"),
-        ({"screening": {"threshold": 1, "query_threshold": "low"}}, "screening: query_threshold must be a number"),
-        ({"screening": {"threshold": 1, "query_threshold": [1, -2]}}, "query_threshold must be 0 or more, got -2.0"),
-        ({"screening": {"threshold": 1, "keys": 2}}, "screening: unknown key 'keys'"),
-        ({"entries": 8}, "entries must be an object"),
-        ({"entries": {"bits": 4}}, "entries: bits must be 8 or 16, got 4"),
-        ({"entries": {"bits": 8.0}}, "entries: bits must be 8 or 16, got 8.0"),
-        ({"entries": {"bits": True}}, "entries: bits must be 8 or 16, got True"),
-        ({"entries": {"bits": None}}, "entries: bits must be 8 or 16, got None"),
-        ({"entries": {"bits": 8, "scale": 1}}, "entries: unknown key 'scale'"),
+        ({"kv": 0.5}, "kv must be an object"),
+        ({"kv": {"skip_values_below": "low"}}, "kv: skip_values_below must be a number"),
+        ({"kv": {"skip_values_below": True}}, "skip_values_below must be a number"),
+        ({"kv": {"skip_values_below": None}}, "skip_values_below must be a number"),
+        ({"kv": {"skip_values_below": float("nan")}}, "skip_values_below must be a number"),
+        ({"kv": {"skip_values_below": 1.01}}, "must lie in .0, 1., got 1.01"),
+        ({"kv": {"skip_values_below": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
+        ({"kv": {"drop_query_dims_below": float("inf")}}, "kv: drop_query_dims_below must be a number"),
+        ({"kv": {"drop_query_dims_below": [2, -0.1]}}, "drop_query_dims_below must be 0 or more, got -0.1"),
+        ({"kv": {"screen_keys_below": -0.1}}, "kv: screen_keys_below must be 0 or more, got -0.1"),
+        ({"kv": {"screen_query_dims_below": [1, -2]}}, "screen_query_dims_below must be 0 or more, got -2.0"),
+        ({"kv": {"heads": 2}}, "kv: unknown key 'heads'"),
+        ({"kv": {"bits": 4}}, "kv: bits must be 8 or 16, got 4"),
+        ({"kv": {"bits": 8.0}}, "kv: bits must be 8 or 16, got 8.0"),
+        ({"kv": {"bits": True}}, "kv: bits must be 8 or 16, got True"),
         ({"name": 3}, "name must be a string"),
         ({"hash": "0123456789abcdef"}, "does not match"),
         ({"halting": []}, "halting must be an object"),
-        ({"halting": {}}, "halting.rule is missing"),
-        ({"halting": {"rule": {"type": "vibes"}}}, "halting.rule.type must be one of drift, relative"),
+        ({"halting": {}}, "halting.rule is missing, and there are no shortcuts"),
+        ({"halting": {"rule": {"type": "vibes"}}}, "halting.rule.type must be one of all, drift, entropy"),
         ({"halting": {"rule": {"type": "drift"}}}, "threshold"),
         ({"halting": {"rule": {"type": "drift", "threshold": "low"}}}, "threshold must be a number"),
         ({"halting": {"rule": {"type": "drift", "threshold": True}}}, "threshold must be a number"),
@@ -139,7 +140,15 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"halting": {**BASE["halting"], "min_layer": 0}}, "min_layer must be"),
         ({"halting": {**BASE["halting"], "min_layer": 1.5}}, "min_layer must be"),
         ({"halting": {**BASE["halting"], "protect_first": -1}}, "protect_first"),
-        ({"kv": {"type": "forget"}}, "kv.type must be one of drop, zero, propagate, got 'forget'"),
+        ({"kv": {"fill": "forget"}}, "kv.fill.type must be one of drop, propagate, .*zero, got 'forget'"),
+        ({"kv": {"fill": {"type": "drop", "deep": 1}}}, "kv.fill: unknown key 'deep'"),
+        ({"kv": {"fill": 3}}, "kv.fill must be an object, got 3"),
+        ({"kv": {"type": "drop"}}, "kv: unknown key 'type'"),
+        ({"halting": {"shortcuts": {}}}, "halting.shortcuts must be a list"),
+        ({"halting": {"shortcuts": []}}, "halting.rule is missing"),
+        ({"halting": {**BASE["halting"], "shortcuts_protect_first": -1}}, "halting.shortcuts_protect_first must be"),
+        ({"halting": {**BASE["halting"], "output_maps": 1}}, "halting.output_maps must be true or false, got 1"),
+        ({"attention": {"threshold": 0.5}}, "unknown key 'attention'"),
         ({"kv": "drop"}, "kv must be an object"),
     ],
 )
@@ -150,79 +159,72 @@ def test_malformed_plans_are_refused_by_name(change: dict[str, Any], message: st
 
 
 NAMED_TWICE: list[tuple[dict[str, Any], str]] = [
-    ({"entries": {"bits": 7}}, "mine.json: entries: bits must be 8 or 16, got 7"),
-    ({"attention": {"threshold": 2}}, "mine.json: attention: threshold must lie in [0, 1], got 2.0"),
-    ({"screening": {"threshold": -1}}, "mine.json: screening: threshold must be 0 or more, got -1.0"),
+    ({"kv": {"bits": 7}}, "mine.json: kv: bits must be 8 or 16, got 7"),
+    ({"kv": {"skip_values_below": 2}}, "mine.json: kv: skip_values_below must lie in [0, 1], got 2.0"),
     ({"fusion": {**FUSION, "layers": []}}, "mine.json: fusion.layers is empty"),
-    ({"maps": {"output": 1}}, "mine.json: maps.output must be true or false, got 1"),
+    ({"halting": {"output_maps": 1}}, "mine.json: halting.output_maps must be true or false, got 1"),
     (
-        {"shortcuts": {"shortcuts": [{"layer": 1, "part": "norm"}]}},
-        "mine.json: shortcuts[0]: part must be one of mlp, attention, got 'norm'",
+        {"halting": {"shortcuts": [{"layer": 1, "part": "norm"}]}},
+        "mine.json: halting.shortcuts[0]: part must be one of mlp, attention, got 'norm'",
     ),
-    ({"shortcuts": {"shortcuts": []}}, "mine.json: shortcuts must name at least one sublayer, and each one once"),
+    ({"halting": {"shortcuts": [{"layer": 1}]}}, "mine.json: halting.shortcuts[0].part is missing"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), NAMED_TWICE, ids=lambda value: "".join(value)[:20])
 def test_an_error_names_its_part_once(change: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as caught:
-        Plan.from_dict({"version": 1, **change}, "mine.json")
+        Plan.from_dict({"version": 2, **change}, "mine.json")
     assert str(caught.value) == message
 
 
 def test_a_plan_without_a_version_is_told_so() -> None:
-    with pytest.raises(PlanError, match=r'mine.json: version is missing: a plan says "version": 1'):
+    with pytest.raises(PlanError, match=r'mine.json: version is missing: a plan says "version": 2'):
         Plan.from_dict({"name": "mine"}, "mine.json")
 
 
-def test_skipping_values_is_a_mechanism_with_one_threshold_or_one_for_each_layer() -> None:
-    data = {"version": 1, "attention": {"threshold": [0, 0.5, 1]}}
-    plan = Plan.from_dict(data)
-    assert plan.attention == rules.AttentionConfig((0.0, 0.5, 1.0))
-    assert [plan.attention.threshold_in(i) for i in range(3)] == [0.0, 0.5, 1.0]
-    assert plan.to_dict()["attention"] == {"threshold": [0.0, 0.5, 1.0], "query_threshold": 0.0}
-    assert not plan.is_dense
-    assert "attention" not in Plan.dense().to_dict()
-    plan.check_model(3, 0, 32)
-    with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
-        plan.check_model(4, 0, 32)
-    Plan(attention=rules.AttentionConfig(0.5)).check_model(4, 0, 32)
+KNOBS = ("skip_values_below", "drop_query_dims_below", "screen_keys_below")
 
 
-def test_so_is_leaving_out_components_of_queries() -> None:
-    plan = Plan.from_dict({"version": 1, "attention": {"query_threshold": [0, 0.5, 7]}})
-    assert plan.attention == rules.AttentionConfig(0.0, (0.0, 0.5, 7.0))
-    assert [plan.attention.query_threshold_in(i) for i in range(3)] == [0.0, 0.5, 7.0]
-    assert plan.to_dict()["attention"] == {"threshold": 0.0, "query_threshold": [0.0, 0.5, 7.0]}
-    plan.check_model(3, 0, 32)
-    with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
-        plan.check_model(4, 0, 32)
-    assert rules.AttentionConfig() == rules.AttentionConfig(0.0, 0.0)
-
-
-def test_screening_is_a_mechanism_with_two_thresholds() -> None:
-    plan = Plan.from_dict({"version": 1, "screening": {"threshold": [0, 0.5, 7]}})
-    assert plan.screening == rules.ScreeningConfig((0.0, 0.5, 7.0), 1.0)
-    assert plan.to_dict()["screening"] == {"threshold": [0.0, 0.5, 7.0], "query_threshold": 1.0}
+@pytest.mark.parametrize("name", KNOBS)
+def test_what_is_not_read_has_one_threshold_or_one_for_each_layer(name: str) -> None:
+    plan = Plan.from_dict({"version": 2, "kv": {name: [0, 0.5, 1]}})
+    assert plan.kv == rules.KVConfig(**{name: (0.0, 0.5, 1.0)})  # type: ignore[arg-type]
+    assert [rules.threshold_at(getattr(plan.kv, name), i) for i in range(3)] == [0.0, 0.5, 1.0]
+    assert plan.to_dict()["kv"] == {"fill": "drop", name: [0.0, 0.5, 1.0]}
     assert Plan.from_dict(plan.to_dict()) == plan
     assert not plan.is_dense
-    assert "screening" not in Plan.dense().to_dict()
+    assert "kv" not in Plan.dense().to_dict()
+    plan.check_model(3, 0, 32)
     with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
         plan.check_model(4, 0, 32)
+    Plan(kv=rules.KVConfig(**{name: 0.5})).check_model(4, 0, 32)  # type: ignore[arg-type]
 
 
 def test_entries_in_fewer_bits_are_a_mechanism_too() -> None:
-    plan = Plan.from_dict({"version": 1, "entries": {}})
-    assert plan.entries == rules.EntryConfig(8)
-    assert plan.to_dict()["entries"] == {"bits": 8}
-    assert Plan.from_dict(plan.to_dict()) == plan
-    assert not plan.is_dense
-    assert plan.hash != Plan.dense().hash
-    assert "entries" not in Plan.dense().to_dict()
-    halves = Plan.from_dict({"version": 1, "entries": {"bits": 16}})
-    assert (halves.entry_bits, plan.entry_bits, Plan.dense().entry_bits) == (16, 8, None)
-    assert halves.hash != plan.hash
-    plan.check_model(4, 0, 32)
+    plans = [Plan.from_dict({"version": 2, "kv": {"bits": bits}}) for bits in (8, 16, None)]
+    assert [plan.kv.bits for plan in plans] == [8, 16, None]
+    assert plans[0].to_dict()["kv"] == {"fill": "drop", "bits": 8}
+    assert [plan.is_dense for plan in plans] == [False, False, True]
+    assert len({plan.hash for plan in plans}) == 3
+    assert plans[2].hash == Plan.dense().hash
+
+
+def test_shortcuts_and_output_maps_need_no_rule_and_may_have_their_own_protection() -> None:
+    shortcut = {"layer": 1, "part": "mlp"}
+    alone = Plan.from_dict({"version": 2, "halting": {"shortcuts": [shortcut], "protect_first": 2}})
+    assert alone.halting is not None
+    assert (alone.halting.rule, alone.halting.for_shortcuts.protect_first, alone.is_dense) == (None, 2, False)
+    own = Plan.from_dict(
+        {"version": 2, "halting": {**BASE["halting"], "shortcuts": [shortcut], "shortcuts_protect_first": 0}}
+    )
+    assert own.halting is not None
+    assert (own.halting.protect_first, own.halting.for_shortcuts.protect_first) == (4, 0)
+    same = Plan("x", rules.HaltingConfig(rules.DriftRule(0.1), shortcuts=own.shortcuts, shortcuts_protect_first=4))
+    assert same.hash == Plan("x", rules.HaltingConfig(rules.DriftRule(0.1), shortcuts=own.shortcuts)).hash != own.hash
+    maps = Plan.from_dict({"version": 2, "halting": {"output_maps": True}})
+    assert maps.is_dense  # nobody stops, so nothing is mapped
+    assert Plan.from_dict(maps.to_dict()) == maps
 
 
 @pytest.mark.parametrize(
@@ -230,29 +232,41 @@ def test_entries_in_fewer_bits_are_a_mechanism_too() -> None:
     [
         (
             lambda: Plan(halting=rules.RelativeDriftRule(0.1)),
-            "plan 'plan': halting must be a HaltingConfig, got RelativeDriftRule; HaltingConfig(rule) holds a rule",
+            "plan 'plan': halting must be a HaltingConfig, got RelativeDriftRule;"
+            " it goes into a HaltingConfig: HaltingConfig(rule=...)",
         ),
-        (lambda: Plan("mine", precision=rules.UniformWidthRule(4)), "plan 'mine': precision must be a PrecisionConfig"),
+        (lambda: Plan("mine", precision=rules.UniformBitsRule(4)), "plan 'mine': precision must be a PrecisionConfig"),
         (lambda: Plan(fusion=rules.CosineFusionRule(0.5)), "fusion must be a FusionConfig, got CosineFusionRule"),
         (lambda: Plan(fusion=rules.HaltingConfig(rules.DriftRule(1.0))), "halting holds a HaltingConfig"),
-        (lambda: Plan(kv="drop"), "kv must be a KVFill, got 'drop' (str); there are DropFill, ZeroFill, PropagateFill"),
-        (lambda: Plan(kv=None), "kv must be a KVFill, got None"),
-        (lambda: Plan(kv=rules.DropFill), "kv must be a KVFill, got the class DropFill; make one: DropFill(...)"),
-        (lambda: Plan(maps=True), "maps must be a MapConfig, got True (bool)"),
-        (lambda: Plan(shortcuts=(rules.Shortcut(1, "mlp"),)), "shortcuts must be a ShortcutConfig, got (Shortcut("),
-        (lambda: Plan(attention=0.1), "attention must be an AttentionConfig, got 0.1"),
-        (lambda: Plan(screening=0.1), "screening must be a ScreeningConfig, got 0.1"),
-        (lambda: Plan(entries=8), "entries must be an EntryConfig, got 8"),
+        (lambda: Plan(kv="drop"), "kv must be a KVConfig, got 'drop' (str)"),
+        (lambda: Plan(kv=None), "kv must be a KVConfig, got None"),
+        (
+            lambda: Plan(kv=rules.DropFill()),
+            "kv must be a KVConfig, got DropFill; it goes into a KVConfig: KVConfig(fill=",
+        ),
+        (lambda: Plan(kv=rules.KVConfig), "kv must be a KVConfig, got the class KVConfig; make one: KVConfig(...)"),
+        (
+            lambda: rules.KVConfig("drop"),
+            "kv.fill must be a FillRule, got 'drop' (str); there are DropFill, PropagateF",
+        ),
+        (
+            lambda: rules.KVConfig(rules.DropFill),
+            "kv.fill must be a FillRule, got the class DropFill; make one: DropFill",
+        ),
+        (lambda: Plan(halting=(rules.Shortcut(1, "mlp"),)), "halting must be a HaltingConfig, got (Shortcut("),
         (lambda: Plan(tensors={}), "tensors must be a PlanTensors, got {} (dict)"),
         (lambda: Plan(fitted_to="gpt2"), "fitted_to must be a FittedTo, got 'gpt2'"),
         (lambda: Plan(rules.HaltingConfig(rules.DriftRule(1.0))), "a plan's name must be a string, got HaltingConfig("),
-        (lambda: rules.HaltingConfig("x"), "halting.rule must be a HaltingRule, got 'x' (str); there are DriftRule"),
+        (lambda: rules.HaltingConfig("x"), "halting.rule must be a HaltingRule, got 'x' (str); there are "),
         (lambda: rules.FusionConfig(rules.DriftRule(0.1)), "fusion.rule must be a FusionRule, got DriftRule"),
         (lambda: rules.PrecisionConfig(None), "precision.rule must be a PrecisionRule, got None"),
         (lambda: rules.AllRule(rules.DriftRule(0.1)), "AllRule: rules must be a tuple of HaltingRules, got DriftRule"),
         (lambda: rules.AllRule((rules.DriftRule(0.1), "x")), "AllRule: rules must hold a HaltingRule, got 'x'"),
-        (lambda: rules.ShortcutConfig(rules.Shortcut(1, "mlp")), "shortcuts.shortcuts must be a tuple of Shortcuts"),
-        (lambda: rules.ShortcutConfig(("x",)), "shortcuts.shortcuts must hold a Shortcut, got 'x'"),
+        (
+            lambda: rules.HaltingConfig(shortcuts=rules.Shortcut(1, "mlp")),
+            "halting.shortcuts must be a tuple of Shortcuts",
+        ),
+        (lambda: rules.HaltingConfig(shortcuts=("x",)), "halting.shortcuts must hold a Shortcut, got 'x'"),
         (lambda: rules.EntropyRule(1.0, layers=3), "EntropyRule: layers must be non-negative layer indices, got 3"),
         (lambda: rules.ForcedRule(3), "ForcedRule: depths must be whole numbers of at least 1, got 3"),
         (lambda: rules.ForcedFusionRule(True), "ForcedFusionRule: joins must be a list of true and false, got True"),
@@ -267,7 +281,7 @@ def test_a_part_of_the_wrong_type_is_refused_where_it_is_given(build: Callable[[
 def test_parts_in_a_list_become_a_tuple() -> None:
     assert rules.AllRule([rules.DriftRule(0.1)]) == rules.AllRule((rules.DriftRule(0.1),))  # type: ignore[arg-type]
     shortcut = rules.Shortcut(1, "mlp")
-    assert rules.ShortcutConfig([shortcut]) == rules.ShortcutConfig((shortcut,))  # type: ignore[arg-type]
+    assert rules.HaltingConfig(shortcuts=[shortcut]) == rules.HaltingConfig(shortcuts=(shortcut,))  # type: ignore[arg-type]
 
 
 def test_rules_nested_without_end_are_refused() -> None:
@@ -275,7 +289,7 @@ def test_rules_nested_without_end_are_refused() -> None:
     for _ in range(50):
         rule = {"type": "all", "rules": [rule]}
     with pytest.raises(PlanError, match="nested"):
-        codec.decode_rule(rule, "deep")
+        Plan.from_dict({"version": 2, "halting": {"rule": rule}})
 
 
 def test_files_round_trip_and_unreadable_ones_are_named(tmp_path: Path) -> None:
@@ -360,5 +374,6 @@ def test_every_rule_and_fill_has_a_name_in_the_file_format() -> None:
         return {cls for cls in classes if cls.__module__.startswith("quicksilver.")}  # tests define some
 
     assert ours(set(HALTING_RULES.classes())) == ours(leaves(rules.HaltingRule))
-    assert set(codec.FILL_TYPES.values()) == leaves(rules.KVFill)
+    assert ours(set(FILL_RULES.classes())) == ours(leaves(rules.FillRule))
     assert ours(set(FUSION_RULES.classes())) == ours(leaves(rules.FusionRule))
+    assert ours(set(PRECISION_RULES.classes())) == ours(leaves(rules.PrecisionRule))

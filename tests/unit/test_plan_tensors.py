@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quicksilver import rules
 from quicksilver.errors import PlanError
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
+from quicksilver.plan.presets import CALIBRATED, calibrated_plans
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import Shortcut
 from tests import tiny
@@ -84,7 +86,7 @@ def test_the_hash_and_the_digest_follow_every_value_name_and_shape() -> None:
     plans = [PLAN, *(replace(PLAN, tensors=PlanTensors(each)) for each in others)]
     assert len({plan.hash for plan in plans}) == len({plan.tensors for plan in plans}) == 6
     assert PlanTensors(dict(reversed(tensors.items()))) == tiny.shortcut_tensors()
-    assert Plan("other", shortcuts=PLAN.shortcuts, tensors=PLAN.tensors).hash == PLAN.hash
+    assert Plan("other", PLAN.halting, tensors=PLAN.tensors).hash == PLAN.hash
 
 
 def test_tensors_that_were_changed_are_refused(tmp_path: Path) -> None:
@@ -138,14 +140,14 @@ def test_only_a_file_beside_the_plan_is_read(tmp_path: Path, file: object) -> No
         (lambda data: data["tensors"].update(digest=5), "tensors.digest is missing"),
         (lambda data: data["tensors"].update(digest="0" * 16), "it was made with 0000"),
         (lambda data: data.update(tensors=[]), "tensors.file must be"),
-        (lambda data: data["shortcuts"].pop("protect_first"), "hash"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(part="norm"), r"shortcuts\[0\]: .*mlp, attention"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(threshold=0), r"shortcuts\[0\]: .*positive number"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(layer=-1), r"shortcuts\[0\]: .*layer's index"),
-        (lambda data: data["shortcuts"]["shortcuts"][0].update(rank=2), r"shortcuts\[0\]: unknown key 'rank'"),
-        (lambda data: data["shortcuts"].update(shortcuts=[]), "at least one sublayer"),
-        (lambda data: data["shortcuts"]["shortcuts"].append(data["shortcuts"]["shortcuts"][0]), "each one once"),
-        (lambda data: data["shortcuts"].update(shortcuts={}), "must be a list"),
+        (lambda data: data["halting"].pop("protect_first"), "hash"),
+        (lambda data: data["halting"]["shortcuts"][0].update(part="norm"), r"shortcuts\[0\]: .*mlp, attention"),
+        (lambda data: data["halting"]["shortcuts"][0].update(threshold=0), r"shortcuts\[0\]: .*positive number"),
+        (lambda data: data["halting"]["shortcuts"][0].update(layer=-1), r"shortcuts\[0\]: .*layer's index"),
+        (lambda data: data["halting"]["shortcuts"][0].update(rank=2), r"shortcuts\[0\]: unknown key 'rank'"),
+        (lambda data: data["halting"].update(shortcuts=[]), "there are no shortcuts"),
+        (lambda data: data["halting"]["shortcuts"].append(data["halting"]["shortcuts"][0]), "each sublayer once"),
+        (lambda data: data["halting"].update(shortcuts={}), "must be a list"),
     ],
 )
 def test_malformed_plans_are_refused_by_name(
@@ -224,3 +226,74 @@ def test_a_shortcut_past_a_layer_that_is_not_there_is_refused() -> None:
         decoder(tiny.model("llama"), shortcut_plan(Shortcut(4, "mlp")))
     with pytest.raises(PlanError, match=r"shortcut.1.mlp.down is missing"):
         decoder(tiny.model("llama"), replace(PLAN, tensors=None))
+
+
+LIMITS = tuple(0.1 + i / 3.0 for i in range(12))  # no float32 holds these
+SETS = tuple((limit, limit / 7.0) for limit in LIMITS)
+LISTS = replace(
+    PLAN,
+    halting=replace(PLAN.halting, rule=rules.AllRule((rules.DriftRule(LIMITS), rules.EntropyRule(1.0)))),  # type: ignore[type-var]
+    kv=rules.KVConfig(drop_query_dims_below=LIMITS, screen_keys_below=(0.1,) * 8),
+    precision=rules.PrecisionConfig(rules.ChannelBitsRule(SETS, (8, 4, 0))),
+)
+
+
+def test_long_lists_of_numbers_are_kept_exactly_beside_the_plan(tmp_path: Path) -> None:
+    path = saved(tmp_path, LISTS)
+    data, stored = json.loads(path.read_text()), load_file(tmp_path / "mine.safetensors")
+    assert data["halting"]["rule"]["rules"][0]["threshold"] == {"array": "halting.rule.rules.0.threshold"}
+    assert data["kv"]["drop_query_dims_below"] == {"array": "kv.drop_query_dims_below"}
+    assert data["kv"]["screen_keys_below"] == [0.1] * 8  # eight are few enough
+    assert stored["precision.rule.thresholds"].dtype == torch.float64
+    assert stored["precision.rule.thresholds"].shape == (12, 2)
+    again = Plan.load(path)
+    assert (again, again.hash, again.tensors) == (LISTS, LISTS.hash, PLAN.tensors)
+    assert Plan.from_dict(json.loads(json.dumps(LISTS.to_dict())), tensors=LISTS.stored) == LISTS
+    alone = replace(LISTS, tensors=None, halting=None)
+    assert Plan.load(saved(tmp_path, alone)) == alone
+
+
+def test_a_list_may_be_written_into_the_plan_whatever_its_length(tmp_path: Path) -> None:
+    data = {"version": 2, "name": "mine", "kv": {"drop_query_dims_below": list(LIMITS)}}
+    plan = Plan.from_dict(data)
+    assert plan == Plan("mine", kv=rules.KVConfig(drop_query_dims_below=LIMITS))
+    assert plan.hash == Plan.load(saved(tmp_path, plan)).hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda kv: kv["drop_query_dims_below"].update(array="kv.other"),
+            "kv.drop_query_dims_below: the plan's tensors",
+        ),
+        (lambda kv: kv["drop_query_dims_below"].update(array=3), "hold no array 3"),
+        (lambda kv: kv["drop_query_dims_below"].update(more=1), "drop_query_dims_below must be a number"),
+        (lambda kv: kv.update(bits={"array": "kv.drop_query_dims_below"}), "bits must be 8 or 16"),
+        (lambda kv: kv.pop("drop_query_dims_below"), "the plan's tensors have digest"),
+    ],
+)
+def test_arrays_that_are_not_there_are_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = edited(saved(tmp_path, LISTS), lambda data: change(data["kv"]))
+    with pytest.raises(PlanError, match=f"mine.json: .*{message}"):
+        Plan.load(path)
+
+
+def test_an_array_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path, beside = saved(tmp_path, LISTS), tmp_path / "mine.safetensors"
+    stored = load_file(beside)
+    stored["kv.drop_query_dims_below"][3] += 1e-15
+    save_file(stored, beside)
+    with pytest.raises(PlanError, match=r"mine.json: the plan's tensors have digest \w+, it was made with \w+"):
+        Plan.load(path)
+
+
+@pytest.mark.skipif("ref-llama/strong" not in calibrated_plans(), reason="this checkout holds no embedded model")
+@pytest.mark.parametrize("name", ["ref-llama/mild", "ref-llama/strong", "ref-gpt2/mild", "ref-gpt2/strong"])
+def test_calibrated_plans_fit_a_screen(name: str) -> None:
+    path = CALIBRATED / f"{name}.json"
+    assert len(path.read_text().splitlines()) <= 45
+    assert path.read_text().count('"version": 2') == 1
+    assert Plan.load(path).to_dict()["hash"] == json.loads(path.read_text())["hash"]

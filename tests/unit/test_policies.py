@@ -11,8 +11,7 @@ from torch import Tensor
 
 from quicksilver import rules
 from quicksilver.core.decisions import Fill, LayerView, ShortcutView
-from quicksilver.core.signals import gate_features
-from quicksilver.policies import kv, shortcuts
+from quicksilver.core.signals import gate_features, shortcut_error
 
 BEFORE = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [6.0, 8.0]])
 UPDATE = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.3, 0.4], [0.6, 0.8]])  # norms 1, 2, 0.5, 1
@@ -152,8 +151,8 @@ def test_signals_are_accounted_for() -> None:
         (rules.PropagateFill(), Fill.PROJECT),
     ],
 )
-def test_fills(fill: rules.KVFill, expected: Fill) -> None:
-    assert kv.decide(fill, layer_idx=3).fill is expected
+def test_fills(fill: rules.FillRule, expected: Fill) -> None:
+    assert fill.ask(3) is expected
 
 
 def test_a_gate_is_asked_about_unprotected_tokens_alone() -> None:
@@ -161,18 +160,18 @@ def test_a_gate_is_asked_about_unprotected_tokens_alone() -> None:
     gate = torch.tensor([1.0, 0.0, 2.0, -1.0])
     normed = torch.tensor([[0.5, 9.0], [0.5, 9.0], [1.5, 9.0]])
     state = torch.tensor([[1.0, 0.0], [0.0, math.e], [0.6, 0.8]])
-    torch.testing.assert_close(shortcuts.log_error(gate, normed, state), torch.tensor([-0.5, 1.5, 0.5]))
-    everyone = shortcuts.decide(gate, math.exp(1.0), ShortcutView(normed, state, None))
+    torch.testing.assert_close(shortcut_error(gate, normed, state), torch.tensor([-0.5, 1.5, 0.5]))
+    everyone = rules.Shortcut(0, "mlp", math.exp(1.0)).decide(gate, ShortcutView(normed, state, None))
     assert (everyone.take.tolist(), everyone.gate_rows) == ([True, False, True], 3)
     protected = torch.tensor([True, False, False])
-    some = shortcuts.decide(gate, math.exp(1.0), ShortcutView(normed, state, protected))
+    some = rules.Shortcut(0, "mlp", math.exp(1.0)).decide(gate, ShortcutView(normed, state, protected))
     assert (some.take.tolist(), some.gate_rows) == ([False, False, True], 2)
-    ungated = shortcuts.decide(None, None, ShortcutView(normed, state, protected))
+    ungated = rules.Shortcut(0, "mlp").decide(None, ShortcutView(normed, state, protected))
     assert (ungated.take.tolist(), ungated.gate_rows) == ([False, True, True], 0)
 
 
 def test_a_gate_survives_a_state_of_zeros_and_huge_errors() -> None:
     gate, normed = torch.tensor([0.0, 0.0, 1.0, 0.0]), torch.zeros(2, 2)
     view = ShortcutView(normed, torch.tensor([[0.0, 0.0], [1e30, 0.0]]), None)
-    assert shortcuts.decide(gate, 1.0, view).take.tolist() == [True, False]
-    assert shortcuts.decide(gate * 50.0, 1e299, view).take.tolist() == [True, False]
+    assert rules.Shortcut(0, "mlp", 1.0).decide(gate, view).take.tolist() == [True, False]
+    assert rules.Shortcut(0, "mlp", 1e299).decide(gate * 50.0, view).take.tolist() == [True, False]

@@ -21,7 +21,7 @@ def test_rows_have_as_many_cells_as_the_table_has_columns() -> None:
     """With every name that a row may have."""
     protocol, windows = Protocol(32, 32, None), [tiny.token_ids(30)]
     text = cut(Corpus("text", ("The river rises in the hills. " * 3,), separate=False), tiny.tokenizer(), protocol)
-    plans = [precision_plan(precision.UniformWidthRule(width)) for width in (8, 6)]
+    plans = [precision_plan(precision.UniformBitsRule(width)) for width in (8, 6)]
     measured = evaluate(accelerate(tiny.nested("llama")), plans, text, protocol, name="tiny")
     nesting = precision.settings(QuantizationConfig(head=True), "book.txt", windows * 2, windows)
     rows = [{**row, "nesting": nesting} for row in measured]
@@ -41,7 +41,7 @@ def test_protection_is_what_the_heading_says(monkeypatch: pytest.MonkeyPatch) ->
     plans: list[Plan] = precision.plans_for(accelerate(tiny.nested("llama")), [torch.arange(9)])
     for plan in plans:
         assert plan.precision is not None
-        uniform = isinstance(plan.precision.rule, precision.UniformWidthRule)
+        uniform = isinstance(plan.precision.rule, precision.UniformBitsRule)
         assert (plan.precision.protect_first, plan.precision.protect_special) == ((0, False) if uniform else (4, True))
 
 

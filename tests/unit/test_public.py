@@ -44,5 +44,5 @@ def test_the_plug_in_names_the_package_that_it_lacks(
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("quicksilver.integrations.lm_eval", run_name="__main__")
     assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("quicksilver: "))
     assert line.startswith("quicksilver: error: lm-evaluation-harness cannot be imported")

@@ -1,4 +1,4 @@
-"""Layouts and token states: where rows come from survives selection."""
+"""Layouts, states and counts: where rows come from survives selection."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quicksilver.core.ragged import RaggedLayout, TokenState
-from quicksilver.core.trace import DeferredSum, Trace
+from quicksilver.backends.state import SplitRows, State
+from quicksilver.core.ragged import RaggedLayout
+from quicksilver.core.trace import COUNT, Trace
 
 sequences = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6)), min_size=1, max_size=5).filter(
     lambda pairs: sum(length for _, length in pairs) > 0
@@ -22,7 +23,6 @@ def test_build_lays_sequences_end_to_end(pairs: list[tuple[int, int]]) -> None:
     assert list(zip(layout.seq_ids.tolist(), layout.positions.tolist(), strict=True)) == expected
     assert layout.origin.tolist() == list(range(len(expected)))
     assert layout.num_tokens == len(expected)
-    assert layout.bounds[-1] == len(expected)
 
 
 @given(sequences, st.data())
@@ -36,27 +36,31 @@ def test_select_keeps_rows_and_recounts(pairs: list[tuple[int, int]], data: st.D
     assert list(chosen.lengths) == [chosen.seq_ids.tolist().count(seq) for seq in range(len(lengths))]
 
 
-def test_scatter_returns_rows_to_their_origin() -> None:
+def test_states_of_tokens_that_stopped_return_to_their_origin() -> None:
     layout = RaggedLayout.build([0], [4], "cpu")
-    state = TokenState(torch.arange(4.0)[:, None], layout).select(torch.tensor([1, 3]))
-    assert state.scatter_into(torch.full((4, 1), -1.0))[:, 0].tolist() == [-1.0, 1.0, -1.0, 3.0]
+    state = State(layout, torch.arange(4.0)[:, None], layout, None, layout)
+    state.halt(0, SplitRows(torch.tensor([0, 2]), torch.tensor([1, 3])))
+    state.hidden = -state.hidden
+    assert state.final()[:, 0].tolist() == [0.0, -1.0, 2.0, -3.0]
+    assert state.halted is not None
+    assert state.halted.tolist() == [0, 2]
 
 
-def test_deferred_sum_mixes_host_and_device_numbers() -> None:
-    total = DeferredSum()
+def test_counts_mix_host_and_device_numbers() -> None:
+    trace, place = Trace(num_layers=2), COUNT["attended"]
     for value in (1, torch.tensor(2), 3, torch.tensor(4)):
-        total.add(value)
-    assert total.value == 10
-    total.add(torch.tensor(5))
-    assert total.value == 15
+        trace.add(1, place, value)
+    assert [layer.attended for layer in trace.layers] == [0, 10]
+    trace.add(1, place, torch.tensor(5))
+    assert trace.total("attended") == 15
 
 
-def test_deferred_sum_keeps_a_bounded_number_of_device_numbers() -> None:
-    total = DeferredSum()
+def test_a_bounded_number_of_device_numbers_is_kept() -> None:
+    trace = Trace(num_layers=1)
     for _ in range(2000):
-        total.add(torch.tensor(1))
-    assert len(total._device) < 1000
-    assert total.value == 2000
+        trace.add(0, 0, torch.tensor(1))
+    assert len(trace._on_device) < 1000
+    assert trace.layers[0].query_rows == 2000
 
 
 def test_dense_pairs_are_causal() -> None:

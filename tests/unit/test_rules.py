@@ -14,8 +14,8 @@ from quicksilver.errors import PlanError
 from quicksilver.families.cost import executed_cost
 from quicksilver.plan import Plan
 from quicksilver.rules.registry import RuleTypes
-from tests import tiny
-from tests.engines import decoder, fusion_plan, halting_plan, run_whole
+from tests import tiny, tolerances
+from tests.engines import decoder, fusion_plan, halting_plan, precision_plan, run_whole
 
 
 @rules.halting_rule("test-answering")
@@ -234,4 +234,114 @@ def test_a_similarity_without_a_name_is_not_written() -> None:
 def test_a_value_that_a_rule_refuses_in_its_own_words() -> None:
     rule = {"type": "test-choosy", "threshold": 1.0}
     with pytest.raises(PlanError, match=r"^mine: halting\.rule: threshold is$"):
-        Plan.from_dict({"version": 1, "halting": {"rule": rule}}, "mine")
+        Plan.from_dict({"version": 2, "halting": {"rule": rule}}, "mine")
+
+
+BAD_BITS: dict[str, tuple[Callable[[rules.ChannelView], Any], str]] = {
+    "a tensor": (lambda view: view.inputs > 0, "must return a BitsChoice, got Tensor"),
+    "five": (lambda view: rules.BitsChoice(5), r"0, 2, 4, 6 or 8 bits, or torch.uint8 bits of shape .*, got 5"),
+    "booleans": (lambda view: rules.BitsChoice(view.inputs > 0), "got torch.bool of shape"),
+    "one tensor for all": (lambda view: rules.BitsChoice(torch.tensor(8, dtype=torch.uint8)), r"of shape \(\)"),
+    "fives": (lambda view: rules.BitsChoice(torch.full(view.inputs.shape, 5, dtype=torch.uint8)), r"got \[5\]"),
+    "a norm": (lambda view: rules.BitsChoice(8, {"norm": 1}), "signals are head, softmax, score; count others"),
+}
+BITS = {name: answer for name, (answer, _) in BAD_BITS.items()}
+BITS["four"] = lambda view: rules.BitsChoice(4)
+BITS["four, for 70 each"] = lambda view: rules.BitsChoice(4, macs=70 * view.inputs.shape[0])
+
+
+@rules.precision_rule("test-bits")
+@dataclass(frozen=True)
+class Bits(rules.PrecisionRule):
+    """Gives one of `BITS`; says nothing of what kernels may do in its stead."""
+
+    answer: str
+
+    def decide(self, view: rules.ChannelView) -> Any:
+        return BITS[self.answer](view)
+
+
+@rules.precision_rule("test-granting")
+@dataclass(frozen=True)
+class Granting(Bits):
+    """Grants every second token 4 bits after the first layer, or what it is asked for."""
+
+    def after_layer(self, num_layers: int) -> int:
+        return 0
+
+    def decide_tokens(self, view: rules.TokenBitsView) -> Any:
+        granted = torch.full((len(view.hidden),), 8, dtype=torch.uint8)
+        granted[::2] = 4
+        return rules.BitsChoice(granted if self.answer == "granted" else 4, macs=7)
+
+
+BITS["granted"] = lambda view: rules.BitsChoice(8 if view.max_bits is None else view.max_bits)
+
+
+@rules.fill_rule("test-alternating")
+@dataclass(frozen=True)
+class Alternating(rules.FillRule):
+    """Leaves entries in every second layer."""
+
+    def decide(self, view: int) -> rules.Fill:
+        return rules.Fill.PROJECT if view % 2 else rules.Fill.NONE
+
+
+@rules.fill_rule("test-filling")
+@dataclass(frozen=True)
+class Filling(rules.FillRule):
+    """Says nothing that could be filled in."""
+
+    def decide(self, view: int) -> Any:
+        return "zero"
+
+
+@pytest.mark.parametrize(("answer", "said"), [(name, said) for name, (_, said) in BAD_BITS.items()], ids=list(BAD_BITS))
+def test_what_is_no_choice_of_bits_is_refused(answer: str, said: str) -> None:
+    engine = decoder(tiny.nested("gpt2"), precision_plan(Bits(answer)), kernels="auto")
+    with pytest.raises(PlanError, match=rf"Bits\.decide .*{said}"):
+        run_whole(engine, tiny.token_ids(10))
+
+
+def test_bits_for_all_tokens_are_none_for_each() -> None:
+    with pytest.raises(PlanError, match=r"Granting\.decide must give torch.uint8 bits of shape \[10\], got 4"):
+        run_whole(decoder(tiny.nested("gpt2"), precision_plan(Granting("four"))), tiny.token_ids(10))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_a_precision_rule_that_kernels_do_not_know_runs_map_by_map(kernels: Any) -> None:
+    plan, ids = precision_plan(Bits("four")), tiny.token_ids(10)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    ours = run_whole(decoder(tiny.nested("llama"), precision_plan(rules.UniformBitsRule(4)), "torch"), ids)
+    run = run_whole(decoder(tiny.nested("llama"), plan, kernels), ids)
+    torch.testing.assert_close(run.logits, ours.logits, atol=tolerances.LOGITS[torch.float32] * 100, rtol=0)
+    assert run.trace.macs_by_width == ours.trace.macs_by_width
+
+
+def test_bits_that_a_rule_grants_to_tokens_are_read_from_the_next_layer_on() -> None:
+    engine = decoder(tiny.nested("llama"), precision_plan(Granting("granted")))
+    layers = run_whole(engine, tiny.token_ids(10)).trace.layers
+    assert layers[0].macs_by_bits[4] == 0
+    assert all(layer.macs_by_bits[4] == layer.macs_by_bits[8] > 0 for layer in layers[1:])
+    assert [layer.rule_macs for layer in layers] == [7, 0, 0, 0]
+
+
+def test_multiply_adds_of_a_choice_of_bits_are_counted() -> None:
+    costs = []
+    for answer in ("four", "four, for 70 each"):
+        engine = decoder(tiny.nested("gpt2"), precision_plan(Bits(answer)))
+        costs.append(executed_cost(engine.spec, run_whole(engine, tiny.token_ids(10)).trace))
+    assert costs[1].body_macs - costs[0].body_macs == 70 * 10 * 4 * 6  # four layers of six maps
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_a_fill_of_ones_own_may_differ_from_layer_to_layer(kernels: Any) -> None:
+    plan = halting_plan(rules.ForcedRule((1, 4)), Alternating())
+    assert Plan.from_dict(plan.to_dict()) == plan
+    cache = run_whole(decoder(tiny.nested("llama"), plan, kernels), tiny.token_ids(10)).cache
+    assert [len(cache.entries(i, 0).positions) for i in range(4)] == [10, 10, 5, 10]
+
+
+def test_what_is_no_fill_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"Filling\.decide must return a Fill, got str"):
+        run_whole(decoder(tiny.model("gpt2"), halting_plan(rules.ForcedRule((1,)), Filling())), tiny.token_ids(3))

@@ -15,9 +15,9 @@ from quicksilver.measure.report import evaluate
 from quicksilver.measure.windows import Protocol, WindowedText, slide
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
-from quicksilver.rules import ForcedRule, MapConfig, RandomFusionRule, RandomRule, Shortcut, UniformWidthRule
+from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, Shortcut, UniformBitsRule
 from tests import tiny
-from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan
+from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan, with_maps
 
 IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 400)).tolist()  # what the model says itself
 PLAIN = Protocol(32, 16, bos_id=0)
@@ -26,13 +26,11 @@ TIMES = ("seconds", "tokens_per_second", "speedup")
 PLANS = {
     "dense": Plan.dense(),
     "halting": halting_plan(RandomRule(0.3)),
-    "mapped": Plan(
-        "mapped", halting_plan(RandomRule(0.3)).halting, maps=MapConfig(), tensors=tiny.fitted(outputs=(0, 1, 2))
-    ),
+    "mapped": with_maps(halting_plan(RandomRule(0.3)), tiny.fitted(outputs=(0, 1, 2))).renamed("mapped"),
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention", 1.0)),
     "values": skipping_plan(0.8),
     "fusion": fusion_plan(RandomFusionRule(0.5), scope="prompt"),
-    "widths": precision_plan(UniformWidthRule(2)),
+    "widths": precision_plan(UniformBitsRule(2)),
 }
 
 
@@ -80,7 +78,7 @@ def test_figures_of_nested_weights_are_those_of_eval() -> None:
     assert timeless(row) == timeless(wanted)
     delta = row["delta"]
     assert delta["bitops_reduction_8bit"] < delta["bitops_reduction"]  # against 8 bits, not against 32
-    eight = scorer.score(precision_plan(UniformWidthRule(8)))
+    eight = scorer.score(precision_plan(UniformBitsRule(8)))
     assert eight is not None
     assert eight["delta"]["bitops_reduction_8bit"] == pytest.approx(0.0, abs=1e-9)
     assert eight["delta"]["weight_bytes_reduction_8bit"] == pytest.approx(0.0, abs=1e-9)

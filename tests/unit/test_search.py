@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,17 +217,19 @@ def test_hopeless_candidates_are_pruned_and_count_as_trials(tmp_path: Path) -> N
     assert list(search.scored(trials.finished)) == []
 
 
-def test_the_time_limit_ends_the_search(tmp_path: Path) -> None:
+def test_the_time_limit_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("quicksilver.calibrate.trials.time", SimpleNamespace(monotonic=lambda: clock[0]))
     search, trials = Search(MECHANISMS, BUDGET, "flops", True, MANY), Trials(tmp_path / "study.log", "key", "flops", 0)
     counted: list[None] = []
 
     def slow(parameters: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(0.05)
+        clock[0] += 2.0
         return row(0.1, 0.1)
 
-    trials.run(search.propose, slow, 1000, time.monotonic() + 0.3, lambda: counted.append(None))
-    assert 1 <= len(trials.finished) == len(counted) < 10
-    trials.run(search.propose, slow, 1000, time.monotonic() - 1.0)
+    trials.run(search.propose, slow, 1000, 109.0, lambda: counted.append(None))
+    assert len(trials.finished) == len(counted) == 5
+    trials.run(search.propose, slow, 1000, 109.0)
     assert len(trials.finished) == len(counted)
 
 

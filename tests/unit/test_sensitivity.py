@@ -11,24 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quicksilver.calibrate.bits import MapScores, collect_scores, unprotected
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.sensitivity import (
-    QUERY_THRESHOLDS,
-    SCREENING_THRESHOLDS,
-    VALUE_THRESHOLDS,
+    THRESHOLDS,
     Probe,
     attention_prices,
-    leaving_out,
     map_weights,
-    screening,
-    skipping,
     threshold_at_price,
 )
-from quicksilver.calibrate.widths import MapScores, collect_scores, unprotected
 from quicksilver.families.registry import adapt
 from quicksilver.plan import Plan
-from quicksilver.rules import ChannelWidthRule, PrecisionConfig
+from quicksilver.rules import ChannelBitsRule, PrecisionConfig
 from tests import tiny, tolerances
 from tests.engines import skipping_plan
 
@@ -36,7 +32,7 @@ WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(3)]
 
 
 def scores_of(model: Any) -> list[MapScores]:
-    adapter, rule = adapt(model), ChannelWidthRule(target=8.0, widths=(8, 0))
+    adapter, rule = adapt(model), ChannelBitsRule(target=8.0, bits=(8, 0))
     return collect_scores(rule, adapter, unprotected(adapter, PrecisionConfig(rule), WINDOWS, ()))
 
 
@@ -44,19 +40,12 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-KINDS = {
-    "values": (skipping, VALUE_THRESHOLDS),
-    "queries": (leaving_out, QUERY_THRESHOLDS),
-    "screening": (screening, SCREENING_THRESHOLDS),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", THRESHOLDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_prices_of_attention_ascend(family: str, kind: str) -> None:
+def test_prices_of_attention_ascend(family: str, kind: Mechanism) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
-    part, thresholds = KINDS[kind]
-    prices = attention_prices(probe, part, thresholds, lambda: counted.append(None))
+    thresholds = THRESHOLDS[kind]
+    prices = attention_prices(probe, kind, lambda: counted.append(None))
     assert [threshold for threshold, _ in prices.points] == list(thresholds)
     assert len(counted) == len(thresholds) + tiny.NUM_LAYERS
     assert all(before <= after for (_, before), (_, after) in pairwise(prices.points))
@@ -88,13 +77,13 @@ def test_windows_of_attention_sinks_do_not_count() -> None:
 def prices(draw: st.DrawFn) -> list[tuple[float, float]]:
     """Return thresholds and their prices, both ascending."""
     of_thresholds = sorted(draw(st.lists(st.floats(0.0, 1.0), min_size=7, max_size=7)))
-    return list(zip(VALUE_THRESHOLDS, of_thresholds, strict=True))
+    return list(zip(THRESHOLDS["values"], of_thresholds, strict=True))
 
 
 @given(prices(), st.floats(0.0, 1.5), st.floats(0.0, 1.5))
 def test_thresholds_grow_with_the_price(known: list[tuple[float, float]], one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= VALUE_THRESHOLDS[-1]
+    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= THRESHOLDS["values"][-1]
 
 
 def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:

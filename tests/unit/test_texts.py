@@ -96,7 +96,7 @@ def test_a_mark_before_a_later_line_is_named(file: Path) -> None:
 def test_training_reads_the_same_characters(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_bytes(MARK + TEXT.encode())
     assert training.read_text(file) == TEXT
-    assert capsys.readouterr().err == f"{file}: the byte order mark it begins with is left out\n"
+    assert capsys.readouterr().err.splitlines().count(f"{file}: the byte order mark it begins with is left out") == 1
     lines = file.with_suffix(".jsonl")
     lines.write_bytes((json.dumps({"text": TEXT}, ensure_ascii=False) + "\r\n").encode() * 2)
     assert read_scored_documents(lines) == [TEXT, TEXT]

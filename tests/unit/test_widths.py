@@ -10,21 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quicksilver.calibrate.bits import fit
 from quicksilver.calibrate.histograms import histogram, quantiles, share_above
 from quicksilver.calibrate.samples import sample_windows
-from quicksilver.calibrate.widths import fit
+from quicksilver.core.signals import graded
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import accelerate
 from quicksilver.plan import Plan
-from quicksilver.policies.precision.graded import widths_of
 from quicksilver.rules import (
-    ChannelWidthRule,
+    ChannelBitsRule,
     DriftRule,
-    EntropyWidthRule,
+    EntropyBitsRule,
     HaltingConfig,
     PrecisionConfig,
-    UniformWidthRule,
+    UniformBitsRule,
 )
 from tests import tiny
 from tests.engines import decoder, precision_plan, run_whole
@@ -35,16 +35,16 @@ WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(6)]
 
 def test_a_score_gets_the_first_width_whose_threshold_it_reaches() -> None:
     scores = torch.tensor([9.0, 4.0, 3.999, 1.0, 0.999, 0.5, 0.0])
-    assert widths_of(scores, (4.0, 1.0, 0.5), (8, 4, 2, 0)).tolist() == [8, 8, 4, 4, 2, 2, 0]
-    assert widths_of(scores, (1.0, 1.0, 1.0), (8, 4, 2, 0)).tolist() == [8, 8, 8, 8, 0, 0, 0]
+    assert graded(scores, (4.0, 1.0, 0.5), (8, 4, 2, 0)).tolist() == [8, 8, 4, 4, 2, 2, 0]
+    assert graded(scores, (1.0, 1.0, 1.0), (8, 4, 2, 0)).tolist() == [8, 8, 8, 8, 0, 0, 0]
 
 
 def test_thresholds_are_not_rounded_to_the_scores_type() -> None:
     """In bfloat16 1.002 would be 1.0, which a score of 1.0 reaches."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         scores = torch.tensor([1.0078125, 1.0], dtype=dtype)
-        assert widths_of(scores, (1.0002,), (8, 4)).tolist() == [8, 4]
-    assert widths_of(torch.tensor([1.0], dtype=torch.float64), (1.0 + 1e-12,), (8, 4)).tolist() == [4]
+        assert graded(scores, (1.0002,), (8, 4)).tolist() == [8, 4]
+    assert graded(torch.tensor([1.0], dtype=torch.float64), (1.0 + 1e-12,), (8, 4)).tolist() == [4]
 
 
 @given(precise_plans)
@@ -60,10 +60,10 @@ CHANNEL = {"type": "channel", "thresholds": [3.0, 2.0, 1.0, 0.5]}
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"type": "uniform", "width": 9}, "width must be one of 2, 4, 6, 8, got 9"),
-        ({"type": "uniform", "width": 4.0}, "width must be"),
-        ({"type": "uniform"}, "width"),
-        ({"type": "best"}, "precision.rule.type must be one of uniform, entropy, channel, got 'best'"),
+        ({"type": "uniform", "bits": 9}, "bits must be one of 2, 4, 6, 8, got 9"),
+        ({"type": "uniform", "bits": 4.0}, "bits must be"),
+        ({"type": "uniform"}, "bits"),
+        ({"type": "best"}, "precision.rule.type must be one of channel, entropy, .*uniform, got 'best'"),
         ({"type": "channel"}, "give thresholds, or a target"),
         ({**CHANNEL, "thresholds": [3, 2, 1]}, "thresholds must be 4 numbers"),
         ({**CHANNEL, "thresholds": [1, 2, 3, 4]}, "thresholds must descend"),
@@ -71,15 +71,15 @@ CHANNEL = {"type": "channel", "thresholds": [3.0, 2.0, 1.0, 0.5]}
         ({**CHANNEL, "thresholds": "many"}, "thresholds must be 4 numbers"),
         ({**CHANNEL, "thresholds": []}, "thresholds must be 4 numbers"),
         ({**CHANNEL, "thresholds": [[3, 2, 1, 0], [3, 2, 1]]}, "thresholds must be 4 numbers"),
-        ({**CHANNEL, "widths": [8, 8, 4, 2, 0]}, "widths must descend"),
-        ({**CHANNEL, "widths": [8]}, "widths must be two or more"),
-        ({**CHANNEL, "score": "loudness"}, "score must be left out, got 'loudness'"),
+        ({**CHANNEL, "bits": [8, 8, 4, 2, 0]}, "bits must descend"),
+        ({**CHANNEL, "bits": [8]}, "bits must be two or more"),
+        ({**CHANNEL, "score": "weighted"}, "unknown key 'score'"),
         ({"type": "channel", "target": 9.0}, "mean of 9.0 bits cannot be had"),
         ({"type": "channel", "target": [0.5, 0.5]}, "one share for each of"),
         ({"type": "channel", "target": [0.5, 0.4, 0.3, 0.1, 0.1]}, "must add up to 1"),
         (
-            {"type": "entropy", "thresholds": [2, 1], "widths": [8, 4, 0]},
-            "each of widths must be one of 2, 4, 6, 8, got 0",
+            {"type": "entropy", "thresholds": [2, 1], "bits": [8, 4, 0]},
+            "each of bits must be one of 2, 4, 6, 8, got 0",
         ),
         ({"type": "entropy", "thresholds": [2, 1], "layer": 0}, "layer must be at least 1"),
         ({"type": "entropy", "thresholds": [2, 1], "over": "body"}, "over must be head or hidden"),
@@ -88,17 +88,17 @@ CHANNEL = {"type": "channel", "thresholds": [3.0, 2.0, 1.0, 0.5]}
 )
 def test_malformed_rules_are_refused_by_name(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
-        Plan.from_dict({"version": 1, "precision": {"rule": rule}}, "mine.json")
+        Plan.from_dict({"version": 2, "precision": {"rule": rule}}, "mine.json")
     assert str(caught.value).startswith("mine.json: precision")
 
 
 def test_a_plan_must_fit_the_model() -> None:
     nested, plain = tiny.nested("llama"), tiny.model("llama")
     for plan, model, message in (
-        (precision_plan(UniformWidthRule(4)), plain, "the model's are plain"),
-        (precision_plan(ChannelWidthRule(target=5.0)), nested, "still to be fitted"),
-        (precision_plan(ChannelWidthRule(((4.0,) * 4,) * 24)), nested, "24 sets of thresholds, the model has 4 x 7"),
-        (precision_plan(EntropyWidthRule((2.0, 1.0), layer=4)), nested, "saves nothing, the model has 4"),
+        (precision_plan(UniformBitsRule(4)), plain, "the model's are plain"),
+        (precision_plan(ChannelBitsRule(target=5.0)), nested, "still to be fitted"),
+        (precision_plan(ChannelBitsRule(((4.0,) * 4,) * 24)), nested, "24 sets of thresholds, the model has 4 x 7"),
+        (precision_plan(EntropyBitsRule((2.0, 1.0), layer=4)), nested, "save nothing, the model has 4"),
     ):
         with pytest.raises(PlanError, match=message):
             decoder(model, plan)
@@ -106,17 +106,17 @@ def test_a_plan_must_fit_the_model() -> None:
         fit(adapt(plain), Plan.preset("channel-5bit"), WINDOWS)
 
 
-LATE = EntropyWidthRule(target=(0.5, 0.3, 0.2), layer=4)
+LATE = EntropyBitsRule(target=(0.5, 0.3, 0.2), layer=4)
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (precision_plan(LATE), "saves nothing, the model has 4"),
-        (precision_plan(EntropyWidthRule(target=(0.5, 0.3, 0.2), layer=9)), "saves nothing, the model has 4"),
+        (precision_plan(LATE), "save nothing, the model has 4"),
+        (precision_plan(EntropyBitsRule(target=(0.5, 0.3, 0.2), layer=9)), "save nothing, the model has 4"),
         (
             precision_plan(
-                ChannelWidthRule(target=5.0), halting=HaltingConfig(DriftRule(0.1), min_layer=9, protect_first=0)
+                ChannelBitsRule(target=5.0), halting=HaltingConfig(DriftRule(0.1), min_layer=9, protect_first=0)
             ),
             "min_layer",
         ),
@@ -127,10 +127,10 @@ def test_nothing_is_fitted_that_could_not_run(plan: Plan, message: str) -> None:
         fit(adapt(tiny.nested("llama")), plan, WINDOWS, lambda: pytest.fail("a window was run"))
 
 
-@pytest.mark.parametrize("rule", [ChannelWidthRule(target=5.0), EntropyWidthRule(target=(0.5, 0.3, 0.2))])
+@pytest.mark.parametrize("rule", [ChannelBitsRule(target=5.0), EntropyBitsRule(target=(0.5, 0.3, 0.2))])
 def test_there_must_be_something_to_fit_to(rule: Any) -> None:
     adapter, plan = adapt(tiny.nested("llama")), Plan("mine", precision=PrecisionConfig(rule, protect_first=4))
-    with pytest.raises(InputError, match="plan 'mine': nothing to fit widths to: no calibration text"):
+    with pytest.raises(InputError, match="plan 'mine': nothing to fit bits to: no calibration text"):
         fit(adapter, plan, [])
     with pytest.raises(InputError, match="holds no tokens but protected ones"):
         fit(adapter, plan, [tiny.token_ids(4), tiny.token_ids(1)])
@@ -140,9 +140,9 @@ def test_there_must_be_something_to_fit_to(rule: Any) -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        ChannelWidthRule(target=5.0),
-        ChannelWidthRule(target=(0.3, 0.3, 0.2, 0.1, 0.1)),
-        EntropyWidthRule(target=(0.5, 0.3, 0.2)),
+        ChannelBitsRule(target=5.0),
+        ChannelBitsRule(target=(0.3, 0.3, 0.2, 0.1, 0.1)),
+        EntropyBitsRule(target=(0.5, 0.3, 0.2)),
     ],
     ids=["mean", "shares", "entropy"],
 )
@@ -158,15 +158,15 @@ def test_protected_tokens_do_not_count(rule: Any) -> None:
     recipe = Plan("mine", precision=PrecisionConfig(rule, protect_first=0, protect_special=True))
     plan = fit(adapt(model), recipe, windows, special_ids=[special])
     traces = [run_whole(decoder(model, plan, special_ids=[special]), window).trace for window in windows]
-    first = 2 if isinstance(rule, EntropyWidthRule) else 0
-    counts = [layer.widths.macs for trace in traces for layer in trace.layers[first:]]
+    first = 2 if isinstance(rule, EntropyBitsRule) else 0
+    counts = [layer.macs_by_bits for trace in traces for layer in trace.layers[first:]]
     macs = [sum(of_width) for of_width in zip(*counts, strict=True)]
     shares = [2 * count / sum(macs) for count in macs]
     shares[8] -= 1.0
     if isinstance(rule.target, float):
         assert abs(sum(width * share for width, share in enumerate(shares)) - rule.target) < 0.1
     else:
-        assert [shares[width] for width in rule.widths] == pytest.approx(rule.target, abs=0.03)
+        assert [shares[width] for width in rule.bits] == pytest.approx(rule.target, abs=0.03)
 
 
 @settings(max_examples=30)
@@ -185,7 +185,7 @@ def test_quantiles_of_a_histogram_are_those_of_the_scores(seed: int, parts: list
 @pytest.mark.parametrize("target", [7.0, 5.0, 3.5, (0.3, 0.3, 0.2, 0.1, 0.1)])
 def test_channel_thresholds_give_what_was_asked_for(family: str, target: Any) -> None:
     model = tiny.nested(family)
-    plan = fit(adapt(model), precision_plan(ChannelWidthRule(target=target)), WINDOWS)
+    plan = fit(adapt(model), precision_plan(ChannelBitsRule(target=target)), WINDOWS)
     assert not plan.is_recipe
     macs = [0] * 9
     for window in WINDOWS:
@@ -200,19 +200,19 @@ def test_channel_thresholds_give_what_was_asked_for(family: str, target: Any) ->
 
 def test_entropy_thresholds_give_the_shares_asked_for() -> None:
     model, target = tiny.nested("llama"), (0.3, 0.5, 0.2)
-    plan = fit(adapt(model), precision_plan(EntropyWidthRule(target=target)), WINDOWS)
+    plan = fit(adapt(model), precision_plan(EntropyBitsRule(target=target)), WINDOWS)
     assert not plan.is_recipe
     macs = [0] * 9
     for window in WINDOWS:
         trace = run_whole(decoder(model, plan), window).trace
-        deeper = (layer.widths.macs for layer in trace.layers[2:])
+        deeper = (layer.macs_by_bits for layer in trace.layers[2:])
         macs = [sum(counts) for counts in zip(macs, *deeper, strict=True)]
     assert [macs[width] / sum(macs) for width in (8, 4, 2)] == pytest.approx(target, abs=0.03)
 
 
 def test_fitting_leaves_everything_else_alone() -> None:
     model = tiny.nested("llama")
-    fitted = precision_plan(UniformWidthRule(4))
+    fitted = precision_plan(UniformBitsRule(4))
     assert fit(adapt(model), fitted, WINDOWS) is fitted
     assert fit(adapt(model), Plan.dense(), WINDOWS) == Plan.dense()
     recipe = Plan.preset("channel-5bit")

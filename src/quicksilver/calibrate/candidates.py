@@ -13,30 +13,26 @@ from typing import Any
 
 from torch import Tensor
 
-from quicksilver.calibrate.mechanisms import Mechanism
+from quicksilver.calibrate.bits import MapScores, thresholds
+from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
-from quicksilver.calibrate.widths import MapScores, thresholds
 from quicksilver.families.spec import ModelSpec
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import (
-    AttentionConfig,
-    ChannelWidthRule,
+    ChannelBitsRule,
     CosineFusionRule,
     DropFill,
-    EntryConfig,
     FittedRule,
     ForcedRule,
     FusionConfig,
     HaltingConfig,
-    MapConfig,
+    KVConfig,
     PrecisionConfig,
     PropagateFill,
-    ScreeningConfig,
     Shortcut,
-    ShortcutConfig,
 )
 
 FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
@@ -77,9 +73,7 @@ class Fits:
         map_scores: of the nested maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
         centred: channels that are left out stand at their mean.
-        value_prices: of leaving values unread; see `sensitivity.AttentionPrices`.
-        query_prices: of leaving components of queries out.
-        screening_prices: of screening keys.
+        prices: of what attention need not read.
         entry_nats: what keeping keys and values as codes costs.
     """
 
@@ -92,54 +86,50 @@ class Fits:
     map_scores: list[MapScores] = field(default_factory=list)
     map_weights: list[float] = field(default_factory=list)
     centred: bool = False
-    value_prices: AttentionPrices = field(default_factory=AttentionPrices)
-    query_prices: AttentionPrices = field(default_factory=AttentionPrices)
-    screening_prices: AttentionPrices = field(default_factory=AttentionPrices)
+    prices: dict[Mechanism, AttentionPrices] = field(default_factory=dict)
     entry_nats: float = 0.0
 
 
-def build(knobs: Knobs, fits: Fits, name: str, widths: tuple[int, ...]) -> Plan:
+def build(knobs: Knobs, fits: Fits, name: str, bits: tuple[int, ...]) -> Plan:
     """Return the plan of some knobs.
 
     Args:
         knobs: the candidate.
         fits: of the model.
         name: of the plan.
-        widths: that channels may be read at.
+        bits: that channels may be read at.
     """
+    halting: dict[str, Any] = {}
+    kv: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    attention: dict[str, tuple[float, ...]] = {}
     product = fits.units.entry if "entries" in knobs.factors else fits.units.pair
     for mechanism, factor in knobs.factors.items():
         price = knobs.price * factor
-        if mechanism == "halting":
-            parts |= _halting(price, fits, knobs.fill)
+        if mechanism == "halting" and fits.halt_layers:
+            halting |= _halting(price, fits)
+            kv["fill"] = FILLS[knobs.fill]
         elif mechanism == "shortcuts":
-            parts["shortcuts"] = shortcuts_at(price, fits)
-        elif mechanism == "values":
-            attention["threshold"] = fits.value_prices.thresholds(price * product)
-        elif mechanism == "queries":
-            attention["query_threshold"] = fits.query_prices.thresholds(price * product)
-        elif mechanism == "screening":
-            parts["screening"] = _screening(fits.screening_prices.thresholds(price * product))
+            halting["shortcuts"] = shortcuts_at(price, fits)
+        elif mechanism in KNOBS:
+            limits = fits.prices.get(mechanism, AttentionPrices()).thresholds(price * product)
+            kv[KNOBS[mechanism]] = limits if any(limits) else 0.0
         elif mechanism == "entries":
-            parts["entries"] = EntryConfig()
+            kv["bits"] = 8
         elif mechanism == "fusion":
             parts["fusion"] = FusionConfig(CosineFusionRule(factor))
-        else:
-            parts["precision"] = _channels(price, fits, widths)
-    if any(max(limits, default=0.0) > 0 for limits in attention.values()):
-        parts["attention"] = AttentionConfig(**attention)
-    plan = Plan(name, **parts)
+        elif mechanism == "channels":
+            parts["precision"] = _channels(price, fits, bits)
+    if any(halting.values()):
+        parts["halting"] = HaltingConfig(**halting)
+    plan = Plan(name, kv=KVConfig(**kv), **parts)
     tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith(prefixes(plan, fits))}
     return replace(plan, tensors=PlanTensors(tensors)) if tensors else plan
 
 
 def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:
     """Return what the names of the tensors begin with that a plan uses."""
-    shortcuts = () if plan.shortcuts is None else plan.shortcuts.shortcuts
-    names = [f"{shortcut.name}." for shortcut in shortcuts]
-    if plan.halting is not None:
+    names = [f"{shortcut.name}." for shortcut in plan.shortcuts]
+    if plan.halting is not None and plan.halting.rule is not None:
         names += [f"{kind}.{i}." for i in fits.halt_layers for kind in ("output", "gate")]
     if plan.precision is not None and fits.centred:
         names.append("mean.")
@@ -149,19 +139,20 @@ def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:
 def static_exit(layer_idx: int, fits: Fits) -> Plan:
     """Return the plan under which every token halts after one layer, and predicts through its map."""
     depth = layer_idx + 1
-    config = HaltingConfig(ForcedRule((depth,)), min_layer=depth, protect_first=0, protect_special=False)
+    rule = ForcedRule((depth,))
+    config = HaltingConfig(rule, min_layer=depth, protect_first=0, protect_special=False, output_maps=True)
     tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith("output.")}
-    return Plan(f"exit-{depth}", config, PropagateFill(), maps=MapConfig(), tensors=PlanTensors(tensors))
+    return Plan(f"exit-{depth}", config, KVConfig(PropagateFill()), tensors=PlanTensors(tensors))
 
 
-def shortcuts_at(price: float, fits: Fits) -> ShortcutConfig | None:
-    """Return the shortcuts whose gates let tokens past at a price, None where nobody would be let."""
+def shortcuts_at(price: float, fits: Fits) -> tuple[Shortcut, ...]:
+    """Return the shortcuts whose gates let tokens skip at a price; none where nobody would."""
     taken = []
     for (layer_idx, part), (weight, nats) in sorted(fits.shortcuts.items()):
         limit = price * _unit_work((layer_idx, part), fits)
         if nats < _HOPE * limit:
             taken.append(Shortcut(layer_idx, part, limit / max(weight, 1e-30)))
-    return ShortcutConfig(tuple(taken)) if taken else None
+    return tuple(taken)
 
 
 _HOPE = 8.0  # where all tokens together lose more than this many times what they may, the gate would let too few past
@@ -179,23 +170,16 @@ def _unit_work(unit: Unit, fits: Fits) -> float:
     return spec.query_macs * weight + pairs * fits.units.pair - of_map * fitted
 
 
-def _halting(price: float, fits: Fits, fill: str) -> dict[str, Any]:
-    if not fits.halt_layers:
-        return {}
+def _halting(price: float, fits: Fits) -> dict[str, Any]:
     layers = fits.spec.num_layers
     limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
-    config = HaltingConfig(FittedRule(limits), min_layer=fits.halt_layers[0] + 1)
-    return {"halting": config, "kv": FILLS[fill], "maps": MapConfig()}
+    return {"rule": FittedRule(limits), "min_layer": fits.halt_layers[0] + 1, "output_maps": True}
 
 
-def _screening(limits: tuple[float, ...]) -> ScreeningConfig | None:
-    return ScreeningConfig(limits) if max(limits, default=0.0) > 0 else None
-
-
-def _channels(price: float, fits: Fits, widths: tuple[int, ...]) -> PrecisionConfig:
-    """Return channel widths at a price, a set of thresholds for each map."""
+def _channels(price: float, fits: Fits, bits: tuple[int, ...]) -> PrecisionConfig:
+    """Return channels' bits at a price, a set of thresholds for each map."""
     limits = tuple(
-        thresholds(scores, widths, price * fits.units.bit, price * fits.units.mac, weight)
+        thresholds(scores, bits, price * fits.units.bit, price * fits.units.mac, weight)
         for scores, weight in zip(fits.map_scores, fits.map_weights, strict=True)
     )
-    return PrecisionConfig(ChannelWidthRule(limits, widths, centred=fits.centred))
+    return PrecisionConfig(ChannelBitsRule(limits, bits, centred=fits.centred))

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.candidates import Fits
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
-from quicksilver.calibrate.widths import MapScores
 from quicksilver.core.files import write_atomically
 from quicksilver.families.spec import ModelSpec
 
@@ -37,9 +37,7 @@ def write(path: Path, key: str, fits: Fits) -> None:
         "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
         "map_weights": fits.map_weights,
         "centred": fits.centred,
-        "value_prices": asdict(fits.value_prices),
-        "query_prices": asdict(fits.query_prices),
-        "screening_prices": asdict(fits.screening_prices),
+        "prices": {mechanism: asdict(prices) for mechanism, prices in fits.prices.items()},
         "entry_nats": fits.entry_nats,
     }
     tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
@@ -75,9 +73,9 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
         ],
         list(facts["map_weights"]),
         facts["centred"],
-        *(
-            AttentionPrices(tuple(map(tuple, facts[kind]["points"])), tuple(facts[kind]["layers"]))
-            for kind in ("value_prices", "query_prices", "screening_prices")
-        ),
+        {
+            name: AttentionPrices(tuple(map(tuple, known["points"])), tuple(known["layers"]))
+            for name, known in facts["prices"].items()
+        },
         entry_nats=facts["entry_nats"],
     )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from quicksilver.calibrate import outputs, sensitivity, shortcuts
+from quicksilver.calibrate.bits import Text, collect_means, collect_scores, unprotected
 from quicksilver.calibrate.candidates import Fits, shortcuts_at
 from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
-from quicksilver.calibrate.widths import Text, collect_means, collect_scores, unprotected
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.rules import ChannelWidthRule, EntryConfig, PrecisionConfig, ShortcutConfig
-from quicksilver.rules.maps import Shortcut
+from quicksilver.rules import ChannelBitsRule, HaltingConfig, KVConfig, PrecisionConfig, Shortcut
+from quicksilver.rules.precision.base import mean_name
 
 _TRIED = 0.25  # share of channels left out to learn whether they should be centred
 _PROBED = 4  # windows, of the fitted part, that sensitivities are measured on
@@ -32,12 +31,9 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
         total += 2 * num_windows
     if "shortcuts" in mechanisms:
         total += 2 * num_windows + 2 * spec.num_layers
-    if "values" in mechanisms:
-        total += len(sensitivity.VALUE_THRESHOLDS) + spec.num_layers
-    if "queries" in mechanisms:
-        total += len(sensitivity.QUERY_THRESHOLDS) + spec.num_layers
-    if "screening" in mechanisms:
-        total += len(sensitivity.SCREENING_THRESHOLDS) + spec.num_layers
+    for mechanism, thresholds in sensitivity.THRESHOLDS.items():
+        if mechanism in mechanisms:
+            total += len(thresholds) + spec.num_layers
     if "entries" in mechanisms:
         total += 1
     if "channels" in mechanisms:
@@ -50,7 +46,7 @@ def fit(
     mechanisms: Sequence[Mechanism],
     units: UnitCosts,
     windows: Sequence[Tensor],
-    widths: tuple[int, ...],
+    bits: tuple[int, ...],
     special_ids: Sequence[int] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Fits:
@@ -61,7 +57,7 @@ def fit(
         mechanisms: that may be used.
         units: of the objective.
         windows: token ids [T] of calibration text, each run on its own.
-        widths: that channels may be read at.
+        bits: that channels may be read at.
         special_ids: token ids that plans protect.
         on_step: called after each of `steps`.
     """
@@ -73,19 +69,15 @@ def fit(
         fits.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
         fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
         fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
-    prices = sensitivity.attention_prices
-    if "values" in mechanisms:
-        fits.value_prices = prices(probe, sensitivity.skipping, sensitivity.VALUE_THRESHOLDS, on_step)
-    if "queries" in mechanisms:
-        fits.query_prices = prices(probe, sensitivity.leaving_out, sensitivity.QUERY_THRESHOLDS, on_step)
-    if "screening" in mechanisms:
-        fits.screening_prices = prices(probe, sensitivity.screening, sensitivity.SCREENING_THRESHOLDS, on_step)
+    for mechanism in sensitivity.THRESHOLDS:
+        if mechanism in mechanisms:
+            fits.prices[mechanism] = sensitivity.attention_prices(probe, mechanism, on_step)
     if "entries" in mechanisms:
-        fits.entry_nats = probe.nats(Plan("entries", entries=EntryConfig()))
+        fits.entry_nats = probe.nats(Plan("entries", kv=KVConfig(bits=8)))
         on_step()
     if "channels" in mechanisms:
-        text = unprotected(adapter, PrecisionConfig(ChannelWidthRule(target=8.0)), windows, special_ids)
-        _fit_channels(fits, adapter, probe, text, widths, on_step)
+        text = unprotected(adapter, PrecisionConfig(ChannelBitsRule(target=8.0)), windows, special_ids)
+        _fit_channels(fits, adapter, probe, text, bits, on_step)
     if "shortcuts" in mechanisms:
         _fit_shortcuts(fits, adapter, probe, windows, on_step)
     return fits
@@ -96,20 +88,18 @@ def _fit_channels(
     adapter: Adapter,
     probe: sensitivity.Probe,
     text: Sequence[Text],
-    widths: tuple[int, ...],
+    bits: tuple[int, ...],
     on_step: Callable[[], None],
 ) -> None:
     """Learn what channels contribute, plain or less their mean, whichever lets more of them be left out."""
     means = collect_means(adapter, text, on_step)
-    tensors = {
-        ChannelWidthRule.mean_name(*divmod(i, len(adapter.layers[0].nested))): mean for i, mean in enumerate(means)
-    }
+    tensors = {mean_name(*divmod(i, len(adapter.layers[0].nested))): mean for i, mean in enumerate(means)}
     found = []
     for centred in (False, True):
-        rule = ChannelWidthRule(target=8.0, widths=widths, centred=centred)
+        rule = ChannelBitsRule(target=8.0, bits=bits, centred=centred)
         scores = collect_scores(rule, adapter, text, on_step, means if centred else None)
         limits = tuple(quantiles(each.counts, (1.0 - _TRIED, _TRIED)) for each in scores)
-        config = PrecisionConfig(ChannelWidthRule(limits, (8, 0), centred=centred))
+        config = PrecisionConfig(ChannelBitsRule(limits, (8, 0), centred=centred))
         nats = probe.nats(Plan("channels", precision=config, tensors=PlanTensors(tensors) if centred else None))
         found.append((nats, centred, scores))
     _, fits.centred, fits.map_scores = min(found, key=lambda each: each[0])
@@ -131,12 +121,8 @@ def _fit_shortcuts(
     for unit in chosen:
         shortcut = Shortcut(*unit)
         own = PlanTensors({key: t for key, t in tensors.items() if key.startswith(f"{shortcut.name}.")})
-        nats = probe.nats(Plan("one", shortcuts=ShortcutConfig((shortcut,)), tensors=own))
+        nats = probe.nats(Plan("one", HaltingConfig(shortcuts=(shortcut,)), tensors=own))
         fits.shortcuts[unit] = (nats / max(errors[unit], 1e-30), nats)
         on_step()
     fits.tensors |= tensors
-    config = shortcuts_at(_REFIT_PRICE, fits)
-    if config is not None:
-        fits.tensors |= shortcuts.fit_in_order(
-            adapter, config.shortcuts, windows, replace(Plan.dense(), shortcuts=config)
-        )
+    fits.tensors |= shortcuts.fit_in_order(adapter, shortcuts_at(_REFIT_PRICE, fits), windows)

@@ -13,3 +13,10 @@ MECHANISMS: dict[str, tuple[Mechanism, ...]] = {
     "precision": ("channels",),
 }
 """Of each of a plan's mechanisms, what is searched."""
+
+KNOBS: dict[Mechanism, str] = {
+    "values": "skip_values_below",
+    "queries": "drop_query_dims_below",
+    "screening": "screen_keys_below",
+}
+"""Of what attention need not read, the field of `KVConfig` that has its thresholds."""

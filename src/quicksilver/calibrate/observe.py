@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quicksilver.families.spec import Adapter, Apply, LayerOps
 from quicksilver.plan import Plan
-from quicksilver.rules.maps import Part
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.rules import Part
+from quicksilver.runtime.loop import Decoder
 
 PROTECTED = 4
 """First tokens of a sequence, attention sinks: no mechanism touches them, so nothing is fitted to them."""

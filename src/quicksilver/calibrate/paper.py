@@ -15,7 +15,7 @@ from quicksilver.calibrate.observe import PROTECTED, layer_states
 from quicksilver.calibrate.trials import Space
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
-from quicksilver.rules import AllRule, DriftRule, DropFill, EntropyRule, HaltingConfig
+from quicksilver.rules import AllRule, DriftRule, EntropyRule, HaltingConfig
 
 _ENTROPIES = (0.05, 8.0)  # bits
 _LOWEST, _HIGHEST = 0.001, 0.5  # quantiles of the drift between which its threshold is sought
@@ -51,4 +51,4 @@ class PaperSearch:
     def plan(parameters: dict[str, Any]) -> Plan:
         """Return the plan of a trial's parameters: preset `paper` with other thresholds."""
         rule = AllRule((DriftRule(parameters["drift"]), EntropyRule(parameters["entropy"])))
-        return Plan("paper, tuned", HaltingConfig(rule, min_layer=1, protect_first=0, protect_special=True), DropFill())
+        return Plan("paper, tuned", HaltingConfig(rule, min_layer=1, protect_first=0, protect_special=True))

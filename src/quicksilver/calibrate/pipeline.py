@@ -26,7 +26,7 @@ from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
 
-WIDTHS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 5, 4, 3, 2, 0), "weight_bytes": (8, 6, 5, 4, 3, 2, 0)}
+BITS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 4, 2, 0), "weight_bytes": (8, 6, 4, 2, 0)}
 _PAPER_TRIALS = 10
 _FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them
 _ROUGH_STEP = 4  # of the searched windows every fourth is enough to see which way to step
@@ -63,9 +63,9 @@ class Settings:
     seed: int
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def bits(self) -> tuple[int, ...]:
         """Bits that channels may be read at."""
-        return WIDTHS.get(self.objective, (8, 0))
+        return BITS.get(self.objective, (8, 0))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Calibrator:
 
     def _fit(self) -> Fits:
         path, adapter, settings = self._folder / "fits.safetensors", self._runner.adapter, self._settings
-        key = self._key(settings.mechanisms, settings.objective, settings.widths, len(self._parts.fit))
+        key = self._key(settings.mechanisms, settings.objective, settings.bits, len(self._parts.fit))
         fits = fits_file.read(path, key, adapter.spec)
         if fits is not None:
             return fits
@@ -153,7 +153,7 @@ class Calibrator:
         total = fitting.steps(adapter, settings.mechanisms, len(self._parts.fit))
         with self._progress("fitting", total) as advance:
             fits = fitting.fit(
-                adapter, settings.mechanisms, units, self._parts.fit, settings.widths, special_ids, advance
+                adapter, settings.mechanisms, units, self._parts.fit, settings.bits, special_ids, advance
             )
         fits_file.write(path, key, fits)
         return fits
@@ -173,12 +173,12 @@ class Calibrator:
         )
         if "entries" in settings.mechanisms:
             alone = Knobs(0.0, {"entries": 1.0})
-            plan = build(alone, fits, "entries", settings.widths)
+            plan = build(alone, fits, "entries", settings.bits)
             yield Scored("entries", self._kept("search", plan, self._scorers[0].score), alone)
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.widths)
+            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.bits)
             return self._kept("rough", plan, self._rough.score) if ROUGH in parameters else self._searched(plan)
 
         with self._progress("searching", settings.trials) as advance:
@@ -233,14 +233,14 @@ class Calibrator:
         with self._progress("leaving each mechanism out", len(without)) as advance:
             rows = {}
             for name, knobs in without.items():
-                plan = build(knobs, fits, f"without {name}", self._settings.widths)
+                plan = build(knobs, fits, f"without {name}", self._settings.bits)
                 rows[name] = self._kept("search", plan, self._scorers[0].score)
                 advance()
         return rows
 
     def _plan(self, candidate: Scored, fits: Fits) -> Plan:
         if candidate.knobs is not None:
-            return build(candidate.knobs, fits, "calibrated", self._settings.widths)
+            return build(candidate.knobs, fits, "calibrated", self._settings.bits)
         depth = candidate.row["plan"]["halting"]["min_layer"] if candidate.group == "exit" else None
         return static_exit(depth - 1, fits) if depth else Plan.from_dict(candidate.row["plan"])
 

@@ -18,7 +18,7 @@ from quicksilver.measure.statistics import PairedDelta, paired_delta
 from quicksilver.measure.windows import Protocol
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 _REDUCTION = {
     "flops": "flops_reduction",
@@ -67,7 +67,7 @@ class Scorer:
 
     Args:
         model: the model as it is, the baseline.
-        runner: the model that runs candidates that choose widths: the same, or its copy with nested weights.
+        runner: the model that runs candidates that choose bits: the same, or its copy with nested weights.
         part: windows of each text, of which several are needed for intervals.
         protocol: that cut them.
         name: of the model.

@@ -13,21 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.histograms import quantiles
+from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
 from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
-from quicksilver.calibrate.widths import MapScores
 from quicksilver.families.cost import executed_cost
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import NestedLinear
-from quicksilver.rules import AttentionConfig, ScreeningConfig, Threshold
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.rules import KVConfig, Threshold
+from quicksilver.runtime.loop import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
-VALUE_THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-QUERY_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)
-SCREENING_THRESHOLDS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+THRESHOLDS: dict[Mechanism, tuple[float, ...]] = {
+    "values": (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
+    "queries": (0.1, 0.2, 0.3, 0.4, 0.5, 0.65),
+    "screening": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
+}
+"""At which what attention need not read is tried."""
 
 
 class Probe:
@@ -131,22 +135,21 @@ class AttentionPrices:
 
 def attention_prices(
     probe: Probe,
-    part: Callable[[Threshold], dict[str, Any]],
-    thresholds: Sequence[float],
+    mechanism: Mechanism,
     on_point: Callable[[], None] = lambda: None,
 ) -> AttentionPrices:
     """Measure some thresholds in all layers at once, and the middle one in each layer alone.
 
     Args:
         probe: on the model.
-        part: from a threshold to the part of a plan that it is the threshold of.
-        thresholds: ascending.
-        on_point: called after each measurement, `len(thresholds)` and the number of layers in all.
+        mechanism: one of `THRESHOLDS`.
+        on_point: called after each measurement, one for each threshold and each layer.
     """
-    dense = probe.macs(Plan.dense())
+    dense, thresholds = probe.macs(Plan.dense()), THRESHOLDS[mechanism]
 
     def measure(threshold: Threshold) -> tuple[float, float]:
-        plan = Plan("attention", **part(threshold))
+        chosen: dict[str, Any] = {KNOBS[mechanism]: threshold}
+        plan = Plan("attention", kv=KVConfig(**chosen))
         measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()
         return measured
@@ -163,21 +166,6 @@ def attention_prices(
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
     return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
-
-
-def skipping(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which values are left unread."""
-    return {"attention": AttentionConfig(threshold)}
-
-
-def leaving_out(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which components of queries are left out."""
-    return {"attention": AttentionConfig(query_threshold=threshold)}
-
-
-def screening(threshold: Threshold) -> dict[str, Any]:
-    """Return a plan's part under which keys are screened."""
-    return {"screening": ScreeningConfig(threshold)}
 
 
 def threshold_at_price(prices: Sequence[tuple[float, float]], price: float) -> float:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
 from quicksilver.calibrate.ridge import Affine, RidgeSums, named_tensors
+from quicksilver.core.signals import log_norm
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.policies.shortcuts import log_norm
-from quicksilver.rules.maps import Part, Shortcut
+from quicksilver.rules import HaltingConfig, Part, Shortcut
 
 Unit = tuple[int, Part]
 _LEAST_ERROR = 1e-8  # keeps logarithms finite
@@ -79,7 +78,6 @@ def fit_in_order(
     adapter: Adapter,
     chosen: Sequence[Shortcut],
     windows: Sequence[Tensor],
-    plan: Plan,
     on_window: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Fit shortcuts one after another, deeper ones on states that shallower ones have changed.
@@ -88,20 +86,16 @@ def fit_in_order(
         adapter: the model.
         chosen: with their thresholds.
         windows: token ids [T] of calibration text, each run on its own.
-        plan: protections of the shortcuts, as `plan.shortcuts`.
         on_window: called after each window of each pass; two passes for each shortcut.
 
     Returns:
         Tensors `shortcut.LAYER.PART.*` of a plan.
     """
-    assert plan.shortcuts is not None
     tensors: dict[str, Tensor] = {}
     done: list[Shortcut] = []
     for shortcut in sorted(chosen, key=lambda each: (each.layer, each.part)):  # attention runs before the MLP
-        before = Plan.dense()
-        if done:
-            config = replace(plan.shortcuts, shortcuts=tuple(done))
-            before = Plan("before", shortcuts=config, tensors=PlanTensors(tensors))
+        config = HaltingConfig(shortcuts=tuple(done)) if done else None
+        before = Plan("before", config, tensors=PlanTensors(tensors))
         tensors |= fit_units(adapter, [(shortcut.layer, shortcut.part)], windows, before, on_window)[0]
         done.append(shortcut)
     return tensors

@@ -41,7 +41,7 @@ _COLUMNS = (
 _ONE_BASELINE = "saved: of the model as given"
 _TWO_BASELINES = (
     "saved: of the model as given; bitops and weights: of it nested, all 8 bits read,\n"
-    "so that plans which choose no widths are far below zero there"
+    "so that plans which choose no bits are far below zero there"
 )
 
 

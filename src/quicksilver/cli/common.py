@@ -166,7 +166,7 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
     if kernels == "native" and not any(run is not None and run.adapter.spec.is_nested for run in runs):
         raise InputError(
             f"--kernels native: {model} has no nested weights, which are all that these kernels read; nest them with"
-            " `quicksilver quantize`, or name a plan that chooses widths"
+            " `quicksilver quantize`, or name a plan that chooses bits"
         )
 
 

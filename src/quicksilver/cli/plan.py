@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import click
@@ -52,7 +51,7 @@ def show(plan: str) -> None:
     """
     from quicksilver.plan.presets import resolve_plan
 
-    print(json.dumps(resolve_plan(plan).to_dict(), indent=2))
+    print(resolve_plan(plan).to_json())
 
 
 @command.command("validate", context_settings=_HELP)

@@ -1,4 +1,4 @@
-"""`quicksilver quantize`: nest a model's weights, so that every width from 0 to 8 bits can be read of one copy."""
+"""`quicksilver quantize`: nest a model's weights, so that 0 to 8 bits of one copy can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans that choose widths, made ready for a model: its weights nested, their thresholds fitted."""
+"""Plans that choose bits, made ready for a model: its weights nested, their thresholds fitted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from quicksilver.cli.common import calibration_windows, own_lines, progress, read_texts, warn_fitted_elsewhere
 from quicksilver.errors import InputError
 
-CALIBRATION_HELP = "UTF-8 text that width thresholds are fitted to (default: text sampled from the model)."
+CALIBRATION_HELP = "UTF-8 text that thresholds of bits are fitted to (default: text sampled from the model)."
 _CALIBRATION_TOKENS = 4096
 _WINDOW = 512
 
@@ -55,12 +55,12 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
 
 
 def _fit(nested: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
-    from quicksilver.calibrate.widths import fit
+    from quicksilver.calibrate.bits import fit
     from quicksilver.families.fingerprint import fingerprint
     from quicksilver.plan.provenance import FittedTo
 
     record = FittedTo(name, fingerprint(nested.model, nested.adapter.spec), source.removeprefix("of "), tokens)
-    with progress("fitting widths", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:
+    with progress("fitting bits", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:
         return [
             replace(fit(nested.adapter, plan, windows, advance, nested.special_ids), fitted_to=record)
             if plan.is_recipe
@@ -83,7 +83,7 @@ def nested_copy(model: Any) -> Any:
     with progress("nesting weights", len(nested_names(plain, config))) as advance:
         nest(plain, config, on_map=advance)
     print(
-        f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose widths;\n"
+        f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose bits;\n"
         "`quicksilver quantize` with --calibration does better"
     )
     with own_lines():

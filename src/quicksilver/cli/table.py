@@ -48,7 +48,6 @@ _COST = ("KL\n[nats]", "top-1\nsame", "bitops\nsaved", "weights\nsaved", "KV cac
 _RAN = ("layers\nrun", "tokens\nfused", "weight\nbits")
 _PROMPTS = ("tokens", "tokens\nfused", "FLOPs\nsaved", "speed\n[x dense]")
 _PARTS_RAN = ("scores\ndone", "values\nread", "MLP, attn.\nskipped", "cache\nbits")
-_PARTS = frozenset(("attention", "screening", "shortcuts", "entries"))  # of a plan, which the last columns are about
 _NESTED_BASELINE = "dense is the nested weights ({}), all 8 bits of them read, not the model they were made of"
 _PLAIN_BASELINE = "dense is the {} weights as loaded"
 
@@ -61,7 +60,7 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
     plans = [result for result in results if result["plan"]["name"] != "dense"]  # no other plan bears that name
     _print_columns(console, _LOSS, _dense_loss(results[0]), plans, _loss)
     _print_columns(console, _COST, _dense_cost(results[0]), plans, _cost)
-    if any(_PARTS & result["plan"].keys() for result in plans):
+    if any(_reads_less(result["plan"]) for result in plans):
         dense = [*_dense_ran(results[0]), "100.0%", "100.0%", "", _entry_bits(results[0], {})]
         _print_columns(console, (*_RAN, *_PARTS_RAN), dense, plans, lambda result: [*_ran(result), *_parts(result)])
     else:
@@ -103,6 +102,11 @@ def _print_columns(
     console.print(table)
 
 
+def _reads_less(plan: dict[str, Any]) -> bool:
+    """Whether a plan does what the last columns are about: to attention, to sublayers, to the cache's numbers."""
+    return plan.get("kv", {}).keys() > {"fill"} or "shortcuts" in plan.get("halting", {})
+
+
 def _fuses_prompts(result: dict[str, Any]) -> bool:
     return result["plan"].get("fusion", {}).get("scope") == "prompt"
 
@@ -125,14 +129,14 @@ def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _baseline(results: Sequence[dict[str, Any]]) -> str:
-    """Say which weights the dense row has read, and which the plans that choose widths."""
+    """Say which weights the dense row has read, and which the plans that choose bits."""
     settings = [result["settings"] for result in results]
     nesting = next((each["nesting"] for each in settings if each["nesting"] is not None), None)
     how = "" if nesting is None else f"{nesting['method']}, groups of {nesting['group_size']}"
     if settings[0]["baseline"] == "nested":
         return _NESTED_BASELINE.format(how)
     line = _PLAIN_BASELINE.format(results[0]["model"]["dtype"])
-    return line if nesting is None else f"{line}; plans that choose widths read them nested in memory ({how})"
+    return line if nesting is None else f"{line}; plans that choose bits read them nested in memory ({how})"
 
 
 def _dense_loss(result: dict[str, Any]) -> list[str]:
@@ -191,8 +195,8 @@ def _parts(result: dict[str, Any]) -> list[str]:
 
 
 def _entry_bits(result: dict[str, Any], plan: dict[str, Any]) -> str:
-    kept = plan.get("entries")
-    return "".join(filter(str.isdigit, result["model"]["dtype"])) if kept is None else str(kept["bits"])
+    own = "".join(filter(str.isdigit, result["model"]["dtype"]))
+    return str(plan.get("kv", {}).get("bits", own))
 
 
 def _prompt(result: dict[str, Any]) -> list[str]:

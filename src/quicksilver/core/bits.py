@@ -3,6 +3,9 @@
 MAX_WIDTH = 8
 """Bits of a nested weight, all of them read."""
 
+WEIGHT_BITS = (2, 4, 6, 8)
+"""Bits of a nested weight that can be read, besides none."""
+
 ENTRY_BITS = 8
 """Of keys and values kept as whole numbers with a scale."""
 

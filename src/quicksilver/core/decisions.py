@@ -1,4 +1,4 @@
-"""What policies see (`LayerView`, `PairView`, ...) and what they return (`HaltDecision`, ...): data, never actions."""
+"""What rules see (`LayerView`, `PairView`, ...) and what they return (`HaltDecision`, ...): data, never actions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's running tokens, as a policy sees them after the layer.
+    """One layer's running tokens, as a rule sees them after the layer.
 
     Attributes:
         layer_idx: index of the layer that just ran.
@@ -78,7 +78,7 @@ class HaltDecision:
 
 @dataclass(frozen=True)
 class PairView:
-    """Pairs of adjacent tokens that may fuse after a layer, as a policy sees them.
+    """Pairs of adjacent tokens that may fuse after a layer, as a rule sees them.
 
     Attributes:
         layer_idx: index of the layer that just ran.
@@ -122,8 +122,8 @@ class FusionDecision:
 
 
 @dataclass(frozen=True)
-class TokenWidthView:
-    """Tokens whose widths are decided at once, as a policy sees them after a layer.
+class TokenBitsView:
+    """Tokens that are granted bits at once, as a rule sees them after a layer.
 
     Attributes:
         hidden: [N, d] their states.
@@ -136,7 +136,7 @@ class TokenWidthView:
 
 @dataclass(frozen=True)
 class ChannelView:
-    """The inputs of one linear map, as a policy that chooses widths sees them.
+    """The inputs of one linear map, as a rule that chooses bits sees them.
 
     Attributes:
         layer_idx: index of the layer.
@@ -144,7 +144,7 @@ class ChannelView:
         num_maps: how many it has.
         inputs: [N, in] what the map is applied to.
         norms: gives [in] float32, the norm of each input channel's weights.
-        caps: [N] uint8, the most bits each token may read; None for no limit.
+        max_bits: [N] uint8, the most bits each token may read; None for no limit.
     """
 
     layer_idx: int
@@ -152,25 +152,46 @@ class ChannelView:
     num_maps: int
     inputs: Tensor
     norms: Callable[[], Tensor]
-    caps: Tensor | None
+    max_bits: Tensor | None
+
+
+BITS_SIGNALS = ("head", "softmax", "score")
+"""Signals that a precision rule can say it computed: of a state the head's entropy or that of a softmax over it, of a
+channel its score."""
 
 
 @dataclass(frozen=True)
-class WidthChoice:
+class BitsChoice:
     """How many bits are read, and what finding out cost.
 
     Attributes:
-        widths: one number for everything, [N] uint8 for each token, or [N, in] uint8 for each of its channels.
-        signal_rows: rows (of "score": channels) for which each signal ("head", "softmax", "score") was computed.
+        bits: one number for everything, [N] uint8 for each token, or [N, in] uint8 for each of its channels.
+        signal_rows: rows (of "score": channels) for which each of `BITS_SIGNALS` was computed.
+        macs: multiply-adds of all that no signal stands for.
     """
 
-    widths: int | Tensor
+    bits: int | Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class KernelBits:
+    """What compiled kernels do for one map in place of a rule: they read bits by channel, or the same of all.
+
+    Attributes:
+        bits: that channels are read at, descending; without thresholds one number, for all channels of every token
+            that is granted as many.
+        thresholds: descending, one fewer: the first bits are read where `|x_j| * ||W[j]||` is at least the first.
+    """
+
+    bits: tuple[int, ...]
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class ShortcutView:
-    """What enters one sublayer, as the policy that lets tokens past it sees it.
+    """What enters one sublayer, as the rule that lets tokens skip it sees it.
 
     Attributes:
         normed: [N, d] the sublayer's normed input.
@@ -197,15 +218,8 @@ class ShortcutDecision:
 
 
 class Fill(Enum):
-    """How a halted token's entry in a layer it skips comes about."""
+    """How a halted token's entry in a layer that it does not run comes about."""
 
     NONE = auto()
     ZERO = auto()
     PROJECT = auto()
-
-
-@dataclass(frozen=True)
-class KVDecision:
-    """What is written for halted tokens in one layer."""
-
-    fill: Fill

@@ -1,6 +1,6 @@
 """Ragged batches: rows of several sequences laid end to end, with no padding.
 
-Holds layouts and token states; knows nothing of models or caches.
+Holds layouts; knows nothing of models or caches.
 """
 
 from __future__ import annotations
@@ -50,11 +50,6 @@ class RaggedLayout:
         """N, the number of rows."""
         return sum(self.lengths)
 
-    @property
-    def bounds(self) -> list[int]:
-        """Row at which each sequence begins, and N at the end: B + 1 host integers."""
-        return list(accumulate(self.lengths, initial=0))
-
     def select(self, rows: Tensor) -> RaggedLayout:
         """Return the layout of the given rows ([M], ascending)."""
         seq_ids = self.seq_ids.index_select(0, rows)
@@ -63,27 +58,3 @@ class RaggedLayout:
         else:
             lengths = tuple(torch.bincount(seq_ids, minlength=len(self.lengths)).tolist())
         return RaggedLayout(lengths, seq_ids, self.positions.index_select(0, rows), self.origin.index_select(0, rows))
-
-
-@dataclass(frozen=True)
-class TokenState:
-    """The tokens still running, between two layers.
-
-    Attributes:
-        hidden: [N, d] residual stream.
-        layout: where each row comes from.
-        mass: [N] tokens that each row stands for, None where each stands for one.
-    """
-
-    hidden: Tensor
-    layout: RaggedLayout
-    mass: Tensor | None = None
-
-    def select(self, rows: Tensor) -> TokenState:
-        """Return the state of the given rows ([M], ascending)."""
-        mass = None if self.mass is None else self.mass.index_select(0, rows)
-        return TokenState(self.hidden.index_select(0, rows), self.layout.select(rows), mass)
-
-    def scatter_into(self, grid: Tensor) -> Tensor:
-        """Write these rows into `grid` ([M, d]) at their origin, in place, and return it."""
-        return grid.index_copy_(0, self.layout.origin, self.hidden)

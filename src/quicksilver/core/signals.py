@@ -1,18 +1,31 @@
-"""What rules of halting and fusion compute of states, and whether what they return is a decision.
+"""What rules compute of states, and whether what they return is a decision.
 
-What of it says that a token has settled, or that two are alike, is the rules' own.
+What is made of it is the rules' own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quicksilver.core.decisions import HALT_SIGNALS, PAIR_SIGNALS, FusionDecision, HaltDecision, LayerView, PairView
+from quicksilver.core.bits import WEIGHT_BITS
+from quicksilver.core.decisions import (
+    BITS_SIGNALS,
+    HALT_SIGNALS,
+    PAIR_SIGNALS,
+    BitsChoice,
+    ChannelView,
+    Fill,
+    FusionDecision,
+    HaltDecision,
+    LayerView,
+    PairView,
+    TokenBitsView,
+)
 from quicksilver.errors import PlanError
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -51,30 +64,86 @@ def nobody(view: LayerView) -> Tensor:
     return torch.zeros_like(view.positions, dtype=torch.bool)
 
 
-def check_decision(decider: str, decision: object, view: object) -> None:
+_DECISIONS: dict[type, tuple[type, tuple[str, ...]]] = {
+    LayerView: (HaltDecision, HALT_SIGNALS),
+    PairView: (FusionDecision, PAIR_SIGNALS),
+    ChannelView: (BitsChoice, BITS_SIGNALS),
+    TokenBitsView: (BitsChoice, BITS_SIGNALS),
+    int: (Fill, ()),
+}
+"""Of each kind of view, what decides about it returns, and which signals that may count."""
+
+
+def check_decision(decider: str, decision: Any, view: object) -> None:
     """Raise PlanError where what a rule decided is no decision about the rows in view; `decider` names the rule."""
-    if isinstance(view, LayerView):
-        wanted, answer, rows, of, signals = HaltDecision, "halt", view.num_rows, "tokens", HALT_SIGNALS
-    else:
-        assert isinstance(view, PairView)
-        wanted, answer, rows, of, signals = FusionDecision, "alike", view.num_pairs, "pairs", PAIR_SIGNALS
+    wanted, signals = _DECISIONS[type(view)]
     if not isinstance(decision, wanted):
         raise PlanError(f"{decider}.decide must return a {wanted.__name__}, got {type(decision).__name__}")
-    _check_answer(decider, getattr(decision, answer), rows, of)
-    _check_signals(decider, decision.signal_rows, signals)
+    if isinstance(view, LayerView):
+        _check_answer(decider, decision.halt, view.num_rows, "tokens")
+    elif isinstance(view, PairView):
+        _check_answer(decider, decision.alike, view.num_pairs, "pairs")
+    elif isinstance(view, ChannelView):
+        _check_bits(decider, decision.bits, (view.inputs.shape, view.inputs.shape[:1]))
+    elif isinstance(view, TokenBitsView):
+        _check_bits(decider, decision.bits, (view.hidden.shape[:1],))
+    for signal in decision.signal_rows if signals else ():
+        if signal not in signals:
+            names = ", ".join(signals)
+            raise PlanError(f"{decider}.decide counts a signal {signal!r}; signals are {names}; count others as macs")
 
 
 def _check_answer(decider: str, answer: Tensor, num_rows: int, rows: str) -> None:
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != (num_rows,):
-        got = f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise PlanError(f"{decider}.decide must give one boolean for each of {num_rows} {rows}, got {got}")
+        raise PlanError(f"{decider}.decide must give one boolean for each of {num_rows} {rows}, got {_kind(answer)}")
 
 
-def _check_signals(decider: str, signal_rows: Mapping[str, int], known: tuple[str, ...]) -> None:
-    for signal in signal_rows:
-        if signal not in known:
-            names = ", ".join(known)
-            raise PlanError(f"{decider}.decide counts a signal {signal!r}; signals are {names}; count others as macs")
+def _check_bits(decider: str, bits: object, shapes: tuple[torch.Size, ...]) -> None:
+    """Refuse bits of another type or shape; that they are 0, 2, 4, 6 or 8 is seen where they are read."""
+    if isinstance(bits, Tensor) and bits.dtype == torch.uint8 and bits.shape in shapes:
+        return
+    if len(shapes) > 1 and type(bits) is int and bits in (0, *WEIGHT_BITS):
+        return
+    of = " or ".join(str(list(shape)) for shape in shapes)
+    either = "0, 2, 4, 6 or 8 bits, or " if len(shapes) > 1 else ""
+    got = _kind(bits) if isinstance(bits, Tensor) else repr(bits)[:40]
+    raise PlanError(f"{decider}.decide must give {either}torch.uint8 bits of shape {of}, got {got}")
+
+
+def _kind(answer: object) -> str:
+    return f"{answer.dtype} of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+
+
+def graded(scores: Tensor, thresholds: tuple[float, ...], bits: tuple[int, ...]) -> Tensor:
+    """Return the bits of each score, uint8: the first whose threshold it reaches, else the last."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a narrower type would move the thresholds
+    chosen = torch.full(scores.shape, bits[-1], dtype=torch.uint8, device=scores.device)
+    for limit, more, fewer in zip(thresholds, bits[:-1], bits[1:], strict=True):
+        chosen += (scores >= limit).to(torch.uint8) * (more - fewer)
+    return chosen
+
+
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """Return the entropy, in bits, of a softmax over each row of [N, d], [N]."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1) / math.log(2)
+
+
+def shortcut_error(gate: Tensor, normed: Tensor, state: Tensor) -> Tensor:
+    """Return the predicted logarithm of the error of a sublayer's map, [N].
+
+    Args:
+        gate: [d + 2] weights of the normed input, of the logarithm of the state's norm, and a constant.
+        normed: [N, d] the sublayer's normed input.
+        state: [N, d] what it was normed from.
+    """
+    of_input = normed.to(gate.dtype) @ gate[:-2, None]  # [N, 1]
+    return of_input[:, 0] + gate[-2] * log_norm(state.to(gate.dtype)) + gate[-1]
+
+
+def log_norm(state: Tensor) -> Tensor:
+    """Return the logarithm of the norm of states [N, d], float32 or wider, as gates see it: [N], finite for zeros."""
+    return torch.linalg.vector_norm(state, dim=-1).clamp(min=torch.finfo(state.dtype).tiny).log()
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""The record of a run: what each layer computed, as counts and optional per-token depths.
+"""The record of a run: one tensor of named counts by layer, filled by whoever computes, and optional per-token depths.
 
 FLOPs, tables, pictures and the oracle tests all read this; it computes no cost itself.
 """
@@ -6,8 +6,8 @@ FLOPs, tables, pictures and the oracle tests all read this; it computes no cost 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,149 +15,86 @@ from torch import Tensor
 from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.ragged import RaggedLayout
 
+SIGNALS = ("norm", "cosine", "softmax", "head", "mean", "entry", "score", "query")
+_NAMES = (
+    "query_rows",
+    "fill_rows",
+    "entries_read",
+    "attended",
+    "values_skipped",
+    "scores_skipped",
+    "scored_twice",
+    "skipped_mlp",
+    "skipped_attention",
+    "fitted_macs",
+    "fitted_bytes",
+    "weight_bytes",
+    *(f"macs_at_{bits}" for bits in range(MAX_WIDTH + 1)),
+    *(f"signal_{name}" for name in SIGNALS),
+    "halted",
+    "fusion_rows",
+    "fused",
+    "rule_macs",
+)
+COUNT = {name: place for place, name in enumerate(_NAMES)}
+"""Where each count of a layer lies in `Trace.counts`; the compiled kernels are given these places.
 
-class DeferredSum:
-    """A running total of host integers and device scalars; the device is asked when it is read, and now and then."""
+    query_rows: tokens that ran the layer, by shortcuts or in full.
+    fill_rows: rows for which key and value alone were projected: halted tokens.
+    entries_read: cache entries that queries read, over passes and sequences.
+    attended: (query, key) pairs scored; a token that takes a shortcut past attention scores none.
+    values_skipped: values that these pairs' heads did not read.
+    scores_skipped: multiply-adds of these pairs' scores that were left out.
+    scored_twice: of these pairs' scores, one for each head, those that took both steps of screening.
+    skipped_mlp, skipped_attention: of the rows that ran the layer, those that took a shortcut past each sublayer.
+    fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
+    fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
+    weight_bytes: bytes of nested weights read, each row for itself.
+    macs_at_0 ... macs_at_8: multiply-adds of nested weights read in so many bits; those at 0 were not done.
+    signal_...: rows for which each signal was computed after this layer; of "score", channels in it, for each of which
+        one norm is read too; of "query", queries in it whose components' mean square was taken; of "entry", keys and
+        values that were turned into codes.
+    halted: tokens that halted after this layer.
+    fusion_rows: rows that reached fusion after this layer.
+    fused: tokens that were absorbed by a later one after this layer.
+    rule_macs: multiply-adds that rules report beside their signals.
+"""
 
-    _LIMIT = 512  # device scalars kept before they are read
-
-    def __init__(self) -> None:
-        self._host = 0
-        self._device: list[Tensor] = []
-
-    def add(self, value: int | Tensor) -> None:
-        """Add a host integer, or a scalar tensor without waiting for it."""
-        if isinstance(value, Tensor):
-            self._device.append(value)
-            if len(self._device) >= self._LIMIT:
-                self._read()
-        else:
-            self._host += value
-
-    @property
-    def value(self) -> int:
-        """The total so far, as a host integer."""
-        self._read()
-        return self._host
-
-    def _read(self) -> None:
-        if self._device:
-            self._host += int(torch.stack(self._device).sum())
-            self._device.clear()
-
-
-class WidthCounts:
-    """How many bits of nested weights were read, as multiply-adds by width and as bytes.
-
-    Counts on a device are asked for when a total is read, and else only once in every `_LIMIT` applications, so that
-    what is kept of a long run stays small.
-    """
-
-    _LIMIT = 512
-
-    def __init__(self) -> None:
-        self._macs = [0] * (MAX_WIDTH + 1)
-        self._bytes = 0
-        self._device: list[tuple[Tensor, int, Sequence[int]]] = []
-
-    def add(self, channels: Sequence[int] | Tensor, num_outputs: int, channel_bytes: Sequence[int]) -> None:
-        """Count one application of a map.
-
-        Args:
-            channels: [9] input channels, over all rows, read at 0, 1, ... 8 bits.
-            num_outputs: multiply-adds of a channel.
-            channel_bytes: [9] bytes of a channel read at each width.
-        """
-        if isinstance(channels, Tensor):
-            self._device.append((channels, num_outputs, channel_bytes))
-            if len(self._device) >= self._LIMIT:
-                self._read()
-        else:
-            self._count(channels, num_outputs, channel_bytes)
-
-    @property
-    def macs(self) -> list[int]:
-        """[9] multiply-adds at 0, 1, ... 8 bits; those at 0 were not done."""
-        self._read()
-        return list(self._macs)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read, each row for itself."""
-        self._read()
-        return self._bytes
-
-    def _read(self) -> None:
-        if self._device:
-            counts = torch.stack([channels for channels, *_ in self._device]).tolist()
-            for channels, (_, num_outputs, channel_bytes) in zip(counts, self._device, strict=True):
-                self._count(channels, num_outputs, channel_bytes)
-            self._device.clear()
-
-    def _count(self, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]) -> None:
-        self._macs = [macs + count * num_outputs for macs, count in zip(self._macs, channels, strict=True)]
-        self._bytes += sum(count * size for count, size in zip(channels, channel_bytes, strict=True))
+_MACS = slice(COUNT["macs_at_0"], COUNT["macs_at_0"] + MAX_WIDTH + 1)
+_WEIGHT_BYTES, _FITTED_MACS, _FITTED_BYTES = COUNT["weight_bytes"], COUNT["fitted_macs"], COUNT["fitted_bytes"]
+_LIMIT = 512  # counts on a device that are kept before they are asked for
 
 
-class LayerTrace:
-    """Counts of one layer, summed over the run.
+class LayerCounts:
+    """One layer's counts, read by the names of `COUNT`.
 
     Attributes:
-        query_rows: tokens that ran the layer, by shortcuts or in full.
-        fill_rows: rows for which key and value alone were projected: halted tokens.
-        attended: (query, key) pairs scored, a DeferredSum; a token that takes a shortcut past attention scores none.
-        values_skipped: values that these pairs' heads did not read, a DeferredSum.
-        scores_skipped: multiply-adds of these pairs' scores that were left out, a DeferredSum.
-        scored_twice: of these pairs' scores, one for each head, those that took both steps of screening, a DeferredSum.
-        entries_read: cache entries that queries read, over passes and sequences.
-        halted: tokens that halted after this layer.
-        fusion_rows: rows that reached fusion after this layer.
-        fused: tokens that were absorbed by a later one after this layer.
         group_sizes: fused groups by the tokens that they stand for.
-        signal_rows: rows for which each signal was computed after this layer; of "score", channels in it, for each
-            of which one norm is read too; of "query", queries in it whose components' mean square was taken;
-            of "entry", keys and values that were turned into codes.
-        rule_macs: multiply-adds that rules of halting and fusion report beside their signals.
-        widths: bits read of its nested weights, a WidthCounts.
-        shortcut_rows: of the rows that ran the layer, those that took a shortcut past each sublayer.
-        fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
-        fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
     """
 
-    def __init__(self) -> None:
-        self.query_rows = 0
-        self.fill_rows = 0
-        self.attended = DeferredSum()
-        self.values_skipped = DeferredSum()
-        self.scores_skipped = DeferredSum()
-        self.scored_twice = DeferredSum()
-        self.entries_read = 0
-        self.halted = 0
-        self.fusion_rows = 0
-        self.fused = 0
-        self.group_sizes: Counter[int] = Counter()
-        self.signal_rows: Counter[str] = Counter()
-        self.rule_macs = 0
-        self.widths = WidthCounts()
-        self.shortcut_rows: Counter[str] = Counter()
-        self.fitted_macs = 0
-        self.fitted_bytes = 0
+    def __init__(self, counts: Sequence[int], group_sizes: Counter[int]) -> None:
+        self._counts = counts
+        self.group_sizes = group_sizes
 
-    def record_fitted(self, rows: int, macs: int, nbytes: int) -> None:
-        """Count a fitted map or gate of so many multiply-adds and bytes, applied to `rows` rows."""
-        self.fitted_macs += rows * macs
-        self.fitted_bytes += rows * nbytes
+    def __getattr__(self, name: str) -> int:
+        if name not in COUNT:
+            raise AttributeError(name)
+        return self._counts[COUNT[name]]
 
+    @property
+    def macs_by_bits(self) -> list[int]:
+        """[9] multiply-adds of nested weights read in 0, 1, ... 8 bits; those at 0 were not done."""
+        return list(self._counts[_MACS])
 
-Counts = TypeVar("Counts", bound="PendingCounts")
+    @property
+    def signal_rows(self) -> Counter[str]:
+        """Rows of each signal that was computed."""
+        return +Counter({signal: getattr(self, f"signal_{signal}") for signal in SIGNALS})
 
-
-class PendingCounts(Protocol):
-    """Counts kept elsewhere, in a form that is cheap to add to."""
-
-    def settle(self, layers: Sequence[LayerTrace]) -> None:
-        """Add what has been counted; called once."""
-        ...
+    @property
+    def shortcut_rows(self) -> dict[str, int]:
+        """Rows that took a shortcut past each sublayer."""
+        return {"mlp": self.skipped_mlp, "attention": self.skipped_attention}
 
 
 class Trace:
@@ -168,12 +105,22 @@ class Trace:
         per_token: also keep, per pass, how many layers each token ran.
         entry_bits: bits of the keys and values that are read: 8 for codes with a scale for each entry and K/V head,
             None for the model's own.
+
+    Attributes:
+        counts: [layers, counts] int64, by `COUNT`; what a device has counted is in it once `layers` is read.
+        rows: the same memory as an array, for counting one by one.
+        tokens: tokens fed.
+        head_rows: rows that the head was applied to for logits.
+        dense_attended: (query, key) pairs of each layer of the dense model for the same tokens.
     """
 
     def __init__(self, num_layers: int, per_token: bool = False, entry_bits: int | None = None) -> None:
         self._num_layers = num_layers
-        self._layers: dict[int, LayerTrace] = {}  # made when asked for: a pass of one token has no time
-        self._pending: dict[object, PendingCounts] = {}
+        self.counts = torch.zeros((num_layers, len(COUNT)), dtype=torch.int64)
+        self.rows = self.counts.numpy()
+        self._group_sizes: list[Counter[int]] = [Counter() for _ in range(num_layers)]
+        self._on_device: list[tuple[int, int, Tensor]] = []
+        self._channels: list[tuple[int, Tensor, int, Sequence[int]]] = []
         self.tokens = 0
         self.head_rows = 0
         self.dense_attended = 0
@@ -184,45 +131,76 @@ class Trace:
         self.entry_bits = entry_bits
         self.depths: list[Tensor] = []
 
-    @property
-    def layers(self) -> Sequence[LayerTrace]:
-        """Counts of each layer, complete."""
-        layers = [self.at(layer_idx) for layer_idx in range(self._num_layers)]
-        while self._pending:
-            self._pending.popitem()[1].settle(layers)
-        return layers
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy holds: all that has been counted, and nothing of who counts."""
-        layers = dict(enumerate(self.layers))
-        return {**self.__dict__, "_layers": layers}
+        """Return what a copy holds: all that has been counted."""
+        self._read_device()
+        return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
-    def at(self, layer_idx: int) -> LayerTrace:
-        """Return one layer's counts to add to; what kernels have counted may not be in them yet."""
-        if layer_idx not in self._layers:
-            self._layers[layer_idx] = LayerTrace()
-        return self._layers[layer_idx]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.rows = self.counts.numpy()
 
-    def pending(self, owner: object, make: Callable[[], Counts]) -> Counts:
-        """Return an owner's counts, made where there are none; they are added, and let go, when layers are read."""
-        if owner not in self._pending:
-            self._pending[owner] = make()
-        return self._pending[owner]  # type: ignore[return-value]
+    @property
+    def layers(self) -> list[LayerCounts]:
+        """Counts of each layer, complete."""
+        self._read_device()
+        return [LayerCounts(row, sizes) for row, sizes in zip(self.counts.tolist(), self._group_sizes, strict=True)]
 
-    def begin_pass(self, starts: list[int], layout: RaggedLayout) -> None:
+    def add(self, layer_idx: int, place: int, value: int | Tensor) -> None:
+        """Add to a count a host integer, or a scalar on a device without waiting for it."""
+        if isinstance(value, Tensor):
+            self._on_device.append((layer_idx, place, value))
+            if len(self._on_device) >= _LIMIT:
+                self._read_device()
+        else:
+            self.rows[layer_idx, place] += value
+
+    def add_channels(
+        self, layer_idx: int, channels: Sequence[int] | Tensor, num_outputs: int, channel_bytes: Sequence[int]
+    ) -> None:
+        """Count one application of a nested map.
+
+        Args:
+            layer_idx: the layer.
+            channels: [9] input channels, over all rows, read in 0, 1, ... 8 bits.
+            num_outputs: multiply-adds of a channel.
+            channel_bytes: [9] bytes of a channel read in so many bits.
+        """
+        if isinstance(channels, Tensor) and not channels.is_cpu:
+            self._channels.append((layer_idx, channels, num_outputs, channel_bytes))
+            if len(self._channels) >= _LIMIT:
+                self._read_device()
+            return
+        counts, row = channels.tolist() if isinstance(channels, Tensor) else channels, self.rows[layer_idx]
+        for bits, count in enumerate(counts):
+            if count:
+                row[_MACS.start + bits] += count * num_outputs
+                row[_WEIGHT_BYTES] += count * channel_bytes[bits]
+
+    def add_signals(self, layer_idx: int, signal_rows: Mapping[str, int], macs: int = 0) -> None:
+        """Count the rows of each signal computed after a layer, and what a rule reports beside them."""
+        row = self.rows[layer_idx]
+        for signal, rows in signal_rows.items():
+            row[COUNT[f"signal_{signal}"]] += rows
+        row[COUNT["rule_macs"]] += macs
+
+    def record_fitted(self, layer_idx: int, rows: int, macs: int, nbytes: int) -> None:
+        """Count a fitted map or gate of so many multiply-adds and bytes, applied to `rows` rows."""
+        self.rows[layer_idx, _FITTED_MACS] += rows * macs
+        self.rows[layer_idx, _FITTED_BYTES] += rows * nbytes
+
+    def begin_pass(self, starts: Sequence[int], layout: RaggedLayout) -> None:
         """Count the tokens entering a pass and the pairs that dense causal attention would score."""
-        self.tokens += layout.num_tokens
         for start, length in zip(starts, layout.lengths, strict=True):
+            self.tokens += length
             self.dense_attended += length * start + length * (length + 1) // 2
         if self.per_token:
             depth = torch.full((layout.num_tokens,), self._num_layers, device=layout.origin.device)
             self.depths.append(depth)
 
-    def record_halt(self, layer_idx: int, origin: Tensor, signal_rows: Mapping[str, int]) -> None:
-        """Record the tokens ([M] origins) that halted after a layer and the signals computed there."""
-        layer = self.at(layer_idx)
-        layer.halted += origin.shape[0]
-        layer.signal_rows.update(signal_rows)
+    def record_halt(self, layer_idx: int, origin: Tensor) -> None:
+        """Record the tokens ([M] origins) that halted after a layer."""
+        self.rows[layer_idx, COUNT["halted"]] += origin.shape[0]
         self._record_depth(layer_idx, origin)
 
     def record_fusion(self, layer_idx: int, origin: Tensor, fused: int, sizes: Mapping[int, int]) -> None:
@@ -234,14 +212,9 @@ class Trace:
             fused: tokens absorbed, those of earlier passes included.
             sizes: groups by size, to be added; negative where one has grown.
         """
-        layer = self.at(layer_idx)
-        layer.fused += fused
-        layer.group_sizes.update(sizes)
+        self.rows[layer_idx, COUNT["fused"]] += fused
+        self._group_sizes[layer_idx].update(sizes)
         self._record_depth(layer_idx, origin)
-
-    def _record_depth(self, layer_idx: int, origin: Tensor) -> None:
-        if self.per_token and origin.shape[0]:
-            self.depths[-1].index_fill_(0, origin, layer_idx + 1)
 
     def record_cache(self, allocated: int, used: int, entries: int) -> None:
         """Record the cache after a pass: bytes allocated, bytes of what is held, and entries."""
@@ -254,36 +227,58 @@ class Trace:
         Below zero where a group that another trace has counted has grown.
         """
         sizes: Counter[int] = Counter()
-        for layer in self.layers:
-            sizes.update(layer.group_sizes)
+        for each in self._group_sizes:
+            sizes.update(each)
         return {size: count for size, count in sorted(sizes.items()) if count}
 
     @property
     def fused_fraction(self) -> float:
         """Share of the tokens fed that a later token absorbed."""
-        return sum(layer.fused for layer in self.layers) / max(self.tokens, 1)
+        return self.total("fused") / max(self.tokens, 1)
 
     @property
     def entries_read(self) -> int:
         """Cache entries that queries read, over all passes, layers and sequences."""
-        return sum(layer.entries_read for layer in self.layers)
+        return self.total("entries_read")
 
     def values_read(self, num_heads: int) -> float:
         """Share of the values of scored (query, key) pairs that their `num_heads` heads read, over all layers."""
-        values = num_heads * sum(layer.attended.value for layer in self.layers)
-        return 1.0 - sum(layer.values_skipped.value for layer in self.layers) / max(values, 1)
+        return 1.0 - self.total("values_skipped") / max(num_heads * self.total("attended"), 1)
 
     def query_components_read(self, num_heads: int, head_dim: int) -> float:
         """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of width `head_dim`."""
-        macs = num_heads * head_dim * sum(layer.attended.value for layer in self.layers)
-        return 1.0 - sum(layer.scores_skipped.value for layer in self.layers) / max(macs, 1)
+        return 1.0 - self.total("scores_skipped") / max(num_heads * head_dim * self.total("attended"), 1)
 
     @property
     def macs_by_width(self) -> list[int]:
         """[9] multiply-adds of nested weights read at 0, 1, ... 8 bits, over all layers; those at 0 were not done."""
-        return [sum(counts) for counts in zip(*(layer.widths.macs for layer in self.layers), strict=True)]
+        self._read_device()
+        return self.counts[:, _MACS].sum(0).tolist()
 
     @property
     def mean_depth(self) -> float:
         """Layers run per token, on average."""
-        return sum(layer.query_rows for layer in self.layers) / max(self.tokens, 1)
+        return self.total("query_rows") / max(self.tokens, 1)
+
+    def total(self, name: str) -> int:
+        """Return one count over all layers."""
+        self._read_device()
+        return int(self.counts[:, COUNT[name]].sum())
+
+    def _record_depth(self, layer_idx: int, origin: Tensor) -> None:
+        if self.per_token and origin.shape[0]:
+            self.depths[-1].index_fill_(0, origin, layer_idx + 1)
+
+    def _read_device(self) -> None:
+        """Add what devices have counted; they are asked once."""
+        if self._on_device:
+            pending, self._on_device = self._on_device, []
+            for (layer_idx, place, _), value in zip(
+                pending, torch.stack([value.long() for *_, value in pending]).tolist(), strict=True
+            ):
+                self.rows[layer_idx, place] += value
+        if self._channels:
+            applied, self._channels = self._channels, []
+            counts = torch.stack([channels for _, channels, *_ in applied]).tolist()
+            for of_map, (layer_idx, _, num_outputs, channel_bytes) in zip(counts, applied, strict=True):
+                self.add_channels(layer_idx, of_map, num_outputs, channel_bytes)

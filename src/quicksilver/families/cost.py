@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quicksilver.core.bits import ENTRY_BITS
-from quicksilver.core.trace import LayerTrace, Trace
+from quicksilver.core.trace import LayerCounts, Trace
 from quicksilver.families.spec import ModelSpec
 
 _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
@@ -68,22 +68,21 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     coded = trace.entry_bits == ENTRY_BITS
     macs = weight_bytes = bitops = 0
     for layer in trace.layers:
-        past_mlp, past_attention = layer.shortcut_rows["mlp"], layer.shortcut_rows["attention"]
         linear = layer.query_rows * spec.layer_macs + layer.fill_rows * spec.kv_macs
-        linear -= past_mlp * spec.mlp_macs + past_attention * spec.query_macs
-        by_width = layer.widths.macs
+        linear -= layer.skipped_mlp * spec.mlp_macs + layer.skipped_attention * spec.query_macs
+        by_width = layer.macs_by_bits
         linear -= by_width[0]
         read = (
             sum(width * count for width, count in enumerate(by_width)) if spec.is_nested else linear * spec.weight_bits
         )
         signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
         of_head = signals.get("head", 0)
-        attention = layer.attended.value * spec.attention_macs_per_pair
-        attention -= layer.values_skipped.value * spec.head_dim + layer.scores_skipped.value
+        attention = layer.attended * spec.attention_macs_per_pair
+        attention -= layer.values_skipped * spec.head_dim + layer.scores_skipped
         other = sum(signals.values()) - of_head + layer.rule_macs + layer.fitted_macs
         if coded:
-            other += 2 * spec.num_heads * layer.attended.value - layer.values_skipped.value
-            other += layer.scored_twice.value
+            other += 2 * spec.num_heads * layer.attended - layer.values_skipped
+            other += layer.scored_twice
         macs += linear + of_head + attention + other
         read += of_head * spec.head_bits + attention * entry_bits + other * activation_bits
         bitops += read * activation_bits
@@ -93,13 +92,12 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     return Cost(macs, head_macs, weight_bytes, bitops + head_macs * spec.head_bits * activation_bits)
 
 
-def _weight_bytes(spec: ModelSpec, layer: LayerTrace) -> int:
+def _weight_bytes(spec: ModelSpec, layer: LayerCounts) -> int:
     """Return the weight bytes read in a layer and after it."""
     plain = layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
-    past = layer.shortcut_rows
-    plain -= past["mlp"] * spec.mlp_weight_bytes + past["attention"] * spec.query_weight_bytes
-    signals = layer.signal_rows["head"] * spec.head_weight_bytes + layer.signal_rows["score"] * _NORM_BYTES
-    return plain + layer.widths.bytes_read + layer.fitted_bytes + signals
+    plain -= layer.skipped_mlp * spec.mlp_weight_bytes + layer.skipped_attention * spec.query_weight_bytes
+    signals = layer.signal_head * spec.head_weight_bytes + layer.signal_score * _NORM_BYTES
+    return plain + layer.weight_bytes + layer.fitted_bytes + signals
 
 
 def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:

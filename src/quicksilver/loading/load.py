@@ -86,7 +86,7 @@ def load(
 ) -> QuickSilverForCausalLM:
     """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
 
-    Where the plan chooses widths and the weights are plain, they are nested in memory.
+    Where the plan chooses bits and the weights are plain, they are nested in memory.
 
     Args:
         path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.

@@ -21,7 +21,7 @@ from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.rules import RelativeDriftRule
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"
@@ -142,7 +142,7 @@ def run(
 ) -> tuple[list[list[dict[str, Any]]], Path]:
     """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture.
 
-    `nested` is the model with nested weights, for plans that choose widths.
+    `nested` is the model with nested weights, for plans that choose bits.
     """
     results = [
         evaluate(model, part.plans, part.text, part.protocol, "score", name, on_window, nested) for part in measured

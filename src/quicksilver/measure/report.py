@@ -17,8 +17,8 @@ from quicksilver.measure.windows import Protocol, WindowedText
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.rules.maps import Part
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.rules import Part
+from quicksilver.runtime.loop import Decoder
 
 _REDUCTIONS = ("flops", "flops_body", "bitops", "weight_bytes", "kv_read_bytes")
 
@@ -43,7 +43,7 @@ def evaluate(
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window that is run, `scoring.num_runs` times.
-        nested: the model with nested weights, on which plans that choose widths are run; by default `model`.
+        nested: the model with nested weights, on which plans that choose bits are run; by default `model`.
 
     Returns:
         One JSON-ready object per plan, in order.
@@ -55,8 +55,14 @@ def evaluate(
     ]
     rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
     return [
-        {**row, "settings": _settings(model, each, plan)} for row, each, plan in zip(rows, chosen, plans, strict=True)
+        {**row, "settings": {**_settings(model, each, decoder.plan), "backend": _backend(decoder)}}
+        for row, each, decoder in zip(rows, chosen, decoders[1:], strict=True)
     ]
+
+
+def _backend(decoder: Decoder) -> dict[str, str | None]:
+    """Return who ran a plan's layers, and why not a faster one."""
+    return {"name": decoder.backend.name, "reason": decoder.backend.reason}
 
 
 def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quicksilver.core.trace import Trace
 from quicksilver.measure.windows import Window
-from quicksilver.runtime.decoder import Decoder
+from quicksilver.runtime.loop import Decoder
 
 Mode = Literal["score", "decode"]
 MIN_TIMINGS = 5

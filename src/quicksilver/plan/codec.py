@@ -1,160 +1,116 @@
-"""Plans to and from JSON-ready dictionaries, with errors that name the offending key.
+"""Plans to and from JSON-ready values, with errors that name the offending key.
 
-The names of types are the file format: rules of halting and fusion register their own, the tables here hold the others.
+A rule is written as its name where it has no options, else as an object whose `type` is the name. Fields that are off
+are left out. Long lists of numbers are kept apart, as arrays, and `{"array": NAME}` stands for each.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any
 
-from quicksilver import rules
 from quicksilver.errors import PlanError, first_line
-from quicksilver.plan.provenance import FittedTo
-from quicksilver.rules.fusion import FUSION_RULES
-from quicksilver.rules.halting import HALTING_RULES
-from quicksilver.rules.registry import RuleTypes
+from quicksilver.plan.tensors import Array
+from quicksilver.rules.checks import parts
+from quicksilver.rules.fusion.base import FUSION_RULES
+from quicksilver.rules.halting.base import HALTING_RULES
+from quicksilver.rules.kv.base import FILL_RULES
+from quicksilver.rules.precision.base import PRECISION_RULES
+from quicksilver.rules.registry import DecidingRule, RuleTypes
 from quicksilver.rules.retired import refuse_retired
 
-FILL_TYPES: dict[str, type[rules.KVFill]] = {
-    "drop": rules.DropFill,
-    "zero": rules.ZeroFill,
-    "propagate": rules.PropagateFill,
-}
-PRECISION_TYPES: dict[str, type[rules.PrecisionRule]] = {
-    "uniform": rules.UniformWidthRule,
-    "entropy": rules.EntropyWidthRule,
-    "channel": rules.ChannelWidthRule,
-}
-_TABLES: dict[str, dict[str, type] | RuleTypes] = {
-    "halting rule": HALTING_RULES,
-    "kv fill": FILL_TYPES,
-    "fusion rule": FUSION_RULES,
-    "precision rule": PRECISION_TYPES,
-}
-_NAMES: dict[type, str] = {cls: name for table in (FILL_TYPES, PRECISION_TYPES) for name, cls in table.items()}
-_FIXED: dict[type, tuple[str, object]] = {
-    rules.ChannelWidthRule: ("score", "weighted"),
-    rules.MapConfig: ("entropy", False),
-}
-"""Keys with one value left, which is written still, so that plans keep their hashes."""
+Read = Callable[[object, str], Array]
+"""From the name of an array, and what names its place in errors, to its numbers."""
+
+_RULES: tuple[RuleTypes[Any], ...] = (HALTING_RULES, FILL_RULES, FUSION_RULES, PRECISION_RULES)
 _MAX_NESTING = 16
+_SHORT = 8  # numbers of a list that stay in the JSON
+_WIDTH = 100  # columns of a line of JSON
 
 
-def encode(value: object) -> Any:
-    """Return a rule or a fill as a dictionary with its type's name first; other values unchanged.
+def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
+    """Return a value of a plan JSON-ready; lists of more than eight numbers go to `arrays`, under their names.
+
+    Args:
+        value: a part of a plan, a rule, or what one holds.
+        name: of the value, from the plan on, such as "kv.skip_values_below".
+        arrays: added to.
 
     Raises:
-        PlanError: a rule of halting or fusion has no name.
+        PlanError: a rule has no name.
     """
     if isinstance(value, tuple):
-        return [encode(item) for item in value]
-    if isinstance(value, rules.Shortcut):
-        return encode_fields(value)
-    if isinstance(value, rules.HaltingRule):
-        return {"type": HALTING_RULES.name_of(type(value)), **encode_fields(value)}
-    if isinstance(value, rules.FusionRule):
-        return {"type": FUSION_RULES.name_of(type(value)), **encode_fields(value)}
-    if type(value) not in _NAMES:
+        if len(numbers := _numbers(value)) > _SHORT and all(isinstance(each, float) for each in numbers):
+            arrays[name] = value
+            return {"array": name}
+        return [encode(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
+    if not hasattr(value, "__dataclass_fields__"):
         return value
-    return {"type": _NAMES[type(value)], **encode_fields(value)}
+    encoded = {f.name: encode(getattr(value, f.name), f"{name}.{f.name}", arrays) for f in fields(value)
+               if not _is_off(f, getattr(value, f.name))}  # fmt: skip
+    if not isinstance(value, DecidingRule):
+        return encoded
+    rule = next(types for types in _RULES if isinstance(value, types.base)).name_of(type(value))
+    return {"type": rule, **encoded} if encoded else rule
 
 
-def encode_fields(value: Any) -> dict[str, Any]:
-    """Return the fields of a rule, or of a mechanism's configuration, as a dictionary."""
-    encoded = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
-    if type(value) in _FIXED:
-        key, only = _FIXED[type(value)]
-        encoded[key] = only
-    return encoded
+def _numbers(value: tuple[Any, ...]) -> list[Any]:
+    return [number for each in value for number in (_numbers(each) if isinstance(each, tuple) else [each])]
 
 
-def decode_halting(data: object, source: str) -> rules.HaltingConfig:
-    """Build a halting configuration; `source` names the plan in errors."""
-    values = _with_rule(data, f"{source}: halting")
-    values["rule"] = decode_rule(values["rule"], f"{source}: halting.rule")
-    return _construct(rules.HaltingConfig, values, f"{source}: halting")
+def _is_off(field: Any, value: Any) -> bool:
+    """Whether a field has a default that switches nothing on, and holds it."""
+    return (not field.default or "off" in field.metadata) and value == field.default
 
 
-def decode_fusion(data: object, source: str) -> rules.FusionConfig:
-    """Build a fusion configuration; `source` names the plan in errors."""
-    values = _with_rule(data, f"{source}: fusion")
-    cls, rule = _typed(values["rule"], "fusion rule", f"{source}: fusion.rule")
-    values["rule"] = _construct(cls, rule, f"{source}: fusion.rule")
-    return _construct(rules.FusionConfig, values, f"{source}: fusion")
+def decode(cls: type, data: object, where: str, read: Read) -> Any:
+    """Build a part of a plan from its JSON value.
 
+    Args:
+        cls: of the part.
+        data: the value.
+        where: names it in errors, after the plan: "mine.json: halting".
+        read: gives the array that the value names.
 
-def decode_precision(data: object, source: str) -> rules.PrecisionConfig:
-    """Build a precision configuration; `source` names the plan in errors."""
-    values = _with_rule(data, f"{source}: precision")
-    cls, rule = _typed(values["rule"], "precision rule", f"{source}: precision.rule")
-    values["rule"] = _construct(cls, rule, f"{source}: precision.rule")
-    return _construct(rules.PrecisionConfig, values, f"{source}: precision")
-
-
-def decode_maps(data: object, source: str) -> rules.MapConfig:
-    """Build a configuration of fitted maps; `source` names the plan in errors."""
-    return _construct(rules.MapConfig, _object(data, f"{source}: maps"), f"{source}: maps")
-
-
-def decode_attention(data: object, source: str) -> rules.AttentionConfig:
-    """Build a configuration of attention; `source` names the plan in errors."""
-    return _construct(rules.AttentionConfig, _object(data, f"{source}: attention"), f"{source}: attention")
-
-
-def decode_screening(data: object, source: str) -> rules.ScreeningConfig:
-    """Build a configuration of screening; `source` names the plan in errors."""
-    return _construct(rules.ScreeningConfig, _object(data, f"{source}: screening"), f"{source}: screening")
-
-
-def decode_entries(data: object, source: str) -> rules.EntryConfig:
-    """Build a configuration of cache entries; `source` names the plan in errors."""
-    return _construct(rules.EntryConfig, _object(data, f"{source}: entries"), f"{source}: entries")
-
-
-def decode_shortcuts(data: object, source: str) -> rules.ShortcutConfig:
-    """Build a configuration of shortcuts; `source` names the plan in errors."""
-    where = f"{source}: shortcuts"
+    Raises:
+        PlanError: what is wrong with it.
+    """
     values = _object(data, where)
-    members = values.get("shortcuts")
-    if not isinstance(members, list):
-        raise PlanError(f"{where}.shortcuts must be a list, got {repr(members)[:40]}")
-    values["shortcuts"] = tuple(
-        _construct(rules.Shortcut, _object(member, f"{where}[{i}]"), f"{where}[{i}]")
-        for i, member in enumerate(members)
-    )
-    return _construct(rules.ShortcutConfig, values, where)
+    for name, held in parts(cls).items():
+        if (value := values.get(name)) is None:
+            continue
+        named = f"{where}.{name}"
+        if not held.many:
+            values[name] = decode_rule(held.needed, value, named, read)
+        elif isinstance(value, list):
+            values[name] = [decode(held.needed, each, f"{named}[{i}]", read) for i, each in enumerate(value)]
+        else:
+            raise PlanError(f"{named} must be a list, got {repr(value)[:40]}")
+    return _construct(cls, values, where, read)
 
 
-def decode_fitted_to(data: object, source: str) -> FittedTo:
-    """Build the record of what a plan was fitted to."""
-    return _construct(FittedTo, _object(data, f"{source}: fitted_to"), f"{source}: fitted_to")
-
-
-def _with_rule(data: object, where: str) -> dict[str, Any]:
-    values = _object(data, where)
-    if "rule" not in values:
-        raise PlanError(f"{where}.rule is missing")
-    return values
-
-
-def decode_rule(data: object, where: str, depth: int = 0) -> rules.HaltingRule:
-    """Build a halting rule from its dictionary; the rules that it holds recursively."""
+def decode_rule(base: type, data: object, where: str, read: Read, depth: int = 0) -> Any:
+    """Build a rule of a kind, which derives from `base`, from its JSON value; the rules that it holds recursively."""
     if depth > _MAX_NESTING:
         raise PlanError(f"{where}: rules are nested more than {_MAX_NESTING} deep")
-    cls, values = _typed(data, "halting rule", where)
-    for key in cls.rule_fields:
+    types = next(types for types in _RULES if types.base is base)
+    values: dict[str, Any] = {"type": data} if isinstance(data, str) else _object(data, where)
+    name = values.pop("type", None)
+    refuse_retired(types.kind, name, where)
+    try:
+        cls = types.get(name) if isinstance(name, str) else None
+    except PlanError as error:
+        raise PlanError(f"{where}.type: {error}") from error
+    if cls is None:
+        raise PlanError(f"{where}.type must be one of {', '.join(types)}, got {name!r}")
+    for key in getattr(cls, "rule_fields", ()):
         members, named = values.get(key), f"{where}.{key}"
         if not isinstance(members, list):
             raise PlanError(f"{named} must be a list of rules, got {members!r}")
-        values[key] = tuple(decode_rule(member, f"{named}[{i}]", depth + 1) for i, member in enumerate(members))
-    return _construct(cls, values, where)
-
-
-def decode_fill(data: object, source: str) -> rules.KVFill:
-    """Build a KV fill from its dictionary."""
-    cls, values = _typed(data, "kv fill", f"{source}: kv")
-    return _construct(cls, values, f"{source}: kv")
+        values[key] = [decode_rule(base, each, f"{named}[{i}]", read, depth + 1) for i, each in enumerate(members)]
+    return _construct(cls, values, where, read)
 
 
 def _object(data: object, where: str) -> dict[str, Any]:
@@ -163,35 +119,49 @@ def _object(data: object, where: str) -> dict[str, Any]:
     return dict(data)
 
 
-def _typed(data: object, kind: str, where: str) -> tuple[Any, dict[str, Any]]:
-    values, table = _object(data, where), _TABLES[kind]
-    name = values.pop("type", None)
-    refuse_retired(kind, name, where)
-    try:
-        cls = table.get(name) if isinstance(name, str) else None
-    except PlanError as error:
-        raise PlanError(f"{where}.type: {error}") from error
-    if cls is None:
-        raise PlanError(f"{where}.type must be one of {', '.join(table)}, got {name!r}")
-    return cls, values
-
-
-def _construct(cls: type, values: dict[str, Any], where: str) -> Any:
-    if cls in _FIXED:
-        key, only = _FIXED[cls]
-        value = values.pop(key, only)
-        refuse_retired(key, value, where)
-        if value != only or type(value) is not type(only):
-            raise PlanError(f"{where}: {key} must be left out, got {value!r}")
+def _construct(cls: type, values: dict[str, Any], where: str, read: Read) -> Any:
     known = {f.name for f in fields(cls)}
-    for key in values:
+    for f in fields(cls):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise PlanError(f"{where}.{f.name} is missing")
+    for key, value in values.items():
         if key not in known:
             raise PlanError(f"{where}: unknown key {key!r}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(value, dict) and value.keys() == {"array"}:
+            values[key] = read(value["array"], f"{where}.{key}")
     try:
-        return cls(**values)
+        return cls(**{key: _tuples(value) for key, value in values.items()})
     except (ValueError, TypeError) as error:
         source, _, part = where.rpartition(": ")
         said = first_line(error)
         named = said.startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
         raise PlanError(f"{source if named else where}: {said}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def text(value: Any, indent: int = 0, used: int = 0) -> str:
+    """Return JSON in which what fits into a line is in one, and so are numbers and words that follow one another.
+
+    Args:
+        value: JSON-ready.
+        indent: columns before the lines that it takes.
+        used: columns of its first line that are taken.
+    """
+    line = json.dumps(value)
+    if not value or not isinstance(value, (dict, list)) or used + len(line) <= _WIDTH:
+        return line
+    pad, lines, packs = " " * (indent + 2), list[str](), False
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        start = f"{pad}{json.dumps(key)}: " if isinstance(value, dict) else pad
+        item, plain = start + text(each, indent + 2, len(start)), not isinstance(each, (dict, list))
+        if plain and packs and len(lines[-1]) + len(item) - len(pad) + 2 < _WIDTH:
+            lines[-1] += f", {item.strip()}"
+        else:
+            lines.append(item)
+        packs = plain
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    inside = ",\n".join(lines)
+    return f"{opening}\n{inside}\n{' ' * indent}{closing}"

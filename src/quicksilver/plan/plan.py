@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,27 +17,22 @@ from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
 from quicksilver.plan import codec
 from quicksilver.plan.provenance import FittedTo
-from quicksilver.plan.tensors import PlanTensors, named_vector
+from quicksilver.plan.tensors import Array, PlanTensors, named_vector
+from quicksilver.plan.version1 import upgraded
 from quicksilver.rules import (
     AllRule,
-    AttentionConfig,
-    ChannelWidthRule,
+    ChannelBitsRule,
     CosineFusionRule,
     DriftRule,
-    DropFill,
     EntropyRule,
-    EntryConfig,
     FusionConfig,
     HaltingConfig,
-    KVFill,
-    MapConfig,
+    KVConfig,
     PrecisionConfig,
     PropagateFill,
     RelativeDriftRule,
-    ScreeningConfig,
     Shortcut,
-    ShortcutConfig,
-    UniformWidthRule,
+    UniformBitsRule,
     ZeroFill,
 )
 from quicksilver.rules.checks import check_parts
@@ -48,20 +42,14 @@ if TYPE_CHECKING:
 
     from quicksilver.plan.affine import AffineMap
 
-PLAN_VERSION = 1
-
-_DECODERS: dict[str, Callable[[object, str], Any]] = {
-    "halting": codec.decode_halting,
-    "kv": codec.decode_fill,
-    "fusion": codec.decode_fusion,
-    "precision": codec.decode_precision,
-    "maps": codec.decode_maps,
-    "shortcuts": codec.decode_shortcuts,
-    "attention": codec.decode_attention,
-    "screening": codec.decode_screening,
-    "entries": codec.decode_entries,
+PLAN_VERSION = 2
+PARTS: dict[str, type] = {
+    "halting": HaltingConfig,
+    "kv": KVConfig,
+    "fusion": FusionConfig,
+    "precision": PrecisionConfig,
 }
-"""Of each part of a plan, from its JSON value and what names the plan in errors."""
+"""The four mechanisms, and what configures each."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +58,20 @@ class Plan:
 
     Attributes:
         name: a label for tables; not part of the hash.
-        halting: which tokens stop early, or None for none.
-        kv: what fills the deeper keys and values of a halted token.
+        halting: which tokens stop early or skip sublayers, or None for none.
+        kv: what halted tokens leave in the cache, its bits, and what of it is not read.
         fusion: which adjacent tokens become one, or None for none.
         precision: how many bits of nested weights are read, or None for all.
-        maps: where fitted maps to the last layer's state are used, or None for nowhere.
-        shortcuts: which sublayers fitted maps stand in for, or None for none.
-        attention: which values and components of queries attention does not read, or None where it reads all.
-        screening: which keys meet a query with its large components alone, or None where all meet the whole of it.
-        entries: in how many bits keys and values are kept, or None for the model's own.
-        tensors: what was fitted, or None for nothing.
+        tensors: maps, gates and means that were fitted, or None for nothing.
         fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
             the hash, which is of what the plan does.
     """
 
     name: str = "plan"
     halting: HaltingConfig | None = None
-    kv: KVFill = field(default_factory=DropFill)
+    kv: KVConfig = field(default_factory=KVConfig)
     fusion: FusionConfig | None = None
     precision: PrecisionConfig | None = None
-    maps: MapConfig | None = None
-    shortcuts: ShortcutConfig | None = None
-    attention: AttentionConfig | None = None
-    screening: ScreeningConfig | None = None
-    entries: EntryConfig | None = None
     tensors: PlanTensors | None = None
     fitted_to: FittedTo | None = None
 
@@ -127,7 +105,7 @@ class Plan:
         Args:
             data: the JSON object.
             source: names it in errors.
-            tensors: what was fitted, where the plan refers to that.
+            tensors: `Plan.stored` of the plan that it was made of, where it refers to that.
 
         Raises:
             PlanError: unknown version, key, type or value; other tensors than the plan's.
@@ -138,24 +116,32 @@ class Plan:
         if "version" not in data:
             raise PlanError(f'{source}: version is missing: a plan says "version": {PLAN_VERSION}')
         version = data.pop("version")
-        if version != PLAN_VERSION:
+        if version == 1:
+            data = upgraded(data, source)
+        elif version != PLAN_VERSION:
             raise PlanError(f"{source}: plan version {version!r} is not supported (this is {PLAN_VERSION})")
-        declared_hash = data.pop("hash", None)
-        parts = {key: data.pop(key, None) for key in _DECODERS}
-        declared = data.pop("tensors", None)
-        _check_tensors(declared, tensors, source)
-        fitted_to = data.pop("fitted_to", None)
-        name = data.pop("name", "plan")
+        read: set[str] = set()
+
+        def array(name: object, where: str) -> Array:
+            if tensors is None or not isinstance(name, str) or name not in tensors:
+                raise PlanError(f"{where}: the plan's tensors hold no array {name!r}")
+            read.add(name)
+            return tensors.array(name)
+
+        given = {key: data.pop(key, None) for key in (*PARTS, "fitted_to")}
+        declared, declared_hash, name = data.pop("tensors", None), data.pop("hash", None), data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
         if not isinstance(name, str):
             raise PlanError(f"{source}: name must be a string, got {name!r}")
-        plan = cls(
-            name=name,
-            **{key: _DECODERS[key](part, source) for key, part in parts.items() if part is not None},
-            tensors=tensors,
-            fitted_to=None if fitted_to is None else codec.decode_fitted_to(fitted_to, source),
-        )
+        found = {
+            key: codec.decode(PARTS.get(key, FittedTo), part, f"{source}: {key}", array)
+            for key, part in given.items()
+            if part is not None
+        }
+        stored = None if tensors is None else tensors.narrowed(read)
+        _check_tensors(declared, stored, source)
+        plan = cls(name, **found, tensors=None if stored is None else stored.without(read) or None)
         if declared_hash is not None and declared_hash != plan.hash:
             raise PlanError(
                 f"{source}: hash {declared_hash!r} does not match the contents ({plan.hash}); if they were changed on"
@@ -179,43 +165,50 @@ class Plan:
         return cls.from_dict(data, str(path), _load_tensors(data, Path(path)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values, with its version and hash."""
-        record = {} if self.fitted_to is None else {"fitted_to": codec.encode_fields(self.fitted_to)}
-        return {"version": PLAN_VERSION, "name": self.name, **self._body(), **record, "hash": self.hash}
+        """Return the plan as JSON-ready values, with its version and hash; long lists are in `stored`."""
+        record = {} if self.fitted_to is None else {"fitted_to": asdict(self.fitted_to)}
+        return {"version": PLAN_VERSION, "name": self.name, **self._written[0], **record, "hash": self.hash}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON to be read, a line for each thing that it says."""
+        return codec.text(self.to_dict())
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, its tensors beside it first; no interruption leaves a file half-written."""
+        """Write the plan as JSON, what is stored beside it first; no interruption leaves a file half-written."""
         path, data = Path(path), self.to_dict()
-        if self.tensors is not None:
+        if self.stored is not None:
             beside = path.with_suffix(".safetensors")
             data["tensors"] = {"file": beside.name, **data["tensors"]}
-            self.tensors.save(beside)
-        write_atomically(path, json.dumps(data, indent=2) + "\n")
+            self.stored.save(beside)
+        write_atomically(path, codec.text(data) + "\n")
+
+    @cached_property
+    def _written(self) -> tuple[dict[str, Any], PlanTensors | None]:
+        """What the plan does, JSON-ready, and its tensors with the lists that are too long for JSON."""
+        arrays: dict[str, Array] = {}
+        parts = {key: getattr(self, key) for key in PARTS}
+        body = {key: codec.encode(p, key, arrays) for key, p in parts.items() if p not in (None, KVConfig())}
+        if self.tensors is None and not arrays:
+            return body, None
+        stored = (self.tensors or PlanTensors({})).with_arrays(arrays)
+        return {**body, "tensors": {"digest": stored.digest}}, stored
+
+    @property
+    def stored(self) -> PlanTensors | None:
+        """The plan's tensors, and as arrays its lists of more than eight numbers; None where there is neither."""
+        return self._written[1]
 
     @cached_property
     def hash(self) -> str:
         """First 16 hexadecimal digits of SHA-256 over what the plan does; neither its name nor `fitted_to` counts."""
-        text = json.dumps({"version": PLAN_VERSION, **self._body()}, sort_keys=True)
+        text = json.dumps({"version": PLAN_VERSION, **self._written[0]}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def entry_bits(self) -> int | None:
-        """In how many bits numbers of keys and values are kept, None for the model's own."""
-        return None if self.entries is None else self.entries.bits
 
     @property
     def is_dense(self) -> bool:
         """Whether every mechanism is off."""
-        mechanisms = (
-            self.halting,
-            self.fusion,
-            self.precision,
-            self.shortcuts,
-            self.attention,
-            self.screening,
-            self.entries,
-        )
-        return all(each is None for each in mechanisms)
+        stops = self.halting is not None and (self.halting.rule is not None or self.halting.shortcuts)
+        return not stops and self.kv.is_dense and self.fusion is None and self.precision is None
 
     @property
     def is_recipe(self) -> bool:
@@ -237,15 +230,11 @@ class Plan:
         try:
             if self.halting is not None:
                 self.halting.check_depth(num_layers)
+            self.kv.check_depth(num_layers)
             if self.fusion is not None:
                 self.fusion.after_layers(num_layers)
             if self.precision is not None:
                 self._check_precision(self.precision, num_layers, num_maps)
-            if self.shortcuts is not None:
-                self.shortcuts.check_depth(num_layers)
-            for config in (self.attention, self.screening):
-                if config is not None:
-                    config.check_depth(num_layers)
             self.fitted_maps(num_layers, hidden_size)
             self.shortcut_gates(hidden_size)
             self.fitted_gates(num_layers, hidden_size)
@@ -263,14 +252,17 @@ class Plan:
         """
         from quicksilver.plan.affine import AffineMap
 
-        tensors = self.tensors or {}
-        names = [shortcut.name for shortcut in self.shortcuts.shortcuts] if self.shortcuts is not None else []
-        if self.maps is not None and self.maps.output:
+        tensors, names = self.tensors or {}, [shortcut.name for shortcut in self.shortcuts]
+        if self.halting is not None and self.halting.output_maps:
             names += [f"output.{i}" for i in self._halt_layers(num_layers)]
-        if self.maps is not None and self.maps.output and self.fusion is not None:
-            fusing = [f"output.{i}" for i in self.fusion.after_layers(num_layers)]
-            names += [name for name in fusing if any(key.startswith(f"{name}.") for key in tensors)]
+            fusing = () if self.fusion is None else self.fusion.after_layers(num_layers)
+            names += [f"output.{i}" for i in fusing if any(key.startswith(f"output.{i}.") for key in tensors)]
         return {name: AffineMap.named(tensors, name, hidden_size) for name in names}
+
+    @property
+    def shortcuts(self) -> tuple[Shortcut, ...]:
+        """Fitted maps that stand in for sublayers."""
+        return () if self.halting is None else self.halting.shortcuts
 
     def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
         """Return the fitted gates of the shortcuts that ask one, each [hidden_size + 2].
@@ -278,10 +270,9 @@ class Plan:
         Raises:
             PlanError: tensors are missing or of another model's shape.
         """
-        shortcuts = () if self.shortcuts is None else self.shortcuts.shortcuts
         return {
             shortcut: named_vector(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
-            for shortcut in shortcuts
+            for shortcut in self.shortcuts
             if shortcut.threshold is not None
         }
 
@@ -292,7 +283,7 @@ class Plan:
             PlanError: no layer after which tokens may halt has one, or one is of another model's shape.
         """
         layers = self._halt_layers(num_layers)
-        if self.halting is None or not self.halting.rule.reads_gates or not layers:
+        if not layers or not self.halting.rule.reads_gates:  # type: ignore[union-attr]
             return {}
         tensors, names = self.tensors or {}, {i: f"gate.{i}.weight" for i in layers}
         gates = {i: tensors[name] for i, name in names.items() if name in tensors}
@@ -309,7 +300,9 @@ class Plan:
 
     def _halt_layers(self, num_layers: int) -> range:
         """Return the layers after which tokens may halt."""
-        return range(0) if self.halting is None else range(self.halting.first_halt(num_layers), num_layers - 1)
+        if self.halting is None or self.halting.rule is None:
+            return range(0)
+        return range(self.halting.first_halt(num_layers), num_layers - 1)
 
     @staticmethod
     def _check_precision(precision: PrecisionConfig, num_layers: int, num_maps: int) -> None:
@@ -320,21 +313,10 @@ class Plan:
             )
         if num_maps == 0:
             raise PlanError(
-                "it chooses widths of nested weights, the model's are plain: quicksilver.load(FOLDER, plan=...) nests"
+                "it chooses bits of nested weights, the model's are plain: quicksilver.load(FOLDER, plan=...) nests"
                 " them in memory, the shell command `quicksilver quantize FOLDER -o NESTED` once and for all"
             )
         precision.rule.check_maps(num_layers, num_maps)
-
-    def _body(self) -> dict[str, Any]:
-        halting = None if self.halting is None else codec.encode_fields(self.halting)
-        body = {"halting": halting, "kv": codec.encode(self.kv)}
-        # plans without one keep the hash they always had
-        for part in ("fusion", "precision", "maps", "shortcuts", "attention", "screening", "entries"):
-            if (config := getattr(self, part)) is not None:
-                body[part] = codec.encode_fields(config)
-        if self.tensors is not None:
-            body["tensors"] = {"digest": self.tensors.digest}
-        return body
 
 
 def _load_tensors(data: object, path: Path) -> PlanTensors | None:
@@ -357,30 +339,28 @@ def _check_tensors(declared: object, tensors: PlanTensors | None, source: str) -
         raise PlanError(f"{source}: the plan's tensors have digest {found}, it was made with {digest}")
 
 
-def _paper(name: str, kv: KVFill) -> Plan:
+def _paper(name: str, kv: KVConfig) -> Plan:
     """The published rule, literally: drift below 0.045 and entropy below 1.15 bits, nothing else protected."""
     rule = AllRule((DriftRule(0.045), EntropyRule(1.15)))
     return Plan(name, HaltingConfig(rule, min_layer=1, protect_first=0, protect_special=True), kv)
 
 
-def _uniform(width: int) -> Plan:
-    """The baseline of every width policy: `width` bits throughout, for every token."""
-    rule = UniformWidthRule(width)
-    return Plan(f"uniform-{width}bit", precision=PrecisionConfig(rule, protect_first=0, protect_special=False))
+def _uniform(bits: int) -> Plan:
+    """The baseline of every precision rule: `bits` bits throughout, for every token."""
+    rule = UniformBitsRule(bits)
+    return Plan(f"uniform-{bits}bit", precision=PrecisionConfig(rule, protect_first=0, protect_special=False))
 
 
+_SETTLED = AllRule((RelativeDriftRule(0.15), EntropyRule(1.0)))
+_PROPAGATE = KVConfig(PropagateFill())
 PRESETS: dict[str, Plan] = {
     "dense": Plan.dense(),
-    "paper": _paper("paper", DropFill()),
-    "paper-zero": _paper("paper-zero", ZeroFill()),
-    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.15), min_layer=0.66), PropagateFill()),
-    "settled": Plan(
-        "settled",
-        HaltingConfig(AllRule((RelativeDriftRule(0.15), EntropyRule(1.0))), min_layer=0.66),
-        PropagateFill(),
-    ),
+    "paper": _paper("paper", KVConfig()),
+    "paper-zero": _paper("paper-zero", KVConfig(ZeroFill())),
+    "relative": Plan("relative", HaltingConfig(RelativeDriftRule(0.15), min_layer=0.66), _PROPAGATE),
+    "settled": Plan("settled", HaltingConfig(_SETTLED, min_layer=0.66), _PROPAGATE),
     "fused-prompt": Plan("fused-prompt", fusion=FusionConfig(CosineFusionRule(0.75))),
     "uniform-8bit": _uniform(8),
     "uniform-4bit": _uniform(4),
-    "channel-5bit": Plan("channel-5bit", precision=PrecisionConfig(ChannelWidthRule(target=5.0))),
+    "channel-5bit": Plan("channel-5bit", precision=PrecisionConfig(ChannelBitsRule(target=5.0))),
 }

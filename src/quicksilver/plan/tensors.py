@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,15 +23,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Array = float | tuple[float, ...] | tuple["Array", ...]
+"""Numbers, or lists of them, as a plan's parts hold them."""
+
+_DTYPES = {"F32": "f", "F64": "d"}
+
+
 class _Values(NamedTuple):
-    """A tensor's shape and its float32 values, as they lie in memory."""
+    """A tensor's shape, its values as they lie in memory, and their type, an `array.typecode`."""
 
     shape: tuple[int, ...]
     data: bytearray
+    code: str = "f"
+
+    def numbers(self) -> array[float]:
+        """Return the values."""
+        return array(self.code, self.data)
 
 
 class PlanTensors(Mapping[str, "Tensor"]):
-    """Named float32 tensors on the CPU, compared by their contents.
+    """Named float32 tensors on the CPU, compared by their contents; in files float64 arrays are among them.
 
     Args:
         tensors: by name; copied to the CPU as float32.
@@ -42,17 +53,26 @@ class PlanTensors(Mapping[str, "Tensor"]):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         ready = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-        self._hold({name: _Values(tuple(t.shape), bytearray(t.numpy().tobytes())) for name, t in ready.items()})
+        self._values = {name: _Values(tuple(t.shape), bytearray(t.numpy().tobytes())) for name, t in ready.items()}
+        self._settle()
 
-    def _hold(self, values: Mapping[str, _Values]) -> None:
-        self._values = {name: values[name] for name in sorted(values)}
-        for name, (_, data) in self._values.items():
-            if not math.isfinite(sum(array("f", data))):  # a float64 holds the sum of any float32 there are
+    @classmethod
+    def _of(cls, values: Mapping[str, _Values]) -> PlanTensors:
+        made = cls({})
+        made._values = dict(values)
+        made._settle()
+        return made
+
+    def _settle(self) -> None:
+        """Sort what there is, and refuse what no number is."""
+        self._values = dict(sorted(self._values.items()))
+        for name, values in self._values.items():
+            if not math.isfinite(sum(values.numbers())):  # a float64 holds the sum of any float32 there are
                 raise PlanError(f"fitted tensor {name} holds NaN or infinite values")
 
     @classmethod
     def load(cls, path: Path) -> PlanTensors:
-        """Read a safetensors file.
+        """Read a safetensors file; float64 stays as it is.
 
         Raises:
             PlanError: it is missing, unreadable or damaged.
@@ -64,13 +84,11 @@ class PlanTensors(Mapping[str, "Tensor"]):
             raise PlanError(f"{path}: cannot read the plan's tensors: {error.strerror or error}") from None
         except SafetensorError as error:
             raise PlanError(f"{path}: not a safetensors file: {error}") from None
-        if any(each["dtype"] != "F32" for each in stored.values()):
+        if any(each["dtype"] not in _DTYPES for each in stored.values()):
             from safetensors.torch import load
 
             return cls(load(data))
-        tensors = cls({})
-        tensors._hold({name: _Values(tuple(each["shape"]), each["data"]) for name, each in stored.items()})
-        return tensors
+        return cls._of({name: _Values(tuple(t["shape"]), t["data"], _DTYPES[t["dtype"]]) for name, t in stored.items()})
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; an interrupted write leaves nothing half-written."""
@@ -78,24 +96,48 @@ class PlanTensors(Mapping[str, "Tensor"]):
 
         write_atomically(path, save(dict(self)))
 
+    def with_arrays(self, arrays: Mapping[str, Array]) -> PlanTensors:
+        """Return these and some arrays, each number of which is kept exactly."""
+        data = {name: bytearray(array("d", _flat(each)).tobytes()) for name, each in arrays.items()}
+        made = {name: _Values(_shape(arrays[name]), each, "d") for name, each in data.items()}
+        return PlanTensors._of({**self._values, **made})
+
+    def narrowed(self, arrays: Collection[str]) -> PlanTensors:
+        """Return these with all but the arrays in float32, as fitted tensors are."""
+        kept = {name: each for name, each in self._values.items() if each.code == "f" or name in arrays}
+        others = {name: each for name, each in self._values.items() if name not in kept}
+        made = {n: _Values(each.shape, bytearray(array("f", each.numbers()).tobytes())) for n, each in others.items()}
+        return PlanTensors._of({**kept, **made})
+
+    def without(self, names: Collection[str]) -> PlanTensors:
+        """Return the others."""
+        return PlanTensors._of({name: each for name, each in self._values.items() if name not in names})
+
+    def array(self, name: str) -> Array:
+        """Return the numbers of a tensor, in a tuple for each of its dimensions."""
+        shape, numbers = self._values[name].shape, tuple(self._values[name].numbers())
+        for size in reversed(shape[1:]):
+            numbers = tuple(numbers[i : i + size] for i in range(0, len(numbers), max(size, 1)))
+        return numbers
+
     @cached_property
     def digest(self) -> str:
         """First 16 hexadecimal digits of SHA-256 over names, shapes and values."""
         total = hashlib.sha256()
-        for name, (shape, data) in self._values.items():
-            total.update(f"{name} {shape}\n".encode())
-            total.update(data)
+        for name, each in self._values.items():
+            total.update(f"{name} {each.shape}\n".encode())
+            total.update(each.data)
         return total.hexdigest()[:16]
-
-    def select(self, prefixes: tuple[str, ...]) -> PlanTensors:
-        """Return the tensors whose names begin with one of the prefixes."""
-        return PlanTensors({name: tensor for name, tensor in self.items() if name.startswith(prefixes)})
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
-        shape, data = self._values[name]
-        return torch.frombuffer(data, dtype=torch.float32).reshape(shape) if data else torch.empty(shape)
+        each, dtype = self._values[name], {"f": torch.float32, "d": torch.float64}
+        values = torch.frombuffer(each.data, dtype=dtype[each.code]) if each.data else torch.empty(0)
+        return values.reshape(each.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -108,6 +150,18 @@ class PlanTensors(Mapping[str, "Tensor"]):
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def _shape(value: Array) -> tuple[int, ...]:
+    return (len(value), *_shape(value[0])) if isinstance(value, tuple) else ()
+
+
+def _flat(value: Array) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
 
 
 def named_vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quicksilver.core.bits import MAX_WIDTH
-from quicksilver.rules.precision import WIDTHS
+from quicksilver.core.bits import MAX_WIDTH, WEIGHT_BITS
 
 PLANE_BITS = (2, 2, 2, 2)
 """Bits of a code in each plane, leading bits first; MAX_WIDTH together."""
@@ -69,10 +68,10 @@ def join(planes: Planes, num_outputs: int, width: int = MAX_WIDTH) -> Tensor:
     """Return the leading `width` bits of every code as a number, [in, out] uint8; reads only the planes needed.
 
     Raises:
-        ValueError: a width that is none of `WIDTHS`.
+        ValueError: a width that is none of `WEIGHT_BITS`.
     """
-    if width not in WIDTHS:
-        raise ValueError(f"codes are read at {', '.join(map(str, WIDTHS))} bits, not {width}")
+    if width not in WEIGHT_BITS:
+        raise ValueError(f"codes are read at {', '.join(map(str, WEIGHT_BITS))} bits, not {width}")
     count = num_planes(width)
     codes = _unpack(planes[0], PLANE_BITS[0], num_outputs)
     for plane, bits in zip(planes[1:count], PLANE_BITS[1:count], strict=True):

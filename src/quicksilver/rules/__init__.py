@@ -1,61 +1,58 @@
-"""Configuration of each mechanism as frozen dataclasses.
+"""Rules of each mechanism: a rule owns its name, what it needs to see, its decision, and what that costs.
 
-Rules of halting and fusion decide themselves, and other packages can bring some; what the other configurations decide
-is in `quicksilver.policies`.
+Other packages can bring rules of every kind; the configurations that hold them are the four parts of a plan.
 """
 
-from quicksilver.core.decisions import FusionDecision, HaltDecision, LayerView, PairView
-from quicksilver.rules.attention import AttentionConfig
+from quicksilver.core.decisions import (
+    BitsChoice,
+    ChannelView,
+    Fill,
+    FusionDecision,
+    HaltDecision,
+    KernelBits,
+    LayerView,
+    PairView,
+    TokenBitsView,
+)
 from quicksilver.rules.checks import Threshold, threshold_at
-from quicksilver.rules.entries import EntryConfig
-from quicksilver.rules.fusion import (
-    CosineFusionRule,
-    ForcedFusionRule,
-    FusionConfig,
-    FusionRule,
-    FusionScope,
-    FusionWeights,
-    L2FusionRule,
-    RandomFusionRule,
-    SimilarityRule,
-    fusion_rule,
-)
-from quicksilver.rules.halting import (
-    AllRule,
-    DriftRule,
-    EntropyRule,
-    FittedRule,
-    FixedPointRule,
-    ForcedRule,
-    HaltingConfig,
-    HaltingRule,
-    RandomRule,
-    RelativeDriftRule,
-    ThresholdRule,
-    halting_rule,
-)
-from quicksilver.rules.kv import DropFill, KVFill, PropagateFill, ZeroFill
-from quicksilver.rules.maps import MapConfig, Shortcut, ShortcutConfig
-from quicksilver.rules.precision import (
-    ChannelWidthRule,
-    EntropyWidthRule,
-    GradedWidthRule,
-    PrecisionConfig,
-    PrecisionRule,
-    UniformWidthRule,
-)
-from quicksilver.rules.screening import ScreeningConfig
+from quicksilver.rules.fusion.base import FusionRule, SimilarityRule, fusion_rule
+from quicksilver.rules.fusion.config import FusionConfig, FusionScope, FusionWeights
+from quicksilver.rules.fusion.controls import ForcedFusionRule, RandomFusionRule
+from quicksilver.rules.fusion.cosine import CosineFusionRule
+from quicksilver.rules.halting.all_of import AllRule
+from quicksilver.rules.halting.base import HaltingRule, ThresholdRule, halting_rule
+from quicksilver.rules.halting.config import HaltingConfig
+from quicksilver.rules.halting.controls import ForcedRule, RandomRule
+from quicksilver.rules.halting.entropy import EntropyRule
+from quicksilver.rules.halting.fitted import FittedRule
+from quicksilver.rules.halting.fixed_point import FixedPointRule
+from quicksilver.rules.halting.relative import RelativeDriftRule
+from quicksilver.rules.halting.shortcuts import Part, Shortcut
+from quicksilver.rules.kv.base import FillRule, fill_rule
+from quicksilver.rules.kv.config import KVConfig
+from quicksilver.rules.kv.fills import DropFill, PropagateFill
+from quicksilver.rules.paper.drift import DriftRule
+from quicksilver.rules.paper.entropy_bits import EntropyBitsRule
+from quicksilver.rules.paper.l2 import L2FusionRule
+from quicksilver.rules.paper.zero import ZeroFill
+from quicksilver.rules.precision.base import PrecisionRule, precision_rule
+from quicksilver.rules.precision.channel import ChannelBitsRule
+from quicksilver.rules.precision.config import PrecisionConfig
+from quicksilver.rules.precision.graded import GradedBitsRule
+from quicksilver.rules.precision.uniform import UniformBitsRule
 
 __all__ = [
     "AllRule",
-    "AttentionConfig",
-    "ChannelWidthRule",
+    "BitsChoice",
+    "ChannelBitsRule",
+    "ChannelView",
     "CosineFusionRule",
     "DriftRule",
     "DropFill",
+    "EntropyBitsRule",
     "EntropyRule",
-    "EntropyWidthRule",
-    "EntryConfig",
+    "Fill",
+    "FillRule",
     "FittedRule",
     "FixedPointRule",
     "ForcedFusionRule",
@@ -65,30 +62,32 @@ __all__ = [
     "FusionRule",
     "FusionScope",
     "FusionWeights",
-    "GradedWidthRule",
+    "GradedBitsRule",
     "HaltDecision",
     "HaltingConfig",
     "HaltingRule",
-    "KVFill",
+    "KVConfig",
+    "KernelBits",
     "L2FusionRule",
     "LayerView",
-    "MapConfig",
     "PairView",
+    "Part",
     "PrecisionConfig",
     "PrecisionRule",
     "PropagateFill",
     "RandomFusionRule",
     "RandomRule",
     "RelativeDriftRule",
-    "ScreeningConfig",
     "Shortcut",
-    "ShortcutConfig",
     "SimilarityRule",
     "Threshold",
     "ThresholdRule",
-    "UniformWidthRule",
+    "TokenBitsView",
+    "UniformBitsRule",
     "ZeroFill",
+    "fill_rule",
     "fusion_rule",
     "halting_rule",
+    "precision_rule",
     "threshold_at",
 ]

@@ -53,12 +53,24 @@ def check_count(threshold: Threshold, num_layers: int) -> None:
         raise PlanError(f"{len(threshold)} thresholds, the model has {num_layers} layers")
 
 
-def check_protection(owner: str, protect_first: object, protect_special: object) -> None:
+def check_layers_run(what: str, value: object) -> None:
+    """Raise PlanError where a count of layers is neither whole nor a fraction of the depth; `what` names it."""
+    if not (is_whole(value) and value >= 1) and not (isinstance(value, float) and 0.0 < value < 1.0):
+        raise PlanError(f"{what} must be at least 1, or a fraction in (0, 1), got {value!r}")
+
+
+def layers_run(value: int | float, num_layers: int) -> int:
+    """Return how many layers of a model a count is, or a fraction of its depth, rounded up."""
+    return value if isinstance(value, int) else math.ceil(value * num_layers)
+
+
+def check_protection(owner: str, protect_first: object, protect_special: object, prefix: str = "") -> None:
     """Raise PlanError where what a mechanism may never touch is not given as a count and a switch."""
+    owner = f"{owner}.{prefix}"
     if not is_whole(protect_first) or not 0 <= protect_first < LARGE:
-        raise PlanError(f"{owner}.protect_first must be a whole number from 0 to below 2**31, got {protect_first!r}")
+        raise PlanError(f"{owner}protect_first must be a whole number from 0 to below 2**31, got {protect_first!r}")
     if not isinstance(protect_special, bool):
-        raise PlanError(f"{owner}.protect_special must be true or false, got {protect_special!r}")
+        raise PlanError(f"{owner}protect_special must be true or false, got {protect_special!r}")
 
 
 def check_draw(owner: str, probability: Any, seed: object) -> None:
@@ -70,7 +82,7 @@ def check_draw(owner: str, probability: Any, seed: object) -> None:
         raise PlanError(f"{owner}: seed must be a whole number, got {seed!r}")
 
 
-class _Part(NamedTuple):
+class HeldField(NamedTuple):
     """What a field is declared to hold: one of a class, None instead where it is optional, or a tuple of them."""
 
     needed: type
@@ -88,7 +100,7 @@ def check_parts(config: Any, owner: str, separator: str = ".") -> None:
         owner: names it in errors.
         separator: between that and the field's name.
     """
-    for name, part in _parts(type(config)).items():
+    for name, part in parts(type(config)).items():
         value, where = getattr(config, name), f"{owner}{separator}{name}"
         if part.many:
             if not isinstance(value, (tuple, list)):
@@ -104,28 +116,28 @@ def check_parts(config: Any, owner: str, separator: str = ".") -> None:
 
 
 @cache
-def _parts(cls: type) -> dict[str, _Part]:
+def parts(cls: type) -> dict[str, HeldField]:
     """Return those of a dataclass's fields that hold a class of this package, or a tuple of one."""
     hints, found = get_type_hints(cls), {}
     for name in (field.name for field in fields(cls)):
         declared = [each for each in get_args(hints[name]) or (hints[name],) if each not in (type(None), ...)]
         if len(declared) == 1 and isinstance(declared[0], type) and declared[0].__module__.startswith(_PACKAGE):
             optional = type(None) in get_args(hints[name])
-            found[name] = _Part(declared[0], optional, many=get_origin(hints[name]) is tuple)
+            found[name] = HeldField(declared[0], optional, many=get_origin(hints[name]) is tuple)
     return found
 
 
-def _hint(owner: type, part: _Part, value: Any) -> str:
+def _hint(owner: type, part: HeldField, value: Any) -> str:
     """Return what to do about a value in the wrong place, from where else it fits."""
     if isinstance(value, type) and issubclass(value, part.needed):
         return f"; make one: {value.__name__}(...)"
     if part.many and isinstance(value, part.needed):
         return "; put it in a tuple"
-    inside = _parts(part.needed) if hasattr(part.needed, "__dataclass_fields__") else {}
+    inside = parts(part.needed) if hasattr(part.needed, "__dataclass_fields__") else {}
     for name, each in inside.items():
         if isinstance(value, each.needed):
-            return f"; {part.needed.__name__}({name}) holds a {name}"
-    for name, each in _parts(owner).items():
+            return f"; it goes into a {part.needed.__name__}: {part.needed.__name__}({name}=...)"
+    for name, each in parts(owner).items():
         if isinstance(value, each.needed):
             return f"; {name} holds {_article(each.needed.__name__)}"
     if made := [cls.__name__ for cls in _leaves(part.needed)]:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from quicksilver.errors import PlanError, first_line
 from quicksilver.rules.retired import refuse_retired
@@ -33,15 +33,18 @@ class DecidingRule(ABC, Generic[View, Decision]):
 
     def ask(self, view: View) -> Decision:
         """Return `decide(view)`; raise PlanError where that is no decision about the rows in view."""
+        return self.checked(self.decide(view), view)
+
+    def checked(self, decision: Any, view: object) -> Any:
+        """Return a decision; raise PlanError where it is none about what is in view."""
         from quicksilver.core.signals import check_decision
 
-        decision = self.decide(view)
         check_decision(type(self).__name__, decision, view)
         return decision
 
 
 class RuleTypes(Generic[Rule]):
-    """The classes of one kind of rule by their names, in the order in which they registered.
+    """The classes of one kind of rule by their names.
 
     Args:
         kind: what errors call the kind, such as "halting rule".
@@ -49,8 +52,7 @@ class RuleTypes(Generic[Rule]):
     """
 
     def __init__(self, kind: str, base: type[Rule]) -> None:
-        self._kind = kind
-        self._base = base
+        self.kind, self.base = kind, base
         self._classes: dict[str, type[Rule]] = {}
         self._names: dict[type, str] = {}
 
@@ -69,7 +71,7 @@ class RuleTypes(Generic[Rule]):
             if before is not None:
                 if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
                     owner = f"{before.__module__}.{before.__qualname__}"
-                    raise PlanError(f"the {self._kind} {name!r} is {owner} already; {cls.__name__} needs another name")
+                    raise PlanError(f"the {self.kind} {name!r} is {owner} already; {cls.__name__} needs another name")
                 del self._names[before]  # its module was run again
             self._classes[name] = cls  # type: ignore[assignment]
             self._names[cls] = name
@@ -92,9 +94,8 @@ class RuleTypes(Generic[Rule]):
         return self._classes.get(name)
 
     def __iter__(self) -> Iterator[str]:
-        """Give all names: of registered classes, then of those that installed packages bring."""
-        brought = sorted({entry.name for entry in entry_points(group=GROUP)} - self._classes.keys())
-        return iter([*self._classes, *brought])
+        """Give all names in order: of registered classes, and of those that installed packages bring."""
+        return iter(sorted({entry.name for entry in entry_points(group=GROUP)} | self._classes.keys()))
 
     def classes(self) -> set[type[Rule]]:
         """Return the classes that are registered now."""
@@ -107,7 +108,7 @@ class RuleTypes(Generic[Rule]):
             PlanError: it has none.
         """
         if cls not in self._names:
-            decorator = f"@{self._kind.replace(' ', '_')}"
+            decorator = f"@{self.kind.replace(' ', '_')}"
             raise PlanError(f"{cls.__name__} has no name that a plan could give: put {decorator}(NAME) above the class")
         return self._names[cls]
 
@@ -118,32 +119,28 @@ class RuleTypes(Generic[Rule]):
             why = f"{type(error).__name__}: {first_line(error)}"
             raise PlanError(f"{_package(entry)} brings {entry.name!r} and cannot be imported: {why}") from error
         if entry.name not in self._classes:
-            raise PlanError(
-                f"{_package(entry)} brings {entry.name!r}, but {entry.value} registers no such {self._kind}"
-            )
+            raise PlanError(f"{_package(entry)} brings {entry.name!r}, but {entry.value} registers no such {self.kind}")
 
     def _check(self, name: object, cls: object) -> None:
         if not isinstance(name, str) or not name:
-            raise PlanError(f"a {self._kind}'s name must be a string that is not empty, got {name!r}")
-        refuse_retired(self._kind, name, f"the name {name!r}")
-        if not isinstance(cls, type) or not issubclass(cls, self._base):
-            raise PlanError(
-                f"the {self._kind} {name!r} must be a class derived from {self._base.__name__}, got {cls!r}"
-            )
+            raise PlanError(f"a {self.kind}'s name must be a string that is not empty, got {name!r}")
+        refuse_retired(self.kind, name, f"the name {name!r}")
+        if not isinstance(cls, type) or not issubclass(cls, self.base):
+            raise PlanError(f"the {self.kind} {name!r} must be a class derived from {self.base.__name__}, got {cls!r}")
         if "__dataclass_fields__" not in cls.__dict__:
             raise PlanError(
-                f"the {self._kind} {name!r}: put @dataclass(frozen=True) above {cls.__name__}, below its name"
+                f"the {self.kind} {name!r}: put @dataclass(frozen=True) above {cls.__name__}, below its name"
             )
         if any(field.name == "type" for field in fields(cls)):  # type: ignore[arg-type]
             raise PlanError(
-                f"the {self._kind} {name!r}: no field of {cls.__name__} may be called 'type', the rule's own key"
+                f"the {self.kind} {name!r}: no field of {cls.__name__} may be called 'type', the rule's own key"
             )
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
-            raise PlanError(f"the {self._kind} {name!r}: {cls.__name__} lacks {missing}")
+            raise PlanError(f"the {self.kind} {name!r}: {cls.__name__} lacks {missing}")
         if cls in self._names and self._names[cls] != name:
             raise PlanError(
-                f"{cls.__name__} is the {self._kind} {self._names[cls]!r} already, and cannot be {name!r} too"
+                f"{cls.__name__} is the {self.kind} {self._names[cls]!r} already, and cannot be {name!r} too"
             )
 
 

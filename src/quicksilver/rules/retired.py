@@ -6,13 +6,13 @@ from quicksilver.errors import PlanError
 
 RETIRED: dict[str, dict[object, str]] = {
     "halting rule": {"any": "use 'all', or one of its rules alone"},
-    "kv fill": {"share": "use 'drop' or 'propagate'"},
+    "fill rule": {"share": "use 'drop' or 'propagate'"},
     "fusion rule": {"key": "use 'cosine'"},
     "weights": {"uniform": "use 'mass' or 'last'", "kv": "use 'last' or 'mass'"},
     "precision rule": {"capped": "use 'channel', or 'entropy' alone"},
     "score": {"activation": "leave score out; channels are scored by abs(x_j) * norm(W[j])"},
     "entropy": {True: "leave it out; entropy is that of the state itself"},
-    "width": {width: f"use {width + 1}, which reads the same bytes" for width in (1, 3, 5, 7)},
+    "bits": {bits: f"use {bits + 1}, which reads the same bytes" for bits in (1, 3, 5, 7)},
 }
 """By what a plan names there: each value that is gone, and the way on."""
 

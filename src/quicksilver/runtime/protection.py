@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quicksilver.rules import FusionConfig, HaltingConfig, PrecisionConfig, ShortcutConfig
+from quicksilver.rules import FusionConfig, HaltingConfig, PrecisionConfig
 
 _FEW = 16  # tokens that are looked at one by one
 
@@ -23,7 +23,7 @@ class Protection:
 
     def __init__(
         self,
-        config: HaltingConfig | FusionConfig | PrecisionConfig | ShortcutConfig | None,
+        config: HaltingConfig | FusionConfig | PrecisionConfig | None,
         special_ids: Sequence[int],
         device: torch.device,
     ) -> None:
@@ -54,6 +54,11 @@ class Protection:
             listed = self._listed(token_ids, positions)
             return torch.tensor(listed) if any(listed) else None
         return self.covers(token_ids, positions)
+
+    def found_any(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return what `found` does, None also where that is known by waiting only: once, and not in every layer."""
+        covered = self.found(token_ids, positions)
+        return None if covered is None or not bool(covered.any()) else covered
 
     def _listed(self, token_ids: Tensor, positions: Tensor) -> list[bool]:
         rows = zip(token_ids.tolist(), positions.tolist(), strict=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quicksilver.backends.base import LayerBackend
 from quicksilver.core.trace import Trace
 from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
 from quicksilver.families.spec import ModelSpec
+
+_BACKENDS = {"native": "compiled kernels", "pytorch": "PyTorch"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class RunStats:
         kv_used_bytes: of these, bytes of what is held.
         kv_entries: entries in the cache at the end, over all layers and sequences.
         kv_read_bytes: bytes of keys and values that attention read, over all passes.
+        backend: who runs the layers, "native" or "pytorch".
+        backend_reason: why not a faster one, None where there is none.
     """
 
     tokens: int
@@ -43,17 +48,19 @@ class RunStats:
     kv_used_bytes: int
     kv_entries: int
     kv_read_bytes: int
+    backend: str
+    backend_reason: str | None
 
     @classmethod
-    def from_trace(cls, spec: ModelSpec, trace: Trace) -> RunStats:
-        """Summarise a trace of a model."""
-        executed = executed_cost(spec, trace)
+    def from_trace(cls, spec: ModelSpec, trace: Trace, backend: LayerBackend) -> RunStats:
+        """Summarise a trace of a model that a backend ran."""
+        executed, layers = executed_cost(spec, trace), trace.layers
         return cls(
             tokens=trace.tokens,
             mean_depth=trace.mean_depth,
             num_layers=spec.num_layers,
-            halted_by_layer=tuple(layer.halted for layer in trace.layers),
-            fused_by_layer=tuple(layer.fused for layer in trace.layers),
+            halted_by_layer=tuple(layer.halted for layer in layers),
+            fused_by_layer=tuple(layer.fused for layer in layers),
             groups_by_size=trace.group_sizes,
             flops=executed.flops,
             dense_flops=dense_cost(spec, trace).flops,
@@ -62,6 +69,8 @@ class RunStats:
             kv_used_bytes=trace.kv_used_bytes,
             kv_entries=trace.kv_entries,
             kv_read_bytes=kv_read_bytes(spec, trace),
+            backend=backend.name,
+            backend_reason=backend.reason,
         )
 
     @property
@@ -73,6 +82,7 @@ class RunStats:
         """Return the counts as a few lines of text."""
         halted, fused = sum(self.halted_by_layer), sum(self.fused_by_layer)
         used, allocated = self.kv_used_bytes / 1e6, self.kv_bytes / 1e6
+        reason = "" if self.backend_reason is None else f" ({self.backend_reason})"
         return "\n".join(
             (
                 f"tokens          {self.tokens} ({halted} halted early{f', {fused} fused' if fused else ''})",
@@ -80,5 +90,6 @@ class RunStats:
                 f"FLOPs           {self.flops:.4g} in all ({self.flops_reduction:+.2%} saved against dense)",
                 f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",
                 f"cache           {self.kv_entries} entries, {used:.3f} MB of {allocated:.3f} MB allocated",
+                f"layers run by   {_BACKENDS[self.backend]}{reason}",
             )
         )

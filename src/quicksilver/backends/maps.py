@@ -1,0 +1,106 @@
+"""Nested maps by PyTorch or map by map by the kernels: ask the rule how many bits are read, read them, count them.
+
+The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'s.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quicksilver.backends.resolved import ResolvedPlan
+from quicksilver.backends.state import PassContext
+from quicksilver.core.bits import MAX_WIDTH, WEIGHT_BITS
+from quicksilver.core.decisions import ChannelView
+from quicksilver.core.trace import Trace
+from quicksilver.errors import PlanError
+from quicksilver.families.spec import Adapter, Apply
+from quicksilver.quant import NestedLinear
+
+
+class MapReader:
+    """A plan's precision bound to a model's nested maps.
+
+    Args:
+        adapter: the model.
+        plan: bound to it.
+    """
+
+    def __init__(self, adapter: Adapter, plan: ResolvedPlan) -> None:
+        self._plan, self._rule, self._kernels = plan.layers, plan.bits, adapter.kernels
+        self._num_maps = len(adapter.layers[0].nested)
+        self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
+
+    def bound(self, layer_idx: int, origins: Tensor, max_bits: Tensor | None, context: PassContext) -> Apply:
+        """Return the function that applies a layer's maps to rows.
+
+        Args:
+            layer_idx: the layer.
+            origins: [M] which of the pass's tokens the rows are.
+            max_bits: [N] uint8, the most bits that each token of the pass may read; None for no limit.
+            context: of the pass.
+        """
+        protected = context.protected.bits
+        if self._rule is None:
+            max_bits = protected = None
+        given = (None if t is None else t.index_select(0, origins) for t in (max_bits, protected))
+        return partial(self._apply, layer_idx, context.trace, *given)
+
+    def _apply(
+        self,
+        layer_idx: int,
+        trace: Trace,
+        max_bits: Tensor | None,
+        protected: Tensor | None,
+        module: NestedLinear,
+        x: Tensor,
+    ) -> Tensor:
+        centre, product = self._plan[layer_idx].centres.get(id(module)), None
+        if centre is not None:
+            mean, product = centre.bind(x)
+            trace.record_fitted(layer_idx, x.shape[0], 0, mean.nbytes + product.nbytes)
+            x = x - mean
+        bits = self._choose(layer_idx, trace, max_bits, protected, module, x)
+        counts = _channels_by_bits(bits, x)
+        trace.add_channels(layer_idx, counts, module.num_outputs, module.channel_bytes)
+        if isinstance(counts, list):
+            y = module(x, widths=bits, kernels=self._kernels)
+        else:
+            present = [each for each, count in enumerate(counts.tolist()) if each and count]
+            if not set(present) <= set(WEIGHT_BITS):
+                raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
+            y = module(x, widths=bits, present=present, kernels=self._kernels)
+        return y if product is None else y + product
+
+    def _choose(
+        self,
+        layer_idx: int,
+        trace: Trace,
+        max_bits: Tensor | None,
+        protected: Tensor | None,
+        module: NestedLinear,
+        x: Tensor,
+    ) -> int | Tensor:
+        """Return how many bits are read: one number, [N] uint8 for each row, or [N, in] for each of its channels."""
+        if self._rule is None:
+            return MAX_WIDTH
+        map_idx = self._map_idx[id(module)]
+        view = ChannelView(layer_idx, map_idx, self._num_maps, x, lambda: module.channel_norms, max_bits)
+        choice = self._rule.ask(view)
+        trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
+        bits = choice.bits
+        if protected is None or (isinstance(bits, int) and bits == MAX_WIDTH):
+            return bits
+        if isinstance(bits, int):
+            bits = torch.full((x.shape[0],), bits, dtype=torch.uint8, device=x.device)
+        return bits.masked_fill(protected if bits.dim() == 1 else protected[:, None], MAX_WIDTH)
+
+
+def _channels_by_bits(bits: int | Tensor, x: Tensor) -> list[int] | Tensor:
+    """Return how many input channels of x ([M, in]), over all rows, are read in 0, 1, ... 8 bits."""
+    if isinstance(bits, int):
+        return [x.numel() if each == bits else 0 for each in range(MAX_WIDTH + 1)]
+    counts = torch.bincount(bits.flatten().int(), minlength=MAX_WIDTH + 1)
+    return counts * x.shape[1] if bits.dim() == 1 else counts

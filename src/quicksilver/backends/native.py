@@ -1,0 +1,257 @@
+"""Compiled kernels: whole layers of a nested model on the CPU, several at once where nobody need be asked in between.
+
+What a layer is, is `torch.py`'s; this makes the same happen in one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.backends.resolved import BoundShortcut, LayerPlan, ResolvedPlan
+from quicksilver.backends.state import PassContext, State
+from quicksilver.backends.torch import TorchBackend
+from quicksilver.cache import extend
+from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.decisions import Fill, KernelBits
+from quicksilver.core.ragged import RaggedLayout
+from quicksilver.core.trace import COUNT
+from quicksilver.families.kernels import activation_name, norm_operands
+from quicksilver.families.spec import Adapter, LayerOps, Leaves, MapRole
+from quicksilver.ops import native
+from quicksilver.ops.nested_linear import has_whole_levels, prepared
+from quicksilver.quant import NestedLinear
+
+
+def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
+    """Return why the kernels cannot run a model's layers under a plan, None where they can."""
+    if not adapter.spec.is_nested:
+        return "its weights are plain; the kernels read nested ones"
+    if adapter.kernels != "native":
+        return "the kernels do not read its weights"
+    if any(_unknown(layer.leaves) for layer in adapter.layers):
+        return "it has norms or an activation that the kernels do not know"
+    if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
+        return "levels of its narrow widths are not whole codes"
+    if plan.bits is not None and plan.bits.kernel_bits(0, 0, len(adapter.layers[0].nested)) is None:
+        return f"the kernels do not know how {type(plan.bits).__name__} chooses bits"
+    if len({layer.fill for layer in plan.layers}) > 1:
+        return "halted tokens leave something else in each layer"
+    return None
+
+
+class NativeBackend:
+    """A model's layers and a plan as the kernels see them; what they cannot run in a state, PyTorch does.
+
+    Args:
+        adapter: the model, for which there is no `unsupported_reason`.
+        plan: bound to it.
+        asked: layers after which a step must be asked; each is a span of its own.
+        otherwise: runs the layers that the kernels cannot.
+    """
+
+    name = "native"
+    reason = None
+
+    def __init__(self, adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], otherwise: TorchBackend) -> None:
+        spec = adapter.spec
+        self._plan, self._spec, self._layers, self._otherwise = plan, spec, adapter.layers, otherwise
+        self._fill = plan.layers[0].fill
+        self._plain_head = adapter.normed_head is None  # PyTorch's threads multiply it next
+        self._kept: list[Any] = []  # what the kernels hold addresses of
+        self._ends = span_ends(spec.num_layers, asked)
+        self._places: list[int] = [COUNT[name] for name in native.extension().COUNTS]
+        self._runner: Any = None
+
+    def spans(self, state: State, context: PassContext) -> Iterator[range]:
+        """Give the layers up to the next that must be asked about, one where the kernels cannot run it."""
+        first = 0
+        while first < self._spec.num_layers and (state.num_running or self._plan.fills):
+            span = range(first, self._ends[first] if self._can_run(state, context) else first + 1)
+            yield span
+            first = span.stop
+
+    def run(self, span: range, state: State, context: PassContext) -> None:
+        """Run these layers for the tokens that run on: write all entries, count, change the state.
+
+        Where halted tokens' keys and values are projected, their states go along and leave as they came.
+        """
+        if not self._can_run(state, context):
+            self._otherwise.run(span, state, context)
+            return
+        halted = state.halted if self._fill is Fill.PROJECT else None
+        layout, rotation = (state.layout, state.rotation) if halted is None else (state.chunk, context.rotation)
+        hidden = self._rows(state, halted)
+        cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
+        counts = context.trace.counts
+        if self._runner is None:  # not before it is needed: it takes as much memory as the weights
+            self._runner = self._new_runner()
+        self._runner.run(
+            span.start,
+            span.stop,
+            hidden.data_ptr(),
+            len(hidden),
+            _fields(layout, halted, state, context),
+            cos,
+            sin,
+            extend(context.caches, span, layout.lengths),
+            len(layout.lengths),
+            counts[span.start].data_ptr(),
+            counts.stride(0),
+            self._places,
+            torch.get_num_threads(),
+            self._plain_head and span.stop == self._spec.num_layers,
+        )
+        state.before = state.hidden
+        state.hidden = hidden if halted is None else hidden.index_select(0, state.layout.origin)
+
+    def _can_run(self, state: State, context: PassContext) -> bool:
+        """Whether the kernels can run layers for a state, whatever has become of the model."""
+        if (
+            not state.num_running
+            or self._layers[0].nested[0].is_expanded
+            or state.masses is not None
+            or state.mass is not None
+            or state.present is not state.chunk
+            or any(context.fuses)
+            or (state.halted is not None and self._fill is Fill.ZERO)
+        ):
+            return False
+        hidden, rotation = state.hidden, state.rotation
+        fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
+        if rotation is None or not fit:
+            return fit
+        return rotation.cos.dtype == torch.float32 and rotation.cos.shape[-1] == self._spec.head_dim
+
+    @staticmethod
+    def _rows(state: State, halted: Tensor | None) -> Tensor:
+        """Return the states of all rows of a run, a tensor of their own."""
+        if halted is None or state.frozen is None:
+            return state.hidden.clone(memory_format=torch.contiguous_format)
+        return state.frozen.clone().index_copy_(0, state.layout.origin, state.hidden)
+
+    def _new_runner(self) -> Any:
+        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].nested[-1]
+        return native.extension().LayerRunner(
+            [self._layer(*each) for each in zip(range(spec.num_layers), self._layers, self._plan.layers, strict=True)],
+            spec.hidden_size,
+            down.num_inputs,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            activation_name(leaves.activation),
+            self._plan.entry_bits or 8 * torch.float32.itemsize,
+        )
+
+    def _layer(self, layer_idx: int, ops: LayerOps, plan: LayerPlan) -> Any:
+        layer, leaves = native.extension().Layer(), ops.leaves
+        for name, norm in leaves.norms.items():
+            layer.set_norm(name, *self._norm(norm))
+        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
+            self._set_map(layer, layer_idx, map_idx, role, module)
+        for shortcut in (plan.attention, plan.mlp):
+            if shortcut is not None:
+                self._set_shortcut(layer, shortcut)
+        screen = plan.screen
+        layer.set_attention(
+            ops.scaling,
+            plan.skip_values_below,
+            plan.drop_query_dims_below,
+            0.0 if screen is None else screen.below,
+            0.0 if screen is None else screen.large_from,
+        )
+        return layer
+
+    def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
+        operands = norm_operands(norm)
+        assert operands is not None  # see `_unknown`
+        return self._address(operands.weight), self._address(operands.bias), operands.epsilon
+
+    def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: NestedLinear) -> None:
+        mean, bias, rule = None, module.bias, self._plan.bits
+        centre = self._plan.layers[layer_idx].centres.get(id(module))
+        if centre is not None:
+            mean, product = centre.bind(module.channel_norms)
+            bias = product if bias is None else bias + product
+        num_maps = len(self._layers[0].nested)
+        chosen = KernelBits((MAX_WIDTH,)) if rule is None else rule.kernel_bits(layer_idx, map_idx, num_maps)
+        assert chosen is not None  # see `unsupported_reason`
+        matrix = prepared(module.stored, by_channel=bool(chosen.thresholds))
+        self._kept.append(matrix)
+        layer.set_map(role, matrix, self._address(bias), self._address(mean), chosen.bits[0], module.channel_bytes)
+        if chosen.thresholds:
+            norms = self._address(module.channel_norms)
+            layer.grade_map(role, list(chosen.thresholds), list(chosen.bits), norms)
+
+    def _set_shortcut(self, layer: Any, shortcut: BoundShortcut) -> None:
+        weights = shortcut.fitted.weights
+        down, up = (None, weights[0]) if len(weights) == 1 else weights
+        layer.set_shortcut(
+            shortcut.shortcut.part == "attention",
+            self._address(down),
+            self._address(up),
+            self._address(shortcut.fitted.bias),
+            0 if down is None else down.shape[1],
+            self._address(shortcut.gate),
+            0.0 if shortcut.shortcut.threshold is None else math.log(shortcut.shortcut.threshold),
+        )
+
+    def _address(self, tensor: Tensor | None) -> int:
+        """Return where a tensor's values lie, contiguous, 0 for none; it is kept."""
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _fields(layout: RaggedLayout, halted: Tensor | None, state: State, context: PassContext) -> list[int]:
+    """Return for each row: sequence, place among its sequence's new entries, position, flags, bits at most."""
+    marks = iter(_marks(layout, halted, state, context))
+    positions = iter(layout.positions.tolist())
+    fields: list[int] = []
+    for sequence, length in enumerate(layout.lengths):
+        for offset in range(length):
+            fields += (sequence, offset, next(positions), *next(marks))
+    return fields
+
+
+def _marks(
+    layout: RaggedLayout, halted: Tensor | None, state: State, context: PassContext
+) -> list[tuple[bool, bool, bool, int]]:
+    """Return for each row whether it has halted, reads all bits, and runs all sublayers, and its bits at most."""
+    protected = context.protected
+    given = protected.bits, protected.shortcuts, state.max_bits
+    if halted is None and all(tensor is None for tensor in given):
+        return [(False, False, False, MAX_WIDTH)] * sum(layout.lengths)
+    stopped = set() if halted is None else set(halted.tolist())
+    all_bits, unshortened, most = (None if tensor is None else tensor.tolist() for tensor in given)
+    return [
+        (
+            origin in stopped,
+            all_bits is not None and all_bits[origin],
+            unshortened is not None and unshortened[origin],
+            MAX_WIDTH if most is None else most[origin],
+        )
+        for origin in layout.origin.tolist()
+    ]
+
+
+def _unknown(leaves: Leaves) -> bool:
+    known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
+    return not known or activation_name(leaves.activation) is None
+
+
+def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:
+    """Return for each layer up to where a span that begins with it goes; a layer that is asked about is a span."""
+    ends, end = [0] * num_layers, num_layers
+    for layer_idx in reversed(range(num_layers)):
+        if layer_idx in asked:
+            ends[layer_idx], end = layer_idx + 1, layer_idx
+        else:
+            ends[layer_idx] = end
+    return ends

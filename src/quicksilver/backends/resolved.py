@@ -1,0 +1,175 @@
+"""A plan as it applies to each layer of a model: numbers, fills, maps and gates, on the model's device.
+
+Both backends read this and nothing else of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quicksilver.core.decisions import Fill
+from quicksilver.core.trace import COUNT, Trace
+from quicksilver.families.spec import Adapter
+from quicksilver.ops import Screen
+from quicksilver.plan import Plan
+from quicksilver.plan.affine import AffineMap
+from quicksilver.plan.tensors import named_vector
+from quicksilver.quant import NestedLinear
+from quicksilver.rules import Part, PrecisionRule, Shortcut, threshold_at
+from quicksilver.rules.precision.base import mean_name
+
+_SKIPPED: dict[Part, int] = {"mlp": COUNT["skipped_mlp"], "attention": COUNT["skipped_attention"]}
+
+
+@dataclass(frozen=True)
+class BoundShortcut:
+    """A shortcut with its tensors on the model's device: the map in the model's dtype, the gate in float32 or wider."""
+
+    shortcut: Shortcut
+    fitted: AffineMap
+    gate: Tensor | None
+
+    def record(self, trace: Trace, layer_idx: int, skipped: int, asked: int) -> None:
+        """Count `skipped` rows that took the shortcut and `asked` rows that its gate was asked about."""
+        if self.gate is not None:
+            size = self.fitted.bias.shape[0]  # of the state, whose norm is taken
+            trace.record_fitted(layer_idx, asked, self.gate.numel() + size, self.gate.nbytes)
+        trace.rows[layer_idx, _SKIPPED[self.shortcut.part]] += skipped
+        trace.record_fitted(layer_idx, skipped, self.fitted.macs, self.fitted.nbytes)
+
+
+class Centre:
+    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
+
+    Args:
+        module: the map.
+        mean: as the plan holds it.
+    """
+
+    def __init__(self, module: NestedLinear, mean: Tensor) -> None:
+        self._module, self._mean = module, mean
+        self._bound: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both on the device and in the dtype of the map's inputs."""
+        if self._bound is None:
+            mean = self._mean.to(like.device, like.dtype)
+            product = self._module(mean[None])[0]
+            self._bound = mean, product if self._module.bias is None else product - self._module.bias
+        return self._bound
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a plan says of one layer.
+
+    Attributes:
+        fill: what stands in the layer's cache for tokens that halted before it.
+        skip_values_below: values that weigh below this over n are not read; 0 reads all.
+        drop_query_dims_below: components of a query below so many of its root mean squares are left out; 0 for none.
+        screen: which keys meet a query with its large components alone, None where none do.
+        attention: the shortcut past attention, None where there is none.
+        mlp: the shortcut past the MLP.
+        centres: the means of its maps' inputs, by the map's identity.
+    """
+
+    fill: Fill
+    skip_values_below: float
+    drop_query_dims_below: float
+    screen: Screen | None
+    attention: BoundShortcut | None
+    mlp: BoundShortcut | None
+    centres: Mapping[int, Centre]
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether attention leaves out anything that a query sees."""
+        return self.skip_values_below > 0.0 or self.drop_query_dims_below > 0.0 or self.screen is not None
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan bound to a model.
+
+    Attributes:
+        layers: what it says of each.
+        bits: the rule that chooses bits, None where all are read.
+        entry_bits: in how many bits keys and values are kept, None for the model's own.
+        output_maps: fitted maps of tokens that stop, by the layer after which they do.
+        gates: fitted gates of the halting rule, by layer.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    bits: PrecisionRule | None
+    entry_bits: int | None
+    output_maps: Mapping[int, AffineMap]
+    gates: Mapping[int, Tensor]
+
+    @property
+    def fills(self) -> bool:
+        """Whether halted tokens leave entries in any layer that they skip."""
+        return any(layer.fill is not Fill.NONE for layer in self.layers)
+
+
+def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
+    """Return what a plan says of each layer of a model.
+
+    Raises:
+        PlanError: the plan does not fit the model, or a tensor of it is missing or of another shape.
+    """
+    spec = adapter.spec
+    plan.check_model(spec.num_layers, len(adapter.layers[0].nested), spec.hidden_size)
+    maps = plan.fitted_maps(spec.num_layers, spec.hidden_size)
+    bound = {name: fitted.to(spec.device, spec.dtype) for name, fitted in maps.items()}
+    gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
+    outputs = {i: f"output.{i}" for i in range(spec.num_layers - 1)}
+    shortcuts = _shortcuts(plan, adapter, bound)
+    return ResolvedPlan(
+        layers=tuple(_layer(plan, adapter, layer_idx, shortcuts) for layer_idx in range(spec.num_layers)),
+        bits=None if plan.precision is None else plan.precision.rule,
+        entry_bits=plan.kv.bits,
+        output_maps={i: bound[name] for i, name in outputs.items() if name in bound},
+        gates={layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()},
+    )
+
+
+def _layer(
+    plan: Plan, adapter: Adapter, layer_idx: int, shortcuts: Mapping[tuple[int, Part], BoundShortcut]
+) -> LayerPlan:
+    kv, screen = plan.kv, None
+    if (below := threshold_at(kv.screen_keys_below, layer_idx)) > 0.0:
+        screen = Screen(below, threshold_at(kv.screen_query_dims_below, layer_idx))
+    return LayerPlan(
+        fill=kv.fill.ask(layer_idx),
+        skip_values_below=threshold_at(kv.skip_values_below, layer_idx),
+        drop_query_dims_below=threshold_at(kv.drop_query_dims_below, layer_idx),
+        screen=screen,
+        attention=shortcuts.get((layer_idx, "attention")),
+        mlp=shortcuts.get((layer_idx, "mlp")),
+        centres=_centres(plan, adapter, layer_idx),
+    )
+
+
+def _shortcuts(plan: Plan, adapter: Adapter, maps: Mapping[str, AffineMap]) -> dict[tuple[int, Part], BoundShortcut]:
+    spec, gates = adapter.spec, plan.shortcut_gates(adapter.spec.hidden_size)
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    bound = {}
+    for each in plan.shortcuts:
+        gate = gates[each].to(spec.device, wide) if each in gates else None
+        bound[each.layer, each.part] = BoundShortcut(each, maps[each.name], gate)
+    return bound
+
+
+def _centres(plan: Plan, adapter: Adapter, layer_idx: int) -> dict[int, Centre]:
+    """Return the means of the inputs of a layer's nested maps, where the plan's rule subtracts them."""
+    if plan.precision is None or not plan.precision.rule.reads_means:
+        return {}
+    centres = {}
+    for map_idx, module in enumerate(adapter.layers[layer_idx].nested):
+        name = mean_name(layer_idx, map_idx)
+        centres[id(module)] = Centre(module, named_vector(plan.tensors or {}, name, module.num_inputs))
+    return centres

@@ -1,0 +1,1 @@
+"""Fusion: which adjacent tokens become one; a rule a file."""

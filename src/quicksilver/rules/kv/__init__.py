@@ -1,0 +1,1 @@
+"""Keys and values: what halted tokens leave, and what of the cache is not kept or not read."""

@@ -1,0 +1,1 @@
+"""The rules of arXiv 2506.22396, literally."""

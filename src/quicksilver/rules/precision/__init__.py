@@ -1,0 +1,1 @@
+"""Precision: how many bits of each weight are read; a rule a file."""

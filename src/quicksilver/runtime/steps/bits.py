@@ -1,0 +1,39 @@
+"""Bits by token: after one layer, each token that runs on is granted the bits that it reads from there."""
+
+from __future__ import annotations
+
+import torch
+
+from quicksilver.backends.state import PassContext, State
+from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.decisions import TokenBitsView
+from quicksilver.families.spec import Adapter
+from quicksilver.rules import PrecisionRule
+from quicksilver.runtime.steps.halting import head_entropy
+
+
+class BitsStep:
+    """A rule that decides about whole tokens, bound to a model.
+
+    Args:
+        adapter: the model, whose head the rule may consult.
+        rule: grants bits.
+        after: index of the layer after which it does.
+    """
+
+    def __init__(self, adapter: Adapter, rule: PrecisionRule, after: int) -> None:
+        self._adapter, self._rule = adapter, rule
+        self.layers = (after,)
+
+    def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
+        """Grant bits to the tokens that run on."""
+        if not state.num_running:
+            return
+        view = TokenBitsView(state.hidden, lambda hidden: head_entropy(self._adapter, hidden))
+        choice = self._rule.ask_tokens(view)
+        context.trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
+        most = state.max_bits
+        if most is None:
+            count = state.chunk.num_tokens
+            most = torch.full((count,), MAX_WIDTH, dtype=torch.uint8, device=state.hidden.device)
+        state.max_bits = most.index_copy(0, state.layout.origin, choice.bits)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Halting between two layers: ask the rule, respect what is protected.
+
+The rules themselves are in `quicksilver.rules`, and in packages that bring others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quicksilver.backends.state import PassContext, SplitRows, State
+from quicksilver.core.decisions import LayerView
+from quicksilver.families.spec import Adapter
+from quicksilver.rules import HaltingConfig
+
+_ENTROPY_ROWS = 256  # rows of logits held at a time
+
+
+class HaltingStep:
+    """A halting configuration bound to a model.
+
+    Args:
+        adapter: the model, whose head some rules consult.
+        config: says which tokens halt; it has a rule.
+        gates: fitted gates by layer.
+        fuses: whether tokens take one another's places in the plan.
+
+    Attributes:
+        layers: indices of the layers after which the rule is asked, or whose update it will ask for.
+    """
+
+    def __init__(self, adapter: Adapter, config: HaltingConfig, gates: Mapping[int, Tensor], fuses: bool) -> None:
+        assert config.rule is not None
+        self._adapter, self._rule, self._gates = adapter, config.rule, gates
+        self._keeps_updates = config.rule.reads_previous_update
+        first, num_layers = config.first_halt(adapter.spec.num_layers), adapter.spec.num_layers
+        known = None if fuses else first
+        self._asked = tuple(i for i in range(first, num_layers - 1) if config.rule.may_halt(i, known))
+        self.layers = self._asked
+        if self._keeps_updates and self._asked:
+            self.layers = tuple(range(max(self._asked[0] - 1, 0), num_layers - 1))
+
+    def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
+        """Halt what has settled after a layer."""
+        if not state.num_running:
+            return
+        split = self._decide(layer_idx, state, context) if layer_idx in self._asked else None
+        if self._keeps_updates and state.before is not None:
+            state.update = state.hidden - state.before
+        if split is not None:
+            state.halt(layer_idx, split)
+
+    def _decide(self, layer_idx: int, state: State, context: PassContext) -> SplitRows | None:
+        """Return the rows that halt after a layer and those that go on, None where none halts."""
+        layout, trace, gate, protected = state.layout, context.trace, self._gates.get(layer_idx), context.protected
+        assert state.before is not None
+        assert protected.halting is not None
+        view = LayerView(
+            layer_idx,
+            state.before,
+            state.hidden,
+            state.update,
+            layout.positions,
+            context.token_ids.index_select(0, layout.origin),
+            lambda hidden: head_entropy(self._adapter, hidden),
+            gate,
+        )
+        decision = self._rule.ask(view)
+        if gate is not None:
+            trace.record_fitted(layer_idx, decision.gate_rows, gate.numel(), gate.nbytes)
+        halt = decision.halt & ~protected.halting.index_select(0, layout.origin)
+        rows = halt.nonzero().squeeze(-1)
+        trace.add_signals(layer_idx, decision.signal_rows, decision.macs)
+        trace.record_halt(layer_idx, layout.origin.index_select(0, rows))
+        if rows.shape[0] == 0:
+            return None
+        going_on = halt.shape[0] - rows.shape[0]
+        return SplitRows(rows, halt.argsort(stable=True)[:going_on])  # False first; the device is not asked again
+
+
+def head_entropy(adapter: Adapter, hidden: Tensor) -> Tensor:
+    """Return the entropy in bits of a model's head on states [M, d], [M]."""
+    entropies = []
+    for rows in hidden.split(_ENTROPY_ROWS):
+        logits = adapter.logits(rows).float()
+        log_probs = torch.log_softmax(logits, dim=-1)
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
+    return torch.cat(entropies)
