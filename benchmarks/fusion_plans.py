@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_args
 
@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.sweep import CONTROL, arithmetic, bisect, geometric
 from quicksilver import rules
-from quicksilver.families.spec import Adapter
 from quicksilver.measure.windows import Window
 from quicksilver.plan import Plan
 from quicksilver.runtime.loop import Decoder
@@ -107,7 +106,7 @@ def find_plans(
     A number is found once for all weights, with SWEPT: after one layer's fusion, which tokens are alike does not
     depend on them. With several layers it does, and the share that other weights get may differ more.
     """
-    adapter = _cut_behind(model.adapter, setting.layers[-1])
+    adapter = model.adapter.cut_behind(setting.layers[-1])  # it fuses alike, for less work
     numbers: dict[tuple[str, float], float | None] = {}
     for name, similarity in SIMILARITIES.items():
 
@@ -131,9 +130,3 @@ def fused_share(decoder: Decoder, windows: Sequence[Window], scope: rules.Fusion
         fed = torch.tensor(window.token_ids[:-1])
         decoder.run(fed, [len(fed)], decoder.new_cache(1), trace, prompt=scope == "prompt")
     return trace.fused_fraction
-
-
-def _cut_behind(adapter: Adapter, last: int) -> Adapter:
-    """Return the model's first layers only, down to the one after its last fusion: it fuses alike, for less work."""
-    spec = replace(adapter.spec, num_layers=last + 1)
-    return replace(adapter, spec=spec, layers=adapter.layers[: last + 1])

@@ -23,7 +23,8 @@ from benchmarks.sweep import heading, interval, read_corpus, text_options, write
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.errors import InputError, QuickSilverError
-from quicksilver.families.nesting import check, layout_of, nested_names
+from quicksilver.families.family import family_of
+from quicksilver.families.nesting import check, nested_names, part_sizes
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
@@ -186,12 +187,12 @@ METHODS = (
 
 def matrices(model: Any) -> list[tuple[str, Tensor]]:
     """Return the matrices that nesting would replace, in order: a map's name and [in, out], the weights themselves."""
-    layout = layout_of(model)
+    family = family_of(model.config)
     found: list[tuple[str, Tensor]] = []
     for name in nested_names(model):
         weight = model.get_submodule(name).weight.detach()
-        whole = weight if layout.inputs_first else weight.T
-        found += [(name, part) for part in whole.chunk(layout.num_parts(name), dim=1)]
+        whole = weight if family.inputs_first else weight.T
+        found += [(name, part) for part in whole.split(part_sizes(model, name), dim=1)]
     return found
 
 

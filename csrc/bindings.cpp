@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "decoder.h"
 #include "isa.h"
@@ -212,18 +213,19 @@ void set_shortcut(Layer& layer, bool attention, Address down, Address up, Addres
 }
 
 void set_norm(Layer& layer, const std::string& which, Address weight, Address bias, float epsilon) {
-  const Norm norm{floats_at(weight), floats_at(bias), epsilon};
-  if (which == "attention") {
-    layer.attention_norm = norm;
-  } else if (which == "mlp") {
-    layer.mlp_norm = norm;
-  } else if (which == "query") {
-    layer.query_norm = norm;
-  } else if (which == "key") {
-    layer.key_norm = norm;
-  } else {
-    throw std::invalid_argument("no such norm: " + which);
+  const std::pair<const char*, Norm*> norms[] = {{"attention", &layer.attention_norm},
+                                                 {"mlp", &layer.mlp_norm},
+                                                 {"query", &layer.query_norm},
+                                                 {"key", &layer.key_norm},
+                                                 {"attention_post", &layer.attention_post_norm},
+                                                 {"mlp_post", &layer.mlp_post_norm}};
+  for (const auto& [name, norm] : norms) {
+    if (which == name) {
+      *norm = {floats_at(weight), floats_at(bias), epsilon};
+      return;
+    }
   }
+  throw std::invalid_argument("no such norm: " + which);
 }
 
 constexpr int kRowFields = 7, kStorageFields = 7;
@@ -257,11 +259,17 @@ std::vector<Storage> storage_of(const std::vector<std::int64_t>& fields, std::si
 }
 
 void run_layers(LayerRunner& runner, int first, int last, Address hidden, int num_rows, std::vector<std::int64_t> rows,
-                Address cos, Address sin, std::vector<std::int64_t> storage, int num_sequences, Address counts,
-                std::int64_t stride, const std::vector<int>& count_places, int threads,
-                bool then_others) {
+                std::vector<Address> rotations, std::vector<std::int64_t> storage, int num_sequences, Address counts,
+                std::int64_t stride, const std::vector<int>& count_places, int threads, bool then_others) {
   if (first < 0 || last < first || last > runner.num_layers() || num_rows < 0 || num_sequences < 0 || threads < 1) {
     throw std::invalid_argument("there are no such layers, rows, sequences or threads");
+  }
+  if (rotations.size() < 2 * std::size_t(runner.num_rotations())) {
+    throw std::invalid_argument("layers name rotations that are not given");
+  }
+  std::vector<Rotation> of_rows;
+  for (std::size_t i = 0; i + 1 < rotations.size(); i += 2) {
+    of_rows.push_back({floats_at(rotations[i]), floats_at(rotations[i + 1])});
   }
   std::array<int, kLayerCounts> at_places;
   if (count_places.size() != at_places.size()) throw std::invalid_argument("each count needs a place");
@@ -269,7 +277,7 @@ void run_layers(LayerRunner& runner, int first, int last, Address hidden, int nu
   const std::vector<Row> of_pass = rows_of(rows, num_rows, num_sequences);
   const std::vector<Storage> places = storage_of(storage, std::size_t(last - first) * num_sequences);
   nb::gil_scoped_release release;
-  runner.run(first, last, at<float>(hidden), of_pass, floats_at(cos), floats_at(sin), places, num_sequences,
+  runner.run(first, last, at<float>(hidden), of_pass, of_rows, places, num_sequences,
              {at<std::int64_t>(counts), stride, at_places}, threads, then_others ? Next::kOthers : Next::kRun);
 }
 
@@ -317,10 +325,25 @@ NB_MODULE(_native, m) {
            "log_threshold"_a)
       .def(
           "set_attention",
-          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from) {
-            layer.attention = {scaling, skip_below, query_below, screen_below, large_from};
+          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from,
+             float softcap) {
+            layer.attention = {scaling, skip_below, query_below, screen_below, large_from, softcap};
           },
-          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a);
+          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a, "softcap"_a)
+      .def(
+          "set_place",
+          [](Layer& layer, int window, int rotary) {
+            layer.window = window;
+            layer.rotary = rotary;
+          },
+          "window"_a, "rotary"_a)
+      .def(
+          "set_sublayers",
+          [](Layer& layer, bool norms_projections, float residual_scale) {
+            layer.norms_projections = norms_projections;
+            layer.residual_scale = residual_scale;
+          },
+          "norms_projections"_a, "residual_scale"_a);
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "activation"_a, "entry_bits"_a)

@@ -8,30 +8,10 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace quicksilver {
 namespace {
-
-// Rows of floats at a stride, in memory that is kept.
-struct Grid {
-  std::vector<float> values;
-  int stride = 0;
-
-  void resize(int rows, int width) {
-    stride = width;
-    if (values.size() < std::size_t(rows) * width) values.resize(std::size_t(rows) * width);
-  }
-  float* row(int index) { return values.data() + std::size_t(index) * stride; }
-};
-
-void apply(const FloatKernels& floats, const AffineMap& map, const float* x, int size, std::vector<float>& room,
-           float* y) {
-  std::copy(map.bias, map.bias + size, y);
-  if (!map.down) return floats.add_rows(x, size, map.up, size, size, y);
-  room.assign(map.rank, 0.0f);
-  floats.add_rows(x, size, map.down, map.rank, map.rank, room.data());
-  floats.add_rows(room.data(), map.rank, map.up, size, size, y);
-}
 
 constexpr std::int64_t kFloatBytes = sizeof(float);
 
@@ -59,7 +39,7 @@ struct LayerRunner::Pass {
   const FloatKernels* floats;
   const std::vector<Row>* rows;
   float* hidden;
-  const float *cos, *sin;
+  const std::vector<Rotation>* rotations;
   int num_threads;
 
   float* state(int row) { return hidden + std::size_t(row) * shape->hidden; }
@@ -77,11 +57,12 @@ struct LayerRunner::Pass {
   void multiply_maps(const Layer& layer, std::initializer_list<std::pair<int, int>> maps, const LinearMap* ahead,
                      int num_ahead, int thread, Barrier& barrier);
   void write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int thread);
-  Entries entries_of(const Storage& place, int head, int count) const;
+  int first_seen(const Layer& layer, const Storage& place, const Row& row) const;
+  Entries entries_of(const Storage& place, int head, int first, int count) const;
   void attend(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int layer_idx, int thread);
-  void count_rows(const Attention& attention, const std::vector<int>& asking, const Storage* storage, int num_sequences,
+  void count_rows(const Layer& layer, const std::vector<int>& asking, const Storage* storage, int num_sequences,
                   int layer_idx);
-  void add(const std::vector<int>& through, int map, int thread);
+  void add(const Layer& layer, const Norm& post_norm, const std::vector<int>& ran, int map, int thread);
   void run_layer(const Layer& layer, const Layer* after, int layer_idx, const Storage* storage, int num_sequences,
                  int thread, Barrier& barrier);
 };
@@ -153,7 +134,11 @@ void LayerRunner::Pass::norm_rows(const std::vector<int>& of, const Norm& norm, 
                                   bool attention, int layer, int thread) {
   for (int row : of) {
     if (!mine(row, thread)) continue;
-    floats->norm(state(row), shape->hidden, norm, normed.row(row));
+    if (norm.weight) {
+      floats->norm(state(row), shape->hidden, norm, normed.row(row));
+    } else {
+      std::copy_n(state(row), shape->hidden, normed.row(row));
+    }
     past[row] = takes(shortcut, row, attention, layer, thread);
     if (past[row]) {
       apply(*floats, shortcut.map, normed.row(row), shape->hidden, threads[thread].low_rank, mapped.row(row));
@@ -229,9 +214,12 @@ void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<
 void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
                                       int thread) {
   const int size = shape->head_dim;
+  const Rotation* rotation = layer.rotary < 0 ? nullptr : &(*rotations)[layer.rotary];
   const auto turn = [&](float* heads, int count, const Norm& norm, int row) {
-    for (int h = 0; norm.weight && h < count; ++h) floats->norm(heads + h * size, size, norm, heads + h * size);
-    if (cos) floats->rotate(heads, count, size, cos + std::size_t(row) * size, sin + std::size_t(row) * size);
+    const int width = layer.norms_projections ? count * size : size;
+    for (int i = 0; norm.weight && i < count * size; i += width) floats->norm(heads + i, width, norm, heads + i);
+    const std::size_t at = std::size_t(row) * size;
+    if (rotation) floats->rotate(heads, count, size, rotation->cos + at, rotation->sin + at);
   };
   const auto keep = [&](const float* x, void* base, float* scales, std::size_t slot) {
     const std::size_t first = slot * shape->kv_heads;
@@ -263,15 +251,24 @@ void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>
   }
 }
 
-// One head's entries up to the count-th.
-Entries LayerRunner::Pass::entries_of(const Storage& place, int head, int count) const {
-  const std::size_t offset = std::size_t(head) * shape->head_dim * bytes_of(shape->kept);
+// The first entry that is not too old for a row; positions ascend.
+int LayerRunner::Pass::first_seen(const Layer& layer, const Storage& place, const Row& row) const {
+  if (layer.window == 0 || row.position < layer.window) return 0;
+  const std::int32_t* positions = place.positions;
+  const std::int32_t* own = positions + place.held + row.offset;
+  return static_cast<int>(std::upper_bound(positions, own, row.position - layer.window) - positions);
+}
+
+// One head's entries from the first, `count` of them.
+Entries LayerRunner::Pass::entries_of(const Storage& place, int head, int first, int count) const {
+  const std::size_t skipped = std::size_t(first) * shape->kv_heads;
+  const std::size_t offset = (skipped + head) * shape->head_dim * bytes_of(shape->kept);
   return {shape->kept,
           static_cast<const char*>(place.keys) + offset,
           static_cast<const char*>(place.values) + offset,
-          place.key_scales ? place.key_scales + head : nullptr,
-          place.value_scales ? place.value_scales + head : nullptr,
-          place.masses,
+          place.key_scales ? place.key_scales + skipped + head : nullptr,
+          place.value_scales ? place.value_scales + skipped + head : nullptr,
+          place.masses ? place.masses + first : nullptr,
           std::int64_t{shape->kv_heads} * shape->head_dim,
           shape->kv_heads,
           count};
@@ -285,14 +282,14 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
   for (int i = 0; i < static_cast<int>(asking.size()); ++i) {
     const Row& row = (*rows)[asking[i]];
     const Storage& place = storage[row.sequence];
-    const int count = place.held + row.offset + 1;
+    const int first = first_seen(layer, place, row), count = place.held + row.offset + 1 - first;
     if (room.size() < std::size_t(count) + size) room.resize(std::size_t(count) + size + 256);
     for (int h = 0; h < shape->kv_heads; ++h) {
       // Few rows share their heads, of which neighbours' entries are neighbours; of many each has a thread of its own.
       const bool many = static_cast<int>(asking.size()) >= 2 * num_threads;
       if (many ? !mine(i, thread) : h * num_threads / shape->kv_heads != thread) continue;
       const std::size_t at = std::size_t(h) * group * size;
-      const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, count),
+      const Skipped skipped = floats->attend(products[kQuery].row(i) + at, group, size, entries_of(place, h, first, count),
                                              layer.attention, room.data(), attended.row(i) + at);
       counted[kValuesSkipped] += skipped.values;
       counted[kScoresSkipped] += skipped.scores;
@@ -301,30 +298,34 @@ void LayerRunner::Pass::attend(const Layer& layer, const std::vector<int>& askin
   }
 }
 
-void LayerRunner::Pass::count_rows(const Attention& attention, const std::vector<int>& asking, const Storage* storage,
+void LayerRunner::Pass::count_rows(const Layer& layer, const std::vector<int>& asking, const Storage* storage,
                                    int num_sequences, int layer_idx) {
   std::int64_t* counted = counts(layer_idx, 0);
   counted[kQueryRows] += running.size();
   counted[kFillRows] += all.size() - running.size();
   if (shape->kept == Kept::kCodes) counted[kSignalEntry] += all.size();
-  if (attention.query_below > 0.0f || attention.screen_below > 0.0f) counted[kSignalQuery] += asking.size();
+  if (layer.attention.query_below > 0.0f || layer.attention.screen_below > 0.0f) counted[kSignalQuery] += asking.size();
   std::vector<int> written(num_sequences, 0);
-  std::vector<char> asks(num_sequences, 0);
+  std::vector<int> from(num_sequences, -1);  // the first entry that any row sees; -1 where none asks
   for (int row : all) ++written[(*rows)[row].sequence];
   for (int row : asking) {
     const Row& entry = (*rows)[row];
-    counted[kAttended] += storage[entry.sequence].held + entry.offset + 1;
-    asks[entry.sequence] = 1;
+    const Storage& place = storage[entry.sequence];
+    const int first = first_seen(layer, place, entry);
+    counted[kAttended] += place.held + entry.offset + 1 - first;
+    if (from[entry.sequence] < 0) from[entry.sequence] = first;
   }
-  for (int s = 0; s < num_sequences; ++s) counted[kEntriesRead] += asks[s] ? storage[s].held + written[s] : 0;
+  for (int s = 0; s < num_sequences; ++s) counted[kEntriesRead] += from[s] < 0 ? 0 : storage[s].held + written[s] - from[s];
 }
 
 // Adds to the running rows what the sublayer gives: its last map's products, or the shortcut's.
-void LayerRunner::Pass::add(const std::vector<int>& ran, int map, int thread) {
+void LayerRunner::Pass::add(const Layer& layer, const Norm& post_norm, const std::vector<int>& ran, int map,
+                            int thread) {
   for (int i = 0; i < static_cast<int>(ran.size()); ++i) {
     if (!mine(ran[i], thread)) continue;
-    const float* added = products[map].row(i);
-    for (int d = 0; d < shape->hidden; ++d) state(ran[i])[d] += added[d];
+    float* added = products[map].row(i);
+    if (post_norm.weight) floats->norm(added, shape->hidden, post_norm, added);
+    for (int d = 0; d < shape->hidden; ++d) state(ran[i])[d] += added[d] * layer.residual_scale;
   }
   for (int row : running) {
     if (!mine(row, thread) || !past[row]) continue;
@@ -343,13 +344,14 @@ void LayerRunner::Pass::run_layer(const Layer& layer, const Layer* after, int la
   choose(layer, kValue, all, nullptr, layer_idx, thread);
   multiply_maps(layer, {{kQuery, asked}, {kKey, n}, {kValue, n}}, &layer.maps[kOutput], 1, thread, barrier);
   write_entries(layer, asking, storage, thread);
-  if (thread == 0) count_rows(layer.attention, asking, storage, num_sequences, layer_idx);
   barrier.wait();
+  if (thread == 0) count_rows(layer, asking, storage, num_sequences, layer_idx);
   attend(layer, asking, storage, layer_idx, thread);
   barrier.wait();
   choose(layer, kOutput, asking, &attended, layer_idx, thread);
   multiply_maps(layer, {{kOutput, asked}}, &layer.maps[kGate], 2, thread, barrier);
-  add(asking, kOutput, thread);  // a row's own thread adds to it and norms it, here and in the next layer
+  // A row's own thread adds to it and norms it, here and in the next layer.
+  add(layer, layer.attention_post_norm, asking, kOutput, thread);
   norm_rows(running, layer.mlp_norm, layer.mlp_shortcut, false, layer_idx, thread);
   barrier.wait();
   const std::vector<int> through = not_past(running);
@@ -367,7 +369,7 @@ void LayerRunner::Pass::run_layer(const Layer& layer, const Layer* after, int la
   barrier.wait();
   choose(layer, kDown, through, &inner, layer_idx, thread);
   multiply_maps(layer, {{kDown, ran}}, after ? &after->maps[kQuery] : nullptr, after ? 3 : 0, thread, barrier);
-  add(through, kDown, thread);
+  add(layer, layer.mlp_post_norm, through, kDown, thread);
 }
 
 LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
@@ -375,8 +377,14 @@ LayerRunner::LayerRunner(const Shape& shape, std::vector<Layer> layers)
 
 LayerRunner::~LayerRunner() = default;
 
-void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos,
-                      const float* sin, const std::vector<Storage>& storage, int num_sequences,
+int LayerRunner::num_rotations() const {
+  int most = -1;
+  for (const Layer& layer : layers_) most = std::max(most, layer.rotary);
+  return most + 1;
+}
+
+void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>& rows,
+                      const std::vector<Rotation>& rotations, const std::vector<Storage>& storage, int num_sequences,
                       const CountTable& table, int threads, Next next) {
   std::lock_guard<std::mutex> one_at_a_time(mutex_);
   Pass& pass = *pass_;
@@ -384,8 +392,7 @@ void LayerRunner::run(int first, int last, float* hidden, const std::vector<Row>
   pass.floats = &current_kernels().floats;
   pass.rows = &rows;
   pass.hidden = hidden;
-  pass.cos = cos;
-  pass.sin = sin;
+  pass.rotations = &rotations;
   pass.num_threads = threads;
   pass.prepare(layers_, last - first);
   const auto run_all = [&](int thread, Barrier& barrier) {

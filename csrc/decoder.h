@@ -49,8 +49,13 @@ struct Shortcut {
 enum MapIndex { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kMaps };  // a plain MLP has no kGate
 
 struct Layer {
-  Norm attention_norm{}, mlp_norm{};
-  Norm query_norm{}, key_norm{};  // weight null where heads are not normed
+  Norm attention_norm{}, mlp_norm{};            // a norm's weight is null where there is none
+  Norm attention_post_norm{}, mlp_post_norm{};  // of what a sublayer adds
+  Norm query_norm{}, key_norm{};
+  bool norms_projections = false;  // these two norm all heads together
+  float residual_scale = 1.0f;     // factor of what a sublayer adds
+  int window = 0;                  // keys that a query may see, by their positions; 0: all
+  int rotary = -1;                 // which of the rotations of a run; -1: none
   LinearMap maps[kMaps];
   Shortcut attention_shortcut, mlp_shortcut;
   Attention attention{};
@@ -82,6 +87,12 @@ struct Storage {
   std::int32_t* positions;
   std::int32_t* masses;  // null where every entry stands for one token
   int held;              // entries before this run
+};
+
+// Of each row's queries and keys: [rows, head_dim].
+struct Rotation {
+  const float* cos;
+  const float* sin;
 };
 
 // Counts of one layer, added to.
@@ -119,9 +130,11 @@ class LayerRunner {
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
 
-  // Runs layers [first, last) for rows [rows, hidden], in place. cos, sin: [rows, head_dim] or null.
+  int num_rotations() const;  // that layers name
+
+  // Runs layers [first, last) for rows [rows, hidden], in place.
   // storage: [last - first, sequences]. table: of layer `first` and those after it.
-  void run(int first, int last, float* hidden, const std::vector<Row>& rows, const float* cos, const float* sin,
+  void run(int first, int last, float* hidden, const std::vector<Row>& rows, const std::vector<Rotation>& rotations,
            const std::vector<Storage>& storage, int num_sequences, const CountTable& table, int threads,
            Next next);
 

@@ -39,6 +39,7 @@ struct Attention {
   float query_below;   // components of queries below this many times their root mean square
   float screen_below;  // keys screened out below this / count of the largest weight; 0 screens none
   float large_from;    // components of the first step, in multiples of the root mean square
+  float softcap;       // scores s are softcap * tanh(s / softcap); 0: as they are
 };
 
 // Of the heads attended from.

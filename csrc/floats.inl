@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "floats.h"
+#include "functions.inl"
 
 namespace quicksilver {
 namespace {
@@ -89,27 +90,6 @@ float sum(const float* a, int size) {
   for (; i + kLanes <= size; i += kLanes) lanes += load(a + i);
   if (i < size) lanes += load_some(a + i, size - i);
   return tree_sum(lanes);
-}
-
-// exp by reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial (Cephes' expf); 0 below -87.
-inline float exponential(float x) {
-  const float bounded = std::min(std::max(-87.0f, x), 88.0f);  // -87 where x is not a number
-  const float shifted = bounded * 1.44269504f + 12582912.0f;   // adding 1.5 * 2 ** 23 rounds to a whole number
-  const float whole = shifted - 12582912.0f;
-  const float r = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float fraction = (p * r) * r + r + 1.0f;
-  std::uint32_t bits;
-  std::memcpy(&bits, &fraction, sizeof bits);
-  bits += static_cast<std::uint32_t>(static_cast<std::int32_t>(whole)) << 23;  // unsigned: negative ones shift, too
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return x < -87.0f ? 0.0f : (x == x ? value : x);
 }
 
 void norm(const float* x, int size, const Norm& norm, float* y) {
@@ -198,10 +178,12 @@ inline void fetch_entry(const Entries& entries, int size, int i) {
 
 // The score of key i.
 template <typename Kept>
-float score(const float* query, int size, const Entries& entries, float scaling, int i) {
+float score(const float* query, int size, const Entries& entries, const Attention& attention, int i) {
   const float scale = Kept::scale(entries.key_scales, i * entries.scale_stride);
   const float of_key = product(query, Kept::at(entries.keys, i * entries.stride), size) * scale;
-  return of_key * scaling + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
+  float found = of_key * attention.scaling;
+  if (attention.softcap > 0.0f) found = hyperbolic_tangent(found / attention.softcap) * attention.softcap;
+  return found + (entries.masses ? std::log(static_cast<float>(entries.masses[i])) : 0.0f);
 }
 
 float largest_of(const float* scores, int count) {
@@ -254,14 +236,14 @@ void screen(const float* query, int size, const Entries& entries, const Attentio
     large[d] = small ? 0.0f : query[d];
     later += small && query[d] != 0.0f;
   }
-  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention.scaling, i);
+  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention, i);
   const float margin = std::log(attention.screen_below / static_cast<float>(entries.count));
   const float least = largest_of(scores, entries.count) + std::min(margin, 0.0f);
   int left = 0;
   for (int i = 0; i < entries.count; ++i) {
     const bool out = scores[i] < least;
     left += !out;
-    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention.scaling, i);
+    scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention, i);
   }
   skipped.scores += std::int64_t{later} * (entries.count - left);
   skipped.scored_twice += left;
@@ -284,7 +266,7 @@ Skipped attend_to(float* queries, int group, int size, const Entries& entries, c
     } else {
       for (int i = 0; i < count; ++i) {
         fetch_entry<Kept>(entries, size, i);
-        weights[i] = score<Kept>(query, size, entries, attention.scaling, i);
+        weights[i] = score<Kept>(query, size, entries, attention, i);
       }
     }
     const float largest = largest_of(weights, count);
@@ -311,8 +293,6 @@ Skipped attend(float* queries, int group, int size, const Entries& entries, cons
       return attend_to<Plain<float>>(queries, group, size, entries, attention, room, out);
   }
 }
-
-inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 void activate(Activation activation, float* gate, const float* up, int size) {
   if (activation == Activation::kSilu) {

@@ -32,6 +32,11 @@ from quicksilver.runtime.loop import Decoder
 from tests import tiny
 
 
+def dense_pairs(engine: Decoder, length: int) -> list[int]:
+    """Return the (query, key) pairs of a sequence in each layer, as windows have it."""
+    return [sum(min(t + 1, layer.window or length) for t in range(length)) for layer in engine.spec.layers]
+
+
 class Run(NamedTuple):
     """Logits of every token [N, vocab], the cache, and the trace with per-token depths."""
 

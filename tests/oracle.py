@@ -123,7 +123,7 @@ def run(
     for layer_idx, added in (maps or {}).items():
         stopped = depths == layer_idx + 1
         hidden = torch.where(stopped[:, None], hidden + added(hidden), hidden)
-    logits = model.lm_head(parts.final_norm(hidden))
+    logits = parts.logits(hidden)
     return OracleRun(
         logits,
         depths,
@@ -196,13 +196,13 @@ def _run_layer(layer_idx: int, layer: Layer, is_last: bool, tokens: _Tokens, ask
     query, *own = layer.qkv(hidden)  # [H, T, D], twice [Hkv, T, D]
     listed = running if isinstance(asked.fill, DropFill) else tokens.masses > 0
     mask = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril() & listed[None, :]
+    if layer.window is not None:
+        mask = mask.triu(1 - layer.window)
     counts.masses.append(tokens.masses)
     past_attention, mapped = asked.bypass(layer_idx, "attention", layer.attn_norm(hidden), hidden)
     asking = running & ~past_attention
     key, value = _filled(asked.fill, tokens, *own)
-    added = layer.attn_output(
-        _attend(layer_idx, layer.scaling, (query, key, value), mask, asking, tokens, asked, counts)
-    )
+    added = layer.attn_output(_attend(layer_idx, layer, (query, key, value), mask, asking, tokens, asked, counts))
     after = hidden + torch.where(past_attention[:, None], mapped, added)
     normed = layer.mlp_norm(after)
     past_mlp, mapped = asked.bypass(layer_idx, "mlp", normed, after)
@@ -235,7 +235,7 @@ def _filled(fill: FillRule, tokens: _Tokens, key: Tensor, value: Tensor) -> tupl
 
 def _attend(
     layer_idx: int,
-    scaling: float,
+    layer: Layer,
     heads: tuple[Tensor, Tensor, Tensor],
     mask: Tensor,
     asking: Tensor,
@@ -254,11 +254,11 @@ def _attend(
         key, value = asked.keep(layer_idx, key, value)
     elif asked.entry_bits is not None:
         key, value = (code(t) if asked.entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
-    weights = _weights(query, key, mask, scaling, masses)
+    weights = _weights(query, key, mask, layer, masses)
     if asked.screen is not None and asked.screen[layer_idx][0] != 0:
         below, large_from = asked.screen[layer_idx]
         later = _leave_out(whole_query, large_from)[1] & (query != 0)
-        first = _weights(torch.where(later, 0.0, query), key, mask, scaling, masses)
+        first = _weights(torch.where(later, 0.0, query), key, mask, layer, masses)
         screened = _screened(first, mask, below)
         weights = torch.where(screened, 0.0, weights) / torch.where(screened, 0.0, weights).sum(-1, keepdim=True)
         weights = weights.nan_to_num(0.0)
@@ -320,10 +320,13 @@ def _leave_out(query: Tensor, query_below: Limit) -> tuple[Tensor, Tensor]:
     return torch.where(small, 0.0, query), small
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor, scaling: float, masses: Tensor) -> Tensor:
+def _weights(query: Tensor, key: Tensor, mask: Tensor, layer: Layer, masses: Tensor) -> Tensor:
     """Return the weights [H, T, T] of queries [H, T, D] over keys [Hkv, T, D], `masses` [T], mask [T, T]."""
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
-    scores = (query @ key.transpose(1, 2)) * scaling + masses.clamp(min=1).float().log()
+    scores = (query @ key.transpose(1, 2)) * layer.scaling
+    if layer.softcap is not None:
+        scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    scores = scores + masses.clamp(min=1).float().log()
     scores = scores.masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
 

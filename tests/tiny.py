@@ -9,12 +9,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from quicksilver.families.nesting import nest
@@ -37,6 +43,9 @@ _LLAMA = {
     "max_position_embeddings": MAX_POSITIONS,
     **_SPECIAL,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW = 8
+_GEMMA = {**_LLAMA, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 4, "vocab_size": VOCAB, "n_positions": MAX_POSITIONS, **_SPECIAL}
 
 
@@ -50,6 +59,14 @@ CONFIGS: dict[str, Any] = {
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**_LLAMA),
     "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=12),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
+    "gemma3_text": lambda: Gemma3TextConfig(**{**_GEMMA, "layer_types": [SLIDING, SLIDING, FULL, SLIDING]}),
+    "phi3": lambda: Phi3Config(**_LLAMA, sliding_window=None),
+    "olmo2": lambda: Olmo2Config(**_LLAMA),
+    "granite": lambda: GraniteConfig(
+        **_LLAMA, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.0
+    ),
+    "smollm3": lambda: SmolLM3Config(**_LLAMA),
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -87,9 +104,32 @@ VARIANTS: dict[str, Any] = {
         ),
     ),
     "mistral-wide-window": lambda: MistralConfig(**_LLAMA, sliding_window=MAX_POSITIONS),
+    "mistral-window": lambda: MistralConfig(**_LLAMA, sliding_window=WINDOW),
+    "phi3-window": lambda: Phi3Config(**_LLAMA, sliding_window=WINDOW),
+    "phi3-longrope": lambda: Phi3Config(
+        **{**_LLAMA, "max_position_embeddings": 2 * MAX_POSITIONS},
+        original_max_position_embeddings=MAX_POSITIONS,
+        **_rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 2.1, 2.2, 2.3]),
+    ),
+    "qwen2-windows": lambda: Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen3-windows": lambda: Qwen3Config(
+        **_LLAMA, head_dim=12, use_sliding_window=True, sliding_window=WINDOW, layer_types=[SLIDING, FULL] * 2
+    ),
+    "smollm3-windows": lambda: SmolLM3Config(
+        **_LLAMA, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=WINDOW
+    ),
+    "gemma2-unbounded": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3_text-bounded-untied": lambda: Gemma3TextConfig(
+        **{**_GEMMA, "tie_word_embeddings": False, "sliding_window": 1}, final_logit_softcapping=6.0
+    ),
+    "olmo2-biased": lambda: Olmo2Config(**_LLAMA, attention_bias=True),
+    "granite-biased": lambda: GraniteConfig(**_LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "qwen2-tied": lambda: Qwen2Config(**_LLAMA, tie_word_embeddings=True),
     "qwen3-biased": lambda: Qwen3Config(**_LLAMA, head_dim=8, attention_bias=True),
 }
+
+MORE = ("llama-one-kv-head", "gpt2-unscaled-relu-untied", "mistral-window", "smollm3-windows")
+"""Variants on which mechanisms are tested besides families."""
 
 
 def from_config(config: Any, seed: int = 0) -> Any:
@@ -102,8 +142,9 @@ def from_config(config: Any, seed: int = 0) -> Any:
                 parameter.normal_(std=0.25)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
-            else:
-                parameter.uniform_(0.7, 1.3)
+            else:  # about what it begins with: 1, or 0 where a norm adds 1 to it
+                centre = float(parameter.mean())
+                parameter.uniform_(centre - 0.3, centre + 0.3)
     return made
 
 

@@ -78,11 +78,11 @@ def test_a_configuration_that_makes_no_sense(
     refused("eval", model_copy(family).edit_config(**changes), "--text", text_file, "--context", 32)
 
 
-def test_sliding_windows_are_refused_by_reason(
+def test_windows_that_masks_do_not_follow_are_refused_by_reason(
     refused: Refused, model_copy: Callable[..., ModelFolder], text_file: Path
 ) -> None:
-    folder = model_copy("mistral").edit_config(sliding_window=16)
-    refused("eval", folder, "--text", text_file, names=("mistral", "sliding_window=16"))
+    folder = model_copy("llama").edit_config(sliding_window=16)
+    refused("eval", folder, "--text", text_file, names=("llama", "sliding_window=16"))
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear"])

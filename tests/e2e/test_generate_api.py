@@ -30,8 +30,10 @@ from tests.tolerances import LOSS
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_greedy_equals_transformers(family: str, tiny_model_dir: Callable[[str], Path]) -> None:
+    """With eager attention: in transformers 5.0 Gemma 2's other one leaves scores unbounded."""
     folder = tiny_model_dir(family)
-    reference, model = AutoModelForCausalLM.from_pretrained(folder), quicksilver.load(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = quicksilver.load(folder)
     for inputs in ({"input_ids": PROMPT}, left_padded()):
         expected = reference.generate(**inputs, max_new_tokens=16, do_sample=False)
         assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False), expected)

@@ -32,7 +32,18 @@ Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ModelCopy = Callable[..., ModelFolder]
 NAMES = ("gpt2", "gpt2-unscaled-relu-untied", "llama", "llama-tied-biased", "llama-rope-yarn", "llama-rope-longrope")
-NAMES = (*NAMES, "mistral", "qwen2", "qwen2-tied", "qwen3")
+NAMES = (
+    *NAMES,
+    "mistral",
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2-biased",
+    "granite-biased",
+)
 ALL = {"head": True, "embeddings": True}
 
 

@@ -50,14 +50,14 @@ def test_lists_that_do_not_fit_are_refused(
 ) -> None:
     hidden = torch.zeros(num_rows, 4)
     counts, places = torch.zeros((2, len(COUNT)), dtype=torch.int64), list(range(len(native.extension().COUNTS)))
-    given = 0, last, hidden.data_ptr(), num_rows, rows, 0, 0, storage, 1, counts.data_ptr(), counts.stride(0)
+    given = 0, last, hidden.data_ptr(), num_rows, rows, [], storage, 1, counts.data_ptr(), counts.stride(0)
     with pytest.raises(ValueError, match=message):
         runner().run(*given, places, 1, False)
 
 
 def test_counts_without_a_place_are_refused() -> None:
     with pytest.raises(ValueError, match="each count needs a place"):
-        runner().run(0, 1, 0, 0, [], 0, 0, [], 0, 0, 0, [0], 1, False)
+        runner().run(0, 1, 0, 0, [], [], [], 0, 0, 0, [0], 1, False)
 
 
 @pytest.mark.parametrize("name", ["set_map", "grade_map"])

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quicksilver
-from quicksilver.errors import UnsupportedModelError
+from quicksilver.errors import ModelError, UnsupportedModelError
+from quicksilver.families.nesting import nest
 from quicksilver.plan import Plan
+from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, run_chunks, run_steps, run_whole
 
@@ -49,6 +51,14 @@ def test_dense_equals_transformers_in_bfloat16(family: str) -> None:
     assert error < tolerances.LOGITS[torch.bfloat16]
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nested_weights_are_read_as_in_transformers(family: str) -> None:
+    model, ids = tiny.from_config(tiny.CONFIGS[family]()), tiny.token_ids(40)
+    nest(model, QuantizationConfig(head=True, embeddings=True))
+    found = quicksilver.accelerate(model, kernels="torch")(ids[None]).logits[0]
+    torch.testing.assert_close(found, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_dense_equals_transformers_on_real_models(name: str, shared_dir: Any) -> None:
     path = shared_dir / "data" / "models" / name
@@ -69,7 +79,8 @@ def test_real_models_have_their_published_loss(name: str, perplexity: float, sha
     assert torch.exp(model(ids, labels=ids).loss).item() == pytest.approx(perplexity, abs=tolerances.PERPLEXITY)
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = tiny.FULL, tiny.SLIDING
+WINDOWED = [name for name in tiny.VARIANTS if name.endswith(("-window", "-windows"))] + ["gemma2", "gemma3_text"]
 ALL_IN_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 
 
@@ -83,20 +94,18 @@ def windowed(family: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("mistral", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
-        ("mistral", {"sliding_window": 8, "layer_types": [FULL] * 4}, "layer 0 .sliding_window=8"),
         ("mistral", {"sliding_window": None, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=None"),
-        ("qwen2", ALL_IN_WINDOWS, "layer 0 .sliding_window=8"),
-        ("qwen2", {**ALL_IN_WINDOWS, "max_window_layers": 3}, "layer 3 .sliding_window=8"),
-        ("qwen3", {**ALL_IN_WINDOWS, "sliding_window": 63}, "layer 0 .sliding_window=63"),
-        ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, FULL, SLIDING, FULL]}, "layer 2 .sliding_window=8"),
+        ("qwen2", {"layer_types": [FULL, FULL, SLIDING, FULL]}, "layer 2 .sliding_window=None"),
+        ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, "chunked_attention"] * 2}, "layer 1 .*chunked_attention"),
+        ("olmo2", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
+        ("granite", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
         ("llama", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
         ("llama", {"sliding_window": 8, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=8"),
         ("llama", {"attention_chunk_size": 8}, "layer 0 .*chunked_attention"),
         ("gpt2", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
     ],
 )
-def test_windows_that_transformers_gives_are_refused_by_layer(
+def test_windows_that_transformers_does_not_follow_are_refused_by_layer(
     family: str, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{family}: .*{reason}"):
@@ -121,18 +130,83 @@ def test_windows_that_no_layer_has_do_not_matter(family: str, options: dict[str,
     torch.testing.assert_close(logits, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("mistral", None), ("qwen2", [FULL, FULL, SLIDING, FULL])])
-def test_a_window_declared_later_is_refused_at_the_next_call(family: str, kinds: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    ("family", "options", "windows"),
+    [
+        ("mistral", {"sliding_window": 8}, [8] * 4),
+        ("mistral", {"sliding_window": 8, "layer_types": [FULL] * 4}, [8] * 4),
+        ("phi3", {"sliding_window": 1}, [1] * 4),
+        ("qwen2", ALL_IN_WINDOWS, [8] * 4),
+        ("qwen2", {**ALL_IN_WINDOWS, "max_window_layers": 3}, [None, None, None, 8]),
+        ("qwen3", {**ALL_IN_WINDOWS, "sliding_window": 63}, [63] * 4),
+        ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, FULL, SLIDING, FULL]}, [None, None, 8, None]),
+        ("gemma2", {"sliding_window": 5}, [5, None, 5, None]),
+        ("gemma3_text", {"sliding_window": 7, "layer_types": [FULL, SLIDING] * 2}, [None, 7, None, 7]),
+        ("smollm3", {**ALL_IN_WINDOWS, "no_rope_layers": [1, 0, 1, 1]}, [None, 8, None, None]),
+    ],
+)
+def test_windows_are_those_that_transformers_gives_layer_by_layer(
+    family: str, options: dict[str, Any], windows: list[int | None]
+) -> None:
+    model, ids = tiny.from_config(windowed(family, **options)), tiny.token_ids(40)
+    accelerated = quicksilver.accelerate(model)
+    assert [layer.window for layer in accelerated.adapter.spec.layers] == windows
+    wanted = reference(model, ids)
+    torch.testing.assert_close(accelerated(ids[None]).logits[0], wanted, atol=tolerances.LOGITS[torch.float32], rtol=0)
+    full = tiny.from_config(windowed(family, **{**options, "sliding_window": tiny.MAX_POSITIONS}))
+    assert not torch.allclose(reference(full, ids), wanted, atol=0.01) or 63 in windows
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_without_keys_is_refused(window: int) -> None:
+    with pytest.raises(ModelError, match=f"mistral: sliding_window is {window}"):
+        quicksilver.accelerate(tiny.from_config(windowed("mistral", sliding_window=window)))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_greedy_tokens_past_the_window_are_those_of_transformers(name: str) -> None:
+    model, ids = tiny.model(name), tiny.token_ids(11, seed=3)[None]
+    wanted = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    found = quicksilver.accelerate(model).generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("mistral", None), ("phi3", None), ("qwen2", [FULL, FULL, SLIDING, FULL])]
+)
+def test_a_window_declared_later_is_followed_from_the_next_call_on(family: str, kinds: list[str] | None) -> None:
     model, ids = tiny.from_config(tiny.CONFIGS[family]()), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model)
-    accelerated(ids)
+    before = accelerated(ids).logits
     model.config.sliding_window = 4
     if kinds is not None:
         model.config.layer_types = kinds
-    with pytest.raises(UnsupportedModelError, match=f"layer {0 if kinds is None else 2} .sliding_window=4"):
-        accelerated(ids)
+        for layer, kind in zip(model.model.layers, kinds, strict=True):
+            layer.attention_type = kind  # where transformers 5.0 keeps it
+        model.model.has_sliding_layers = True
+    after = accelerated(ids).logits
+    torch.testing.assert_close(after[0], reference(model, ids[0]), atol=tolerances.LOGITS[torch.float32], rtol=0)
+    assert not torch.allclose(after, before, atol=0.01)
 
 
-def test_longrope_is_limited_to_the_length_at_which_its_frequencies_switch() -> None:
-    engine = decoder(tiny.model("llama-rope-longrope"), Plan.dense())
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_attention_to_later_tokens_is_refused_by_name(family: str) -> None:
+    config = tiny.CONFIGS[family]()
+    config.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedModelError, match=f"{family}: use_bidirectional_attention=True is not supported"):
+        quicksilver.accelerate(tiny.from_config(config))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_heads_rotated_in_part_are_refused_by_name(family: str) -> None:
+    config = tiny.CONFIGS[family]()
+    for rope in config.rope_parameters.values() if family == "gemma3_text" else [config.rope_parameters]:
+        rope["partial_rotary_factor"] = 0.5
+    with pytest.raises(UnsupportedModelError, match=rf"{family}: .*partial_rotary_factor=0.5"):
+        quicksilver.accelerate(tiny.from_config(config))
+
+
+@pytest.mark.parametrize("name", ["llama-rope-longrope", "phi3-longrope"])
+def test_longrope_is_limited_to_the_length_at_which_its_frequencies_switch(name: str) -> None:
+    engine = decoder(tiny.model(name), Plan.dense())
     assert engine.spec.max_positions == tiny.MAX_POSITIONS

@@ -18,6 +18,8 @@ from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, sc
 
 pytestmark = pytest.mark.slow  # whole spaces of plans are drawn from
 
+ROTARY = ("llama-rope-dynamic", "llama-rope-longrope", "llama-rope-llama3")
+
 
 def assert_same_until(one: Run, other: Run, end: int) -> None:
     atol = tolerances.LOGITS[one.logits.dtype]
@@ -36,7 +38,16 @@ def assert_blind(engine: Decoder, ids: Tensor, changed: Tensor, keep: int) -> No
 @settings(max_examples=30)
 @given(
     plan=plans,
-    name=st.sampled_from([*tiny.FAMILIES, "llama-rope-dynamic", "llama-rope-longrope", "llama-rope-llama3"]),
+    name=st.sampled_from(
+        [
+            *tiny.FAMILIES,
+            "mistral-window",
+            "smollm3-windows",
+            "llama-rope-dynamic",
+            "llama-rope-longrope",
+            "llama-rope-llama3",
+        ]
+    ),
     length=st.integers(2, 30),
     seed=st.integers(0, 99),
     data=st.data(),

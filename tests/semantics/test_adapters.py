@@ -26,9 +26,11 @@ IDS = tiny.token_ids(12)[None]
 MAPS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gemma2": ["q_proj", "v_proj", "down_proj"],
 }
-NORMS = {"gpt2": ["ln_1", "ln_f"], "llama": ["input_layernorm", "norm"]}
-TABLES = {"gpt2": ["wte", "lm_head"], "llama": ["embed_tokens", "lm_head"]}
+NORMS = {name: ["ln_1", "ln_f"] if name == "gpt2" else ["input_layernorm", "norm"] for name in MAPS}
+TABLES = {name: ["wte" if name == "gpt2" else "embed_tokens", "lm_head"] for name in MAPS}
 
 
 def lora(targets: list[str], **options: Any) -> Any:

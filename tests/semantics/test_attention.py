@@ -7,7 +7,7 @@ that rounding decides.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,11 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from quicksilver import rules
 from quicksilver.errors import PlanError
 from quicksilver.families.cost import dense_cost, executed_cost
-from quicksilver.ops import ragged_attention
+from quicksilver.ops import Screen, ragged_attention
+from quicksilver.ops.attention import Attended
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,
+    dense_pairs,
     fusion_plan,
     halting_plan,
     run_batch,
@@ -45,7 +47,7 @@ THRESHOLDS = {
 }
 """Of values, and of queries' components."""
 EITHER = pytest.mark.parametrize(("threshold", "query_threshold"), [(0.6, 0.0), (0.0, 0.7)], ids=["values", "queries"])
-FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 ATOL = tolerances.LOGITS[torch.float64]
 LENGTH = 40
 
@@ -293,7 +295,7 @@ def test_flops_fall_by_the_head_width_for_each_value_skipped(family: str) -> Non
     assert cost.flops + 2 * macs == dense.flops == counter.get_total_flops()
     assert cost.bitops + macs * 32 * 32 == dense.bitops
     assert cost.weight_bytes == dense.weight_bytes
-    values = 4 * 4 * 20 * 21 // 2  # layers, heads, pairs
+    values = 4 * sum(dense_pairs(engine, 20))  # heads, pairs
     assert trace.values_read(4) == pytest.approx(1 - sum(skipped) / values)
     assert skipped[1] == 0 < trace.values_read(4) < 1
 
@@ -306,8 +308,9 @@ def test_flops_fall_by_one_product_for_each_component_and_key_left_out(family: s
     trace = run_steps(engine, ids).trace
     cost, dense = executed_cost(engine.spec, trace), dense_cost(engine.spec, trace)
     skipped = [layer.scores_skipped for layer in trace.layers]
-    scores = engine.spec.head_dim * 4 * 20 * 21 // 2  # of a layer: components, heads, pairs
-    assert skipped[1] == 0 < skipped[0] < skipped[2] < skipped[3] == scores
+    scores = [engine.spec.head_dim * 4 * pairs for pairs in dense_pairs(engine, 20)]  # of layers: components, heads
+    shares = [count / of_layer for count, of_layer in zip(skipped, scores, strict=True)]
+    assert shares[1] == 0 < shares[0] < shares[2] < shares[3] == 1
     macs = sum(skipped) + trace.layers[2].values_skipped * engine.spec.head_dim
     macs -= 3 * 20 * 4 * engine.spec.head_dim
     with FlopCounterMode(display=False) as counter:
@@ -315,7 +318,7 @@ def test_flops_fall_by_one_product_for_each_component_and_key_left_out(family: s
     assert cost.flops + 2 * macs == dense.flops == counter.get_total_flops()
     assert cost.bitops + macs * 32 * 32 == dense.bitops
     assert cost.weight_bytes == dense.weight_bytes
-    assert trace.query_components_read(4, engine.spec.head_dim) == pytest.approx(1 - sum(skipped) / (4 * scores))
+    assert trace.query_components_read(4, engine.spec.head_dim) == pytest.approx(1 - sum(skipped) / sum(scores))
 
 
 def test_thresholds_for_another_depth_are_refused() -> None:
@@ -323,3 +326,37 @@ def test_thresholds_for_another_depth_are_refused() -> None:
         decoder(tiny.model("gpt2"), skipping_plan((0.1, 0.2, 0.3)))
     with pytest.raises(PlanError, match="5 thresholds, the model has 4 layers"):
         decoder(tiny.model("gpt2"), skipping_plan(0.1, query_threshold=(0.1,) * 5))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"skip_below": 0.4}, {"screen": Screen(0.4, 0.5)}], ids=str)
+@pytest.mark.parametrize("window", [1, 7, 140, 299, 300, 1000])
+def test_a_window_is_that_much_of_the_entries(window: int, options: dict[str, Any], backend: Any) -> None:
+    """Query by query with the entries that it sees; what is older is never looked at, whatever it holds."""
+    generator = torch.Generator().manual_seed(window)
+    positions = torch.arange(400)[torch.rand(400, generator=generator) < 0.75]  # some have left nothing
+    keys, values = torch.randn(2, len(positions), 2, 8, generator=generator, dtype=torch.float64)
+    queries = torch.randn(len(positions), 4, 8, generator=generator, dtype=torch.float64)
+    masses = torch.randint(1, 4, (len(positions),), generator=generator)
+
+    def attend(rows: slice, entries: slice, **given: Any) -> Attended:
+        of_entries = keys[entries], values[entries], positions[rows], positions[entries], 0.3
+        return ragged_attention(
+            queries[rows], *of_entries, True, backend, masses=masses[entries], **{**options, **given}
+        )
+
+    for first in (0, len(positions) - 5, len(positions) - 1):
+        rows = slice(first, None)
+        found = attend(rows, slice(None), window=window)
+        alone = []
+        for t in range(first, len(positions)):
+            oldest = int((positions > positions[t] - window).int().argmax())
+            alone.append(attend(slice(t, t + 1), slice(oldest, t + 1)))
+        wanted = torch.cat([each.output for each in alone])
+        torch.testing.assert_close(found.output, wanted, atol=tolerances.LOGITS[torch.float64], rtol=0)
+        for name in ("pairs", "values_skipped", "scores_skipped", "scored_twice"):
+            assert int(getattr(found, name)) == sum(int(getattr(each, name)) for each in alone)
+        assert found.entries == len(positions) - int((positions > positions[first] - window).int().argmax())
+    old = positions <= positions[-1] - window
+    keys[old], values[old] = float("nan"), float("nan")
+    assert attend(slice(-1, None), slice(None), window=window).output.isfinite().all()

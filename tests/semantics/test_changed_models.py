@@ -60,14 +60,13 @@ def test_a_model_converted_underneath_is_read_anew(family: str) -> None:
 def test_rotations_of_another_size_are_not_read_as_heads() -> None:
     """PyTorch refuses them; the kernels would read past their end."""
     engine = decoder(nested(), Plan.dense(), kernels="native")
-    rotate = engine.adapter.rotation
-    assert rotate is not None
+    (rotate,) = engine.adapter.rotations
 
     def halved(positions: torch.Tensor) -> Rotation:
         rotation = rotate(positions)
         return Rotation(rotation.cos[..., ::2].contiguous(), rotation.sin[..., ::2].contiguous())
 
-    engine.adapter = replace(engine.adapter, rotation=halved)
+    engine.adapter = replace(engine.adapter, rotations=(halved,))
     with pytest.raises(RuntimeError, match="size of tensor"):
         run_steps(engine, tiny.token_ids(4))
 

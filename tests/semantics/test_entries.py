@@ -23,6 +23,7 @@ from tests.engines import (
     Run,
     at_one_layer,
     decoder,
+    dense_pairs,
     fusion_plan,
     halting_plan,
     run_batch,
@@ -35,7 +36,7 @@ from tests.engines import (
 from tests.strategies import coded_plans
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 ATOL = tolerances.LOGITS[torch.float64]
 LENGTH = 40
 LIMITS = [0.0, 0.5, 0.5, 0.0], [0.7, 0.0, 0.7, 0.0]
@@ -175,7 +176,7 @@ def test_entries_of_16_bits_are_half_as_large_and_count_their_bits(family: str) 
     assert kv_read_bytes(spec, run.trace) == 4 * 20 * entry
     cost, dense = executed_cost(spec, run.trace), dense_cost(spec, run.trace)
     assert cost.flops == dense.flops
-    products = 4 * 20 * 21 // 2 * spec.attention_macs_per_pair
+    products = sum(dense_pairs(engine, 20)) * spec.attention_macs_per_pair
     assert dense.bitops - cost.bitops == products * 32 * (32 - 16)
 
 
@@ -189,7 +190,7 @@ def test_products_with_codes_count_their_bits_and_scales_are_counted(family: str
         sum(getattr(layer, name) for layer in trace.layers) for name in ("values_skipped", "scores_skipped")
     )
     assert min(values, components) > 0
-    pairs = 4 * 4 * 20 * 21 // 2  # layers, heads
+    pairs = 4 * sum(dense_pairs(engine, 20))  # heads
     products = 2 * pairs * spec.head_dim - values * spec.head_dim - components
     others = 2 * pairs - values + 20 * 4 * spec.head_dim  # scales; mean squares of queries in one layer
     others += 4 * 20 * 4 * spec.num_kv_heads * spec.head_dim  # keys and values coded: magnitudes, codes

@@ -49,7 +49,7 @@ def check(model, ids, plan: Plan, halts=oracle.never, alike=None) -> oracle.Orac
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("layers", [(1,), (2,), (1, 2), (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MORE])
 def test_forced_random_groups(family: str, layers: tuple[int, ...], weights: rules.FusionWeights) -> None:
     ids, generator = tiny.token_ids(LENGTH, len(layers)), torch.Generator().manual_seed(len(layers))
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.6).tolist())

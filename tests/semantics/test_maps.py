@@ -16,6 +16,7 @@ from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole, with_maps
+from tests.oracle_parts import head_entropy
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 FAMILIES = ("gpt2", "llama")
@@ -48,12 +49,6 @@ def added(tensors: PlanTensors) -> dict[int, Callable[[Tensor], Tensor]]:
 
     layers = [i for i in range(4) if f"output.{i}.bias" in tensors]
     return {layer_idx: lambda hidden, i=layer_idx: add(i, hidden) for layer_idx in layers}
-
-
-def head_entropy(model, hidden: Tensor) -> Tensor:
-    norm = model.transformer.ln_f if model.config.model_type == "gpt2" else model.model.norm
-    probs = torch.softmax(model.lm_head(norm(hidden)), dim=-1)
-    return -(probs * probs.log2()).sum(-1)
 
 
 def forced(depths: Tensor) -> oracle.Halts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ from quicksilver import rules
 from quicksilver.core.decisions import LayerView
 from tests import oracle, tiny, tolerances
 from tests.engines import decoder, halting_plan, run_whole
+from tests.oracle_parts import head_entropy
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 DECIDED = (
@@ -23,6 +25,10 @@ DECIDED = (
 )
 
 
+SCALED = ("gemma2", "gemma3_text", "olmo2", "granite")
+"""Families whose states or logits are larger or smaller than the thresholds above are meant for."""
+
+
 def check(model, ids, rule, fill, halts) -> torch.Tensor:
     run = run_whole(decoder(model, halting_plan(rule, fill)), ids)
     expected = oracle.run(model, ids, fill, halts)
@@ -33,7 +39,7 @@ def check(model, ids, rule, fill, halts) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MORE])
 @pytest.mark.parametrize("seed", range(3))
 def test_forced_random_depths(family: str, fill: rules.FillRule, seed: int) -> None:
     model, ids = tiny.model(family), tiny.token_ids(40, seed)
@@ -50,11 +56,7 @@ def test_forced_random_depths(family: str, fill: rules.FillRule, seed: int) -> N
 @pytest.mark.parametrize("rule", DECIDED, ids=lambda r: type(r).__name__)
 def test_decided_halting(family: str, fill: rules.FillRule, rule: rules.HaltingRule) -> None:
     model, ids = tiny.model(family), tiny.token_ids(48)
-    norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
-
-    def entropy(hidden):
-        probs = torch.softmax(model.lm_head(norm(hidden)), dim=-1)
-        return -(probs * probs.log2()).sum(-1)
+    entropy = partial(head_entropy, model)
 
     def halts(layer_idx, before, after, previous):
         return rule.decide(LayerView(layer_idx, before, after, previous, torch.arange(48), ids, entropy)).halt
@@ -63,7 +65,7 @@ def test_decided_halting(family: str, fill: rules.FillRule, rule: rules.HaltingR
 
 
 @pytest.mark.parametrize("rule", DECIDED, ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in SCALED])
 def test_the_rules_above_halt_some_tokens_but_not_all(family: str, rule: rules.HaltingRule) -> None:
     trace = run_whole(decoder(tiny.model(family), halting_plan(rule)), tiny.token_ids(48)).trace
     assert 1.0 < trace.mean_depth < 4.0

@@ -20,7 +20,7 @@ from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
 from quicksilver.rules.precision.base import mean_name
 from tests import oracle, tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
-from tests.oracle_parts import linear_maps
+from tests.oracle_parts import head_entropy, linear_maps
 
 CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
 TOKEN = EntropyBitsRule((7.1, 6.6), layer=2)
@@ -42,12 +42,6 @@ def rule_for(name: str, family: str) -> rules.PrecisionRule:
     if name == "channel, map by map" and family != "gpt2":
         return ChannelBitsRule(tuple((4.0 / (i + 1), 1.0 / (i + 1)) for i in range(28)), bits=(8, 2, 0))
     return rule
-
-
-def head_entropy(model, hidden: Tensor) -> Tensor:
-    norm = model.transformer.ln_f if model.config.model_type == "gpt2" else model.model.norm
-    probs = torch.softmax(model.lm_head(norm(hidden)).float(), dim=-1)
-    return -(probs * probs.log2()).sum(-1)
 
 
 class Definition:
@@ -100,7 +94,7 @@ class Definition:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", [*GPT2_AND_LLAMA, "mistral-window", "gemma3_text", "phi3"])
 def test_widths_equal_their_definition(name: str, family: str) -> None:
     model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
     run = run_whole(decoder(model, precision_plan(rule)), ids)
@@ -243,12 +237,12 @@ def test_bitops_and_bytes_follow_what_is_read() -> None:
     for width in (8, 6, 4, 2):
         engine = decoder(model, precision_plan(UniformBitsRule(width)))
         costs[width] = executed_cost(spec, run_whole(engine, ids).trace)
-    linear = 6 * spec.num_layers * spec.layer_macs
+    linear = 6 * spec.macs
     assert costs[8].bitops - costs[4].bitops == linear * 4 * 32
     assert costs[8].bitops - costs[6].bitops == linear * 2 * 32
     assert {cost.flops for cost in costs.values()} == {costs[8].flops}
     assert costs[8] == dense_cost(spec, run_whole(decoder(model, Plan.dense()), ids).trace)
-    planes = {width: 6 * spec.num_layers * spec.layer_macs * bits // 8 for width, bits in ((6, 2), (4, 4), (2, 6))}
+    planes = {width: 6 * spec.macs * bits // 8 for width, bits in ((6, 2), (4, 4), (2, 6))}
     for width, saved in planes.items():
         assert costs[8].weight_bytes - costs[width].weight_bytes == saved
 

@@ -23,6 +23,7 @@ from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     decoder,
+    dense_pairs,
     fusion_plan,
     halting_plan,
     run_batch,
@@ -36,7 +37,7 @@ from tests.engines import (
 from tests.strategies import screening_plans
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = [*tiny.FAMILIES, "llama-one-kv-head", "gpt2-unscaled-relu-untied"]
+FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 PLANS = {
     "alone": screening_plan(0.5),
     "layer by layer": screening_plan((0.9, 0.0, 3.0, 20.0), (1.0, 1.0, 0.5, 1.5)),
@@ -117,10 +118,11 @@ def test_at_threshold_0_it_is_dense_bit_for_bit(family: str) -> None:
 def test_a_threshold_that_screens_nothing_changes_nothing_but_by_rounding(threshold: float, large: float) -> None:
     for family in tiny.FAMILIES:
         model, ids = tiny.model(family, torch.float64), tiny.token_ids(20)
-        dense, run = (run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), screening_plan(threshold, large)))
+        engine = decoder(model, screening_plan(threshold, large))
+        dense, run = run_whole(decoder(model, Plan.dense()), ids), run_whole(engine, ids)
         torch.testing.assert_close(run.logits, dense.logits, atol=ATOL, rtol=0)
         assert run.trace.values_read(4) == run.trace.query_components_read(4, 8) == 1.0
-        assert all(layer.scored_twice == 4 * 20 * 21 // 2 for layer in run.trace.layers)
+        assert [layer.scored_twice for layer in run.trace.layers] == [4 * n for n in dense_pairs(engine, 20)]
 
 
 def test_at_the_largest_threshold_every_query_keeps_a_key() -> None:
@@ -224,12 +226,13 @@ def test_flops_fall_by_what_is_screened_and_rise_by_what_that_takes(family: str,
         [getattr(layer, name) for layer in trace.layers]
         for name in ("values_skipped", "scores_skipped", "scored_twice")
     )
-    pairs = 4 * 20 * 21 // 2
-    assert values == [pairs - n if n else 0 for n in again]
-    assert values[1] == components[1] == 0 < values[0] < values[2] < values[3]
+    pairs = [4 * n for n in dense_pairs(engine, 20)]
+    assert values == [of_layer - n if n else 0 for n, of_layer in zip(again, pairs, strict=True)]
+    shares = [value / of_layer for value, of_layer in zip(values, pairs, strict=True)]
+    assert shares[1] == components[1] == 0 < shares[0] < shares[2] < shares[3]
     added = 3 * 20 * 4 * spec.head_dim
     if coded:
-        added += 2 * 4 * pairs - sum(values) + sum(again) + 4 * 20 * 4 * spec.num_kv_heads * spec.head_dim
+        added += 2 * sum(pairs) - sum(values) + sum(again) + 4 * 20 * 4 * spec.num_kv_heads * spec.head_dim
     assert cost.flops // 2 == dense.flops // 2 - sum(values) * spec.head_dim - sum(components) + added
 
 

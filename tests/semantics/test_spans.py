@@ -52,6 +52,7 @@ from tests.ops.nested import threads
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
+WINDOWED = [name for name in tiny.VARIANTS if name.endswith(("-window", "-windows"))]
 FORCED = ForcedRule((2, 99, 3, 99, 99))
 CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
 EXACT = {  # nothing that the kernels' rounding could decide otherwise
@@ -95,8 +96,15 @@ def entries(run: Run, engine: Decoder) -> list[Any]:
     return [run.cache.entries(i, 0) for i in range(engine.spec.num_layers)]
 
 
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.VARIANTS])
+def test_all_that_families_have_is_run_by_the_kernels(name: str) -> None:
+    """ReLU, which a variant has, they do not know."""
+    obstacle = decoder(tiny.nested(name), Plan.dense(), kernels="native").backend.reason
+    assert (obstacle is None) == (name != "gpt2-unscaled-relu-untied")
+
+
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *WINDOWED])
 def test_states_entries_and_counts_are_those_of_single_layers(family: str, name: str) -> None:
     definition, engine = engines(family, EXACT[name])
     ids = tiny.token_ids(26)
@@ -167,8 +175,9 @@ def test_entries_of_16_bits_keep_what_is_no_number() -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "propagate", "entries of 16 bits", "all", "shortcuts"])
-def test_instruction_sets_give_the_same_bits(name: str, sets: None) -> None:
-    _, engine = engines("llama", (EXACT | ROUGH)[name])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "smollm3-windows"])
+def test_instruction_sets_give_the_same_bits(family: str, name: str, sets: None) -> None:
+    _, engine = engines(family, (EXACT | ROUGH)[name])
     ids = tiny.token_ids(20)
     logits = []
     for instruction_set in native.instruction_sets():

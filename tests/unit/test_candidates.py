@@ -224,8 +224,8 @@ def test_dense_work_in_units_adds_up_to_one(family: str, nested: bool, objective
     model = tiny.nested(family) if nested else tiny.model(family)
     spec, units, trace = adapt(model).spec, units_of(model, objective), dense_trace(model)
     tokens = trace.tokens
-    linear = spec.num_layers * spec.layer_macs * units.weight(spec.weight_bits)
-    pairs = trace.dense_attended / tokens * spec.num_layers * spec.attention_macs_per_pair * units.pair
+    linear = spec.macs * units.weight(spec.weight_bits)
+    pairs = trace.dense_pairs() / tokens * spec.num_layers * spec.attention_macs_per_pair * units.pair
     head = trace.head_rows / tokens * spec.head_macs * units.weight(spec.head_bits)
     assert linear == pytest.approx(spec.num_layers * units.layer)
     # for bytes norms, biases, scales and exponents are left out, a good part of so small a model
@@ -257,7 +257,7 @@ def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(neste
     fits = Fits(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
     (shortcut,) = shortcuts_at(0.3, fits)
     if objective == "flops":
-        saved = (spec.mlp_macs - 6 * 32) * units.mac
+        saved = (spec.layers[0].mlp_macs - 6 * 32) * units.mac
     else:
-        saved = (spec.mlp_macs * spec.weight_bits - 6 * 32 * 32) * units.bit
+        saved = (spec.layers[0].mlp_macs * spec.weight_bits - 6 * 32 * 32) * units.bit
     assert shortcut.threshold == pytest.approx(0.3 * saved / 2.0)

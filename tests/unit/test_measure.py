@@ -106,7 +106,7 @@ def test_skipped_values_are_reported_and_save_attention_alone() -> None:
         assert dense["accelerated"]["values_read"] == 1.0
         assert 0.1 < (share := skipping["accelerated"]["values_read"]) < 0.9
         flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]
-        attention = flops[0] - 2 * spec.num_layers * spec.layer_macs
+        attention = flops[0] - 2 * spec.macs
         assert flops[0] - flops[1] == pytest.approx((1 - share) * attention / 2)  # the other half are the scores
 
 
@@ -118,7 +118,7 @@ def test_components_of_queries_left_out_are_reported_and_save_attention_alone() 
         assert dense["accelerated"]["query_components_read"] == skipping["accelerated"]["values_read"] == 1.0
         assert 0.1 < (share := skipping["accelerated"]["query_components_read"]) < 0.9
         flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]
-        attention = flops[0] - 2 * spec.num_layers * spec.layer_macs
+        attention = flops[0] - 2 * spec.macs
         squares = 2 * spec.num_layers * spec.num_heads * spec.head_dim
         assert flops[0] - flops[1] == pytest.approx((1 - share) * attention / 2 - squares)
 

@@ -66,4 +66,7 @@ def test_a_bounded_number_of_device_numbers_is_kept() -> None:
 def test_dense_pairs_are_causal() -> None:
     trace = Trace(num_layers=2)
     trace.begin_pass([0, 10], RaggedLayout.build([0, 10], [3, 2], "cpu"))
-    assert trace.dense_attended == (1 + 2 + 3) + (11 + 12)
+    assert trace.dense_pairs() == (1 + 2 + 3) + (11 + 12)
+    assert trace.dense_pairs(12) == trace.dense_pairs()
+    assert trace.dense_pairs(11) == (1 + 2 + 3) + (11 + 11)
+    assert trace.dense_pairs(2) == (1 + 2 + 2) + (2 + 2)

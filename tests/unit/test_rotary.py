@@ -14,13 +14,15 @@ ROTATED = [name for name in (*tiny.FAMILIES, *tiny.VARIANTS) if not name.startsw
 
 @pytest.mark.parametrize("name", ROTATED)
 def test_positions_are_looked_up(name: str) -> None:
-    rotation = adapt(tiny.model(name)).rotation
-    assert isinstance(rotation, RotationTable)
-    whole = rotation._compute(torch.arange(tiny.MAX_POSITIONS))
-    for positions in (torch.tensor([0]), torch.tensor([63]), torch.tensor([5, 6, 7, 40, 2]), torch.arange(3, 60)):
-        found = rotation(positions)
-        assert torch.equal(found.cos, whole.cos[positions])
-        assert torch.equal(found.sin, whole.sin[positions])
+    config, rotations = tiny.model(name).config, adapt(tiny.model(name)).rotations
+    assert len(rotations) == (len(set(config.layer_types)) if name.startswith("gemma3") else 1)
+    for rotation in rotations:
+        assert isinstance(rotation, RotationTable)
+        whole = rotation._compute(torch.arange(tiny.MAX_POSITIONS))
+        for positions in (torch.tensor([0]), torch.tensor([63]), torch.tensor([5, 6, 7, 40, 2]), torch.arange(3, 60)):
+            found = rotation(positions)
+            assert torch.equal(found.cos, whole.cos[positions])
+            assert torch.equal(found.sin, whole.sin[positions])
 
 
 def test_the_table_grows_up_to_the_model() -> None:

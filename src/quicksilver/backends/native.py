@@ -20,8 +20,9 @@ from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import Fill, KernelBits
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import COUNT
+from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
-from quicksilver.families.spec import Adapter, LayerOps, Leaves, MapRole
+from quicksilver.families.spec import Adapter, LayerOps, Leaves
 from quicksilver.ops import native
 from quicksilver.ops.nested_linear import has_whole_levels, prepared
 from quicksilver.quant import NestedLinear
@@ -84,9 +85,8 @@ class NativeBackend:
             self._otherwise.run(span, state, context)
             return
         halted = state.halted if self._fill is Fill.PROJECT else None
-        layout, rotation = (state.layout, state.rotation) if halted is None else (state.chunk, context.rotation)
+        layout, rotations = (state.layout, state.rotations) if halted is None else (state.chunk, context.rotations)
         hidden = self._rows(state, halted)
-        cos, sin = (0, 0) if rotation is None else (rotation.cos.data_ptr(), rotation.sin.data_ptr())
         counts = context.trace.counts
         if self._runner is None:  # not before it is needed: it takes as much memory as the weights
             self._runner = self._new_runner()
@@ -96,8 +96,7 @@ class NativeBackend:
             hidden.data_ptr(),
             len(hidden),
             _fields(layout, halted, state, context),
-            cos,
-            sin,
+            [address for each in rotations for address in (each.cos.data_ptr(), each.sin.data_ptr())],
             extend(context.caches, span, layout.lengths),
             len(layout.lengths),
             counts[span.start].data_ptr(),
@@ -112,7 +111,7 @@ class NativeBackend:
     def _can_run(self, state: State, context: PassContext) -> bool:
         """Whether the kernels can run layers for a state, whatever has become of the model."""
         if (
-            not state.num_running
+            (not state.num_running and self._fill is not Fill.PROJECT)
             or self._layers[0].nested[0].is_expanded
             or state.masses is not None
             or state.mass is not None
@@ -121,11 +120,10 @@ class NativeBackend:
             or (state.halted is not None and self._fill is Fill.ZERO)
         ):
             return False
-        hidden, rotation = state.hidden, state.rotation
+        hidden = state.hidden
         fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
-        if rotation is None or not fit:
-            return fit
-        return rotation.cos.dtype == torch.float32 and rotation.cos.shape[-1] == self._spec.head_dim
+        each = (rotation.cos for rotation in state.rotations)
+        return fit and all(cos.dtype == torch.float32 and cos.shape[-1] == self._spec.head_dim for cos in each)
 
     @staticmethod
     def _rows(state: State, halted: Tensor | None) -> Tensor:
@@ -151,6 +149,7 @@ class NativeBackend:
         layer, leaves = native.extension().Layer(), ops.leaves
         for name, norm in leaves.norms.items():
             layer.set_norm(name, *self._norm(norm))
+        layer.set_sublayers(leaves.norms_projections, leaves.residual_scale or 1.0)
         for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for shortcut in (plan.attention, plan.mlp):
@@ -158,12 +157,14 @@ class NativeBackend:
                 self._set_shortcut(layer, shortcut)
         screen = plan.screen
         layer.set_attention(
-            ops.scaling,
+            ops.spec.scaling,
             plan.skip_values_below,
             plan.drop_query_dims_below,
             0.0 if screen is None else screen.below,
             0.0 if screen is None else screen.large_from,
+            ops.spec.softcap or 0.0,
         )
+        layer.set_place(ops.spec.window or 0, -1 if ops.spec.rotary is None else ops.spec.rotary)
         return layer
 
     def _norm(self, norm: nn.Module) -> tuple[int, int, float]:

@@ -46,7 +46,7 @@ class PassContext:
 
     Attributes:
         token_ids: [N] of all tokens of the pass.
-        rotation: of all tokens of the pass, None where positions are embedded.
+        rotations: of all tokens of the pass; each layer names its own.
         protected: which tokens each mechanism may not touch.
         fuses: for each sequence, whether its tokens may fuse in this pass.
         caches: of its sequences, extended by every layer.
@@ -54,7 +54,7 @@ class PassContext:
     """
 
     token_ids: Tensor
-    rotation: Rotation | None
+    rotations: tuple[Rotation, ...]
     protected: Protected
     fuses: tuple[bool, ...]
     caches: Sequence[SequenceCache]
@@ -69,7 +69,7 @@ class State:
         chunk: layout of all of them.
         hidden: [M, d] residual stream of those that run on.
         layout: where each row of `hidden` comes from.
-        rotation: of the rows' queries and keys, None where positions are embedded.
+        rotations: of the rows' queries and keys; each layer names its own.
         mass: [M] tokens that each row stands for, None where each stands for one.
         before: [M, d] what entered the last layer that ran.
         update: [M, d] what the last layer added, None where no rule reads it.
@@ -84,7 +84,7 @@ class State:
     chunk: RaggedLayout
     hidden: Tensor
     layout: RaggedLayout
-    rotation: Rotation | None
+    rotations: tuple[Rotation, ...]
     present: RaggedLayout
     mass: Tensor | None = None
     before: Tensor | None = None
@@ -140,7 +140,7 @@ class State:
     def _keep(self, rows: Tensor) -> None:
         """Let the given rows ([M], ascending) run on."""
         self.hidden, self.layout = self.hidden.index_select(0, rows), self.layout.select(rows)
-        self.rotation = None if self.rotation is None else self.rotation.select(rows)
+        self.rotations = tuple(rotation.select(rows) for rotation in self.rotations)
         self.mass = None if self.mass is None else self.mass.index_select(0, rows)
         self.update = None if self.update is None else self.update.index_select(0, rows)
 

@@ -102,12 +102,9 @@ class TorchBackend:
 
     def _attend(self, layer_idx: int, state: State, context: PassContext) -> Tensor:
         """Write the layer's entries; return what attention adds to the running rows."""
-        layer, plan, layout, rotation = (
-            self._layers[layer_idx],
-            self._plan.layers[layer_idx],
-            state.layout,
-            state.rotation,
-        )
+        layer, plan, layout = self._layers[layer_idx], self._plan.layers[layer_idx], state.layout
+        rotary = layer.spec.rotary
+        rotation = None if rotary is None else state.rotations[rotary]
         normed = layer.attn_norm(state.hidden)
         apply = query_apply = self._apply(layer_idx, layout.origin, state, context)
         split = None
@@ -165,7 +162,9 @@ class TorchBackend:
         assert state.frozen is not None
         normed = layer.attn_norm(state.frozen.index_select(0, state.halted))
         key, value = layer.project_kv(normed, self._apply(layer_idx, state.halted, state, context))
-        return key if context.rotation is None else context.rotation.select(state.halted).apply(key), value
+        if (rotary := layer.spec.rotary) is not None:
+            key = context.rotations[rotary].select(state.halted).apply(key)
+        return key, value
 
     def _fill(self, layer_idx: int, state: State, context: PassContext) -> None:
         """Write the entries of a layer that no token runs."""
@@ -179,6 +178,7 @@ class TorchBackend:
     ) -> Tensor:
         """Attend within each sequence, for running tokens that `asking` lists; return [N, num_heads * head_dim]."""
         plan, trace, outputs, start = self._plan.layers[layer_idx], context.trace, [], 0
+        spec = self._layers[layer_idx].spec
         written = state.layout if plan.fill is Fill.NONE else state.present
         row = trace.rows[layer_idx]
         if plan.drop_query_dims_below > 0.0 or plan.screen is not None:
@@ -188,21 +188,24 @@ class TorchBackend:
                 continue
             rows, start = slice(start, start + length), start + length
             entries = context.caches[seq].entries(layer_idx)
+            upto = context.caches[seq].length + state.chunk.lengths[seq]  # tokens there are by the end of the pass
             attended = ragged_attention(
                 query[rows],
                 entries.keys,
                 entries.values,
                 asking.positions[rows],
                 entries.positions,
-                self._layers[layer_idx].scaling,
+                spec.scaling,
                 newest=length == written.lengths[seq],
                 backend=self._attention,
                 masses=entries.masses,
                 skip_below=plan.skip_values_below,
                 query_below=plan.drop_query_dims_below,
                 screen=plan.screen,
+                window=spec.window if spec.window is not None and spec.window < upto else None,
+                softcap=spec.softcap,
             )
-            row[_ENTRIES_READ] += entries.keys.shape[0]
+            row[_ENTRIES_READ] += attended.entries
             if type(attended.pairs) is int:
                 row[_ATTENDED] += attended.pairs
             else:

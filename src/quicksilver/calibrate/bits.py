@@ -136,9 +136,7 @@ def _fit_tokens(
     after = rule.after_layer(adapter.spec.num_layers)
     if after is None or not isinstance(rule.target, tuple):
         raise PlanError(f"{type(rule).__name__}: only rules by channel, and shares of tokens, can be fitted")
-    depth = after + 1
-    spec = replace(adapter.spec, num_layers=depth)
-    decoder = Decoder(replace(adapter, spec=spec, layers=adapter.layers[:depth]), Plan.dense())
+    decoder = Decoder(adapter.cut_behind(after), Plan.dense())
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for window in text:
         hidden = run_window(decoder, window.token_ids)[window.rows]

@@ -161,13 +161,15 @@ _HOPE = 8.0  # where all tokens together lose more than this many times what the
 def _unit_work(unit: Unit, fits: Fits) -> float:
     """Return what a sublayer does for a token beyond its map, as a share of the dense model's work."""
     spec, layer_idx, part = fits.spec, *unit
+    layer = spec.layers[layer_idx]
     name = f"shortcut.{layer_idx}.{part}"
     of_map = sum(t.numel() for key, t in fits.tensors.items() if key.startswith(name) and t.dim() == 2)
     weight, fitted = fits.units.weight(spec.weight_bits), fits.units.weight(8 * spec.dtype.itemsize)
     if part == "mlp":
-        return spec.mlp_macs * weight - of_map * fitted
-    pairs = fits.context / 4 * spec.attention_macs_per_pair  # about; values that are not read already left out
-    return spec.query_macs * weight + pairs * fits.units.pair - of_map * fitted
+        return layer.mlp_macs * weight - of_map * fitted
+    seen = fits.context / 4 if layer.window is None else min(fits.context / 4, layer.window)
+    pairs = seen * spec.attention_macs_per_pair  # about; values that are not read already left out
+    return layer.query_macs * weight + pairs * fits.units.pair - of_map * fitted
 
 
 def _halting(price: float, fits: Fits) -> dict[str, Any]:

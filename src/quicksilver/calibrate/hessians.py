@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quicksilver.calibrate.hooks import observing
 from quicksilver.errors import InputError, ModelError
-from quicksilver.families.nesting import HEAD, input_groups, layout_of
+from quicksilver.families.family import family_of
+from quicksilver.families.nesting import HEAD, input_groups
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def collect_hessians(
         UnsupportedModelError: the family is not supported.
     """
     sums: dict[str, Tensor] = {}
-    body, names = model.get_submodule(layout_of(model).body), [name for name, *_ in input_groups(model)]
+    body, names = model.get_submodule(family_of(model.config).body), [name for name, *_ in input_groups(model)]
 
     def observe(i: int, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         _add(sums, names[i], args[0])

@@ -47,13 +47,13 @@ def unit_costs(objective: Objective, spec: ModelSpec, dense: Cost, tokens: int) 
         dense: what the dense model spends on `tokens` tokens.
         tokens: as many.
     """
-    activation_bits = 8 * spec.dtype.itemsize
+    activation_bits, layer = 8 * spec.dtype.itemsize, spec.macs / spec.num_layers
     if objective == "bitops":
         total = dense.bitops / tokens
         bit, pair = activation_bits / total, activation_bits**2 / total
-        return UnitCosts(0.0, bit, pair, ENTRY_BITS * bit, spec.layer_macs * spec.weight_bits * bit)
+        return UnitCosts(0.0, bit, pair, ENTRY_BITS * bit, layer * spec.weight_bits * bit)
     if objective == "weight_bytes":
         total = dense.weight_bytes / tokens
-        return UnitCosts(0.0, 1 / (8 * total), 0.0, 0.0, spec.layer_macs * spec.weight_bits / (8 * total))
+        return UnitCosts(0.0, 1 / (8 * total), 0.0, 0.0, layer * spec.weight_bits / (8 * total))
     total = dense.flops / 2 / tokens
-    return UnitCosts(1 / total, 0.0, 1 / total, 1 / total, spec.layer_macs / total)
+    return UnitCosts(1 / total, 0.0, 1 / total, 1 / total, layer / total)

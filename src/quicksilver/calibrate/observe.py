@@ -78,7 +78,7 @@ def watch_sublayers(
         layer_idx, part = unit
         watch = _watch_mlp if part == "mlp" else _watch_attention
         layers[layer_idx] = watch(layers[layer_idx], lambda rows, unit=unit: see(unit, rows))
-    run(replace(adapter, spec=replace(adapter.spec, num_layers=depth), layers=tuple(layers)), token_ids, plan)
+    run(replace(adapter.cut_behind(depth - 1), layers=tuple(layers)), token_ids, plan)
 
 
 def _watch_mlp(layer: LayerOps, see: Callable[[SublayerRows], None]) -> LayerOps:

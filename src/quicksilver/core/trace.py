@@ -65,6 +65,12 @@ _WEIGHT_BYTES, _FITTED_MACS, _FITTED_BYTES = COUNT["weight_bytes"], COUNT["fitte
 _LIMIT = 512  # counts on a device that are kept before they are asked for
 
 
+def _pairs(length: int, window: int | None) -> int:
+    """Return the pairs of a whole sequence; a window is in keys, the query's own included."""
+    rising = length if window is None else min(length, window)
+    return rising * (rising + 1) // 2 + (length - rising) * rising
+
+
 class LayerCounts:
     """One layer's counts, read by the names of `COUNT`.
 
@@ -111,7 +117,6 @@ class Trace:
         rows: the same memory as an array, for counting one by one.
         tokens: tokens fed.
         head_rows: rows that the head was applied to for logits.
-        dense_attended: (query, key) pairs of each layer of the dense model for the same tokens.
     """
 
     def __init__(self, num_layers: int, per_token: bool = False, entry_bits: int | None = None) -> None:
@@ -123,7 +128,7 @@ class Trace:
         self._channels: list[tuple[int, Tensor, int, Sequence[int]]] = []
         self.tokens = 0
         self.head_rows = 0
-        self.dense_attended = 0
+        self._ends: Counter[int] = Counter()  # lengths up to which sequences were fed, less those from which on
         self.kv_bytes = 0
         self.kv_used_bytes = 0
         self.kv_entries = 0
@@ -190,13 +195,18 @@ class Trace:
         self.rows[layer_idx, _FITTED_BYTES] += rows * nbytes
 
     def begin_pass(self, starts: Sequence[int], layout: RaggedLayout) -> None:
-        """Count the tokens entering a pass and the pairs that dense causal attention would score."""
+        """Count the tokens entering a pass, and note where they stand."""
         for start, length in zip(starts, layout.lengths, strict=True):
             self.tokens += length
-            self.dense_attended += length * start + length * (length + 1) // 2
+            self._ends[start + length] += 1
+            self._ends[start] -= 1
         if self.per_token:
             depth = torch.full((layout.num_tokens,), self._num_layers, device=layout.origin.device)
             self.depths.append(depth)
+
+    def dense_pairs(self, window: int | None = None) -> int:
+        """Return the (query, key) pairs that dense causal attention scores in a layer whose queries see so far back."""
+        return sum(count * _pairs(length, window) for length, count in self._ends.items())
 
     def record_halt(self, layer_idx: int, origin: Tensor) -> None:
         """Record the tokens ([M] origins) that halted after a layer."""

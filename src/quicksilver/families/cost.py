@@ -1,7 +1,8 @@
 """What a run cost: FLOPs, bit operations and bytes, by arithmetic over its trace.
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
-activations, residual additions and what the softmax does to weights (leaving some out included) count on neither side.
+activations, bounds, factors, residual additions and what the softmax does to weights (leaving some out included) count
+on neither side.
 The mean square of a query by which components of it are left out is a signal. Keys and values kept as codes are
 multiplied as codes: their scales take one multiplication for each score, for each score completed in a second step, and
 for each value read.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from quicksilver.core.bits import ENTRY_BITS
 from quicksilver.core.trace import LayerCounts, Trace
-from quicksilver.families.spec import ModelSpec
+from quicksilver.families.spec import LayerSpec, ModelSpec
 
 _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
 
@@ -67,9 +68,9 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     entry_bits = activation_bits if trace.entry_bits is None else trace.entry_bits
     coded = trace.entry_bits == ENTRY_BITS
     macs = weight_bytes = bitops = 0
-    for layer in trace.layers:
-        linear = layer.query_rows * spec.layer_macs + layer.fill_rows * spec.kv_macs
-        linear -= layer.skipped_mlp * spec.mlp_macs + layer.skipped_attention * spec.query_macs
+    for layer, of_layer in zip(trace.layers, spec.layers, strict=True):
+        linear = layer.query_rows * of_layer.macs + layer.fill_rows * of_layer.kv_macs
+        linear -= layer.skipped_mlp * of_layer.mlp_macs + layer.skipped_attention * of_layer.query_macs
         by_width = layer.macs_by_bits
         linear -= by_width[0]
         read = (
@@ -86,16 +87,16 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         macs += linear + of_head + attention + other
         read += of_head * spec.head_bits + attention * entry_bits + other * activation_bits
         bitops += read * activation_bits
-        weight_bytes += _weight_bytes(spec, layer)
+        weight_bytes += _weight_bytes(spec, of_layer, layer)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     head_macs = trace.head_rows * spec.head_macs
     return Cost(macs, head_macs, weight_bytes, bitops + head_macs * spec.head_bits * activation_bits)
 
 
-def _weight_bytes(spec: ModelSpec, layer: LayerCounts) -> int:
+def _weight_bytes(spec: ModelSpec, of_layer: LayerSpec, layer: LayerCounts) -> int:
     """Return the weight bytes read in a layer and after it."""
-    plain = layer.query_rows * spec.layer_weight_bytes + layer.fill_rows * spec.kv_weight_bytes
-    plain -= layer.skipped_mlp * spec.mlp_weight_bytes + layer.skipped_attention * spec.query_weight_bytes
+    plain = layer.query_rows * of_layer.weight_bytes + layer.fill_rows * of_layer.kv_weight_bytes
+    plain -= layer.skipped_mlp * of_layer.mlp_weight_bytes + layer.skipped_attention * of_layer.query_weight_bytes
     signals = layer.signal_head * spec.head_weight_bytes + layer.signal_score * _NORM_BYTES
     return plain + layer.weight_bytes + layer.fitted_bytes + signals
 
@@ -103,10 +104,10 @@ def _weight_bytes(spec: ModelSpec, layer: LayerCounts) -> int:
 def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:
     """Return what the dense model would have computed for the same tokens, by arithmetic."""
     activation_bits = 8 * spec.dtype.itemsize
-    linear = trace.tokens * spec.num_layers * spec.layer_macs
-    attention = trace.dense_attended * spec.num_layers * spec.attention_macs_per_pair
+    linear = trace.tokens * spec.macs
+    attention = sum(trace.dense_pairs(layer.window) for layer in spec.layers) * spec.attention_macs_per_pair
     head_macs = trace.head_rows * spec.head_macs
-    weight_bytes = trace.tokens * spec.num_layers * (spec.layer_weight_bytes + spec.nested_weight_bytes)
+    weight_bytes = trace.tokens * sum(layer.weight_bytes + layer.nested_weight_bytes for layer in spec.layers)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     read = linear * spec.weight_bits + attention * activation_bits + head_macs * spec.head_bits
     return Cost(linear + attention, head_macs, weight_bytes, read * activation_bits)

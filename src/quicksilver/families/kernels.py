@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import KernelsMissingWarning, KernelsUnavailableError
+from quicksilver.families.family import Family, declared_in
 from quicksilver.families.modules import defined_in, is_observed
+from quicksilver.families.names import FAMILIES
 from quicksilver.families.spec import ModelSpec
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice, Kernels
@@ -63,12 +66,25 @@ def norm_operands(norm: object) -> NormOperands | None:
     found, made_in = None, defined_in(type(norm).forward) if isinstance(norm, nn.Module) else ""
     if made_in == "torch.nn.modules.normalization" and isinstance(norm, nn.LayerNorm):
         found = None if norm.bias is None else NormOperands(norm.weight, norm.bias, norm.eps)
-    elif made_in.startswith("transformers.models."):
-        epsilon = getattr(norm, "variance_epsilon", None)
-        found = None if epsilon is None else NormOperands(norm.weight, None, epsilon)  # type: ignore[attr-defined]
+    elif made_in.startswith("transformers.models.") and (family := _family_of_norm(norm, made_in)) is not None:
+        found = _offset_operands(norm, family.norm_offset)
     tensors = [] if found is None else [found.weight, found.bias]
     fit = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
     return found if fit else None
+
+
+def _family_of_norm(norm: Any, made_in: str) -> Family | None:
+    """Return the family that defines a norm by the root mean square, None where it is none or of no known family."""
+    package, module = made_in.split(".")[-2:]
+    known = package in FAMILIES.values() and module == f"modeling_{package}" and type(norm).__name__.endswith("RMSNorm")
+    return declared_in(package) if known else None
+
+
+def _offset_operands(norm: Any, offset: float) -> NormOperands | None:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if epsilon is None:
+        return None
+    return NormOperands(norm.weight + offset if offset else norm.weight, None, epsilon)
 
 
 def activation_name(module: nn.Module) -> str | None:

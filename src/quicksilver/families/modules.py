@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, contains
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quicksilver.errors import UnsupportedModelError
+from quicksilver.families.family import Family, family_of, modeling_module
 from quicksilver.families.weights import WeightPlaces
 from quicksilver.quant import NestedLinear, NestedSplit
 
@@ -44,24 +45,8 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class ModuleLayout:
-    """A family's modules by path, `*` for the index of a layer.
-
-    Attributes:
-        run: modules that the runtime runs itself, and the classes whose `forward` it stands in for; "" for what does
-            nothing when a frozen model runs (dropout, lists).
-        maps: linear maps of a layer, which it calls.
-        called: other modules that it calls.
-    """
-
-    run: Mapping[str, str]
-    maps: tuple[str, ...]
-    called: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True)
 class _Place:
-    """A module and where it is; `stands_for` as in `ModuleLayout.run`, None where the runtime calls it."""
+    """A module and where it is; `stands_for` as in `Family.run`, None where the runtime calls it."""
 
     name: str
     module: nn.Module
@@ -73,7 +58,6 @@ class ModuleWatch:
 
     Args:
         model: as it was given: a causal language model of transformers, or one in PEFT's wrapper.
-        layout: of its family.
         bypasses: compiled kernels read the weights of called modules too, past these modules.
         is_stale: modules were replaced before this was made, as in a copy.
 
@@ -81,13 +65,13 @@ class ModuleWatch:
         UnsupportedModelError: what would not run; the message names the module.
     """
 
-    def __init__(self, model: Any, layout: ModuleLayout, bypasses: bool, is_stale: bool = False) -> None:
-        self._arguments, self._is_stale = (model, layout, bypasses), is_stale
+    def __init__(self, model: Any, bypasses: bool, is_stale: bool = False) -> None:
+        self._arguments, self._is_stale = (model, bypasses), is_stale
         base = causal_lm(model)
         self._adapters: Mapping[str, Any] = {} if base is model else model.peft_config
         self._config, self._weights = base.config, WeightPlaces(base)
         self._looked_up, self._family = _LookedUp(base.config), base.config.model_type
-        places = list(_places(model, base, layout))
+        places = list(_places(model, base, family_of(base.config)))
         self._run = [place for place in places if place.stands_for is not None]
         self._called = [place.module for place in places if place.stands_for is None] if bypasses else []
         self._modules = [*(place.module for place in self._run), *self._called]
@@ -151,7 +135,7 @@ class ModuleWatch:
         self._next_hook = -1  # none, unless all is well
         causal_lm(self._arguments[0])
         for place in self._run:
-            _check(place, self._family)
+            _check(place, self._config)
         _check_global_hooks(self._family)
         self._looked_up.check()
         self.is_observed = any(is_observed(each) or not _is_library(type(each).forward) for each in self._called)
@@ -229,7 +213,7 @@ def _adapted(model: Any) -> Any:
     return causal_lm(tuner.model)
 
 
-def _places(model: nn.Module, base: nn.Module, layout: ModuleLayout) -> Iterator[_Place]:
+def _places(model: nn.Module, base: nn.Module, family: Family) -> Iterator[_Place]:
     """Give the modules that the runtime runs or calls, PEFT's wrappers first."""
     outer = model
     prefix = ""
@@ -237,11 +221,11 @@ def _places(model: nn.Module, base: nn.Module, layout: ModuleLayout) -> Iterator
         yield _Place(prefix.removesuffix(".") or "the model", outer, "")
         child = "base_model" if prefix == "" else "model"
         outer, prefix = getattr(outer, child), f"{prefix}{child}."
-    called = (*layout.maps, *layout.called)
+    called = (*family.map_paths, *family.called)
     for name, module in base.named_modules():
         path, full = _INDEX.sub(".*", name), (prefix + name).removesuffix(".") or "the model"
-        if path in layout.run:
-            yield _Place(full, module, layout.run[path])
+        if path in family.run:
+            yield _Place(full, module, family.run[path])
         elif isinstance(module, NestedSplit):  # its parts are called
             yield _Place(full, module, "")
             yield from (_Place(f"{full}.parts.{i}", part, None) for i, part in enumerate(module.parts))
@@ -249,26 +233,26 @@ def _places(model: nn.Module, base: nn.Module, layout: ModuleLayout) -> Iterator
             yield _Place(full, module, None)
 
 
-def check_nested_maps(base: nn.Module, layout: ModuleLayout) -> None:
+def check_nested_maps(base: nn.Module, family: Family) -> None:
     """Raise UnsupportedModelError naming the first map of a layer that is not nested, where others are."""
     for name, module in base.named_modules():
-        if _INDEX.sub(".*", name) in layout.maps and not isinstance(module, (NestedLinear, NestedSplit)):
+        if _INDEX.sub(".*", name) in family.map_paths and not isinstance(module, (NestedLinear, NestedSplit)):
             raise UnsupportedModelError(
                 f"{name!r} is {type(module).__name__} where the model's other maps are nested; merge adapters and put"
                 " back replaced modules before a model is nested"
             )
 
 
-def _check(place: _Place, family: str) -> None:
+def _check(place: _Place, config: Any) -> None:
     """Raise UnsupportedModelError where something on a module that the runtime runs itself would not run."""
-    name, module = place.name, place.module
+    name, module, family = place.name, place.module, config.model_type
     instead = f"the runtime runs this module itself and calls {_CALLED} only"
     if hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
             f"{family}: {name!r} has a hook of accelerate's (offloading, or a device map), which would not run; load"
             " the model onto one device, or accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
-    if not _is_original(module, place.stands_for or "", family):
+    if not _is_original(module, place.stands_for or "", modeling_module(config)):
         raise UnsupportedModelError(
             f"{family}: the forward of {name!r} ({type(module).__name__}) is not that of transformers'"
             f" {place.stands_for or 'own module'} and would not run: {instead}; put transformers' back"
@@ -280,15 +264,14 @@ def _check(place: _Place, family: str) -> None:
             )
 
 
-def _is_original(module: nn.Module, wanted: str, family: str) -> bool:
+def _is_original(module: nn.Module, wanted: str, source: str) -> bool:
     """Whether calling a module is transformers' `forward` of a class, or of any of a library's where none is wanted."""
     if "forward" in vars(module) or not _is_library(type(module).__call__):
         return False
     *_, innermost = functions = _unwrapped(type(module).forward)
     if not all(map(_is_library, functions)):
         return False
-    made = f"transformers.models.{family}.modeling_{family}", f"{wanted}.forward"
-    return wanted == "" or (innermost.__module__, innermost.__qualname__) == made
+    return wanted == "" or (innermost.__module__, innermost.__qualname__) == (source, f"{wanted}.forward")
 
 
 def _check_global_hooks(family: str) -> None:
@@ -309,7 +292,7 @@ class _LookedUp:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self._config, self._interfaces = config, (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-        self._modeling = sys.modules[f"transformers.models.{config.model_type}.modeling_{config.model_type}"]
+        self._modeling = sys.modules[modeling_module(config)]
         self._by_name = vars(self._modeling)
 
     def found(self) -> list[Any]:

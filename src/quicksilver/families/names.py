@@ -1,4 +1,4 @@
-"""Names of the families the runtime can run; `registry.py` says how each is read."""
+"""Names of the families the runtime can run. A new one is registered here, by one line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ from typing import Any
 
 from quicksilver.errors import UnsupportedModelError
 
-FAMILIES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "llama"}
-"""transformers' `model_type`, and which adapter reads it."""
+FAMILIES = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "smollm3": "smollm3",
+}
+"""transformers' `model_type`, and the file of this package that declares it, named as transformers' own package."""
 
 
 def check_family(config: Any) -> None:

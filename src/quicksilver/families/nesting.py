@@ -5,8 +5,7 @@ How codes are chosen is `quant/rounding.py`'s business; how a nested model is st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import ModelError
+from quicksilver.families.family import MapRole, family_of, modeling_module
 from quicksilver.families.modules import runs_only
-from quicksilver.families.names import check_family
 from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 from quicksilver.quant.codes import NestedCodes
 from quicksilver.quant.config import QuantizationConfig, is_nested
@@ -29,70 +28,27 @@ Encode = Callable[[str, Tensor], NestedCodes]
 """Maps a map's name and its weight [in, out], or the embedding's and its table [vocab, d], to codes."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a family keeps its linear maps.
-
-    Attributes:
-        body: path of the model without its head.
-        layers: path of the layers.
-        embedding: path of the token embedding.
-        inputs: maps of a layer, by path within it; those that read the same input stand together.
-        parts: maps that are several, their outputs end to end, and how many.
-        inputs_first: weights are [in, out], not [out, in].
-    """
-
-    body: str
-    layers: str
-    embedding: str
-    inputs: tuple[tuple[str, ...], ...]
-    parts: Mapping[str, int] = field(default_factory=dict)
-    inputs_first: bool = False
-
-    def num_parts(self, name: str) -> int:
-        """Return how many maps the map of a full path is."""
-        return next((count for path, count in self.parts.items() if name.endswith(f".{path}")), 1)
-
-
-_GPT2 = Layout(
-    body="transformer",
-    layers="transformer.h",
-    embedding="transformer.wte",
-    inputs=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-    parts={"attn.c_attn": 3},
-    inputs_first=True,
+_INPUTS: tuple[frozenset[MapRole], ...] = (
+    frozenset({"query", "key", "value"}),
+    frozenset({"output"}),
+    frozenset({"gate", "up"}),
+    frozenset({"down"}),
 )
-_LLAMA = Layout(
-    body="model",
-    layers="model.layers",
-    embedding="model.embed_tokens",
-    inputs=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-)
-LAYOUTS = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+"""Maps of a layer that read the same input."""
 
 
-def layout_of(model: Any) -> Layout:
-    """Return where a model keeps its linear maps.
+def input_groups(model: Any) -> list[tuple[str, ...]]:
+    """Return the layers' maps by full path, in order; those that read the same input stand together.
 
     Raises:
         UnsupportedModelError: the family is not supported.
     """
-    check_family(model.config)
-    return LAYOUTS[model.config.model_type]
-
-
-def input_groups(model: Any) -> list[tuple[str, ...]]:
-    """Return the layers' maps by full path, in order; those that read the same input stand together."""
-    layout = layout_of(model)
+    family = family_of(model.config)
+    groups = [tuple(path for path, roles in family.maps.items() if alike.issuperset(roles)) for alike in _INPUTS]
     return [
-        tuple(f"{layout.layers}.{i}.{path}" for path in paths)
-        for i in range(len(model.get_submodule(layout.layers)))
-        for paths in layout.inputs
+        tuple(f"{family.layers}.{i}.{path}" for path in paths)
+        for i in range(len(model.get_submodule(family.layers)))
+        for paths in groups
     ]
 
 
@@ -104,7 +60,7 @@ def nested_names(model: Any, config: QuantizationConfig | None = None) -> list[s
 
 def is_tied(model: Any) -> bool:
     """Whether the head is the token embedding's table."""
-    embedding = model.get_submodule(layout_of(model).embedding)
+    embedding = model.get_submodule(family_of(model.config).embedding)
     return getattr(model.get_submodule(HEAD), "weight", None) is getattr(embedding, "weight", model)
 
 
@@ -156,19 +112,19 @@ def nest_each(
     if hessians is None:
         raise ModelError("method compensated needs calibration text")
     check(model, config)
-    layout = layout_of(model)
+    family = family_of(model.config)
     names = nested_names(model, config)
-    for name in [*names, layout.embedding] if config.embeddings else names:
+    for name in [*names, family.embedding] if config.embeddings else names:
         _check_weight(model, name)
         after(model.get_submodule(name).weight)
     if config.method == "compensated":
         for name in names:
-            _check_hessian(name, hessians, len(_weight(model, name, layout)))
+            _check_hessian(name, hessians, len(_weight(model, name)))
         for name in {id(hessians[name]): name for name in reversed(names)}.values():  # maps of one input share one
             _check_definite(name, hessians[name])
 
     def encode(name: str, weight: Tensor) -> NestedCodes:
-        read_narrow = name != layout.embedding
+        read_narrow = name != family.embedding
         codes = quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
         after(model.get_submodule(name).weight)
         return codes
@@ -203,7 +159,8 @@ def check(model: Any, config: QuantizationConfig) -> None:
 
 def _check_weight(model: Any, name: str) -> None:
     module = model.get_submodule(name)
-    if not any(runs_only(module, source) for source in _PLAIN):
+    plain = (*_PLAIN, modeling_module(model.config)) if hasattr(module, "scalar_embed_scale") else _PLAIN
+    if not any(runs_only(module, source) for source in plain):
         raise ModelError(
             f"{name!r} ({type(module).__name__}) is more than its weight: merge adapters, remove hooks and put back"
             " replaced modules before the model is nested"
@@ -232,37 +189,47 @@ def _check_definite(name: str, hessian: Tensor) -> None:
         raise ModelError(f"the Hessian of {name!r} is not positive definite") from None
 
 
-def _weight(model: Any, name: str, layout: Layout) -> Tensor:
+def _weight(model: Any, name: str) -> Tensor:
     """Return a map's weight, [in, out]."""
     weight = model.get_submodule(name).weight.detach()
-    return weight if layout.inputs_first and name != HEAD else weight.T
+    return weight if family_of(model.config).inputs_first and name != HEAD else weight.T
+
+
+def part_sizes(model: Any, name: str) -> list[int]:
+    """Return the outputs of each of the maps that the map of a full path is."""
+    family = family_of(model.config)
+    roles = next((roles for path, roles in family.maps.items() if name.endswith(f".{path}")), ())
+    return [family.shapes(model.config)[role].num_outputs for role in roles]
 
 
 def _replace_all(model: Any, config: QuantizationConfig, encode: Encode) -> Iterator[tuple[str, nn.Module]]:
     from quicksilver.quant.registration import register_method
 
     register_method()  # the configuration will name it
-    layout = layout_of(model)
+    family = family_of(model.config)
     untied = config.head and is_tied(model)
     for name in nested_names(model, config):
-        bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name, layout)
-        module = _nested(weight, bias, layout.num_parts(name), partial(encode, name))
+        bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name)
+        module = _nested(weight, bias, part_sizes(model, name), partial(encode, name))
         model.set_submodule(name, module)
         yield name, module
     if config.embeddings:
-        table = model.get_submodule(layout.embedding).weight
-        module = NestedEmbedding(encode(layout.embedding, table), table.dtype)
-        model.set_submodule(layout.embedding, module)
-        yield layout.embedding, module
+        plain = model.get_submodule(family.embedding)
+        scale = getattr(plain, "scalar_embed_scale", None)
+        module = NestedEmbedding(encode(family.embedding, plain.weight), plain.weight.dtype, scale)
+        model.set_submodule(family.embedding, module)
+        yield family.embedding, module
     if untied:
         model.config.tie_word_embeddings = False
     model.config.quantization_config = config.to_dict()
 
 
-def _nested(weight: Tensor, bias: Tensor | None, parts: int, encode: Callable[[Tensor], NestedCodes]) -> nn.Module:
-    """Return the nested map of a weight [in, out]; of equal parts of its outputs where it has several."""
-    if parts == 1:
+def _nested(
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], encode: Callable[[Tensor], NestedCodes]
+) -> nn.Module:
+    """Return the nested map of a weight [in, out]; of parts of its outputs where it has several."""
+    if len(sizes) <= 1:
         return NestedLinear(encode(weight), bias)
-    weights = weight.chunk(parts, dim=1)
-    biases = [None] * parts if bias is None else [part.clone() for part in bias.chunk(parts)]
+    weights = weight.split(list(sizes), dim=1)
+    biases = [None] * len(sizes) if bias is None else [part.clone() for part in bias.split(list(sizes))]
     return NestedSplit([NestedLinear(encode(w), b) for w, b in zip(weights, biases, strict=True)])

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.families import gpt2, llama
+from quicksilver.families.family import family_of
 from quicksilver.families.kernels import head, resolve
-from quicksilver.families.modules import ModuleLayout, ModuleWatch, causal_lm, check_nested_maps
-from quicksilver.families.names import FAMILIES, check_family
+from quicksilver.families.modules import ModuleWatch, causal_lm, check_nested_maps
 from quicksilver.families.spec import Adapter
 from quicksilver.families.weights import check_weights
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import NestedLinear
-
-_ADAPTERS: dict[str, Callable[[Any], Adapter]] = {"gpt2": gpt2.adapt, "llama": llama.adapt}
-_MODULES: dict[str, ModuleLayout] = {
-    "gpt2": gpt2.MODULES,
-    "llama": llama.module_layout("Llama"),
-    "mistral": llama.module_layout("Mistral"),
-    "qwen2": llama.module_layout("Qwen2"),
-    "qwen3": llama.module_layout("Qwen3"),
-}
 
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
@@ -41,24 +30,24 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
         KernelsUnavailableError: "native" kernels are asked for and cannot be used.
     """
     base = causal_lm(model)
-    check_family(base.config)
-    family = base.config.model_type
+    family = family_of(base.config)
     check_weights(base)
     if not hasattr(base, "lm_head"):
         raise UnsupportedModelError(f"{type(base).__name__} has no language-model head (lm_head)")
     _check_shape(base.config)
-    adapter = _ADAPTERS[FAMILIES[family]](base)
-    if len(adapter.layers) != adapter.spec.num_layers:
-        found, declared = len(adapter.layers), adapter.spec.num_layers
-        raise UnsupportedModelError(f"{family}: the model has {found} layers, and its configuration says {declared}")
-    check_windows(base.config, adapter.spec.max_positions)
+    found, declared = len(base.get_submodule(family.layers)), base.config.num_hidden_layers
+    if found != declared:
+        raise UnsupportedModelError(
+            f"{base.config.model_type}: the model has {found} layers, and its configuration says {declared}"
+        )
+    adapter = family.adapt(base)
     if adapter.spec.is_nested:
-        check_nested_maps(base, _MODULES[family])
+        check_nested_maps(base, family)
     resolved = resolve(kernels, base, adapter.spec)
     if resolved == "native" and isinstance(base.lm_head, NestedLinear):
         by_kernels = partial(head, base.lm_head)
         adapter = replace(adapter, head=by_kernels, normed_head=partial(by_kernels, norm=adapter.final_norm))
-    return replace(adapter, kernels=resolved, modules=ModuleWatch(model, _MODULES[family], resolved == "native"))
+    return replace(adapter, kernels=resolved, modules=ModuleWatch(model, resolved == "native"))
 
 
 def _check_shape(config: Any) -> None:
@@ -82,24 +71,3 @@ def _check_shape(config: Any) -> None:
         raise ModelError(
             f"{config.model_type}: {config.num_attention_heads} heads do not share {kv_heads} key/value heads evenly"
         )
-
-
-def check_windows(config: Any, max_positions: int) -> None:
-    """Raise UnsupportedModelError naming the first layer to which transformers gives a window shorter than the context.
-
-    Mistral's masks follow `sliding_window`, Qwen's `layer_types`; the cache of every family follows `layer_types`
-    where there are any, else `sliding_window`.
-    """
-    family, window = config.model_type, getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None or (family == "mistral" and window is not None):
-        chunk = getattr(config, "attention_chunk_size", None)
-        kind = "full_attention" if chunk is None else "chunked_attention"
-        kinds = [kind if window is None else "sliding_attention"] * config.num_hidden_layers
-    for layer_idx, kind in enumerate(kinds[: config.num_hidden_layers]):
-        is_full = kind == "sliding_attention" and window is not None and window >= max_positions
-        if kind != "full_attention" and not is_full:
-            what = f"sliding_window={window}" if kind == "sliding_attention" else f"its type is {kind!r}"
-            raise UnsupportedModelError(
-                f"{family}: sliding-window attention in layer {layer_idx} ({what}) is not supported"
-            )

@@ -24,9 +24,9 @@ class Rotation:
         return Rotation(self.cos.index_select(0, rows), self.sin.index_select(0, rows))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate x [N, heads, head_dim]; halves are paired as in transformers' Llama."""
+        """Rotate x [N, heads, head_dim]; halves are paired as in transformers' Llama. Its dtype stays."""
         first, second = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+        return (x * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(x.dtype)
 
 
 class RotationTable:

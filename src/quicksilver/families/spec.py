@@ -2,23 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape, ModelIdentity
 from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.families.family import MapRole, MapShape
 from quicksilver.families.modules import ModuleWatch
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops.native import Kernels
-from quicksilver.quant import NestedEmbedding, NestedLinear, NestedWeight
+from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
 
 Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]
 """Applies a linear map of a layer to rows [N, in]; the runtime's, which may choose the bits to read."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Facts of one layer.
+
+    Attributes:
+        window: keys that a query may see, itself included, by their positions; None where it sees all before it.
+        rotary: which of `Adapter.rotations` turns its queries and keys, None where none does.
+        scaling: factor of the attention scores.
+        softcap: scores `s` are `softcap * tanh(s / softcap)`; None where they are taken as they are.
+        maps: sizes of its linear maps by role, in the order in which it applies them.
+        map_bytes: bytes of each map's weights, but for nested ones: what is read of those, a trace says.
+        weight_bytes: of all of its weights, likewise.
+        nested_weight_bytes: bytes of its nested weights, at eight bits.
+    """
+
+    window: int | None
+    rotary: int | None
+    scaling: float
+    softcap: float | None
+    maps: Mapping[MapRole, MapShape]
+    map_bytes: Mapping[MapRole, int]
+    weight_bytes: int
+    nested_weight_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of its weight matrices for one token."""
+        return self._macs(*self.maps)
+
+    @property
+    def kv_macs(self) -> int:
+        """Of these, the key and value projections'."""
+        return self._macs("key", "value")
+
+    @property
+    def query_macs(self) -> int:
+        """Of these, the query and output projections'."""
+        return self._macs("query", "output")
+
+    @property
+    def mlp_macs(self) -> int:
+        """Of these, the MLP's."""
+        return self._macs("gate", "up", "down")
+
+    @property
+    def kv_weight_bytes(self) -> int:
+        """Of `weight_bytes`, the key and value projections'."""
+        return self._bytes("key", "value")
+
+    @property
+    def query_weight_bytes(self) -> int:
+        """Of these, the query and output projections'."""
+        return self._bytes("query", "output")
+
+    @property
+    def mlp_weight_bytes(self) -> int:
+        """Of these, the MLP's."""
+        return self._bytes("gate", "up", "down")
+
+    def _macs(self, *roles: MapRole) -> int:
+        return sum(self.maps[role].num_inputs * self.maps[role].num_outputs for role in roles if role in self.maps)
+
+    def _bytes(self, *roles: MapRole) -> int:
+        return sum(self.map_bytes.get(role, 0) for role in roles)
 
 
 @dataclass(frozen=True)
@@ -27,39 +95,22 @@ class ModelSpec:
 
     Attributes:
         family: transformers' `model_type`.
+        layers: facts of each layer.
         max_positions: longest context the runtime accepts.
-        layer_macs: multiply-adds of one layer's weight matrices for one token.
-        kv_macs: of these, the key and value projections'.
-        query_macs: of these, the query and output projections'.
-        mlp_macs: of these, the MLP's.
         head_macs: multiply-adds of the head for one token.
-        layer_weight_bytes: bytes of one layer's weights, but for nested ones: what is read of those, a trace says.
-        kv_weight_bytes: of these, the key and value projections'.
-        query_weight_bytes: of these, the query and output projections'.
-        mlp_weight_bytes: of these, the MLP's.
-        nested_weight_bytes: bytes of one layer's nested weights, at eight bits.
         head_weight_bytes: bytes of the head and the final norm.
         head_bits: bits of one of the head's weights.
     """
 
     family: str
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     max_positions: int
-    layer_macs: int
-    kv_macs: int
-    query_macs: int
-    mlp_macs: int
     head_macs: int
-    layer_weight_bytes: int
-    kv_weight_bytes: int
-    query_weight_bytes: int
-    mlp_weight_bytes: int
-    nested_weight_bytes: int
     head_weight_bytes: int
     head_bits: int
     parameters: int
@@ -67,9 +118,19 @@ class ModelSpec:
     device: torch.device
 
     @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of all layers' weight matrices for one token."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
     def is_nested(self) -> bool:
         """Whether the layers' weights are nested codes."""
-        return self.nested_weight_bytes > 0
+        return self.layers[0].nested_weight_bytes > 0
 
     @property
     def weight_bits(self) -> int:
@@ -94,55 +155,69 @@ class QKV(NamedTuple):
     value: Tensor
 
 
-MapRole = Literal["query", "key", "value", "output", "gate", "up", "down"]
-
-
 @dataclass(frozen=True)
 class Leaves:
     """A nested layer's modules by role, for kernels that run the whole layer.
 
     Attributes:
-        attn_norm: norm before attention.
-        mlp_norm: norm before the MLP.
-        query_norm: of each query head, None where there is none.
-        key_norm: likewise.
+        attn_norm: norm before attention, None where there is none.
+        mlp_norm: norm before the MLP, likewise.
         roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
         activation: of the MLP.
+        query_norm: of each query head, None where there is none.
+        key_norm: likewise.
+        norms_projections: these two norm the whole projection, not each head.
+        attn_post_norm: norm of what attention adds to the states, None where there is none.
+        mlp_post_norm: norm of what the MLP adds.
+        residual_scale: factor of what either adds, None for 1.
     """
 
-    attn_norm: nn.Module
-    mlp_norm: nn.Module
-    query_norm: nn.Module | None
-    key_norm: nn.Module | None
+    attn_norm: nn.Module | None
+    mlp_norm: nn.Module | None
     roles: tuple[MapRole, ...]
     activation: nn.Module
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+    norms_projections: bool = False
+    attn_post_norm: nn.Module | None = None
+    mlp_post_norm: nn.Module | None = None
+    residual_scale: float | None = None
 
     @property
     def norms(self) -> dict[str, nn.Module]:
         """The norms that there are, by what they norm."""
-        norms = {"attention": self.attn_norm, "mlp": self.mlp_norm, "query": self.query_norm, "key": self.key_norm}
+        norms = {
+            "attention": self.attn_norm,
+            "mlp": self.mlp_norm,
+            "query": self.query_norm,
+            "key": self.key_norm,
+            "attention_post": self.attn_post_norm,
+            "mlp_post": self.mlp_post_norm,
+        }
         return {name: norm for name, norm in norms.items() if norm is not None}
 
 
 @dataclass(frozen=True)
 class LayerOps:
-    """One pre-norm decoder layer's leaf operations over flat rows [N, d].
+    """One decoder layer's leaf operations over flat rows [N, d].
 
-    Operations with weight matrices are given the function that applies them.
+    Operations with weight matrices are given the function that applies them. What a sublayer adds to the states is one
+    operation: norms behind it and factors belong to it.
 
     Attributes:
-        attn_norm: norm before attention.
+        spec: declared facts.
+        attn_norm: norm before attention, the identity where there is none.
         project_qkv: queries, keys and values of normed rows.
         project_kv: keys and values alone.
         project_query: queries alone.
-        attn_output: output projection of attended values [N, H * D].
-        mlp_norm: norm before the MLP.
-        mlp: the MLP.
-        scaling: factor of the attention scores.
+        attn_output: what attention adds to the states, from attended values [N, H * D].
+        mlp_norm: norm before the MLP, likewise.
+        mlp: what the MLP adds to the states, from normed ones.
         nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
         leaves: the layer's modules by role.
     """
 
+    spec: LayerSpec
     attn_norm: Map
     project_qkv: Callable[[Tensor, Apply], QKV]
     project_kv: Callable[[Tensor, Apply], tuple[Tensor, Tensor]]
@@ -150,7 +225,6 @@ class LayerOps:
     attn_output: Callable[[Tensor, Apply], Tensor]
     mlp_norm: Map
     mlp: Callable[[Tensor, Apply], Tensor]
-    scaling: float
     nested: tuple[NestedLinear, ...]
     leaves: Leaves
 
@@ -165,10 +239,11 @@ class Adapter:
         spec: declared facts.
         layers: leaf operations, one set per layer.
         embed: (token ids [N], positions [N]) to hidden states [N, d].
-        rotation: positions [N] to the rotation of queries and keys, or None where positions are embedded.
+        rotations: positions [N] to rotations of queries and keys, those that there are; each layer names its own.
         final_norm: norm before the head.
-        head: normed states [N, d] to logits [N, vocab].
-        normed_head: states [N, d] to logits, both in one; None where they are two.
+        head: normed states [N, d] to scores of tokens [N, vocab].
+        normed_head: states [N, d] to scores, both in one; None where they are two.
+        finish: scores to logits, None where they are the same.
         kernels: which kernels read nested weights.
         modules: says whether the model's modules are still those that this was made of.
         identity: of the model, by which its caches know it; a copy has another.
@@ -177,17 +252,24 @@ class Adapter:
     spec: ModelSpec
     layers: tuple[LayerOps, ...]
     embed: Callable[[Tensor, Tensor], Tensor]
-    rotation: Callable[[Tensor], Rotation] | None
+    rotations: tuple[Callable[[Tensor], Rotation], ...]
     final_norm: nn.Module
     head: Map
     normed_head: Map | None = None
+    finish: Map | None = None
     kernels: Kernels = "torch"
     modules: ModuleWatch | None = None
     identity: ModelIdentity = field(default_factory=ModelIdentity)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""
-        return self.head(self.final_norm(hidden)) if self.normed_head is None else self.normed_head(hidden)
+        scores = self.head(self.final_norm(hidden)) if self.normed_head is None else self.normed_head(hidden)
+        return scores if self.finish is None else self.finish(scores)
+
+    def cut_behind(self, layer_idx: int) -> Adapter:
+        """Return the model's layers up to and with one, as a model."""
+        upto = slice(layer_idx + 1)
+        return replace(self, spec=replace(self.spec, layers=self.spec.layers[upto]), layers=self.layers[upto])
 
 
 def weight_bytes(*modules: nn.Module) -> int:
@@ -217,9 +299,36 @@ def nested_bytes(*modules: nn.Module) -> int:
     )
 
 
-def nested_maps(layer: nn.Module) -> tuple[NestedLinear, ...]:
-    """Return a layer's nested maps in the order in which its modules are declared."""
-    return tuple(m for m in layer.modules() if isinstance(m, NestedLinear))
+def nested_maps(layer: nn.Module, maps: Iterable[str]) -> tuple[NestedLinear, ...]:
+    """Return a layer's nested maps by their paths, in that order; a map that is several as those."""
+    found = (layer.get_submodule(path) for path in maps)
+    parts = chain.from_iterable(map_.parts if isinstance(map_, NestedSplit) else [map_] for map_ in found)
+    return tuple(part for part in parts if isinstance(part, NestedLinear))
+
+
+def layer_spec(
+    layer: nn.Module, maps: Mapping[str, tuple[MapRole, ...]], shapes: Mapping[MapRole, MapShape], **attention: Any
+) -> LayerSpec:
+    """Return the facts of a layer.
+
+    Args:
+        layer: the module.
+        maps: roles of its linear maps by path; see `Family`.
+        shapes: sizes by role.
+        attention: the facts that weights do not tell.
+    """
+    map_bytes: dict[MapRole, int] = {}
+    for path, roles in maps.items():
+        total = sum(shapes[role].num_outputs for role in roles)
+        of_all = weight_bytes(layer.get_submodule(path))
+        map_bytes |= {role: of_all * shapes[role].num_outputs // total for role in roles}
+    return LayerSpec(
+        **attention,
+        maps=shapes,
+        map_bytes=map_bytes,
+        weight_bytes=weight_bytes(layer),
+        nested_weight_bytes=nested_bytes(layer),
+    )
 
 
 def head_bits(head: nn.Module, dtype: torch.dtype) -> int:

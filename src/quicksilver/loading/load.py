@@ -47,7 +47,7 @@ def accelerate(
     later.
 
     Args:
-        model: a GPT-2, Llama, Mistral, Qwen2 or Qwen3 causal language model, or PEFT's wrapper of one.
+        model: a causal language model of a supported family (`quicksilver models`), or PEFT's wrapper of one.
         plan: a `Plan`, a preset's name, or the path of a plan file.
         special_ids: token ids never halted or fused where the plan protects them (default: the configuration's
             BOS, EOS and padding ids).

@@ -5,9 +5,9 @@ One sequence at a time; who the queries and the entries are is the caller's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Attended(NamedTuple):
         values_skipped: of their (query, key, head) values, those that were not read.
         scores_skipped: multiply-adds of their scores that were left out.
         scored_twice: (query, key, head) scores that took two steps.
+        entries: those that are not too old for every query.
     """
 
     output: Tensor
@@ -48,6 +49,7 @@ class Attended(NamedTuple):
     values_skipped: int | Tensor
     scores_skipped: int | Tensor
     scored_twice: int | Tensor = 0
+    entries: int = 0
 
 
 class _Result(NamedTuple):
@@ -93,8 +95,10 @@ def ragged_attention(
     skip_below: float = 0.0,
     query_below: float = 0.0,
     screen: Screen | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Attended:
-    """Attend from each query to the keys at its own and earlier positions.
+    """Attend from each query to the keys at its own and earlier positions, as far back as a window reaches.
 
     What leaves something out is defined here, not saved: components are set to 0 before the backend runs, values and
     keys are masked out rather than left unread, by plain products whatever the backend. Plain products are made in
@@ -116,6 +120,10 @@ def ragged_attention(
         query_below: components of a head's query of magnitude below `query_below` times their root mean square are
             left out of its products with the keys. At 0 nothing is.
         screen: makes scores in two steps; None is for one.
+        window: a query sees keys at positions above its own less this; None is for all. Whoever counts the keys that a
+            query sees, counts these. Older keys may be among those given: those before the first that any query sees
+            are not looked at. Where the device must be asked which that is, it is.
+        softcap: scores `s` are `softcap * tanh(s / softcap)`, before masses are added; None is for as they are.
 
     Returns:
         The attended values and the counts.
@@ -123,15 +131,17 @@ def ragged_attention(
     Raises:
         ValueError: no such backend.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
-    options = _Options(backend, scaling, skip_below, query_below, screen)
-    sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses)
-    if not options.sees_weights or len(queries) <= _BLOCK:
-        return _attend(sequence, newest, options)
-    blocks = [_attend(block, newest, options) for block in sequence.blocks(newest)]
-    output, *counts = zip(*blocks, strict=True)
-    return Attended(torch.cat(output), *map(sum, counts))
+    if backend not in (known := get_args(AttentionBackend)):
+        raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(known)}")
+    options = _Options(backend, scaling, skip_below, query_below, screen, window, softcap)
+    sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses).within(window)
+    if len(queries) <= _BLOCK or not (options.sees_weights or options.softcap is not None):
+        attended = _attend(sequence, newest, options)
+    else:
+        blocks = [_attend(block.within(window), newest, options) for block in sequence.blocks(newest)]
+        output, *counts = zip(*blocks, strict=True)
+        attended = Attended(torch.cat(output), *map(sum, counts))
+    return attended._replace(entries=len(sequence.keys))
 
 
 class _Options(NamedTuple):
@@ -142,15 +152,22 @@ class _Options(NamedTuple):
     skip_below: float
     query_below: float
     screen: Screen | None
+    window: int | None
+    softcap: float | None
 
     @property
     def sees_weights(self) -> bool:
-        """Whether weights must be seen, so that the fused kernels will not do."""
+        """Whether weights must be seen by whoever decides by them."""
         return self.skip_below > 0.0 or self.screen is not None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the fused kernels will do."""
+        return self.backend == "sdpa" and not self.sees_weights and self.softcap is None
 
     def dtype_of(self, queries: Tensor) -> torch.dtype:
         """Return in what dtype queries meet keys and values."""
-        if self.backend == "sdpa" and not self.sees_weights:
+        if self.is_fused:
             return queries.dtype  # the fused kernels see to it themselves
         return torch.promote_types(queries.dtype, torch.float32)
 
@@ -164,6 +181,15 @@ class _Sequence(NamedTuple):
     query_positions: Tensor
     key_positions: Tensor
     masses: Tensor | None
+
+    def within(self, window: int | None) -> _Sequence:
+        """Return the queries without the first entries, as far as those are too old for all of them."""
+        if window is None or len(self.queries) == 0:
+            return self
+        first = int((self.key_positions > self.query_positions[0] - window).int().argmax())
+        masses = None if self.masses is None else self.masses[first:]
+        keys, values, positions = self.keys[first:], self.values[first:], self.key_positions[first:]
+        return _Sequence(self.queries, keys, values, self.query_positions, positions, masses)
 
     def blocks(self, newest: bool) -> Iterator[_Sequence]:
         """Yield the queries a few at a time, with all entries or, of the newest, those up to the last of them."""
@@ -203,12 +229,12 @@ def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
             return rows.view(num_kv_heads, 1, group, head_dim)
         return rows.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
 
-    attend = _BACKENDS[options.backend]
+    attend = _sdpa if options.is_fused else partial(_eager, softcap=options.softcap)
     if options.sees_weights:
         large = None if split.large is None else arrange(split.large)
-        attend = partial(_skipping, skip_below=options.skip_below, large=large, screen=options.screen)
+        attend = partial(_skipping, large=large, options=options)
     bias = None if masses is None else masses.float().log().to(dtype)[None, :]  # [1, n]
-    sight = _sight(query_positions, key_positions, newest, bias)
+    sight = _sight(query_positions, key_positions, newest, bias, options.window)
     out, kept, left = attend(arrange(split.kept), key, value, sight.mask, sight.causal, options.scaling)
     out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim).to(queries.dtype)
     if left is not None:
@@ -238,17 +264,21 @@ class _Sight(NamedTuple):
     seen: Tensor | None = None
 
 
-def _sight(query_positions: Tensor, key_positions: Tensor, newest: bool, bias: Tensor | None) -> _Sight:
-    """Compare positions, [M] and [n], where they must be; `bias` is [1, n]."""
+def _sight(
+    query_positions: Tensor, key_positions: Tensor, newest: bool, bias: Tensor | None, window: int | None
+) -> _Sight:
+    """Compare positions, [M] and [n], where they must be; `bias` is [1, n], and no key is too old for every query."""
     num_queries, num_keys = len(query_positions), len(key_positions)
     pairs = num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2
     if newest and num_queries == 1:
         return _Sight(bias, False, pairs)
-    if newest and num_queries == num_keys and bias is None:
+    if newest and num_queries == num_keys and bias is None and window is None:
         return _Sight(None, True, pairs)
     visible = key_positions[None, :] <= query_positions[:, None]  # [M, n]
+    if window is not None:
+        visible &= key_positions[None, :] > query_positions[:, None] - window
     mask = visible if bias is None else bias.expand(num_queries, -1).masked_fill(~visible, float("-inf"))
-    if newest:
+    if newest and window is None:
         return _Sight(mask, False, pairs)
     seen = visible.sum(-1)
     return _Sight(mask, False, seen.sum(), seen)
@@ -287,8 +317,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal
     return _Result(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling))
 
 
-def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
-    weights = torch.softmax(_scores(query, key, mask, causal, scaling), dim=-1)
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float, softcap: float | None
+) -> _Result:
+    weights = torch.softmax(_scores(query, key, mask, causal, scaling, softcap), dim=-1)
     return _Result(torch.matmul(weights, value))
 
 
@@ -299,23 +331,23 @@ def _skipping(
     mask: Tensor | None,
     causal: bool,
     scaling: float,
-    skip_below: float,
     large: Tensor | None,
-    screen: Screen | None,
+    options: _Options,
 ) -> _Result:
+    screen, softcap = options.screen, options.softcap
     seen, left = _num_seen(query, key, mask, causal), None  # [M, 1] or [1, 1]
     if large is not None and screen is not None:
-        first = _scores(large, key, mask, causal, scaling)  # [Hkv, G, M, n]
+        first = _scores(large, key, mask, causal, scaling, softcap)  # [Hkv, G, M, n]
         limits = first.amax(-1, keepdim=True) + (screen.below / seen).log().clamp(max=0.0)
         screened = first < limits.clamp(min=torch.finfo(limits.dtype).min)  # what is not seen, too
         left = first.shape[-1] - screened.sum(-1)
         bias = None if mask is None or mask.dtype == torch.bool else mask
-        scores = _scores(query, key, bias, False, scaling).masked_fill_(screened, float("-inf"))
+        scores = _scores(query, key, bias, False, scaling, softcap).masked_fill_(screened, float("-inf"))
     else:
-        scores = _scores(query, key, mask, causal, scaling)
+        scores = _scores(query, key, mask, causal, scaling, softcap)
     weights = torch.softmax(scores, dim=-1)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
-    weights.masked_fill_(weights < torch.minimum(skip_below / seen, weights.amax(-1, keepdim=True)), 0.0)
+    weights.masked_fill_(weights < torch.minimum(options.skip_below / seen, weights.amax(-1, keepdim=True)), 0.0)
     output = torch.matmul(weights, value) / weights.sum(-1, keepdim=True)
     return _Result(output, weights.count_nonzero(), left)
 
@@ -331,14 +363,15 @@ def _num_seen(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> 
     return seen.sum(-1, keepdim=True, dtype=dtype)
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float, softcap: float | None
+) -> Tensor:
     """Return the scores, minus infinity where a query does not see a key."""
     scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     return scores
-
-
-_BACKENDS: dict[str, Callable[..., _Result]] = {"sdpa": _sdpa, "eager": _eager}

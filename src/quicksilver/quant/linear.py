@@ -216,7 +216,7 @@ def keeping_expanded(model: nn.Module) -> Iterator[None]:
 
 
 class NestedSplit(nn.Module):
-    """Several linear maps of one input, their outputs end to end: GPT-2's fused projection.
+    """Several linear maps of one input, their outputs end to end, as in a fused projection.
 
     Args:
         parts: the maps.
@@ -237,16 +237,22 @@ class NestedEmbedding(NestedWeight):
     Args:
         codes: the table; its "input channels" are tokens.
         dtype: of the embeddings given out.
+        scale: factor of the embeddings given out, rounded to their dtype first; None for 1. transformers looks for it
+            by the attribute's name.
     """
 
-    def __init__(self, codes: NestedCodes, dtype: torch.dtype) -> None:
+    def __init__(self, codes: NestedCodes, dtype: torch.dtype, scale: float | None = None) -> None:
         super().__init__(codes)
+        if scale is not None:
+            self.scalar_embed_scale = scale
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # follows `.to(dtype)`
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return the embeddings of tokens: [...] to [..., d]."""
         rows = self.codes.select(token_ids.reshape(-1)).dequantize()
-        return rows.to(self.get_buffer("_like").dtype).view(*token_ids.shape, self.num_outputs)
+        embeddings = rows.to(self.get_buffer("_like").dtype).view(*token_ids.shape, self.num_outputs)
+        scale = getattr(self, "scalar_embed_scale", None)
+        return embeddings if scale is None else embeddings * torch.tensor(scale, dtype=embeddings.dtype)
 
 
 def _pack_constants(codes: NestedCodes) -> Tensor:

@@ -132,7 +132,7 @@ class Decoder:
         if not any(starts):
             self._rebind_if_changed()
         context = self._context(chunk, token_ids, fuses, caches, trace)
-        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, context.rotation, chunk)
+        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, context.rotations, chunk)
         trace.begin_pass(starts, chunk)
         fed = [each for each in zip(caches, lengths, fuses, strict=True) if each[1]]
         for cache, _, _ in fed:
@@ -193,14 +193,14 @@ class Decoder:
         caches: tuple[SequenceCache, ...],
         trace: Trace,
     ) -> PassContext:
-        rotate, halting, of = self.adapter.rotation, self._protects_halting, (token_ids, chunk.positions)
+        halting, of = self._protects_halting, (token_ids, chunk.positions)
         protected = Protected(
             None if halting is None else halting.covers(*of),
             self._protects_bits.found(*of),
             self._protects_shortcuts.found_any(*of),
         )
-        rotation = None if rotate is None else rotate(chunk.positions)
-        return PassContext(token_ids, rotation, protected, fuses, caches, trace)
+        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
+        return PassContext(token_ids, rotations, protected, fuses, caches, trace)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:

@@ -1,0 +1,393 @@
+"""Layers like Llama's, and what of them differs by family: each is a `LlamaLike`, declared in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quicksilver.errors import UnsupportedModelError
+from quicksilver.families.family import Family, MapRole, MapShape
+from quicksilver.families.fused import apply_parts
+from quicksilver.families.modules import float_weight
+from quicksilver.families.rotary import Rotation, RotationTable
+from quicksilver.families.spec import (
+    QKV,
+    Adapter,
+    Apply,
+    LayerOps,
+    LayerSpec,
+    Leaves,
+    ModelSpec,
+    head_bits,
+    layer_spec,
+    nested_bytes,
+    nested_maps,
+    num_parameters,
+    weight_bytes,
+)
+from quicksilver.families.windows import Windows, kinds_of, layer_windows
+
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_MAPS: dict[str, tuple[MapRole, ...]] = {
+    "self_attn.q_proj": ("query",),
+    "self_attn.k_proj": ("key",),
+    "self_attn.v_proj": ("value",),
+    "self_attn.o_proj": ("output",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+}
+_FUSED_MAPS: dict[str, tuple[MapRole, ...]] = {
+    "self_attn.qkv_proj": ("query", "key", "value"),
+    "self_attn.o_proj": ("output",),
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": ("down",),
+}
+
+
+@dataclass(frozen=True)
+class LlamaLike:
+    """What a family has that Llama has not, or has otherwise. What is a function reads it from the configuration.
+
+    Attributes:
+        prefix: with which its classes' names begin.
+        body: name of the class of its body, `{prefix}Model` unless given.
+        norms: names of a layer's norms before attention and before the MLP, None where there is none.
+        post_norms: of those behind them, before what a sublayer made is added to the states.
+        norm_offset: what its norms add to their weights.
+        norms_projections: norms of queries and keys, where there are some, are over all heads, not over each.
+        fused: queries, keys and values are one map, `qkv_proj`, and so are gate and up, `gate_up_proj`.
+        activation: name of the MLP's activation.
+        idle: names of a layer's modules that do nothing when a frozen model runs.
+        windows: which layers `sliding_window` is for.
+        rotates_by_kind: each kind of layer has rotary frequencies of its own.
+        rotates: for each layer, whether it rotates queries and keys.
+        softcap: bound of attention scores, None where there is none.
+        residual_scale: factor of what a sublayer adds to the states.
+        embedding_scale: factor of embeddings, in a dtype, None where there is none or their module multiplies by it.
+        logits_divisor: what the head's products are divided by.
+        logits_softcap: bound of logits, None where there is none.
+        refused: options that must not be set.
+    """
+
+    prefix: str
+    body: str = ""
+    norms: tuple[str | None, str | None] = ("input_layernorm", "post_attention_layernorm")
+    post_norms: tuple[str | None, str | None] = (None, None)
+    norm_offset: float = 0.0
+    norms_projections: bool = False
+    fused: bool = False
+    activation: str = "act_fn"
+    idle: tuple[str, ...] = ()
+    windows: Windows = "none"
+    rotates_by_kind: bool = False
+    rotates: Callable[[Any], Sequence[Any]] | None = None
+    softcap: Callable[[Any], float | None] | None = None
+    residual_scale: Callable[[Any], float] | None = None
+    embedding_scale: Callable[[Any, torch.dtype], float | None] | None = None
+    logits_divisor: Callable[[Any], float] | None = None
+    logits_softcap: Callable[[Any], float | None] | None = None
+    refused: tuple[str, ...] = ()
+
+
+def declare(like: LlamaLike) -> Family:
+    """Return the declaration of a family of this kind."""
+    norms = [f"model.layers.*.{name}" for name in (*like.norms, *like.post_norms) if name is not None]
+    maps = _FUSED_MAPS if like.fused else _MAPS
+    return Family(
+        adapt=partial(_adapt, like, maps),
+        shapes=_shapes,
+        body="model",
+        layers="model.layers",
+        embedding="model.embed_tokens",
+        maps=maps,
+        run={
+            "": f"{like.prefix}ForCausalLM",
+            "model": like.body or f"{like.prefix}Model",
+            "model.rotary_emb": f"{like.prefix}RotaryEmbedding",
+            "model.layers": "",
+            "model.layers.*": f"{like.prefix}DecoderLayer",
+            "model.layers.*.self_attn": f"{like.prefix}Attention",
+            "model.layers.*.mlp": f"{like.prefix}MLP",
+            **{f"model.layers.*.{name}": "" for name in like.idle},
+        },
+        called=(
+            "model.embed_tokens",
+            *norms,
+            "model.layers.*.self_attn.q_norm",
+            "model.layers.*.self_attn.k_norm",
+            f"model.layers.*.mlp.{like.activation}",
+            "model.norm",
+            "lm_head",
+        ),
+        norm_offset=like.norm_offset,
+    )
+
+
+def _shapes(config: Any) -> dict[MapRole, MapShape]:
+    d, inner, head_dim = config.hidden_size, config.intermediate_size, _head_dim(config)
+    queries, entries = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return {
+        "query": MapShape(d, queries),
+        "key": MapShape(d, entries),
+        "value": MapShape(d, entries),
+        "output": MapShape(queries, d),
+        "gate": MapShape(d, inner),
+        "up": MapShape(d, inner),
+        "down": MapShape(inner, d),
+    }
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any) -> Adapter:
+    """Read a model of transformers.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for something not implemented here.
+    """
+    config, body = model.config, model.model
+    _check(like, config)
+    kinds: list[str | None] = [*sorted(set(kinds_of(config, body.layers)))] if like.rotates_by_kind else [None]
+    for kind in kinds:
+        _check_rotary(config, kind)
+    like_weight = float_weight(body.norm, body)
+    spec = _spec(like, maps, model, kinds)
+    scale = None if like.embedding_scale is None else like.embedding_scale(config, spec.dtype)
+    rotary = _rotary_module(model, kinds)
+    compute = [partial(_rotation, rotary, like_weight, kind) for kind in kinds]
+    return Adapter(
+        spec=spec,
+        layers=tuple(
+            partial(_layer_ops, like, maps, config)(*each) for each in zip(body.layers, spec.layers, strict=True)
+        ),
+        embed=partial(_embed, body, scale),
+        rotations=tuple(RotationTable(each, spec.max_positions) for each in compute),
+        final_norm=body.norm,
+        head=model.lm_head,
+        finish=_finish(like, config),
+    )
+
+
+def _check(like: LlamaLike, config: Any) -> None:
+    for option in like.refused:
+        if value := getattr(config, option, None):
+            raise UnsupportedModelError(f"{config.model_type}: {option}={value} is not supported")
+
+
+def _check_rotary(config: Any, kind: str | None) -> None:
+    rope, family = _rope(config, kind), config.model_type
+    if rope["rope_type"] not in _ROPE_TYPES:
+        raise UnsupportedModelError(f"{family}: rotary scaling of type {rope['rope_type']!r} is not supported")
+    factor = rope.get("partial_rotary_factor")
+    if factor is not None and factor != 1:
+        raise UnsupportedModelError(
+            f"{family}: heads rotated in part (partial_rotary_factor={factor}) are not supported"
+        )
+
+
+def _rope(config: Any, kind: str | None) -> dict[str, Any]:
+    """Return the rotary parameters of all layers, or of those of a kind."""
+    return config.rope_parameters if kind is None else config.rope_parameters[kind]
+
+
+def _max_positions(config: Any, kind: str | None) -> int:
+    """Return the longest context in which a token's rotation does not depend on later tokens.
+
+    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so the
+    original length is the limit; `dynamic` does so beyond `max_position_embeddings`.
+    """
+    rope = _rope(config, kind)
+    if rope["rope_type"] == "longrope":
+        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return int(config.max_position_embeddings)
+
+
+def _spec(
+    like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any, kinds: Sequence[str | None]
+) -> ModelSpec:
+    config, body = model.config, model.model
+    max_positions = min(_max_positions(config, kind) for kind in kinds)
+    weight = float_weight(body.norm, body)
+    return ModelSpec(
+        family=config.model_type,
+        layers=_layer_specs(like, maps, model, kinds, max_positions),
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=_head_dim(config),
+        vocab_size=config.vocab_size,
+        max_positions=max_positions,
+        head_macs=config.hidden_size * config.vocab_size,
+        head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
+        head_bits=head_bits(model.lm_head, weight.dtype),
+        parameters=num_parameters(model),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def _layer_specs(
+    like: LlamaLike,
+    maps: Mapping[str, tuple[MapRole, ...]],
+    model: Any,
+    kinds: Sequence[str | None],
+    max_positions: int,
+) -> tuple[LayerSpec, ...]:
+    config, layers = model.config, model.model.layers
+    windows = layer_windows(config, layers, like.windows, max_positions)
+    rotates = [True] * len(layers) if like.rotates is None else like.rotates(config)
+    rotary = [kinds.index(kind) if like.rotates_by_kind else 0 for kind in kinds_of(config, layers)]
+    return tuple(
+        layer_spec(
+            layer,
+            maps,
+            _shapes(config),
+            window=windows[i],
+            rotary=rotary[i] if rotates[i] else None,
+            scaling=layer.self_attn.scaling,
+            softcap=None if like.softcap is None else like.softcap(config),
+        )
+        for i, layer in enumerate(layers)
+    )
+
+
+def _layer_ops(
+    like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], config: Any, layer: Any, spec: LayerSpec
+) -> LayerOps:
+    attention, mlp = layer.self_attn, layer.mlp
+    fused = [shape.num_outputs for shape in spec.maps.values()] if like.fused else []
+    norms = [None if name is None else getattr(layer, name) for name in (*like.norms, *like.post_norms)]
+    residual_scale = None if like.residual_scale is None else like.residual_scale(config)
+    activation = getattr(mlp, like.activation)
+    heads = _Heads(attention, fused[:3], attention.head_dim, like.norms_projections)
+    return LayerOps(
+        spec=spec,
+        attn_norm=norms[0] or _identity,
+        project_qkv=partial(_project_qkv, heads),
+        project_kv=partial(_project_kv, heads),
+        project_query=partial(_project_query, heads),
+        attn_output=partial(_attn_output, attention, norms[2], residual_scale),
+        mlp_norm=norms[1] or _identity,
+        mlp=partial(_mlp, mlp, activation, fused[4:6], norms[3], residual_scale),
+        nested=nested_maps(layer, maps),
+        leaves=Leaves(
+            attn_norm=norms[0],
+            mlp_norm=norms[1],
+            roles=tuple(spec.maps),
+            activation=activation,
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            norms_projections=like.norms_projections,
+            attn_post_norm=norms[2],
+            mlp_post_norm=norms[3],
+            residual_scale=residual_scale,
+        ),
+    )
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _embed(body: Any, scale: float | None, ids: Tensor, positions: Tensor) -> Tensor:
+    embedded = body.embed_tokens(ids)
+    return embedded if scale is None else embedded * scale
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """How queries, keys and values come about.
+
+    Attributes:
+        attention: holds their maps, and norms of queries and keys where there are some.
+        fused: outputs of each where they are one map, else empty.
+        head_dim: of a head.
+        norms_projections: norms are over all heads.
+    """
+
+    attention: Any
+    fused: Sequence[int]
+    head_dim: int
+    norms_projections: bool
+
+    def project(self, first: int, last: int, x: Tensor, apply: Apply) -> list[Tensor]:
+        """Return those of queries, keys and values (0, 1 and 2) from `first` up to `last`, [N, heads, head_dim]."""
+        if self.fused:
+            products = apply_parts(self.attention.qkv_proj, self.fused, first, last, x, apply)
+        else:
+            products = tuple(apply(getattr(self.attention, name), x) for name in _PROJECTIONS[first:last])
+        names = ("q_norm", "k_norm", "")[first:last]
+        return [self._split(y, getattr(self.attention, name, None)) for y, name in zip(products, names, strict=True)]
+
+    def _split(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None and self.norms_projections:
+            x, norm = norm(x), None
+        x = x.view(x.shape[0], -1, self.head_dim)
+        return x if norm is None else norm(x)
+
+
+def _project_kv(heads: _Heads, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
+    key, value = heads.project(1, 3, x, apply)
+    return key, value
+
+
+def _project_query(heads: _Heads, x: Tensor, apply: Apply) -> Tensor:
+    return heads.project(0, 1, x, apply)[0]
+
+
+def _project_qkv(heads: _Heads, x: Tensor, apply: Apply) -> QKV:
+    return QKV(*heads.project(0, 3, x, apply))
+
+
+def _attn_output(attention: Any, post_norm: Any, scale: float | None, x: Tensor, apply: Apply) -> Tensor:
+    return _to_add(apply(attention.o_proj, x), post_norm, scale)
+
+
+def _mlp(
+    mlp: Any, activation: Any, fused: Sequence[int], post_norm: Any, scale: float | None, x: Tensor, apply: Apply
+) -> Tensor:
+    if fused:
+        gate, up = apply_parts(mlp.gate_up_proj, fused, 0, 2, x, apply)
+    else:
+        gate, up = apply(mlp.gate_proj, x), apply(mlp.up_proj, x)
+    return _to_add(apply(mlp.down_proj, activation(gate) * up), post_norm, scale)
+
+
+def _to_add(x: Tensor, post_norm: Any, scale: float | None) -> Tensor:
+    """Return what is added to the states of what a sublayer made."""
+    x = x if post_norm is None else post_norm(x)
+    return x if scale is None else x * scale
+
+
+def _finish(like: LlamaLike, config: Any) -> Callable[[Tensor], Tensor] | None:
+    divisor = None if like.logits_divisor is None else like.logits_divisor(config)
+    softcap = None if like.logits_softcap is None else like.logits_softcap(config)
+    return None if divisor is None and softcap is None else partial(_to_logits, divisor, softcap)
+
+
+def _to_logits(divisor: float | None, softcap: float | None, scores: Tensor) -> Tensor:
+    scores = scores if divisor is None else scores / divisor
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _rotary_module(model: Any, kinds: Sequence[str | None]) -> Any:
+    """Return the model's rotary module; one of our own where it remembers the longest sequence it has seen."""
+    shared = model.model.rotary_emb
+    if any(_rope(model.config, kind)["rope_type"] in ("dynamic", "longrope") for kind in kinds):
+        return type(shared)(model.config).to(float_weight(model.model.norm, model.model).device)
+    return shared
+
+
+def _rotation(rotary_emb: Any, like: Tensor, kind: str | None, positions: Tensor) -> Rotation:
+    of_kind = () if kind is None else (kind,)
+    cos, sin = rotary_emb(like, positions[None], *of_kind)  # [1, N, head_dim] each, in the dtype of `like`
+    return Rotation(cos[0, :, None], sin[0, :, None])
