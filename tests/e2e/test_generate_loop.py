@@ -115,12 +115,19 @@ def test_a_padded_row_is_the_row_alone_and_that_is_transformers(options: dict[st
 
 
 @pytest.mark.parametrize("plan", ["dense", "forced", "halting"])
-def test_rows_that_end_early_are_padded_and_no_more_is_fed(plan: str) -> None:
+def test_rows_that_end_early_are_padded_and_leave_the_batch(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quicksilver.accelerate(tiny.model("llama"), PLANS[plan])
     free = model.generate(**left_padded(LENGTHS), **FREE, max_new_tokens=12)
     ends = [int(free[1, 12]), int(free[2, 14])]
     options = {"max_new_tokens": 12, "eos_token_id": ends, "pad_token_id": 299}
+    steps, run = [], model.decoder.run
+    monkeypatch.setattr(
+        model.decoder, "run", lambda ids, lengths, *rest: steps.append(lengths) or run(ids, lengths, *rest)
+    )
     output = model.generate(**left_padded(LENGTHS), **options, return_dict_in_generate=True)
+    assert model.stats.kv_used_bytes == output.past_key_values.used_nbytes
+    assert all(length == 1 for lengths in steps[1:] for length in lengths)
+    assert len(steps[-1]) < len(steps[0])
     counts = []
     for row, tokens in enumerate(output.sequences[:, 9:].tolist()):
         wanted = alone(model, row, **options)

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -265,23 +266,22 @@ class _Feed:
 
     def step(self, rows: Rows, tokens: Tensor, running: Sequence[bool]) -> Tensor:
         """Feed new tokens [B], but for padding; return the logits of what follows, [B, vocab]."""
-        whole = all(running)
-        if self.cache is None:
+        model, cache, trace = self._model, self.cache, self._trace
+        if cache is None:
             return self._again(rows, running)
-        model, cache, spec = self._model, self.cache, self._model.adapter.spec
-        mask = None if whole else torch.tensor(running, device=model.device)
-        if model.is_watched:
-            return self._call(tokens[:, None], None if mask is None else mask[:, None], cache, prompt=False)
         tokens = tokens.to(model.device)
-        fed = tokens if mask is None else tokens[mask]
-        hidden = model.decoder.run(fed, [int(runs) for runs in running], cache, self._trace)
-        cache.fed.append(tokens[:, None], None if mask is None else mask[:, None])
-        logits = model.decoder.logits(hidden, self._trace)
-        if mask is None:
+        real = None if all(running) else torch.tensor(running, device=model.device)
+        columns = tokens[:, None], None if real is None else real[:, None]
+        if model.is_watched:
+            return self._call(*columns, cache, prompt=False)
+        fed = tokens if real is None else tokens[real]
+        hidden = model.decoder.run(fed, [1] * len(fed), list(compress(cache.sequences, running)), trace)
+        cache.fed.append(*columns)
+        logits = model.decoder.logits(hidden, trace)
+        if real is None:
             return logits
-        spread = logits.new_zeros((len(running), spec.vocab_size))
-        spread[mask] = logits
-        return spread
+        trace.record_cache(cache.nbytes, cache.used_nbytes, cache.num_entries)  # those that have ended, too
+        return logits.new_zeros((len(running), logits.shape[1])).masked_scatter_(real[:, None], logits)
 
     def _again(self, rows: Rows, running: Sequence[bool]) -> Tensor:
         """Feed all tokens again."""
