@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from tests import tiny
 
 torch.set_num_threads(1)  # tiny models run fastest on one thread
-settings.register_profile("unhurried", suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 
