@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch first and by its exact version: the one that figures are measured with.
 TORCH := torch==2.13.0
+# Processes that share the tests, one thread each.
+JOBS ?= 2
 NEEDED := Python 3.11 or newer with venv and pip is needed; name another with make PYTHON=python3.12
 
 # Another environment's packages, and this one without its kernels.
@@ -20,11 +22,11 @@ demo: $(VENV)/.installed
 	$(BIN)/quicksilver demo
 
 test: $(VENV)/.developed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 # The suite without what takes longest: whole calibrations, the README's commands, properties over all plans.
 quick: $(VENV)/.developed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(JOBS) -m "not slow"
 
 # What does not need the kernels, on an installation that has none.
 test-pure: $(VENV)/.developed

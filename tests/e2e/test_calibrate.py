@@ -97,7 +97,7 @@ def check_table(out: str, nested: bool) -> None:
 
 
 def calibration(folder: Path, book: Path, target: Path) -> tuple[object, ...]:
-    options = ("--mechanisms", "halting,kv", "--trials", 16)
+    options = ("--mechanisms", "halting,kv", "--trials", 10)
     return ("calibrate", folder, "--text", book, *LOOSE, *FAST, *options, "-o", target)
 
 
