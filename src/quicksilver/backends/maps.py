@@ -6,6 +6,7 @@ The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
 from quicksilver.families.spec import Adapter, Apply
 from quicksilver.quant import NestedLinear
+
+
+class _Rows(NamedTuple):
+    """Rows of a layer: its index, what counts, their bits at most [M], and which of them read all bits [M]."""
+
+    layer_idx: int
+    trace: Trace
+    max_bits: Tensor | None
+    protected: Tensor | None
 
 
 class MapReader:
@@ -46,50 +56,31 @@ class MapReader:
         if self._rule is None:
             max_bits = protected = None
         given = (None if t is None else t.index_select(0, origins) for t in (max_bits, protected))
-        return partial(self._apply, layer_idx, context.trace, *given)
+        return partial(self._apply, _Rows(layer_idx, context.trace, *given))
 
-    def _apply(
-        self,
-        layer_idx: int,
-        trace: Trace,
-        max_bits: Tensor | None,
-        protected: Tensor | None,
-        module: NestedLinear,
-        x: Tensor,
-    ) -> Tensor:
-        centre, product = self._plan[layer_idx].centres.get(id(module)), None
+    def _apply(self, rows: _Rows, module: NestedLinear, x: Tensor) -> Tensor:
+        centre, product = self._plan[rows.layer_idx].centres.get(id(module)), None
         if centre is not None:
             mean, product = centre.bind(x)
-            trace.record_fitted(layer_idx, x.shape[0], 0, mean.nbytes + product.nbytes)
+            rows.trace.record_fitted(rows.layer_idx, x.shape[0], 0, mean.nbytes + product.nbytes)
             x = x - mean
-        bits = self._choose(layer_idx, trace, max_bits, protected, module, x)
+        bits = self._choose(rows, module, x)
         counts = _channels_by_bits(bits, x)
-        trace.add_channels(layer_idx, counts, module.num_outputs, module.channel_bytes)
-        if isinstance(counts, list):
-            y = module(x, widths=bits, kernels=self._kernels)
-        else:
-            present = [each for each, count in enumerate(counts.tolist()) if each and count]
-            if not set(present) <= set(WEIGHT_BITS):
-                raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
-            y = module(x, widths=bits, present=present, kernels=self._kernels)
+        rows.trace.add_channels(rows.layer_idx, counts, module.num_outputs, module.channel_bytes)
+        present = [each for each, count in enumerate(counts) if each and count]
+        if not set(present) <= set(WEIGHT_BITS):
+            raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
+        y = module(x, widths=bits, present=present, kernels=self._kernels)
         return y if product is None else y + product
 
-    def _choose(
-        self,
-        layer_idx: int,
-        trace: Trace,
-        max_bits: Tensor | None,
-        protected: Tensor | None,
-        module: NestedLinear,
-        x: Tensor,
-    ) -> int | Tensor:
+    def _choose(self, rows: _Rows, module: NestedLinear, x: Tensor) -> int | Tensor:
         """Return how many bits are read: one number, [N] uint8 for each row, or [N, in] for each of its channels."""
         if self._rule is None:
             return MAX_WIDTH
-        map_idx = self._map_idx[id(module)]
-        view = ChannelView(layer_idx, map_idx, self._num_maps, x, lambda: module.channel_norms, max_bits)
+        map_idx, protected = self._map_idx[id(module)], rows.protected
+        view = ChannelView(rows.layer_idx, map_idx, self._num_maps, x, lambda: module.channel_norms, rows.max_bits)
         choice = self._rule.ask(view)
-        trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
+        rows.trace.add_signals(rows.layer_idx, choice.signal_rows, choice.macs)
         bits = choice.bits
         if protected is None or (isinstance(bits, int) and bits == MAX_WIDTH):
             return bits
@@ -98,9 +89,9 @@ class MapReader:
         return bits.masked_fill(protected if bits.dim() == 1 else protected[:, None], MAX_WIDTH)
 
 
-def _channels_by_bits(bits: int | Tensor, x: Tensor) -> list[int] | Tensor:
+def _channels_by_bits(bits: int | Tensor, x: Tensor) -> list[int]:
     """Return how many input channels of x ([M, in]), over all rows, are read in 0, 1, ... 8 bits."""
     if isinstance(bits, int):
         return [x.numel() if each == bits else 0 for each in range(MAX_WIDTH + 1)]
     counts = torch.bincount(bits.flatten().int(), minlength=MAX_WIDTH + 1)
-    return counts * x.shape[1] if bits.dim() == 1 else counts
+    return (counts * x.shape[1] if bits.dim() == 1 else counts).tolist()

@@ -61,7 +61,7 @@ class NativeBackend:
     def __init__(self, adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], otherwise: TorchBackend) -> None:
         spec = adapter.spec
         self._plan, self._spec, self._layers, self._otherwise = plan, spec, adapter.layers, otherwise
-        self._fill = plan.layers[0].fill
+        self._modules, self._fill = adapter.modules, plan.layers[0].fill
         self._plain_head = adapter.normed_head is None  # PyTorch's threads multiply it next
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
@@ -112,9 +112,9 @@ class NativeBackend:
         """Whether the kernels can run layers for a state, whatever has become of the model."""
         if (
             (not state.num_running and self._fill is not Fill.PROJECT)
+            or (self._modules is not None and self._modules.is_observed)
             or self._layers[0].nested[0].is_expanded
             or state.masses is not None
-            or state.mass is not None
             or state.present is not state.chunk
             or any(context.fuses)
             or (state.halted is not None and self._fill is Fill.ZERO)

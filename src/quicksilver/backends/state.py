@@ -70,7 +70,6 @@ class State:
         hidden: [M, d] residual stream of those that run on.
         layout: where each row of `hidden` comes from.
         rotations: of the rows' queries and keys; each layer names its own.
-        mass: [M] tokens that each row stands for, None where each stands for one.
         before: [M, d] what entered the last layer that ran.
         update: [M, d] what the last layer added, None where no rule reads it.
         present: layout of the tokens that are not absorbed: layers to come list them, as the fill says.
@@ -86,7 +85,6 @@ class State:
     layout: RaggedLayout
     rotations: tuple[Rotation, ...]
     present: RaggedLayout
-    mass: Tensor | None = None
     before: Tensor | None = None
     update: Tensor | None = None
     halted: Tensor | None = None
@@ -99,6 +97,11 @@ class State:
     def num_running(self) -> int:
         """M, the tokens that run on."""
         return self.hidden.shape[0]
+
+    @property
+    def mass(self) -> Tensor | None:
+        """[M] tokens that each row of `hidden` stands for, None where each stands for one."""
+        return None if self.masses is None else self.masses.index_select(0, self.layout.origin)
 
     def halt(self, layer_idx: int, split: SplitRows) -> None:
         """Halt rows after a layer."""
@@ -118,7 +121,7 @@ class State:
             self.masses = torch.ones_like(self.chunk.origin)
         self._keep(split.keep)
         self.masses.index_copy_(0, self.layout.origin, masses)
-        self.hidden, self.mass = hidden, masses
+        self.hidden = hidden
         present = torch.ones_like(self.chunk.origin, dtype=torch.bool).index_fill_(0, rows, False)
         self.present = self.present.select(present.index_select(0, self.present.origin).nonzero().squeeze(-1))
 
@@ -141,7 +144,6 @@ class State:
         """Let the given rows ([M], ascending) run on."""
         self.hidden, self.layout = self.hidden.index_select(0, rows), self.layout.select(rows)
         self.rotations = tuple(rotation.select(rows) for rotation in self.rotations)
-        self.mass = None if self.mass is None else self.mass.index_select(0, rows)
         self.update = None if self.update is None else self.update.index_select(0, rows)
 
 

@@ -20,7 +20,7 @@ from quicksilver.core.bits import ENTRY_BITS
 from quicksilver.core.decisions import Fill, ShortcutView
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import COUNT
-from quicksilver.families.spec import Adapter, Apply, LayerOps
+from quicksilver.families.spec import Adapter, Apply
 from quicksilver.ops import AttentionBackend, ragged_attention
 
 _QUERY_ROWS, _FILL_ROWS, _ENTRIES_READ = COUNT["query_rows"], COUNT["fill_rows"], COUNT["entries_read"]
@@ -145,7 +145,7 @@ class TorchBackend:
         keys.index_copy_(0, state.layout.origin, key)
         values.index_copy_(0, state.layout.origin, value)
         if fill is Fill.PROJECT:
-            frozen_key, frozen_value = self._project(self._layers[layer_idx], layer_idx, state, context)
+            frozen_key, frozen_value = self._project(layer_idx, state, context)
             keys.index_copy_(0, state.halted, frozen_key)
             values.index_copy_(0, state.halted, frozen_value)
             row[_FILL_ROWS] += len(state.halted)
@@ -156,10 +156,11 @@ class TorchBackend:
         masses = None if state.masses is None else state.masses.index_select(0, state.present.origin)
         append_rows(caches, layer_idx, state.present, keys, values, masses)
 
-    def _project(self, layer: LayerOps, layer_idx: int, state: State, context: PassContext) -> tuple[Tensor, Tensor]:
+    def _project(self, layer_idx: int, state: State, context: PassContext) -> tuple[Tensor, Tensor]:
         """Return keys and values of halted tokens, of the states with which they halted."""
         assert state.halted is not None
         assert state.frozen is not None
+        layer = self._layers[layer_idx]
         normed = layer.attn_norm(state.frozen.index_select(0, state.halted))
         key, value = layer.project_kv(normed, self._apply(layer_idx, state.halted, state, context))
         if (rotary := layer.spec.rotary) is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +26,6 @@ from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig, 
 from quicksilver.rules.precision.graded import Thresholds
 from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.protection import Protection
-from quicksilver.runtime.steps.halting import head_entropy
 
 _BISECTIONS = 80
 
@@ -140,7 +138,7 @@ def _fit_tokens(
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
     for window in text:
         hidden = run_window(decoder, window.token_ids)[window.rows]
-        scores, _ = rule.score(TokenBitsView(hidden, partial(head_entropy, adapter)))
+        scores, _ = rule.score(TokenBitsView(hidden, adapter.head_entropy))
         counts += histogram(scores)
         on_window()
     return rule.fitted(quantiles(counts, rule.target))

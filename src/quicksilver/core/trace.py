@@ -125,7 +125,6 @@ class Trace:
         self.rows = self.counts.numpy()
         self._group_sizes: list[Counter[int]] = [Counter() for _ in range(num_layers)]
         self._on_device: list[tuple[int, int, Tensor]] = []
-        self._channels: list[tuple[int, Tensor, int, Sequence[int]]] = []
         self.tokens = 0
         self.head_rows = 0
         self._ends: Counter[int] = Counter()  # lengths up to which sequences were fed, less those from which on
@@ -161,7 +160,7 @@ class Trace:
             self.rows[layer_idx, place] += value
 
     def add_channels(
-        self, layer_idx: int, channels: Sequence[int] | Tensor, num_outputs: int, channel_bytes: Sequence[int]
+        self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
         """Count one application of a nested map.
 
@@ -171,13 +170,8 @@ class Trace:
             num_outputs: multiply-adds of a channel.
             channel_bytes: [9] bytes of a channel read in so many bits.
         """
-        if isinstance(channels, Tensor) and not channels.is_cpu:
-            self._channels.append((layer_idx, channels, num_outputs, channel_bytes))
-            if len(self._channels) >= _LIMIT:
-                self._read_device()
-            return
-        counts, row = channels.tolist() if isinstance(channels, Tensor) else channels, self.rows[layer_idx]
-        for bits, count in enumerate(counts):
+        row = self.rows[layer_idx]
+        for bits, count in enumerate(channels):
             if count:
                 row[_MACS.start + bits] += count * num_outputs
                 row[_WEIGHT_BYTES] += count * channel_bytes[bits]
@@ -287,8 +281,3 @@ class Trace:
                 pending, torch.stack([value.long() for *_, value in pending]).tolist(), strict=True
             ):
                 self.rows[layer_idx, place] += value
-        if self._channels:
-            applied, self._channels = self._channels, []
-            counts = torch.stack([channels for _, channels, *_ in applied]).tolist()
-            for of_map, (layer_idx, _, num_outputs, channel_bytes) in zip(counts, applied, strict=True):
-                self.add_channels(layer_idx, of_map, num_outputs, channel_bytes)

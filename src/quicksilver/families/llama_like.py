@@ -166,9 +166,7 @@ def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any)
     compute = [partial(_rotation, rotary, like_weight, kind) for kind in kinds]
     return Adapter(
         spec=spec,
-        layers=tuple(
-            partial(_layer_ops, like, maps, config)(*each) for each in zip(body.layers, spec.layers, strict=True)
-        ),
+        layers=tuple(_layer_ops(like, maps, config, *each) for each in zip(body.layers, spec.layers, strict=True)),
         embed=partial(_embed, body, scale),
         rotations=tuple(RotationTable(each, spec.max_positions) for each in compute),
         final_norm=body.norm,

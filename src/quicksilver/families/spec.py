@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -21,6 +22,8 @@ from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, Nested
 Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]
 """Applies a linear map of a layer to rows [N, in]; the runtime's, which may choose the bits to read."""
+
+_ENTROPY_ROWS = 256  # rows of logits held at a time
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,14 @@ class Adapter:
         """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""
         scores = self.head(self.final_norm(hidden)) if self.normed_head is None else self.normed_head(hidden)
         return scores if self.finish is None else self.finish(scores)
+
+    def head_entropy(self, hidden: Tensor) -> Tensor:
+        """Return the entropy in bits of what the head predicts from states [M, d], [M]."""
+        entropies = []
+        for rows in hidden.split(_ENTROPY_ROWS):
+            log_probs = torch.log_softmax(self.logits(rows).float(), dim=-1)
+            entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
+        return torch.cat(entropies)
 
     def cut_behind(self, layer_idx: int) -> Adapter:
         """Return the model's layers up to and with one, as a model."""

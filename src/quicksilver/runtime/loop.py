@@ -16,7 +16,6 @@ from quicksilver.backends.base import LayerBackend
 from quicksilver.backends.choose import choose
 from quicksilver.backends.resolved import resolve
 from quicksilver.backends.state import PassContext, Protected, State, Step
-from quicksilver.backends.torch import TorchBackend
 from quicksilver.cache import RaggedKVCache, SequenceCache
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import Trace
@@ -145,10 +144,8 @@ class Decoder:
 
     def _run_layers(self, state: State, context: PassContext) -> None:
         """Run all layers, and between them the steps that are on."""
-        modules = self.adapter.modules
-        backend = self._observed if modules is not None and modules.is_observed else self.backend
-        for span in backend.spans(state, context):
-            backend.run(span, state, context)
+        for span in self.backend.spans(state, context):
+            self.backend.run(span, state, context)
             for step in self._steps_after[span[-1]]:
                 step(span[-1], state, context)
 
@@ -168,7 +165,6 @@ class Decoder:
         ]
         asked = [layer_idx for layer_idx, after in enumerate(self._steps_after) if after]
         self.backend = choose(adapter, self._plan, asked, self._attention)
-        self._observed = TorchBackend(adapter, self._plan, self._attention)
         self._versions = WeightVersions(adapter.layers) if self.backend.name == "native" else None
 
     def _rebind_if_changed(self) -> None:

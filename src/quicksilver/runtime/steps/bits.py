@@ -9,7 +9,6 @@ from quicksilver.core.bits import MAX_WIDTH
 from quicksilver.core.decisions import TokenBitsView
 from quicksilver.families.spec import Adapter
 from quicksilver.rules import PrecisionRule
-from quicksilver.runtime.steps.halting import head_entropy
 
 
 class BitsStep:
@@ -29,7 +28,7 @@ class BitsStep:
         """Grant bits to the tokens that run on."""
         if not state.num_running:
             return
-        view = TokenBitsView(state.hidden, lambda hidden: head_entropy(self._adapter, hidden))
+        view = TokenBitsView(state.hidden, self._adapter.head_entropy)
         choice = self._rule.ask_tokens(view)
         context.trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
         most = state.max_bits

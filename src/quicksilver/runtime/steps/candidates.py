@@ -36,11 +36,11 @@ class FusionCandidates:
     @classmethod
     def of_pass(cls, state: State, weights: FusionWeights, context: PassContext) -> FusionCandidates:
         """Return a pass's own rows."""
-        layout = state.layout
+        layout, mass = state.layout, state.mass
         rows = FusionRows(
             hidden=state.hidden,
             mean=state.hidden.float() if weights == "mass" else None,
-            mass=torch.ones_like(layout.origin) if state.mass is None else state.mass,
+            mass=torch.ones_like(layout.origin) if mass is None else mass,
             positions=layout.positions,
             token_ids=context.token_ids.index_select(0, layout.origin),
             seq_ids=layout.seq_ids,

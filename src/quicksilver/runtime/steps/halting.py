@@ -5,18 +5,14 @@ The rules themselves are in `quicksilver.rules`, and in packages that bring othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from quicksilver.backends.state import PassContext, SplitRows, State
 from quicksilver.core.decisions import LayerView
 from quicksilver.families.spec import Adapter
 from quicksilver.rules import HaltingConfig
-
-_ENTROPY_ROWS = 256  # rows of logits held at a time
 
 
 class HaltingStep:
@@ -65,7 +61,7 @@ class HaltingStep:
             state.update,
             layout.positions,
             context.token_ids.index_select(0, layout.origin),
-            lambda hidden: head_entropy(self._adapter, hidden),
+            self._adapter.head_entropy,
             gate,
         )
         decision = self._rule.ask(view)
@@ -79,13 +75,3 @@ class HaltingStep:
             return None
         going_on = halt.shape[0] - rows.shape[0]
         return SplitRows(rows, halt.argsort(stable=True)[:going_on])  # False first; the device is not asked again
-
-
-def head_entropy(adapter: Adapter, hidden: Tensor) -> Tensor:
-    """Return the entropy in bits of a model's head on states [M, d], [M]."""
-    entropies = []
-    for rows in hidden.split(_ENTROPY_ROWS):
-        logits = adapter.logits(rows).float()
-        log_probs = torch.log_softmax(logits, dim=-1)
-        entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
-    return torch.cat(entropies)
