@@ -15,15 +15,7 @@ from quicksilver.errors import InputError
 
 
 class RaggedKVCache:
-    """Caches of a batch of sequences and the columns that they were fed.
-
-    Args:
-        sequences: one cache for each, at least one.
-
-    Attributes:
-        sequences: as given; a step of the engine takes any of them, with others or alone.
-        fed: the columns of the padded grids fed so far, kept by whoever feeds grids.
-    """
+    """Caches of a batch of sequences, of which a step may take any, and the columns that they were fed."""
 
     def __init__(self, sequences: Sequence[SequenceCache]) -> None:
         self.sequences = list(sequences)
@@ -45,10 +37,7 @@ class RaggedKVCache:
         return [sequence.length for sequence in self.sequences]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Take back the last tokens of sequences, as if they had not been fed.
-
-        Args:
-            lengths: tokens that each sequence keeps.
+        """Take back the last tokens of sequences, as if they had not been fed; each keeps so many.
 
         Raises:
             InputError: a length that is not from 0 to the sequence's, or a cut through a group of fused tokens, or
@@ -70,10 +59,7 @@ class RaggedKVCache:
             sequence.truncate(length)
 
     def crop(self, columns: int) -> None:
-        """Take back columns, as transformers' caches do.
-
-        Args:
-            columns: -n takes back the last n, 0 none; n > 0 keeps the first n, as in transformers before 5.23.
+        """Take back columns, as transformers' caches do: -n takes back the last n, 0 none; n > 0 keeps the first n.
 
         Raises:
             InputError: more columns than there are, no number, or see `truncate`.

@@ -13,24 +13,16 @@ from quicksilver.calibrate.search import Scored, pareto
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of verification.
+    """What came of verification."""
 
-    Attributes:
-        chosen: the candidate that held, None where none did.
-        row: its figures on the held-out text.
-        failed: candidates that did not hold there, with their figures, in the order in which they were tried.
-    """
-
-    chosen: Scored | None
-    row: dict[str, Any] | None
+    chosen: Scored | None  # the candidate that held, None where none did
+    row: dict[str, Any] | None  # its figures on the held-out text
+    # candidates that did not hold there, with their figures, in the order in which they were tried
     failed: list[tuple[Scored, dict[str, Any]]]
 
 
 def eligible(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:
-    """Return the candidates of the frontier that hold the budget where they were searched and save something.
-
-    They come from the most saved to the least.
-    """
+    """Return the frontier's candidates that hold the budget where they were searched, those that save most first."""
     return [
         each
         for each in pareto(candidates, objective, budget)
@@ -45,10 +37,7 @@ def verify(
 ) -> Verified:
     """Return the first candidate that holds the budget on held-out text, backing off along the frontier.
 
-    Args:
-        candidates: from the most saved to the least.
-        budget: its limit must hold for the upper end of the interval.
-        score: returns a candidate's figures on the held-out text.
+    Candidates come from the most saved to the least; `score` returns one's figures on the held-out text.
     """
     failed: list[tuple[Scored, dict[str, Any]]] = []
     for candidate in candidates:

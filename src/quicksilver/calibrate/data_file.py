@@ -22,13 +22,7 @@ _TENSOR, _COUNTS = "fitted.", "counts."
 
 
 def write(path: Path, key: str, data: CalibrationData) -> None:
-    """Write what was fitted; an interrupted write leaves nothing half-written.
-
-    Args:
-        path: of the file.
-        key: of everything that the fits depend on.
-        data: to be kept.
-    """
+    """Write what was fitted, under a key of everything that it depends on; an interrupted write leaves nothing."""
     facts = {
         "units": asdict(data.units),
         "context": data.context,

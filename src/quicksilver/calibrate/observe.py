@@ -63,14 +63,9 @@ def watch_sublayers(
     plan: Plan,
     see: Callable[[tuple[int, Part], SublayerRows], None],
 ) -> None:
-    """Run a window under a plan, and show what each of the given sublayers did; deeper layers are not run.
+    """Run a window [T] under a plan, and show what each of the given sublayers did; deeper layers are not run.
 
-    Args:
-        adapter: the model.
-        units: layers and parts; the plan has no shortcut for them, and halts nobody.
-        token_ids: [T].
-        plan: what else is in force.
-        see: called with the layer and part, and its rows.
+    The plan has no shortcut for these sublayers, and halts nobody.
     """
     depth = max(layer for layer, _ in units) + 1
     layers = list(adapter.layers[:depth])

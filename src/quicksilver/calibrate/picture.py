@@ -48,15 +48,7 @@ _NAMES = {
 
 
 def draw(path: Path, found: dict[str, Any]) -> list[Path]:
-    """Write a frontier as PNG and as SVG.
-
-    Args:
-        path: without its ending; an interrupted write leaves nothing there.
-        found: as `report.frontier` gave it.
-
-    Returns:
-        The files.
-    """
+    """Write what `report.frontier` found as PNG and SVG files, `path` without an ending; return the files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -42,25 +42,16 @@ class Progress(Shape):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """What is asked for."""
 
-    Attributes:
-        budget: what may be lost.
-        objective: what is to be saved.
-        mechanisms: that may be used.
-        fills: whether what a halted token leaves in deeper layers is to be chosen too.
-        trials: of the search.
-        time_limit: seconds after which the search stops, None for none; fitting and verifying are not counted.
-        seed: of the search.
-    """
-
-    budget: Budget
-    objective: Objective
-    mechanisms: tuple[Mechanism, ...]
-    fills: bool
-    trials: int
+    budget: Budget  # what may be lost
+    objective: Objective  # what is to be saved
+    mechanisms: tuple[Mechanism, ...]  # that may be used
+    fills: bool  # whether what a halted token leaves in deeper layers is to be chosen too
+    trials: int  # of the search
+    # seconds after which the search stops, None for none; fitting and verifying are not counted
     time_limit: float | None
-    seed: int
+    seed: int  # of the search
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -70,33 +61,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        plan: the chosen plan; dense where none held the budget.
-        candidates: all that were scored on the searched part, baselines included.
-        verified: what came of the held-out part.
-        leave_one_out: for each mechanism of the chosen plan, figures of the plan without it, on the searched part.
-    """
-
-    plan: Plan
-    candidates: list[Scored]
-    verified: choosing.Verified
+    plan: Plan  # the chosen plan; dense where none held the budget
+    candidates: list[Scored]  # all that were scored on the searched part, baselines included
+    verified: choosing.Verified  # what came of the held-out part
+    # for each mechanism of the chosen plan, figures of the plan without it, on the searched part
     leave_one_out: dict[str, dict[str, Any]]
 
 
 class Calibrator:
-    """One calibration of one model.
+    """One calibration of one model, whose parts of a text `window_config` cut.
 
     Args:
         model: as it is, the baseline.
         runner: that runs candidates: the same, or its copy with any-precision weights.
-        parts: of the text.
-        window_config: that cut it.
-        settings: what is asked for.
         folder: where what was found is kept, and found again.
         fingerprint: of the model's weights and of the text.
-        name: of the model.
         progress: shows how far each phase is.
     """
 
@@ -188,7 +169,7 @@ class Calibrator:
     def _switches(self, data: CalibrationData) -> tuple[list[Mechanism], list[Mechanism]]:
         """Return the mechanisms to search, and those that every candidate has.
 
-        Coded entries are searched where they save what is asked for. Elsewhere they are taken where they cost next to
+        Coded entries are searched where they save what is asked for; elsewhere they are taken where they cost next to
         nothing: the cache holds a fraction of its bytes then.
         """
         settings = self._settings

@@ -15,13 +15,7 @@ FORMAT = 1
 
 
 def frontier(result: Calibration, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return all that was scored, what was chosen of it, and how it held on held-out text.
-
-    Args:
-        result: of the calibration.
-        settings: that it was asked with.
-        facts: of the command, the text and the machine, recorded as they are.
-    """
+    """Return all that was scored, what was chosen of it, and how it held on held-out text, beside the given facts."""
     best = {id(each) for each in pareto(result.candidates, settings.objective, settings.budget)}
     holding = {id(each) for each in eligible(result.candidates, settings.objective, settings.budget)}
     verified = result.verified

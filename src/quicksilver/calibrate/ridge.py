@@ -23,13 +23,7 @@ class Affine(NamedTuple):
 
 
 class RidgeSums:
-    """Second moments of rows of inputs and outputs.
-
-    Args:
-        num_inputs: channels of the inputs.
-        num_outputs: channels of the outputs.
-        device: where the rows are.
-    """
+    """Second moments of rows of inputs and outputs, which may be on any device."""
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
         self.gram = torch.zeros((num_inputs + 1, num_inputs + 1), dtype=torch.float64, device=device)

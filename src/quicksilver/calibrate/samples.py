@@ -11,13 +11,7 @@ _LENGTH = 256
 
 
 def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0) -> list[Tensor]:
-    """Return sequences that the model says, [T] token ids each, at temperature 1; the same for the same seed.
-
-    Args:
-        model: what to sample from, under its own plan.
-        num_tokens: how many tokens are wanted, at least.
-        seed: of the draws.
-    """
+    """Return sequences that the model says, [T] token ids each, at least so many tokens, at temperature 1."""
     length = min(_LENGTH, model.adapter.spec.max_positions)
     count = -(-num_tokens // length)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

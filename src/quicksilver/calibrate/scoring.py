@@ -30,21 +30,13 @@ _REDUCTION = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a plan may lose, in perplexity or in nats per token.
+    """How much a plan may lose, in perplexity or in nats per token."""
 
-    Attributes:
-        limit: the most.
-        unit: "ppl" or "nll".
-    """
-
-    limit: float
-    unit: str
+    limit: float  # the most
+    unit: str  # "ppl" or "nll"
 
     def upper(self, row: dict[str, Any]) -> float:
-        """Return the upper end of the interval of what a row of figures lost, on the text where that is highest.
-
-        It is infinite where there is no interval.
-        """
+        """Return the upper end of the interval of what a row lost, on the worst text; infinite without an interval."""
         intervals = [delta[f"{self.unit}_ci95"] for delta in row["delta_by_text"].values()]
         return max(float("inf") if interval is None else interval[1] for interval in intervals)
 
@@ -69,8 +61,6 @@ class Scorer:
         model: the model as it is, the baseline.
         runner: the model that runs candidates that choose bits: the same, or its copy with any-precision weights.
         part: windows of each text, of which several are needed for intervals.
-        window_config: that cut them.
-        name: of the model.
         interleaved: run the dense model again beside every candidate, so that seconds can be compared.
     """
 

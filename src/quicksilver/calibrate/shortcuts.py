@@ -31,14 +31,7 @@ def fit_units(
     plan: Plan,
     on_window: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], dict[Unit, float]]:
-    """Fit maps and gates of sublayers in two passes, all of them with their inputs as the plan leaves them.
-
-    Args:
-        adapter: the model.
-        chosen: sublayers.
-        windows: token ids [T] of calibration text, each run on its own.
-        plan: shortcuts already taken elsewhere; it halts nobody.
-        on_window: called after each window of each pass.
+    """Fit maps and gates of sublayers in two passes, with their inputs as the plan's own shortcuts leave them.
 
     Returns:
         Tensors `shortcut.LAYER.PART.*` of a plan, and for each sublayer the mean squared error of its map as a share
@@ -80,17 +73,7 @@ def fit_in_order(
     windows: Sequence[Tensor],
     on_window: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Fit shortcuts one after another, deeper ones on states that shallower ones have changed.
-
-    Args:
-        adapter: the model.
-        chosen: with their thresholds.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window of each pass; two passes for each shortcut.
-
-    Returns:
-        Tensors `shortcut.LAYER.PART.*` of a plan.
-    """
+    """Return `shortcut.LAYER.PART.*`, fitted one by one: deeper ones on states that shallower ones have changed."""
     tensors: dict[str, Tensor] = {}
     done: list[Shortcut] = []
     for shortcut in sorted(chosen, key=lambda each: (each.layer, each.part)):  # attention runs before the MLP

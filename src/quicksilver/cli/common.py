@@ -57,11 +57,7 @@ def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_texts(text: str | None, documents: str | None = None, dataset: str | None = None) -> list[Any]:
-    """Return the corpora that `text_options` name, in their order.
-
-    Raises:
-        InputError: one cannot be read.
-    """
+    """Return the corpora that `text_options` name, in their order."""
     from quicksilver.measure.texts import read_dataset, read_documents, read_text
 
     given = ((read_text, text), (read_documents, documents), (read_dataset, dataset))
@@ -135,11 +131,7 @@ def open_model(
 
 
 def check_model(model: str, device: str = "cpu") -> None:
-    """Refuse a MODEL that is not there and a --device that is none, before PyTorch takes seconds to be imported.
-
-    Raises:
-        ModelError: one of these.
-    """
+    """Refuse a MODEL that is not there and a --device that is none, before PyTorch takes seconds to be imported."""
     from quicksilver.core import sources
 
     sources.check_device(device)

@@ -53,10 +53,7 @@ def check_target(option: str, given: str) -> None:
 
 
 def check_folder(option: str, given: str) -> None:
-    """Raise InputError where files could not be written later into a folder that is there, or can be made.
-
-    `option` names where it was asked for.
-    """
+    """Raise InputError where files could not be written later into a folder that is there, or can be made."""
     if not given:
         raise InputError(f"{option} is empty: give a folder's name")
     path = Path(os.path.abspath(given))

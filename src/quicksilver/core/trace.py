@@ -72,11 +72,7 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 class LayerCounts:
-    """One layer's counts, read by the names of `COUNT`.
-
-    Attributes:
-        group_sizes: fused groups by the tokens that they stand for.
-    """
+    """One layer's counts, read by the names of `COUNT`; `group_sizes` are fused groups by the tokens they stand for."""
 
     def __init__(self, counts: Sequence[int], group_sizes: Counter[int]) -> None:
         self._counts = counts
@@ -162,13 +158,9 @@ class Trace:
     def add_channels(
         self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
-        """Count one application of a quantized map.
+        """Count one application of a quantized map with so many outputs.
 
-        Args:
-            layer_idx: the layer.
-            channels: [9] input channels, over all rows, read in 0, 1, ... 8 bits.
-            num_outputs: multiply-adds of a channel.
-            channel_bytes: [9] bytes of a channel read in so many bits.
+        `channels` are input channels, over all rows, read in 0, 1, ... 8 bits, and `channel_bytes` those of one.
         """
         row = self.rows[layer_idx]
         for bits, count in enumerate(channels):
@@ -226,10 +218,7 @@ class Trace:
 
     @property
     def group_sizes(self) -> dict[int, int]:
-        """Fused groups by the tokens that they stand for, over all layers.
-
-        Below zero where a group that another trace has counted has grown.
-        """
+        """Fused groups by the tokens they stand for; below zero where one that another trace has counted has grown."""
         sizes: Counter[int] = Counter()
         for each in self._group_sizes:
             sizes.update(each)

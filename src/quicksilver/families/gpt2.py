@@ -32,11 +32,7 @@ from quicksilver.families.windows import layer_windows
 
 
 def _adapt(model: Any) -> Adapter:
-    """Read a GPT-2 model of transformers.
-
-    Raises:
-        UnsupportedModelError: the configuration asks for something not implemented here.
-    """
+    """Read a GPT-2 model of transformers."""
     if model.config.add_cross_attention:
         raise UnsupportedModelError("gpt2: cross-attention (add_cross_attention=True) is not supported")
     body, spec = model.transformer, _spec(model)

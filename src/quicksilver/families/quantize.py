@@ -38,11 +38,7 @@ _INPUTS: tuple[frozenset[MapRole], ...] = (
 
 
 def input_groups(model: Any) -> list[tuple[str, ...]]:
-    """Return the layers' maps by full path, in order; those that read the same input stand together.
-
-    Raises:
-        UnsupportedModelError: the family is not supported.
-    """
+    """Return the layers' maps by full path, in order; those that read the same input stand together."""
     family = family_of(model.config)
     groups = [tuple(path for path, roles in family.maps.items() if alike.issuperset(roles)) for alike in _INPUTS]
     return [
@@ -72,10 +68,11 @@ def quantize_model(
 ) -> None:
     """Replace a model's linear maps by quantized ones, in place and one by one; on an error nothing is replaced.
 
+    A head that shares the embedding's table gets one of its own, and must be quantized where the embedding is.
+
     Args:
         model: a causal language model of transformers.
-        config: a head that shares the embedding's table gets one of its own where it is quantized, and must be
-            quantized where the embedding is.
+        config: what is quantized, and how.
         hessians: [in, in] `X^T X` of each map's inputs by the map's name; `config.method` "compensated" needs them.
         on_map: called after each map.
 
@@ -96,11 +93,7 @@ def quantize_each(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Do what `quantize_model` does; yield each map, and a quantized embedding, by full path once it is replaced.
 
-    Args:
-        model: as for `quantize_model`.
-        config: likewise.
-        hessians: likewise.
-        after: called with a weight that is not looked at again soon, or not at all.
+    `after` is called with each weight that is not looked at again soon, or not at all.
 
     Raises:
         ModelError: the model is quantized already, a weight or Hessian is NaN or infinite, a weight's range is beyond
@@ -137,7 +130,6 @@ def outline(model: Any, config: QuantizationConfig) -> None:
 
     Raises:
         ModelError: the configuration does not fit the model.
-        UnsupportedModelError: the family is not supported.
     """
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:

@@ -17,11 +17,7 @@ from quicksilver.quant import AnyPrecisionLinear
 
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
-    """Return the adapter of a loaded transformers causal language model; no weight is copied.
-
-    Args:
-        model: the model, or PEFT's wrapper of it.
-        kernels: which kernels read its any-precision weights.
+    """Return the adapter of a loaded transformers causal language model, PEFT's wrapper or not; no weight is copied.
 
     Raises:
         UnsupportedModelError: the family, an option of its configuration, where or in what form its weights are, or

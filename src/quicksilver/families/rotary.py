@@ -33,11 +33,7 @@ class RotationTable:
     """Rotations by position, looked up on the CPU.
 
     What computes them is many small operations, some on several threads, which afterwards wait awake where the compiled
-    kernels' threads should run.
-
-    Args:
-        compute: positions [N] to their rotation.
-        num_positions: of the model; beyond them `compute` may change its frequencies, so none are looked ahead.
+    kernels' threads should run. Beyond `num_positions` frequencies may change, so none are looked ahead.
     """
 
     def __init__(self, compute: Callable[[Tensor], Rotation], num_positions: int) -> None:

@@ -46,11 +46,7 @@ def check_weights(model: Any) -> None:
 
 
 class WeightPlaces:
-    """Where a model's parameters are held; checks them again where others are in their place.
-
-    Args:
-        model: its weights are checked already.
-    """
+    """Where a model's parameters are held, checked already; checks them again where others are in their place."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

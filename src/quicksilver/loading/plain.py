@@ -25,13 +25,7 @@ _NO_WEIGHTS = re.compile(r"\.attn\.masked_bias$")
 
 
 def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read a model's safetensors into transformers' model of its configuration.
-
-    Args:
-        source: a folder, or an id on the hub.
-        config: the model's configuration.
-        dtype: of the weights, or "auto".
-        local: whether the hub is not to be asked.
+    """Read the safetensors of a folder or a hub id, which is not asked where `local`, into transformers' model.
 
     Raises:
         ModelError: a file is missing or corrupt, or a tensor is missing or has another shape.
@@ -78,11 +72,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
 
 
 def read_generation_config(folder: Path) -> Any:
-    """Return the generation settings of a folder, None where it has none.
-
-    Raises:
-        ModelError: they make no sense to transformers.
-    """
+    """Return the generation settings of a folder, None without any; ModelError where transformers rejects them."""
     from transformers import GenerationConfig
 
     file = folder / GENERATION_CONFIG

@@ -66,16 +66,10 @@ def quantize_and_save(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     on_map: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do what `quantize_model` and `save_quantized` do, map by map: neither the weights nor their codes are kept.
+    """Do what `quantize_model` and `save_quantized` do, one map at a time: neither weights nor codes are kept.
 
-    Args:
-        model: a transformers model that `load_plain` gave and that nobody has changed; what is quantized is left
-            without content, on "meta".
-        config: each weight is rounded on its own, whatever its method.
-        folder: does not exist, or is empty.
-        tokenizer: saved too, or None.
-        max_shard_size: of one weight file, in bytes or with a unit.
-        on_map: called after each map, and the embedding where it is quantized.
+    The model is one that `load_plain` gave and nobody has changed; where it is quantized, it is left on "meta".
+    Each weight is rounded on its own, whatever the configuration's method. `on_map` is called after each map.
 
     Raises:
         InputError: the folder cannot be written.
@@ -125,15 +119,7 @@ def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
 
 
 def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
-    """Load what `save_quantized` wrote.
-
-    Args:
-        source: the folder.
-        config: its transformers configuration.
-        dtype: of the weights that are not quantized; "auto" is the one they were saved in.
-
-    Returns:
-        A transformers model on the CPU.
+    """Load what `save_quantized` wrote, on the CPU; dtype "auto" is the one the other weights were saved in.
 
     Raises:
         ModelError: the configuration or the files are damaged, or do not fit each other.

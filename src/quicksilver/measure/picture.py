@@ -18,27 +18,15 @@ _COLUMNS, _ROWS = 96, 10  # of a token panel, in characters
 
 @dataclass(frozen=True)
 class TokenPanel:
-    """A text whose tokens are coloured by depth.
+    """A text whose tokens are coloured by depth."""
 
-    Attributes:
-        title: what is shown.
-        tokens: the tokens, as text.
-        depths: layers each of them ran.
-    """
-
-    title: str
-    tokens: Sequence[str]
-    depths: Sequence[int]
+    title: str  # what is shown
+    tokens: Sequence[str]  # the tokens, as text
+    depths: Sequence[int]  # layers each of them ran
 
 
 def draw_summary(path: Path, results: Sequence[dict[str, Any]], panels: Sequence[TokenPanel]) -> None:
-    """Write a PNG with the plans' cost against what they saved, and texts coloured by depth.
-
-    Args:
-        path: where to write; an interrupted write leaves nothing there.
-        results: rows of `report.evaluate`, one model and text.
-        panels: texts to show.
-    """
+    """Write a PNG with the plans' cost against what they saved, and texts coloured by depth."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

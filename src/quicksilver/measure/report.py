@@ -33,20 +33,17 @@ def evaluate(
     on_window: Callable[[], None] = lambda: None,
     quantized: QuickSilverForCausalLM | None = None,
 ) -> list[dict[str, Any]]:
-    """Score plans against the dense model on the same windows, interleaved.
+    """Score plans against the dense model on the same windows, interleaved; return one JSON-ready object per plan.
 
     Args:
         model: the model; the plan it carries plays no part.
         plans: what to compare with dense.
-        text: windows to score, cut by `window_config`.
-        window_config: recorded with the results.
+        text: windows to score.
+        window_config: that cut them; recorded with the results.
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window that is run, `scoring.num_runs` times.
         quantized: the model with any-precision weights, on which plans that choose bits are run; by default `model`.
-
-    Returns:
-        One JSON-ready object per plan, in order.
     """
     chosen = [model if plan.precision is None or quantized is None else quantized for plan in plans]
     decoders = [

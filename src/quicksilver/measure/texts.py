@@ -29,28 +29,15 @@ _OTHER_MARKS = {  # UTF-32 first: its mark may begin with that of UTF-16
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to score.
+    """Texts to score."""
 
-    Attributes:
-        name: for the report.
-        texts: one long text, or separate documents.
-        separate: each text is scored on its own, however short.
-    """
-
-    name: str
-    texts: tuple[str, ...]
-    separate: bool
+    name: str  # for the report
+    texts: tuple[str, ...]  # one long text, or separate documents
+    separate: bool  # each text is scored on its own, however short
 
 
 def read_text(path: str | Path) -> Corpus:
-    """Read one long UTF-8 text, every character as it is in the file, line ends too.
-
-    Raises:
-        InputError: missing, not UTF-8, or empty.
-
-    Warns:
-        ByteOrderMarkWarning: it begins with a byte order mark, which is left out.
-    """
+    """Read one long UTF-8 text, every character as in the file, line ends too; InputError where that cannot be."""
     text = _read(path)
     if not text.strip():
         raise InputError(f"{path}: the text is empty")
@@ -62,9 +49,6 @@ def read_documents(path: str | Path) -> Corpus:
 
     Raises:
         InputError: missing, not UTF-8, a malformed line, or no text at all.
-
-    Warns:
-        ByteOrderMarkWarning: the file begins with a byte order mark, which is left out.
     """
     texts = []
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -118,17 +102,10 @@ def read_dataset(name: str) -> Corpus:
 
 
 def decode(data: bytes, source: str | Path) -> str:
-    """Return UTF-8 text, no character changed; a byte order mark before it is left out.
-
-    Args:
-        data: the text's bytes.
-        source: where they are from, for messages.
+    """Return UTF-8 text, no character changed; a byte order mark before it is left out, with a ByteOrderMarkWarning.
 
     Raises:
-        InputError: it is not UTF-8.
-
-    Warns:
-        ByteOrderMarkWarning: there is such a mark.
+        InputError: it is not UTF-8; `source` says where it is from.
     """
     other = next((mark for mark in _OTHER_MARKS if data.startswith(mark)), None)
     if other is not None:

@@ -15,19 +15,12 @@ _OUTPUTS, _INPUTS = 128, 224  # whole groups of every size; fewer numbers togeth
 
 
 class Block(NamedTuple):
-    """Some of a matrix's outputs and inputs.
+    """Some of a matrix's outputs and inputs."""
 
-    Attributes:
-        outputs: they are whole groups.
-        inputs: channels.
-        groups: those of the outputs.
-        size: outputs of each of these groups; the last group of a channel may have fewer, and is a block of its own.
-    """
-
-    outputs: slice
-    inputs: slice
-    groups: slice
-    size: int
+    outputs: slice  # they are whole groups
+    inputs: slice  # channels
+    groups: slice  # those of the outputs
+    size: int  # outputs of each of these groups; the last group of a channel may have fewer, and is a block of its own
 
     def of(self, matrix: Tensor) -> Tensor:
         """Return what it is of a matrix [in, out], [groups, size, in] contiguous float32."""

@@ -27,11 +27,7 @@ BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
 class AnyPrecisionWeight(nn.Module):
     """A matrix [in, out] in any-precision codes, kept as integer buffers so that no change of dtype touches them.
 
-    Args:
-        codes: the matrix.
-
-    Attributes:
-        channel_bytes: bytes read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
+    `channel_bytes` are those read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
     """
 
     def __init__(self, codes: AnyPrecisionCodes) -> None:
@@ -102,12 +98,7 @@ class AnyPrecisionWeight(nn.Module):
 
 
 class AnyPrecisionLinear(AnyPrecisionWeight):
-    """`y = x W + b`, where W [in, out] is read at a number of bits chosen for everything, or per row and input channel.
-
-    Args:
-        codes: W.
-        bias: [out] or None.
-    """
+    """`y = x W + b`, where W [in, out] is read at bits chosen for everything, or per row and input channel."""
 
     def __init__(self, codes: AnyPrecisionCodes, bias: Tensor | None) -> None:
         super().__init__(codes)
@@ -216,11 +207,7 @@ def keeping_expanded(model: nn.Module) -> Iterator[None]:
 
 
 class AnyPrecisionSplit(nn.Module):
-    """Several linear maps of one input, their outputs end to end, as in a fused projection.
-
-    Args:
-        parts: the maps.
-    """
+    """Several linear maps of one input, their outputs end to end, as in a fused projection."""
 
     def __init__(self, parts: Sequence[AnyPrecisionLinear]) -> None:
         super().__init__()
@@ -232,13 +219,9 @@ class AnyPrecisionSplit(nn.Module):
 
 
 class AnyPrecisionEmbedding(AnyPrecisionWeight):
-    """A table of embeddings [vocab, d] in any-precision codes, read at eight bits.
+    """A table of embeddings [vocab, d] in any-precision codes, read at eight bits and given out in a dtype.
 
-    Args:
-        codes: the table; its "input channels" are tokens.
-        dtype: of the embeddings given out.
-        scale: factor of the embeddings given out, rounded to their dtype first; None for 1. transformers looks for it
-            by the attribute's name.
+    They are multiplied by a scale, rounded to that dtype first; transformers looks for it by the attribute's name.
     """
 
     def __init__(self, codes: AnyPrecisionCodes, dtype: torch.dtype, scale: float | None = None) -> None:

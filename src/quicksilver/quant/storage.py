@@ -40,24 +40,16 @@ _DTYPES = {
 
 
 class Expected(NamedTuple):
-    """What a stored tensor must be.
+    """What a stored tensor must be."""
 
-    Attributes:
-        shape: its size along each dimension.
-        dtypes: any one of these.
-    """
-
-    shape: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]  # its size along each dimension
+    dtypes: tuple[torch.dtype, ...]  # any one of these
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Write tensors to `model.safetensors`, or to numbered shards and their index, as Hugging Face names them.
 
-    Args:
-        tensors: no two of them share memory.
-        folder: an existing folder.
-        max_shard_size: bytes, or a number with a unit ("2GB"); a larger tensor has a shard of its own.
+    No two tensors share memory; one that is larger than `max_shard_size`, bytes or "2GB", has a shard of its own.
 
     Raises:
         OSError: a file cannot be written.
@@ -70,10 +62,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: i
 class TensorWriter:
     """Writes tensors as `write_tensors` does, one by one and in any order; files can be read after the `with` alone.
 
-    Args:
-        tensors: what will be written, by name; shapes and dtypes count, so that they may be on "meta".
-        folder: an existing folder.
-        max_shard_size: bytes, or a number with a unit ("2GB"); a larger tensor has a shard of its own.
+    Of the tensors given first, shapes and dtypes count, so that they may be on "meta".
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
@@ -97,11 +86,7 @@ class TensorWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, once.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
+        """Write a tensor, once; OSError where a file cannot be written."""
         self._written.add(name)
         file = self._file_of[name]
         self._shards[file].write(self._files[file], name, tensor)
@@ -150,11 +135,7 @@ class _Shard:
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
-    """Read what `write_tensors` wrote, on the CPU; every byte is checked.
-
-    Args:
-        folder: holds the shards.
-        expected: the tensors there must be, no more and no fewer.
+    """Read what `write_tensors` wrote, on the CPU: what is expected and no more, every byte checked.
 
     Raises:
         ModelError: a file is missing or damaged, or a tensor is missing, unexpected, damaged, or of another shape

@@ -13,11 +13,7 @@ from quicksilver.families.spec import num_quantized
 
 
 class ModelFacts(nn.Module):
-    """Facts of a wrapped transformers model, under the names that transformers has for them.
-
-    Attributes:
-        model: the wrapped model.
-    """
+    """Facts of the wrapped transformers model, under the names that transformers has for them."""
 
     model: Any
     main_input_name = "input_ids"

@@ -13,13 +13,7 @@ _FEW = 16  # tokens that are looked at one by one
 
 
 class Protection:
-    """What a configuration protects, bound to a model's special tokens.
-
-    Args:
-        config: says how much is protected; None for nothing.
-        special_ids: the model's special tokens.
-        device: where tokens are.
-    """
+    """What a configuration, None for nothing, protects, bound to a model's special tokens."""
 
     def __init__(
         self,

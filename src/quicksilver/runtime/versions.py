@@ -20,9 +20,6 @@ class WeightVersions:
 
     Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors. Modules replaced
     by others are `ModuleWatch`'s business.
-
-    Args:
-        layers: the layers.
     """
 
     def __init__(self, layers: Sequence[LayerOps]) -> None:

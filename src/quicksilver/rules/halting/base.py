@@ -15,13 +15,9 @@ from quicksilver.rules.registry import DecidingRule, RuleTypes
 
 @dataclass(frozen=True)
 class HaltingRule(DecidingRule[LayerView, HaltDecision]):
-    """Base of the rules that say which tokens in view have settled, and halt after this layer.
+    """Base of the rules that say which tokens in view have settled, and halt after this layer."""
 
-    Attributes:
-        rule_fields: names of the fields that hold rules themselves, each a tuple of them.
-    """
-
-    rule_fields: ClassVar[tuple[str, ...]] = ()
+    rule_fields: ClassVar[tuple[str, ...]] = ()  # names of the fields that hold rules themselves, each a tuple of them
 
     @property
     def reads_gates(self) -> bool:
@@ -36,10 +32,8 @@ class HaltingRule(DecidingRule[LayerView, HaltDecision]):
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
         """Whether the rule could halt anything after this layer; where not, it need not be asked.
 
-        Args:
-            layer_idx: the layer.
-            first: the first layer after which anything may halt, where every row is one token's throughout: a depth
-                that is forced is then reached once. None where rows may take one another's places.
+        `first` is the first layer after which anything may halt, where every row is one token's throughout: a depth
+        that is forced is then reached once. It is None where rows may take one another's places.
         """
         return True
 

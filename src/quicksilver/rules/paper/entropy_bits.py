@@ -21,15 +21,11 @@ EntropyOf = Literal["head", "hidden"]
 @precision_rule("entropy")
 @dataclass(frozen=True)
 class EntropyBitsRule(GradedBitsRule):
-    """At one layer each token's entropy, in bits, decides how many bits it reads of every weight from there on.
+    """At one layer each token's entropy, in bits, decides how many bits it reads of every weight from there on."""
 
-    Attributes:
-        over: "head": entropy of the model's head on the state; "hidden": of a softmax over the state itself.
-        layer: how many layers have run by then, all at 8 bits; a whole number, or a fraction of the depth in
-            (0, 1), rounded up.
-    """
-
+    # "head": entropy of the model's head on the state; "hidden": of a softmax over the state itself
     over: EntropyOf = "head"
+    # how many layers have run by then, all at 8 bits; a whole number, or a fraction of the depth in (0, 1), rounded up
     layer: int | float = 0.5
 
     def __post_init__(self) -> None:

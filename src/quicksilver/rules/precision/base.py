@@ -42,13 +42,7 @@ class PrecisionRule(DecidingRule[ChannelView, BitsChoice]):
         return self.checked(self.decide_tokens(view), view)
 
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits | None:
-        """Return what compiled kernels may do in place of `decide`, for one map; None where they cannot.
-
-        Args:
-            layer_idx: the layer.
-            map_idx: which of its quantized maps.
-            num_maps: how many it has.
-        """
+        """Return what compiled kernels may do in place of `decide` for one map of a layer; None for nothing."""
         return None
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:

@@ -62,11 +62,7 @@ class ChannelBitsRule(GradedBitsRule):
             raise PlanError(f"{len(sets)} sets of thresholds, the model has {num_layers} x {num_maps} linear maps")
 
     def thresholds_at(self, layer_idx: int, map_idx: int, num_maps: int) -> Thresholds:
-        """Return the thresholds of one linear map.
-
-        Raises:
-            PlanError: the rule is not fitted.
-        """
+        """Return the thresholds of one linear map; PlanError where the rule is not fitted."""
         if self.thresholds is None:
             raise PlanError("ChannelBitsRule: its thresholds are not fitted yet")
         if isinstance(self.thresholds[0], tuple):

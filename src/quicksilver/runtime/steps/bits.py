@@ -12,13 +12,7 @@ from quicksilver.rules import PrecisionRule
 
 
 class BitsStep:
-    """A rule that decides about whole tokens, bound to a model.
-
-    Args:
-        adapter: the model, whose head the rule may consult.
-        rule: grants bits.
-        after: index of the layer after which it does.
-    """
+    """A rule that grants whole tokens bits after a layer, bound to a model whose head it may consult."""
 
     def __init__(self, adapter: Adapter, rule: PrecisionRule, after: int) -> None:
         self._adapter, self._rule = adapter, rule

@@ -44,12 +44,7 @@ class _Joined:
 
 
 class FusionStep:
-    """A fusion configuration bound to a model.
-
-    Args:
-        adapter: the model.
-        config: which tokens fuse; None for none.
-        special_ids: token ids that are protected where the configuration says so.
+    """A fusion configuration, None for none, bound to a model.
 
     Attributes:
         layers: indices of the layers after which tokens fuse, ascending.

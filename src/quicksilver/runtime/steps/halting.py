@@ -16,16 +16,10 @@ from quicksilver.rules import HaltingConfig
 
 
 class HaltingStep:
-    """A halting configuration bound to a model.
+    """A halting configuration with a rule, bound to a model whose head some rules consult, and gates by layer.
 
-    Args:
-        adapter: the model, whose head some rules consult.
-        config: says which tokens halt; it has a rule.
-        gates: fitted gates by layer.
-        fuses: whether tokens take one another's places in the plan.
-
-    Attributes:
-        layers: indices of the layers after which the rule is asked, or whose update it will ask for.
+    `fuses`: tokens take one another's places in the plan. `layers` are the indices of the layers after which the rule
+    is asked, or whose update it will ask for.
     """
 
     def __init__(self, adapter: Adapter, config: HaltingConfig, gates: Mapping[int, Tensor], fuses: bool) -> None:
