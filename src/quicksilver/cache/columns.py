@@ -3,8 +3,6 @@
 A grid's columns are what callers count in; the entries that they led to are `stores.py`'s.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

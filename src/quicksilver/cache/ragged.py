@@ -1,7 +1,5 @@
 """A batch of sequences' caches, as calls of the model and transformers' tools see it: rows and padded columns."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Choosing a plan from the frontier, and proving it on text that nothing was chosen on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Everything that the search needs to know of a model, in a fixed number of passes over the part to fit on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor

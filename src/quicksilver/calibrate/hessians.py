@@ -3,8 +3,6 @@
 What they are used for is `quant/rounding.py`'s business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Distributions of positive scores as histograms of their logarithm: small, streaming, good for quantiles."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

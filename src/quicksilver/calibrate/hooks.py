@@ -1,7 +1,5 @@
 """Watching a model's modules while it runs on calibration text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

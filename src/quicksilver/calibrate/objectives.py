@@ -1,7 +1,5 @@
 """What is to be saved, and what a unit of each kind of work is of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What passes between a model's layers on calibration text: its decoder is run with watched leaf operations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Both are ridge regressions: statistics of the frozen model on calibration text, 
 of passes. There is no gradient and no network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

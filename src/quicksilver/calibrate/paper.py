@@ -1,7 +1,5 @@
 """The paper's literal rules, their two thresholds tuned by the same search: the baseline to be beaten."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

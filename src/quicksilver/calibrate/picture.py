@@ -1,7 +1,5 @@
 """Pictures of a frontier: what candidates saved of each objective against what they lost."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Calibration from end to end: fit, search, choose, verify; what is found is kept in a folder as it is found."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

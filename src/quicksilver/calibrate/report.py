@@ -1,7 +1,5 @@
 """What a calibration found, as JSON-ready values and as short tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """Ridge regression from sums over rows: one pass over the text, memory that does not grow with it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Text to calibrate on where the user has none: drawn from the model itself."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Scoring candidates against the dense model, which is run once, on the search's windows."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The search: guided candidates first, then Optuna's, all scored on the same text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Shortcuts: affine maps that stand in for sublayers, and gates that say for which tokens they are good enough."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Trials kept in one file: found again after an interruption, and dependent only on the seed and the trials before."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

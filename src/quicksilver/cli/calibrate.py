@@ -1,7 +1,5 @@
 """`quicksilver calibrate`: find the cheapest plan inside a budget of perplexity, and verify it on unseen text."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """What `quicksilver calibrate` does once its options are checked: text, model, search, files, tables."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

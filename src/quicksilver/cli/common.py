@@ -1,7 +1,5 @@
 """Options and output that several subcommands share."""
 
-from __future__ import annotations
-
 import sys
 import time
 import warnings

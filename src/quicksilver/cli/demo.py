@@ -1,7 +1,5 @@
 """`quicksilver demo`: the main job on what comes with the package."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`quicksilver eval`: measure plans against the dense model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

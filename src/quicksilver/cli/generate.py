@@ -1,7 +1,5 @@
 """`quicksilver generate`: continue a prompt under a plan."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`quicksilver plan`: list presets, show a plan as JSON, validate a plan file, fit a recipe."""
 
-from __future__ import annotations
-
 import os
 
 import click

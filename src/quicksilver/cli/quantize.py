@@ -1,7 +1,5 @@
 """`quicksilver quantize`: quantize a model's weights, so that 0 to 8 bits of one copy can be read."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Plans that choose bits, made ready for a model: its weights quantized, their thresholds fitted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

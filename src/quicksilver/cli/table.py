@@ -1,7 +1,5 @@
 """The tables of an evaluation, 80 columns wide: dense first, one row per plan, the settings above them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writing files so that an interruption leaves the old file or none, never half of one."""
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets

@@ -3,8 +3,6 @@
 What is made of it is the rules' own.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Any

@@ -3,8 +3,6 @@
 Nothing of the model is read here, so that a wrong name is refused without PyTorch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

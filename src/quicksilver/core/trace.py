@@ -3,8 +3,6 @@
 FLOPs, tables, pictures and the oracle tests all read this; it computes no cost itself.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -8,8 +8,6 @@ multiplied as codes: their scales take one multiplication for each score, for ea
 for each value read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.bits import ENTRY_BITS

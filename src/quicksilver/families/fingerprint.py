@@ -3,8 +3,6 @@
 What is recorded with it, and what is said where it differs, is not decided here.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

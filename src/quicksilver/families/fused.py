@@ -1,7 +1,5 @@
 """Modules that are several linear maps of one input, their outputs end to end: what is not needed is not multiplied."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

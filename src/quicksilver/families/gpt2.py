@@ -1,7 +1,5 @@
 """GPT-2: learned positions, LayerNorm, one fused projection, a plain MLP."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -3,8 +3,6 @@
 Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/any_precision_linear.py`'s.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import cache
 from typing import Any

@@ -3,8 +3,6 @@
 How codes are chosen is `quant/rounding.py`'s business; how a quantized model is stored, `loading/quantized.py`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any

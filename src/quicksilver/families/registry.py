@@ -1,7 +1,5 @@
 """From a loaded model to its adapter; what is not of a known family is refused by name."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 Whether they are finite is asked when a model is taken; which modules hold them is `modules.py`'s business.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 from operator import is_not
 from typing import Any

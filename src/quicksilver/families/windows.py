@@ -1,7 +1,5 @@
 """How far back each layer's queries see, as transformers has it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Only safetensors are read, and no code from a model's folder is run.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

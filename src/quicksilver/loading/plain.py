@@ -3,8 +3,6 @@
 Any-precision weights are `quantized.py`'s; which model to read, `loading.py`'s.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -3,8 +3,6 @@
 The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import secrets

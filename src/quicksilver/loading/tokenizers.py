@@ -1,7 +1,5 @@
 """A model's tokenizer: which files hold one, and a line that says what is wrong where none can be read."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

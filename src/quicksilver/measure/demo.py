@@ -3,8 +3,6 @@
 Everything it reads comes with the package; nothing is fetched.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

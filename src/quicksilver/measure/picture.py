@@ -3,8 +3,6 @@
 Drawing only; the figures come from `report.py` and from a trace.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass

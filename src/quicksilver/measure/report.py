@@ -1,7 +1,5 @@
 """Evaluate plans against the dense model and lay the figures out in the stable JSON schema."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

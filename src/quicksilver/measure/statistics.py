@@ -1,7 +1,5 @@
 """Paired statistics over windows; no model, no tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Cutting them into windows is `windows.py`'s.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Sliding windows: each token of a text is scored once, by the first window that holds it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 Importing this module registers the operator. What codes mean, and the product that defines it, is `quicksilver.quant`.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple

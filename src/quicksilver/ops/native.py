@@ -3,8 +3,6 @@
 They are loaded when they are first asked about. What they compute is `any_precision_linear.py`'s business.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from functools import cache

@@ -3,8 +3,6 @@
 Temporaries as large as the matrix cost more time, in pages that the system must give, than what is computed in them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Which bits are read is the caller's to say. PyTorch's path is the definition: we
 they are multiplied. Where the caller asks for compiled kernels, rows go through `ops/any_precision_linear.py` instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

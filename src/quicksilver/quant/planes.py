@@ -3,8 +3,6 @@
 Reading b bits of a code touches the planes that hold them and no others. What codes mean is `codes.py`'s business.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 
 import torch

@@ -3,8 +3,6 @@
 Where levels lie is `codes.py`'s business; where a Hessian comes from is the caller's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

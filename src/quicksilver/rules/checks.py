@@ -1,7 +1,5 @@
 """What configurations of every mechanism check alike: thresholds, whole numbers, protection."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from functools import cache

@@ -1,7 +1,5 @@
 """Names of rules in the file format: a rule's class registers its own, and installed packages can bring more."""
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

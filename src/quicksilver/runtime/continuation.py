@@ -1,7 +1,5 @@
 """What a cache given to `generate` must have in common with the prompt, and what of it is fed again."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from quicksilver.cache import RaggedKVCache

@@ -3,8 +3,6 @@
 Nothing here runs a layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

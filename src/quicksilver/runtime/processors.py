@@ -3,8 +3,6 @@
 Those that look at a row's tokens are made for the row, so that padding and neighbours do not matter.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

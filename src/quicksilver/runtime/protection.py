@@ -1,7 +1,5 @@
 """Which tokens a mechanism may never touch: the first of a sequence, and special ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 What is fed to the model is the caller's; what processors and criteria do, transformers'.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Which tokens run, and how, is not decided here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 What is made from them, and anew where they have changed, is the caller's business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter, is_not
 

@@ -1,7 +1,5 @@
 """Chaining: pairs that are alike become groups, greedily from left to right, none larger than allowed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

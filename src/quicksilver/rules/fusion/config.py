@@ -1,7 +1,5 @@
 """Fusion: which adjacent tokens become one, where, and what stands for them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args

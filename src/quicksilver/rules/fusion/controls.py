@@ -1,7 +1,5 @@
 """Controls: chance, and joins that are forced."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView

@@ -1,7 +1,5 @@
 """Cosine of two states, free of the stream's scale."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView

@@ -1,7 +1,5 @@
 """Several halting rules that must agree."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar

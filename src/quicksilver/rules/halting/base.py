@@ -3,8 +3,6 @@
 A decision imports PyTorch when it is first made, so that plans are read, checked and shown without.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Controls: depths that are forced, and chance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView

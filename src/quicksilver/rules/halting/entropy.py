@@ -1,7 +1,5 @@
 """Entropy of what the model's own head predicts from a state."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView

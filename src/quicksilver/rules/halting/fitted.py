@@ -1,7 +1,5 @@
 """Fitted gates: what a regression on calibration text predicts that halting would cost."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Fixed point: small updates that keep their direction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView

@@ -1,7 +1,5 @@
 """Relative drift: the paper's signal without the stream's scale."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView

@@ -1,7 +1,5 @@
 """The drift of the paper (arXiv 2506.22396), in the units of the residual stream."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView

@@ -1,7 +1,5 @@
 """The similarity of the paper: distance, in the units of the residual stream."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView

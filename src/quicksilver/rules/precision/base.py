@@ -3,8 +3,6 @@
 A decision imports PyTorch when it is first made.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.bits import WEIGHT_BITS

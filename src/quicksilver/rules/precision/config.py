@@ -1,7 +1,5 @@
 """Precision: how many bits of each weight are read, and for which tokens always all of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.rules.checks import check_parts, check_protection

@@ -1,7 +1,5 @@
 """The same bits of every weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits

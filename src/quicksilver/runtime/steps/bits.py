@@ -1,7 +1,5 @@
 """Bits by token: after one layer, each token that runs on is granted the bits that it reads from there."""
 
-from __future__ import annotations
-
 import torch
 
 from quicksilver.backends.state import PassContext, State

@@ -6,8 +6,6 @@ absorbed, its entries in deeper layers are taken back. Where they fuse at severa
 themselves.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The rules themselves are in `quicksilver.rules`, and in packages that bring others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Output maps: what a token that stopped early predicts from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
