@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
-from quicksilver.calibrate.hooks import observing
-from quicksilver.calibrate.observe import run_window, watchable
+from quicksilver.calibrate.observe import observing, run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig, PrecisionRule
+from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig
 from quicksilver.rules.precision.graded import Thresholds
 from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.protection import Protection
@@ -53,12 +52,15 @@ def fit(
     _check(adapter, plan, plan.precision)
     text = unprotected(adapter, plan.precision, windows, special_ids)
     if not any(len(window.rows) for window in text):
-        raise InputError(
-            f"plan {plan.name!r}: nothing to fit bits to: the calibration text holds no tokens but protected ones"
-            if text
-            else f"plan {plan.name!r}: nothing to fit bits to: no calibration text was given"
-        )
-    rule = _fit_rule(plan.precision.rule, adapter, text, on_window)
+        problem = "the calibration text holds no tokens but protected ones" if text else "no calibration text was given"
+        raise InputError(f"plan {plan.name!r}: nothing to fit bits to: {problem}")
+    rule = plan.precision.rule
+    if isinstance(rule, ChannelBitsRule):
+        rule = _fit_channels(rule, adapter, text, on_window)
+    elif isinstance(rule, GradedBitsRule):
+        rule = _fit_tokens(rule, adapter, text, on_window)
+    else:
+        raise PlanError(f"{type(rule).__name__} has no thresholds that could be fitted")
     return replace(plan, precision=replace(plan.precision, rule=rule))
 
 
@@ -76,14 +78,6 @@ def _check(adapter: Adapter, plan: Plan, precision: PrecisionConfig) -> None:
     replace(plan, precision=None).check_model(spec.num_layers, num_maps, spec.hidden_size)
 
 
-def unprotected(
-    adapter: Adapter, precision: PrecisionConfig, windows: Sequence[Tensor], special_ids: Sequence[int]
-) -> list[Text]:
-    """Return calibration text, windows of token ids [T], with the rows that a configuration does not protect."""
-    protection = Protection(precision, special_ids, adapter.spec.device)
-    return [Text.of(window.to(adapter.spec.device), protection) for window in windows]
-
-
 @dataclass(frozen=True)
 class Text:
     """A piece of calibration text, run at once."""
@@ -91,21 +85,17 @@ class Text:
     token_ids: Tensor  # [T]
     rows: Tensor  # [K] which of them are not protected
 
-    @classmethod
-    def of(cls, token_ids: Tensor, protection: Protection) -> Text:
-        """Find the rows that a plan does not protect."""
-        positions = torch.arange(len(token_ids), device=token_ids.device)
-        return cls(token_ids, (~protection.covers(token_ids, positions)).nonzero().squeeze(-1))
 
-
-def _fit_rule(
-    rule: PrecisionRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> PrecisionRule:
-    if not isinstance(rule, GradedBitsRule):
-        raise PlanError(f"{type(rule).__name__} has no thresholds that could be fitted")
-    if isinstance(rule, ChannelBitsRule):
-        return _fit_channels(rule, adapter, text, on_window)
-    return _fit_tokens(rule, adapter, text, on_window)
+def unprotected(
+    adapter: Adapter, precision: PrecisionConfig, windows: Sequence[Tensor], special_ids: Sequence[int]
+) -> list[Text]:
+    """Return calibration text, windows of token ids [T], with the rows that a configuration does not protect."""
+    protection, text = Protection(precision, special_ids, adapter.spec.device), []
+    for window in windows:
+        ids = window.to(adapter.spec.device)
+        covered = protection.covers(ids, torch.arange(len(ids), device=ids.device))
+        text.append(Text(ids, (~covered).nonzero().squeeze(-1)))
+    return text
 
 
 def _fit_tokens(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.hooks import observing
+from quicksilver.calibrate.observe import observing
 from quicksilver.errors import InputError, ModelError
 from quicksilver.families.family import family_of
 from quicksilver.families.quantize import HEAD, input_groups

@@ -8,7 +8,6 @@ from quicksilver.families.cost import Cost
 from quicksilver.families.spec import ModelSpec
 
 Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
-OBJECTIVES: tuple[Objective, ...] = ("flops", "bitops", "weight_bytes", "kv_bytes", "seconds")
 
 
 @dataclass(frozen=True)

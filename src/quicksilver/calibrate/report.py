@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from quicksilver.calibrate.choosing import eligible
 from quicksilver.calibrate.pipeline import Calibration, Settings
 from quicksilver.calibrate.scoring import saved
-from quicksilver.calibrate.search import Scored, pareto
+from quicksilver.calibrate.search import Scored, eligible, pareto
 
 FORMAT = 1
 

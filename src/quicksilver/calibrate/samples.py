@@ -14,9 +14,11 @@ def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0
     count = -(-num_tokens // length)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        starts = _starts(model, count).to(model.device)
+        bos_id = model.generation_config.bos_token_id
+        shape, vocab_size = (count, 1), model.adapter.spec.vocab_size
+        starts = torch.full(shape, bos_id) if isinstance(bos_id, int) else torch.randint(vocab_size, shape)
         sampled = model.generate(
-            starts,
+            starts.to(model.device),
             attention_mask=torch.ones_like(starts),
             do_sample=True,
             temperature=1.0,
@@ -27,10 +29,3 @@ def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0
             pad_token_id=0,
         )
     return list(sampled.cpu())
-
-
-def _starts(model: QuickSilverForCausalLM, count: int) -> Tensor:
-    bos_id = model.generation_config.bos_token_id
-    if isinstance(bos_id, int):
-        return torch.full((count, 1), bos_id)
-    return torch.randint(model.adapter.spec.vocab_size, (count, 1))

@@ -225,3 +225,9 @@ def pareto(candidates: Sequence[Scored], objective: Objective, budget: Budget) -
             best.append(each)
             lost = budget.upper(each.row)
     return best
+
+
+def eligible(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:
+    """Return the frontier's candidates that hold the budget where they were searched, those that save most first."""
+    frontier = pareto(candidates, objective, budget)
+    return [each for each in frontier if budget.holds(each.row) and saved(each.row, objective) > 0]

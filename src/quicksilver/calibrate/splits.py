@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import dropwhile
 
 import torch
 from torch import Tensor
@@ -115,12 +117,7 @@ def _part(text: WindowedText, name: str, windows: Sequence[Window]) -> Part:
 
 def _apart(windows: Sequence[Window], before: Sequence[Window]) -> Sequence[Window]:
     """Drop first windows that share tokens with the last one of the part before."""
-    if not before:
-        return windows
-    first = 0
-    while first < len(windows) and _overlap(before[-1], windows[first]):
-        first += 1
-    return windows[first:]
+    return list(dropwhile(partial(_overlap, before[-1]), windows)) if before else windows
 
 
 def _disjoint(windows: Sequence[Window]) -> list[Window]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from quicksilver.cli.common import check_model, display_name, open_model, progress
+from quicksilver.cli.common import display_name, open_model, progress
 from quicksilver.cli.recipes import ready
 from quicksilver.errors import InputError, ModelError
 
@@ -32,7 +32,7 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo --output results --max-tokens 20000
     """
     from quicksilver.core.files import check_folder
-    from quicksilver.core.sources import embedded_models
+    from quicksilver.core.sources import check_model, embedded_models
 
     names = models or tuple(embedded_models())
     if not names:

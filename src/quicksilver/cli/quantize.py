@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import (
-    announce,
-    calibration_windows,
-    check_model,
-    own_lines,
-    progress,
-    quiet_transformers,
-    read_texts,
-)
+from quicksilver.cli.common import calibration_windows, device_options, own_lines, prepare, progress, read_texts
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
@@ -47,8 +39,7 @@ _CALIBRATION_TOKENS = 32768
 @click.option(
     "--embeddings", is_flag=True, help="Quantize the token embedding too; with --head where the head shares it."
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
+@device_options
 def command(
     model: str,
     output: str,
@@ -77,18 +68,12 @@ def command(
     method = _method(method, calibration, calibration_tokens)
     check_new_folder(output)
     corpus = None if calibration is None else read_texts(calibration)[0]
-    check_model(model, device)
-    announce(model)
-    quiet_transformers()
-    import torch
-
+    prepare(model, device, threads)
     from quicksilver.families.quantize import check, quantize_model, quantized_names
     from quicksilver.loading.load import load_plain
     from quicksilver.loading.quantized import quantize_and_save, save_quantized
     from quicksilver.quant.config import QuantizationConfig
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     config = QuantizationConfig(int(group_size), method, head, embeddings)
     with own_lines():
         loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
