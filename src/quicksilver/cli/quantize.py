@@ -24,11 +24,8 @@ _CALIBRATION_TOKENS = 32768
     help="Weights that share a scale.",
 )
 @click.option(
-    "--method",
-    type=click.Choice(["nearest", "compensated"]),
-    help="Round weights one by one, or so that errors make up for one another on --calibration (default with it).",
+    "--calibration", type=click.Path(), help="A text to choose codes by: errors on it make up for one another."
 )
-@click.option("--calibration", type=click.Path(), help="A UTF-8 text like those the model will read.")
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=2),
@@ -44,7 +41,6 @@ def command(
     model: str,
     output: str,
     group_size: str,
-    method: Any,
     calibration: str | None,
     calibration_tokens: int | None,
     head: bool,
@@ -65,7 +61,8 @@ def command(
     """
     from quicksilver.core.files import check_new_folder
 
-    method = _method(method, calibration, calibration_tokens)
+    if calibration_tokens is not None and calibration is None:
+        raise InputError("--calibration-tokens is of no use without --calibration")
     check_new_folder(output)
     corpus = None if calibration is None else read_texts(calibration)[0]
     prepare(model, device, threads)
@@ -74,6 +71,7 @@ def command(
     from quicksilver.loading.quantized import quantize_and_save, save_quantized
     from quicksilver.quant.config import QuantizationConfig
 
+    method = "nearest" if corpus is None else "compensated"
     config = QuantizationConfig(int(group_size), method, head, embeddings)
     with own_lines():
         loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
@@ -86,18 +84,6 @@ def command(
             quantize_model(loaded, config, hessians, advance)
             save_quantized(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
-
-
-def _method(method: Any, calibration: str | None, calibration_tokens: int | None) -> Any:
-    """Return how weights are rounded; options of no use to that are refused."""
-    method = method or ("nearest" if calibration is None else "compensated")
-    if method == "compensated" and calibration is None:
-        raise InputError("--method compensated needs --calibration, a text")
-    if method == "nearest" and calibration is not None:
-        raise InputError("--calibration is of no use to --method nearest")
-    if calibration_tokens is not None and calibration is None:
-        raise InputError("--calibration-tokens is of no use without --calibration")
-    return method
 
 
 def _tokenizer(model: str, required: bool) -> Any:
