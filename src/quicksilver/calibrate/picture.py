@@ -1,11 +1,10 @@
 """Pictures of a frontier: what candidates saved of each objective against what they lost."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quicksilver.core.files import write_atomically
+from quicksilver.measure.picture import new_figure, write_figure
 
 _SHOWN = (
     ("flops_reduction", "FLOPs saved, head included"),
@@ -34,25 +33,16 @@ _GROUPS = {  # how each is drawn, and what the legend calls it
 
 def draw(path: Path, found: dict[str, Any]) -> list[Path]:
     """Write what `report.frontier` found as PNG and SVG files, `path` without an ending; return the files."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2 * 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.2 * 3)
     axes = figure.subplots(3, 2).flatten()
     for each, (key, label) in zip(axes, _SHOWN, strict=False):
         _draw_objective(each, found, key, label)
     axes[-1].set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].legend(handles, labels, loc="center", fontsize=10, title=_title(found))
-    files = []
-    endings: dict[str, dict[str, Any]] = {"png": {"dpi": 110}, "svg": {"metadata": {"Date": None}}}
-    for ending, options in endings.items():
-        image = io.BytesIO()
-        figure.savefig(image, format=ending, **options)
-        target = path.with_name(f"{path.name}.{ending}")
-        write_atomically(target, image.getvalue())
-        files.append(target)
+    files = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
+    for file in files:
+        write_figure(figure, file)
     return files
 
 

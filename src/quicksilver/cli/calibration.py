@@ -16,8 +16,7 @@ from quicksilver.calibrate.scoring import Budget
 from quicksilver.calibrate.splits import SHARES, Split, split_all
 from quicksilver.cli.common import progress, window_protocol
 from quicksilver.cli.recipes import quantized_copy
-from quicksilver.core.files import write_atomically
-from quicksilver.errors import InputError
+from quicksilver.core.files import make_folder, write_atomically
 from quicksilver.families.fingerprint import fingerprint as model_fingerprint
 from quicksilver.measure import environment
 from quicksilver.measure.windows import WindowConfig, WindowedText, cut, default_bos, slide
@@ -57,7 +56,7 @@ def run(
     texts, window_config = _texts(model, tokenizer, corpora, options)
     search_tokens = options["search_tokens"]
     parts = split_all(texts, _FIT_TOKENS, search_tokens, _held_out(options))
-    folder = _folder(output, options["work"])
+    folder = make_folder("--work", options["work"] or str(output.with_suffix(".work")))
     runner = quantized_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
@@ -77,16 +76,6 @@ def run(
     _write(result, settings, output, facts)
     _print(result, settings, parts, _ONE_BASELINE if runner is model else _TWO_BASELINES)
     return result.verified.chosen is not None
-
-
-def _folder(output: Path, work: str | None) -> Path:
-    """Return the folder that keeps what is found, made where it was not there."""
-    folder = output.with_suffix(".work") if work is None else Path(work)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from None
-    return folder
 
 
 def _texts(

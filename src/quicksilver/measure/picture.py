@@ -25,17 +25,26 @@ class TokenPanel:
 
 def draw_summary(path: Path, results: Sequence[dict[str, Any]], panels: Sequence[TokenPanel]) -> None:
     """Write a PNG with the plans' cost against what they saved, and texts coloured by depth."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4 + 2.4 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.4 + 2.4 * len(panels))
     top, *below = figure.subplots(1 + len(panels), 1, height_ratios=(1.75, *[1.0] * len(panels)))
     _draw_plans(top, results)
     for axes, panel in zip(below, panels, strict=True):
         _draw_tokens(figure, axes, panel, results[0]["model"]["layers"])
+    write_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return a figure of so many inches that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the path's ending; an interrupted write leaves nothing there."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    metadata = {"Date": None} if path.suffix == ".svg" else None  # so that the same figure is the same file
+    figure.savefig(image, format=path.suffix[1:], dpi=110, metadata=metadata)
     write_atomically(path, image.getvalue())
 
 
