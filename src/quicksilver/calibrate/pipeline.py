@@ -244,16 +244,13 @@ class Calibrator:
 
     def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> Any:
         """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
-        path = self._path(part, plan)
+        path = self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
         if not path.is_file():
             row = score(plan)
             if row is None:
                 return None
             write_atomically(path, json.dumps(row))
         return json.loads(path.read_text(encoding="utf-8"))
-
-    def _path(self, part: str, plan: Plan) -> Path:
-        return self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
 
     def _key(self, *facts: Any) -> str:
         return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]

@@ -91,7 +91,7 @@ class Scorer:
             compare([baseline, record], [fed, feed(record, window, "score")], window)
             counts.append(window.num_scored)
             on_window()
-            if budget is not None and len(counts) in _checkpoints(len(self._fed)):
+            if budget is not None and len(counts) in (max(len(self._fed) // 4, 4), len(self._fed) // 2):
                 delta = paired_delta(baseline.nll, record.nll, counts)
                 if budget.is_hopeless(delta):
                     return None
@@ -134,10 +134,6 @@ def _blank(dense: EngineRecord) -> EngineRecord:
 def _unclocked(fed: Fed) -> Fed:
     """Return what a run gave with clocks of its own, which the head's time is added to."""
     return fed._replace(clock=copy.copy(fed.clock), prompt_clock=copy.copy(fed.prompt_clock))
-
-
-def _checkpoints(count: int) -> Sequence[int]:
-    return (max(count // 4, 4), count // 2)
 
 
 def saved(row: dict[str, Any], objective: Objective) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
-from quicksilver.calibrate.ridge import Affine, RidgeSums, named_tensors
+from quicksilver.calibrate.ridge import RidgeSums, named_tensors
 from quicksilver.core.signals import log_norm
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
@@ -50,9 +50,11 @@ def fit_units(
 
     def see_gate(unit: Unit, rows: SublayerRows) -> None:
         state, normed, output = (part[PROTECTED:].float() for part in rows)
-        error = _relative_error(fitted[unit], state, normed, output)
+        missed = output - normed @ fitted[unit].weight.float() - fitted[unit].bias.float()
+        error = missed.square().sum(-1) / state.square().sum(-1).clamp(min=1e-30)
         errors[unit] += float(error.sum())
-        gates[unit].add(_features(state, normed), error.clamp(min=_LEAST_ERROR).log()[:, None])
+        features = torch.cat((normed, log_norm(state)[:, None]), dim=1)  # all that a gate sees but for its constant
+        gates[unit].add(features, error.clamp(min=_LEAST_ERROR).log()[:, None])
 
     for window in windows:
         watch_sublayers(adapter, chosen, window, plan, see_gate)
@@ -80,16 +82,6 @@ def fit_in_order(
         tensors |= fit_units(adapter, [(shortcut.layer, shortcut.part)], windows, before, on_window)[0]
         done.append(shortcut)
     return tensors
-
-
-def _relative_error(fitted: Affine, state: Tensor, normed: Tensor, output: Tensor) -> Tensor:
-    missed = output - normed @ fitted.weight.float() - fitted.bias.float()
-    return missed.square().sum(-1) / state.square().sum(-1).clamp(min=1e-30)
-
-
-def _features(state: Tensor, normed: Tensor) -> Tensor:
-    """Return what a gate sees, but for its constant: [N, d + 1]."""
-    return torch.cat((normed, log_norm(state)[:, None]), dim=1)
 
 
 def _name(unit: Unit) -> str:

@@ -136,7 +136,13 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     if (settings := read_generation_config(folder)) is not None:
         model.generation_config = settings
     own = _stored_tensors(model)
-    tensors = read_tensors(folder, {name: _expected(tensor) for name, tensor in own.items()})
+    tensors = read_tensors(
+        folder,
+        {
+            name: Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
+            for name, tensor in own.items()
+        },
+    )
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(own[name].dtype)
@@ -145,7 +151,9 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    _check_levels(source, model)
+    for name, module in _quantized_weights(model):
+        if not bool(torch.isfinite(module.get_buffer("constants").view(torch.float32)).all()):
+            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")
     return model
 
 
@@ -180,10 +188,6 @@ def _quantized_weights(model: nn.Module) -> list[tuple[str, AnyPrecisionWeight]]
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AnyPrecisionWeight)]
 
 
-def _expected(tensor: Tensor) -> Expected:
-    return Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
-
-
 def _stored_config(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -202,10 +206,3 @@ def _blank(config: Any, dtype: torch.dtype | str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
-
-
-def _check_levels(source: str, model: nn.Module) -> None:
-    for name, module in _quantized_weights(model):
-        constants = module.get_buffer("constants").view(torch.float32)
-        if not bool(torch.isfinite(constants).all()):
-            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")

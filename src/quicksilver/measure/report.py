@@ -50,27 +50,23 @@ def evaluate(
     ]
     rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, window_config, mode, name)
     return [
-        {**row, "settings": {**_settings(model, each, decoder.plan), "backend": _backend(decoder)}}
+        {**row, "settings": _settings(model, each, decoder)}
         for row, each, decoder in zip(rows, chosen, decoders[1:], strict=True)
     ]
 
 
-def _backend(decoder: Decoder) -> dict[str, str | None]:
-    """Return who ran a plan's layers, and why not a faster one."""
-    return {"name": decoder.backend.name, "reason": decoder.backend.reason}
-
-
-def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:
+def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, decoder: Decoder) -> dict[str, Any]:
     """Return which weights dense and plan read, how they were quantized, and what thresholds were fitted to."""
     stored = getattr(model.model.config, "quantization_config", None)
     quantizing = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
-    fitted = plan.fitted_to
+    fitted, backend = decoder.plan.fitted_to, decoder.backend
     return {
         "baseline": "nested" if dense.adapter.spec.is_quantized else "plain",
         "nesting": quantizing and {**quantizing, "in_memory": model is not dense},
         "kernels": model.adapter.kernels,
         "instruction_set": native.instruction_set() if model.adapter.kernels == "native" else None,
         "calibration": fitted and {"source": fitted.calibration, "tokens": fitted.tokens, "model": fitted.model},
+        "backend": {"name": backend.name, "reason": backend.reason},
     }
 
 
@@ -174,15 +170,13 @@ def _what_ran(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
         "halted_by_layer": [layer.halted for layer in trace.layers],
         "fused_by_layer": [layer.fused for layer in trace.layers],
         "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
-        "shortcuts_by_layer": {part: _shortcut_shares(trace, part) for part in get_args(Part)},
+        "shortcuts_by_layer": {  # of the tokens that ran the layer
+            part: [layer.shortcut_rows[part] / max(layer.query_rows, 1) for layer in trace.layers]
+            for part in get_args(Part)
+        },
         "values_read": trace.values_read(spec.num_heads),
         "query_components_read": trace.query_components_read(spec.num_heads, spec.head_dim),
     }
-
-
-def _shortcut_shares(trace: Trace, part: Part) -> list[float]:
-    """Return, for each layer, the share of the tokens that ran it which took the shortcut past a sublayer."""
-    return [layer.shortcut_rows[part] / max(layer.query_rows, 1) for layer in trace.layers]
 
 
 def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:

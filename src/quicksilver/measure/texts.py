@@ -6,7 +6,6 @@ Cutting them into windows is `windows.py`'s.
 import codecs
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,11 @@ from quicksilver.core.sources import hub_answers
 from quicksilver.errors import ByteOrderMarkWarning, InputError, first_line
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
+_DATASETS = {
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+}
 _MARK = "\ufeff"
 _OTHER_MARKS = {  # UTF-32 first: its mark may begin with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -83,7 +87,7 @@ def read_dataset(name: str) -> Corpus:
             f"--dataset {name} needs the package `datasets`: pip install 'quicksilver-llm[datasets]',"
             " or pass a local file with --text or --documents"
         ) from None
-    repo_id, load = _DATASETS[name]
+    repo_id, config = _DATASETS[name]
     reason = hub_answers("dataset", repo_id)
     if reason is not None:
         raise InputError(
@@ -91,7 +95,7 @@ def read_dataset(name: str) -> Corpus:
             " download the text elsewhere and pass it with --text FILE or --documents FILE.jsonl"
         )
     try:
-        return load(name, repo_id, datasets)
+        return _load(name, repo_id, config, datasets)
     except Exception as error:  # a download fails in as many ways as there are networks and disks
         raise InputError(
             f"--dataset {name}: reading {repo_id} failed ({first_line(error)}); pass a local file with --text or"
@@ -124,25 +128,13 @@ def is_encodable(text: str) -> bool:
     return not any("\ud800" <= symbol <= "\udfff" for symbol in text)
 
 
-def _wikitext(config: str) -> Callable[[str, str, Any], Corpus]:
-    def load(name: str, repo_id: str, datasets: Any) -> Corpus:
+def _load(name: str, repo_id: str, config: str, datasets: Any) -> Corpus:
+    if name != "c4":
         lines = datasets.load_dataset(repo_id, config, split="test")["text"]
         return Corpus(f"{name} test (raw)", ("".join(lines),), separate=False)
-
-    return load
-
-
-def _c4(name: str, repo_id: str, datasets: Any) -> Corpus:
-    rows = datasets.load_dataset(repo_id, "en", split="validation", streaming=True)
+    rows = datasets.load_dataset(repo_id, config, split="validation", streaming=True)
     texts = tuple(row["text"] for row in islice(rows, _C4_DOCUMENTS))
     return Corpus(f"{name} en validation, first {_C4_DOCUMENTS} documents", texts, separate=True)
-
-
-_DATASETS: dict[str, tuple[str, Callable[[str, str, Any], Corpus]]] = {
-    "wikitext-103": ("Salesforce/wikitext", _wikitext("wikitext-103-raw-v1")),
-    "wikitext-2": ("Salesforce/wikitext", _wikitext("wikitext-2-raw-v1")),
-    "c4": ("allenai/c4", _c4),
-}
 
 
 def _read(path: str | Path) -> str:

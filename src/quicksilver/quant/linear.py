@@ -18,6 +18,7 @@ from quicksilver.quant.codes import TABLE_BITS, AnyPrecisionCodes, QuantGrid, ce
 from quicksilver.quant.planes import PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
+_LEVELS = [2**bits for bits in TABLE_BITS]
 BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
 """Buffers of a `AnyPrecisionWeight` that hold something of each input channel, [in, ...] uint8."""
 
@@ -36,7 +37,8 @@ class AnyPrecisionWeight(nn.Module):
             self.register_buffer(f"plane_{i}", plane)
         self.register_buffer("exponents", codes.grid.exponents)
         self.register_buffer("zeros", codes.grid.zeros)
-        self.register_buffer("constants", _pack_constants(codes))
+        tables = [codes.tables.get(bits, centres(bits)).to(codes.planes[0].device) for bits in TABLE_BITS]
+        self.register_buffer("constants", torch.cat((codes.grid.largest[None], *tables)).view(torch.int32))  # as bits
         scale_bytes = 2 * codes.grid.zeros.shape[1]
         self.channel_bytes = tuple(
             run_bytes(self.num_outputs, bits) + (scale_bytes if bits else 0) for bits in range(MAX_BITS + 1)
@@ -46,10 +48,10 @@ class AnyPrecisionWeight(nn.Module):
     @property
     def codes(self) -> AnyPrecisionCodes:
         """The matrix."""
-        largest, tables = _unpack_constants(self.get_buffer("constants"))
-        grid = QuantGrid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
+        largest, *levels = self.get_buffer("constants").view(torch.float32).split([1, *_LEVELS])
+        grid = QuantGrid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest[0], self.group_size)
         planes = tuple(self.get_buffer(f"plane_{i}") for i in range(_NUM_PLANES))
-        return AnyPrecisionCodes(planes, grid, self.num_outputs, tables)
+        return AnyPrecisionCodes(planes, grid, self.num_outputs, dict(zip(TABLE_BITS, levels, strict=True)))
 
     @property
     def stored(self) -> StoredMatrix:
@@ -234,16 +236,3 @@ class AnyPrecisionEmbedding(AnyPrecisionWeight):
         embeddings = rows.to(self.get_buffer("_like").dtype).view(*token_ids.shape, self.num_outputs)
         scale = getattr(self, "scalar_embed_scale", None)
         return embeddings if scale is None else embeddings * torch.tensor(scale, dtype=embeddings.dtype)
-
-
-def _pack_constants(codes: AnyPrecisionCodes) -> Tensor:
-    """Return the largest scale and the levels of narrow prefixes as the bits of float32, [21] int32."""
-    device = codes.planes[0].device
-    tables = [codes.tables.get(bits, centres(bits)).to(device) for bits in TABLE_BITS]
-    return torch.cat((codes.grid.largest[None], *tables)).view(torch.int32)
-
-
-def _unpack_constants(constants: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    values = constants.view(torch.float32)
-    tables = values[1:].split([2**bits for bits in TABLE_BITS])
-    return values[0], dict(zip(TABLE_BITS, tables, strict=True))
