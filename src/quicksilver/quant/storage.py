@@ -10,10 +10,9 @@ import json
 import mmap
 import zlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "2GB"
 
 _PATTERN = "model{suffix}.safetensors"
+_UNWRITTEN = "-" * 8  # as long as a checksum
 _CHECKSUMS = "crc32"  # key of a shard's metadata: JSON, the CRC-32 of each tensor's bytes
 _DTYPES = {
     torch.bool: "BOOL",
@@ -73,32 +73,22 @@ class TensorWriter:
         )
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
         self._folder, self._file_of = folder, split.tensor_to_filename
-        self._written: set[str] = set()
         self._shards = {
-            file: _Shard({name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
+            file: _Shard(folder / file, {name: tensors[name] for name in names})
+            for file, names in split.filename_to_tensors.items()
         }
-        self._open = ExitStack()
 
-    def __enter__(self) -> TensorWriter:
-        with self._open as stack:
-            self._files = {file: stack.enter_context((self._folder / file).open("wb")) for file in self._shards}
-            self._open = stack.pop_all()
+    def __enter__(self) -> Self:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, once; OSError where a file cannot be written."""
-        self._written.add(name)
-        file = self._file_of[name]
-        self._shards[file].write(self._files[file], name, tensor)
+        self._shards[self._file_of[name]].write(name, tensor)
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        missing = [name for name in self._file_of if name not in self._written]
-        if kind is None and missing:
-            raise AssertionError(f"tensor {missing[0]!r} was not written")
-        with self._open:
-            if kind is None:
-                for file, shard in self._shards.items():
-                    shard.finish(self._files[file])
+        if kind is None:
+            for shard in self._shards.values():
+                shard.finish()
         if kind is None and self._index is not None:
             index = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
             (self._folder / INDEX).write_text(index, encoding="utf-8")
@@ -107,15 +97,16 @@ class TensorWriter:
 class _Shard:
     """One file of tensors: where each lies, and its checksum once it is written."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
         ends = list(accumulate(tensors[name].nbytes for name in order))
         self._entries = {
             name: {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": place}
             for name, place in zip(order, map(list, zip([0, *ends], ends, strict=False)), strict=True)
         }
-        self._checksums = dict.fromkeys(order, "0" * 8)
-        self._begin = len(self._header())  # checksums have one length
+        self._checksums = dict.fromkeys(order, _UNWRITTEN)
+        self._path, self._begin = path, len(self._header())  # checksums have one length
+        path.touch()
 
     def _header(self) -> bytes:
         metadata = {"format": "pt", _CHECKSUMS: json.dumps(self._checksums, sort_keys=True)}
@@ -123,15 +114,19 @@ class _Shard:
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
 
-    def write(self, file: BinaryIO, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> None:
         content = _bytes_of(tensor.detach().cpu())
         self._checksums[name] = _checksum(content)
-        file.seek(self._begin + self._entries[name]["data_offsets"][0])
-        file.write(content)
+        self._write_at(self._begin + self._entries[name]["data_offsets"][0], content)
 
-    def finish(self, file: BinaryIO) -> None:
-        file.seek(0)
-        file.write(self._header())
+    def finish(self) -> None:
+        assert _UNWRITTEN not in self._checksums.values()
+        self._write_at(0, self._header())
+
+    def _write_at(self, place: int, content: bytes | memoryview) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(place)
+            file.write(content)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
