@@ -32,7 +32,6 @@ class CacheShape:
 
     @property
     def coded(self) -> bool:
-        """Whether entries are codes with scales."""
         return self.entry_bits == ENTRY_BITS
 
     @property

@@ -125,26 +125,21 @@ class RaggedKVCache:
         self.batch_select_indices(beam_idx)
 
     def entries(self, layer_idx: int, seq: int) -> Entries:
-        """Return one sequence's entries in one layer, oldest first."""
         return self.sequences[seq].entries(layer_idx)
 
     def entry_counts(self, layer_idx: int) -> list[int]:
-        """Entries that each sequence has in a layer."""
         return [sequence.num_entries_in(layer_idx) for sequence in self.sequences]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values, positions, masses and open groups, room to grow included."""
         return sum(sequence.nbytes for sequence in self.sequences)
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of what is held, without room to grow."""
         return sum(sequence.used_nbytes for sequence in self.sequences)
 
     @property
     def num_entries(self) -> int:
-        """Entries held, over all layers and sequences."""
         return sum(sequence.num_entries for sequence in self.sequences)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -44,7 +44,6 @@ class OpenGroup:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
         return self.hidden.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
 
@@ -131,7 +130,6 @@ class SequenceCache:
         return Entries(keys, values, layer.positions[:end], None if layer.masses is None else layer.masses[:end])
 
     def num_entries_in(self, layer_idx: int) -> int:
-        """Return how many entries a layer has."""
         return self._layers[layer_idx].length
 
     def advance(self, count: int, joinable: bool = False) -> None:

@@ -129,7 +129,6 @@ class MapScores:
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of a row."""
         return self.num_inputs * self.num_outputs
 
 

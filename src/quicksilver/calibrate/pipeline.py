@@ -45,7 +45,6 @@ class Settings:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Bits that channels may be read at."""
         return (8, 6, 4, 2, 0) if self.objective in ("bitops", "weight_bytes") else (8, 0)
 
 
@@ -117,7 +116,6 @@ class Calibrator:
         self._rough = Scorer(model, runner, parts.search.thinned(_ROUGH_STEP), window_config, name, interleaved)
 
     def run(self) -> Calibration:
-        """Fit, search, choose and verify."""
         with keeping_expanded(self._runner.model):
             return self._run()
 

@@ -30,7 +30,6 @@ class RidgeSums:
 
     @property
     def num_rows(self) -> int:
-        """Rows added so far."""
         return int(self.gram[-1, -1])
 
     def add(self, x: Tensor, y: Tensor) -> None:

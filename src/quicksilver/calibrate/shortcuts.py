@@ -18,7 +18,6 @@ _LEAST_ERROR = 1e-8  # keeps logarithms finite
 
 
 def units(adapter: Adapter) -> list[Unit]:
-    """Return all sublayers, in the order in which they run."""
     return [(i, part) for i in range(adapter.spec.num_layers) for part in ("attention", "mlp")]
 
 

@@ -27,7 +27,6 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """Tokens scored."""
         return sum(window.num_scored for window in self.text.windows)
 
     def thinned(self, step: int) -> Part:

@@ -21,7 +21,6 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds options, in this order."""
     return lambda function: reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 

@@ -28,7 +28,6 @@ class LayerView:
 
     @property
     def num_rows(self) -> int:
-        """N, the number of tokens in view."""
         return self.after.shape[0]
 
     def select(self, rows: Tensor) -> LayerView:
@@ -73,7 +72,6 @@ class PairView:
 
     @property
     def num_pairs(self) -> int:
-        """P, the number of pairs in view."""
         return self.later.shape[0]
 
 

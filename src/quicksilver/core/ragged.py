@@ -40,7 +40,6 @@ class RaggedLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of rows."""
         return sum(self.lengths)
 
     def select(self, rows: Tensor) -> RaggedLayout:

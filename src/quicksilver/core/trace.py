@@ -88,12 +88,10 @@ class LayerCounts:
 
     @property
     def signal_rows(self) -> Counter[str]:
-        """Rows of each signal that was computed."""
         return +Counter({signal: getattr(self, f"signal_{signal}") for signal in SIGNALS})
 
     @property
     def shortcut_rows(self) -> dict[str, int]:
-        """Rows that took a shortcut past each sublayer."""
         return {"mlp": self.skipped_mlp, "attention": self.skipped_attention}
 
 
@@ -252,7 +250,6 @@ class Trace:
         return self.total("query_rows") / max(self.tokens, 1)
 
     def total(self, name: str) -> int:
-        """Return one count over all layers."""
         self._read_device()
         return int(self.counts[:, COUNT[name]].sum())
 

@@ -290,7 +290,6 @@ class _LookedUp:
         self._by_name = vars(self._modeling)
 
     def found(self) -> list[Any]:
-        """Return the functions, None where there is none."""
         attention = self._config._attn_implementation
         return [*(each.get(attention) for each in self._interfaces), *map(self._by_name.get, _FUNCTIONS)]
 

@@ -180,7 +180,6 @@ def _check_definite(name: str, hessian: Tensor) -> None:
 
 
 def _weight(model: Any, name: str) -> Tensor:
-    """Return a map's weight, [in, out]."""
     weight = model.get_submodule(name).weight.detach()
     return weight if family_of(model.config).inputs_first and name != HEAD else weight.T
 

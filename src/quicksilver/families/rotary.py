@@ -41,7 +41,6 @@ class RotationTable:
         self._known = Rotation(torch.empty(0), torch.empty(0))
 
     def __call__(self, positions: Tensor) -> Rotation:
-        """Return the rotation of positions [N]."""
         if positions.device.type != "cpu" or len(positions) == 0:
             return self._compute(positions)
         last = max(positions.tolist()) if len(positions) <= _FEW else int(positions.max())

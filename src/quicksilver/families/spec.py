@@ -104,7 +104,6 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
         return len(self.layers)
 
     @property
@@ -236,7 +235,6 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the parameters of a model, any-precision weights included."""
     return sum(p.numel() for p in model.parameters()) + num_quantized(model)
 
 
@@ -283,5 +281,4 @@ def layer_spec(
 
 
 def head_bits(head: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bits of one of the head's weights."""
     return MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * dtype.itemsize

@@ -117,7 +117,6 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
 
 
 def _some(names: Collection[str]) -> str:
-    """Return the first names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 

@@ -109,7 +109,6 @@ def _without_content(model: nn.Module) -> Any:
 
 
 def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
-    """Write what a folder holds beside weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
     model.generation_config.to_json_file(stage / "generation_config.json")

@@ -21,7 +21,6 @@ class WindowConfig:
 
     @property
     def room(self) -> int:
-        """Tokens of text in a window."""
         return self.context - (self.bos_id is not None)
 
     def __post_init__(self) -> None:
@@ -50,7 +49,6 @@ class Window:
 
     @property
     def num_scored(self) -> int:
-        """Tokens whose prediction counts."""
         return len(self.token_ids) - self.first_scored
 
 

@@ -60,7 +60,6 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use."""
     return extension().instruction_set()
 
 
@@ -75,7 +74,6 @@ def use_instruction_set(name: str) -> None:
 
 @cache
 def _load() -> tuple[Any, str | None]:
-    """Return the compiled module, and why there is none."""
     try:
         module = importlib.import_module("quicksilver.ops._native")
     except ImportError as error:

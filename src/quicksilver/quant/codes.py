@@ -77,7 +77,6 @@ class QuantGrid:
         return _scales(exponents, self.largest)
 
     def select(self, channels: Tensor) -> QuantGrid:
-        """Return the grid of the given channels ([M])."""
         exponents, zeros = (t.index_select(0, channels) for t in (self.exponents, self.zeros))
         return QuantGrid(exponents, zeros, self.largest, self.group_size)
 
@@ -171,7 +170,6 @@ class AnyPrecisionCodes:
         return planes.join(self.planes, self.num_outputs, bits)
 
     def select(self, channels: Tensor, bits: int = MAX_BITS) -> AnyPrecisionCodes:
-        """Return the codes of the given channels ([M]) as far as `bits` bits need them."""
         needed = self.planes[: planes.num_planes(bits)]
         kept = tuple(plane.index_select(0, channels) for plane in needed)
         return AnyPrecisionCodes(kept, self.grid.select(channels), self.num_outputs, self.tables)

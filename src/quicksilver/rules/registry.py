@@ -91,7 +91,6 @@ class RuleTypes(Generic[Rule]):
         return iter(sorted({entry.name for entry in entry_points(group=GROUP)} | self._classes.keys()))
 
     def classes(self) -> set[type[Rule]]:
-        """Return the classes that are registered now."""
         return set(self._names)
 
     def name_of(self, cls: type) -> str:

@@ -26,7 +26,6 @@ class Protection:
 
     @property
     def is_on(self) -> bool:
-        """Whether any token could be protected."""
         return self._first > 0 or self._special_ids.numel() > 0
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ class CosineFusionRule(SimilarityRule):
                 raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse where the cosine of the two states is above the threshold."""
         from quicksilver.core import signals
 
         cosine = signals.row_cosines(view.earlier.float(), view.later.float())

@@ -53,5 +53,4 @@ class ThresholdRule(HaltingRule):
         object.__setattr__(self, "threshold", check_threshold(type(self).__name__, self.threshold))
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise PlanError where a list of thresholds is not as long as the model is deep."""
         check_count(self.threshold, num_layers)

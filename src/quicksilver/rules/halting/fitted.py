@@ -20,16 +20,13 @@ class FittedRule(ThresholdRule):
 
     @property
     def reads_gates(self) -> bool:
-        """True: they are what is asked."""
         return True
 
     @property
     def reads_previous_update(self) -> bool:
-        """True: the cosine of successive updates is a feature."""
         return True
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where `exp(features . gate)` is below the threshold; nowhere after a layer without a gate."""
         from quicksilver.core import signals
 
         if view.gate is None:

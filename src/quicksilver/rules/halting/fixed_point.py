@@ -22,11 +22,9 @@ class FixedPointRule(ThresholdRule):
 
     @property
     def reads_previous_update(self) -> bool:
-        """True: successive updates are compared."""
         return True
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where relative drift is below the threshold and `cos(u[l], u[l-1])` at least `min_cosine`."""
         from quicksilver.core import signals
 
         if view.previous_update is None:

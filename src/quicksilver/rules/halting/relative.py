@@ -13,7 +13,6 @@ class RelativeDriftRule(ThresholdRule):
     """`||h[l] - h[l-1]||_2 / ||h[l]||_2`, free of the stream's scale."""
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where the relative drift is below the threshold."""
         from quicksilver.core import signals
 
         small = signals.relative_drift(view) < threshold_at(self.threshold, view.layer_idx)

@@ -37,7 +37,6 @@ class EntropyBitsRule(GradedBitsRule):
         check_layers_run("EntropyBitsRule: layer", self.layer)
 
     def after_layer(self, num_layers: int) -> int:
-        """Index of the layer after which tokens are asked, in a model of `num_layers` layers."""
         return layers_run(self.layer, num_layers) - 1
 
     def decide(self, view: ChannelView) -> BitsChoice:
@@ -45,7 +44,6 @@ class EntropyBitsRule(GradedBitsRule):
         return BitsChoice(MAX_BITS if view.max_bits is None else view.max_bits)
 
     def decide_tokens(self, view: TokenBitsView) -> BitsChoice:
-        """Grant each token bits by its entropy."""
         from quicksilver.core.signals import graded
 
         if self.thresholds is None:
@@ -66,6 +64,5 @@ class EntropyBitsRule(GradedBitsRule):
         return KernelBits((MAX_BITS,))
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:
-        """Raise PlanError where the layer is beyond the model's depth."""
         if self.after_layer(num_layers) >= num_layers - 1:
             raise PlanError(f"bits decided after {self.layer!r} layers save nothing, the model has {num_layers}")

@@ -13,7 +13,6 @@ class L2FusionRule(SimilarityRule):
     """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse where `||later - earlier||_2` is below the threshold."""
         from quicksilver.core import signals
 
         distance = signals.row_norms(view.later.float() - view.earlier.float())

@@ -46,11 +46,9 @@ class GradedBitsRule(PrecisionRule):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there are thresholds."""
         return self.thresholds is not None
 
     def fitted(self, thresholds: Thresholds | tuple[Thresholds, ...]) -> Self:
-        """Return the rule with thresholds."""
         return replace(self, thresholds=thresholds)
 
     def _checked_thresholds(self, thresholds: Any) -> Thresholds:

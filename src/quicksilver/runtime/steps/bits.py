@@ -17,7 +17,6 @@ class BitsStep:
         self.layers = (after,)
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        """Grant bits to the tokens that run on."""
         if not state.num_running:
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)

@@ -61,7 +61,6 @@ class FusionStep:
         return tuple(scope == "all" or (scope == "prompt" and of_prompt) for of_prompt in prompt)
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        """Fuse what is alike after a layer."""
         config = self._config
         if config is None or not any(context.fuses) or not state.num_running:
             return
