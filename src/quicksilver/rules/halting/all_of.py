@@ -24,11 +24,11 @@ class AllRule(HaltingRule):
             raise PlanError("AllRule: at least one rule is needed")
 
     @property
-    def reads_gates(self) -> bool:
+    def reads_gates(self) -> bool:  # type: ignore[override]
         return any(rule.reads_gates for rule in self.rules)
 
     @property
-    def reads_previous_update(self) -> bool:
+    def reads_previous_update(self) -> bool:  # type: ignore[override]
         return any(rule.reads_previous_update for rule in self.rules)
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:

@@ -16,16 +16,8 @@ class HaltingRule(DecidingRule[LayerView, HaltDecision]):
     """Base of the rules that say which tokens in view have settled, and halt after this layer."""
 
     rule_fields: ClassVar[tuple[str, ...]] = ()  # names of the fields that hold rules themselves, each a tuple of them
-
-    @property
-    def reads_gates(self) -> bool:
-        """Whether the rule reads the plan's fitted gates, which are then in `LayerView.gate`."""
-        return False
-
-    @property
-    def reads_previous_update(self) -> bool:
-        """Whether the rule reads what the layer before added, which is then in `LayerView.previous_update`."""
-        return False
+    reads_gates: ClassVar[bool] = False  # the plan's fitted gates, which are then in `LayerView.gate`
+    reads_previous_update: ClassVar[bool] = False  # what the layer before added, then in `LayerView.previous_update`
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
         """Whether the rule could halt anything after this layer; where not, it need not be asked.

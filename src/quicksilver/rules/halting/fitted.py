@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.rules.checks import threshold_at
@@ -18,13 +19,8 @@ class FittedRule(ThresholdRule):
     norm, and a constant; their product is the logarithm of the nats. A layer without a gate halts nobody.
     """
 
-    @property
-    def reads_gates(self) -> bool:
-        return True
-
-    @property
-    def reads_previous_update(self) -> bool:
-        return True
+    reads_gates: ClassVar[bool] = True
+    reads_previous_update: ClassVar[bool] = True  # for the cosine of successive updates
 
     def decide(self, view: LayerView) -> HaltDecision:
         from quicksilver.core import signals

@@ -1,6 +1,7 @@
 """Fixed point: small updates that keep their direction."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.errors import PlanError
@@ -13,16 +14,13 @@ from quicksilver.rules.halting.base import ThresholdRule, halting_rule
 class FixedPointRule(ThresholdRule):
     """Relative update norm below `threshold` and cosine of successive updates at least `min_cosine`."""
 
+    reads_previous_update: ClassVar[bool] = True
     min_cosine: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.min_cosine, (int, float)) or not -1.0 <= self.min_cosine <= 1.0:
             raise PlanError(f"FixedPointRule: min_cosine must lie in [-1, 1], got {self.min_cosine!r}")
-
-    @property
-    def reads_previous_update(self) -> bool:
-        return True
 
     def decide(self, view: LayerView) -> HaltDecision:
         from quicksilver.core import signals

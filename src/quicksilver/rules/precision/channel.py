@@ -35,7 +35,7 @@ class ChannelBitsRule(GradedBitsRule):
             raise PlanError(f"ChannelBitsRule: centred must be true or false, got {self.centred!r}")
 
     @property
-    def reads_means(self) -> bool:
+    def reads_means(self) -> bool:  # type: ignore[override]
         return self.centred
 
     def decide(self, view: ChannelView) -> BitsChoice:

@@ -45,7 +45,7 @@ class GradedBitsRule(PrecisionRule):
         """Return the score of each channel, or token, in view, and the name of the signal that it is."""
 
     @property
-    def is_fitted(self) -> bool:
+    def is_fitted(self) -> bool:  # type: ignore[override]
         return self.thresholds is not None
 
     def fitted(self, thresholds: Thresholds | tuple[Thresholds, ...]) -> Self:
