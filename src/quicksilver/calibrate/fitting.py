@@ -1,7 +1,5 @@
 """Everything that the search needs to know of a model, in a fixed number of passes over the part to fit on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -50,16 +48,9 @@ def fit(
     special_ids: Sequence[int] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> CalibrationData:
-    """Fit maps and gates, and measure what each unit of work is worth.
+    """Fit maps and gates on windows of token ids [T], and measure what each unit of work is worth.
 
-    Args:
-        adapter: the model that runs the plans.
-        mechanisms: that may be used.
-        units: of the objective.
-        windows: token ids [T] of calibration text, each run on its own.
-        bits: that channels may be read at.
-        special_ids: token ids that plans protect.
-        on_step: called after each of `steps`.
+    `special_ids` are the tokens that plans protect; `on_step` is called after each of `steps`.
     """
     spec = adapter.spec
     data = CalibrationData(spec, units, max(map(len, windows)))

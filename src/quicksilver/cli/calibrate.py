@@ -1,7 +1,5 @@
 """`quicksilver calibrate`: find the cheapest plan inside a budget of perplexity, and verify it on unseen text."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -71,7 +69,9 @@ def command(**options: Any) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be a finite number, got {options[name]}")
     budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
     output = _output(options["output"], options["force"])
-    names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
+    source = click.get_current_context().get_parameter_source("mechanisms")
+    is_given = source is not click.core.ParameterSource.DEFAULT
+    names = _mechanisms(options["mechanisms"], options["prompt"], explicit=is_given)
     _check_work(options["work"], output)
     check_window_options(options["context"], prompt=options["prompt"])
     corpora = read_texts(options["text"], options["documents"], options["dataset"])
@@ -81,11 +81,6 @@ def command(**options: Any) -> None:
     held = run(model, tokenizer, display_name(options["model"]), corpora, options, budget, names, output)
     if not held:
         sys.exit(NOTHING_HELD)
-
-
-def _is_given(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _budget(ppl: float | None, nll: float | None) -> tuple[float, str]:

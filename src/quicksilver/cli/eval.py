@@ -1,7 +1,5 @@
 """`quicksilver eval`: measure plans against the dense model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -78,10 +76,8 @@ def command(
     max_tokens: int | None,
     calibration: str | None,
     json_path: str | None,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
     kernels: Any,
+    **loading: Any,
 ) -> None:
     """Measure plans against the dense MODEL, in the same run, on the same windows.
 
@@ -101,10 +97,12 @@ def command(
     if json_path is not None:
         check_target("--json", json_path)
     chosen = resolve_plans(plans or ("dense",), model)
-    corpus = _read_one(text, documents, dataset)
+    if (text, documents, dataset).count(None) != 2:
+        raise InputError("give exactly one of --text, --documents and --dataset")
+    (corpus,) = read_texts(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
     check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
-    loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
+    loaded, tokenizer = open_model(model, "dense", **loading, kernels=kernels)
     from quicksilver.cli.table import print_table
     from quicksilver.measure.report import evaluate
     from quicksilver.measure.scoring import num_runs
@@ -119,11 +117,3 @@ def command(
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")
-
-
-def _read_one(text: str | None, documents: str | None, dataset: str | None) -> Any:
-    """Return the corpus that exactly one of the options names."""
-    if (text, documents, dataset).count(None) != 2:
-        raise InputError("give exactly one of --text, --documents and --dataset")
-    (corpus,) = read_texts(text, documents, dataset)
-    return corpus

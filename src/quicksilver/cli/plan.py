@@ -1,8 +1,7 @@
 """`quicksilver plan`: list presets, show a plan as JSON, validate a plan file, fit a recipe."""
 
-from __future__ import annotations
-
 import os
+from typing import Any
 
 import click
 
@@ -82,9 +81,7 @@ def fit(
     output: str,
     calibration: str | None,
     force: bool,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
+    **loading: Any,
 ) -> None:
     """Fit the thresholds of PLAN, a recipe such as channel-5bit, to MODEL, and write the plan that can be run.
 
@@ -107,7 +104,7 @@ def fit(
     if os.path.isfile(output) and not force:
         raise InputError(f"-o {output}: exists already; give a new file, or --force")
     corpus = read_calibration(calibration, [recipe])
-    loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
+    loaded, tokenizer = open_model(model, "dense", **loading)
     fitted = ready(loaded, display_name(model), [recipe], tokenizer, corpus)[1][0]
     fitted.save(output)
     print(f"{output}: written, hash {fitted.hash}")

@@ -1,7 +1,5 @@
 """GPT-2: learned positions, LayerNorm, one fused projection, a plain MLP."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -31,11 +29,7 @@ from quicksilver.families.windows import layer_windows
 
 
 def _adapt(model: Any) -> Adapter:
-    """Read a GPT-2 model of transformers.
-
-    Raises:
-        UnsupportedModelError: the configuration asks for something not implemented here.
-    """
+    """Read a GPT-2 model of transformers."""
     if model.config.add_cross_attention:
         raise UnsupportedModelError("gpt2: cross-attention (add_cross_attention=True) is not supported")
     body, spec = model.transformer, _spec(model)

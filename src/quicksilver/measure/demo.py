@@ -3,8 +3,6 @@
 Everything it reads comes with the package; nothing is fetched.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -108,10 +106,7 @@ def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[
 def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int]) -> tuple[Plan, list[int]]:
     """Return a plan under which some of a text's tokens stop early, and how many layers each of them ran.
 
-    Args:
-        model: the model.
-        first: returned where that is true of it; else `relative` is, with the lowest threshold that will do.
-        token_ids: of the text.
+    That is `first` where it does so, else `relative` with the lowest threshold that will do.
     """
     relative = Plan.preset("relative")
     assert relative.halting is not None
@@ -140,10 +135,7 @@ def run(
     on_window: Callable[[], None] = lambda: None,
     quantized: QuickSilverForCausalLM | None = None,
 ) -> tuple[list[list[dict[str, Any]]], Path]:
-    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture.
-
-    `quantized` is the model with any-precision weights, for plans that choose bits.
-    """
+    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture."""
     results = [
         evaluate(model, part.plans, part.text, part.window_config, "score", name, on_window, quantized)
         for part in measured

@@ -25,31 +25,18 @@ _HEAD_ROWS = 256  # rows of logits held at a time, for each engine
 
 @dataclass
 class EngineRecord:
-    """What one engine did over all windows.
+    """What one engine did over all windows."""
 
-    Attributes:
-        decoder: the engine.
-        trace: counts over the scored pass (`score`) or over the decode steps (`decode`).
-        prompt_trace: counts over the prompts fed before, where there are any.
-        nll: total negative log-likelihood of each window, nats.
-        kl: sum over scored tokens of KL(dense || this), nats.
-        agreed: scored tokens whose most likely token equals the dense model's.
-        kv_bytes: bytes allocated for the cache after each window.
-        kv_used_bytes: of these, bytes of what is held.
-        seconds: of each timed run of a window, without its prompt.
-        prompt_seconds: of the prompts.
-    """
-
-    decoder: Decoder
-    trace: Trace
-    prompt_trace: Trace
-    nll: list[float] = field(default_factory=list)
-    kl: float = 0.0
-    agreed: int = 0
-    kv_bytes: list[int] = field(default_factory=list)
-    kv_used_bytes: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    prompt_seconds: list[float] = field(default_factory=list)
+    decoder: Decoder  # the engine
+    trace: Trace  # counts over the scored pass (`score`) or over the decode steps (`decode`)
+    prompt_trace: Trace  # counts over the prompts fed before, where there are any
+    nll: list[float] = field(default_factory=list)  # total negative log-likelihood of each window, nats
+    kl: float = 0.0  # sum over scored tokens of KL(dense || this), nats
+    agreed: int = 0  # scored tokens whose most likely token equals the dense model's
+    kv_bytes: list[int] = field(default_factory=list)  # bytes allocated for the cache after each window
+    kv_used_bytes: list[int] = field(default_factory=list)  # of these, bytes of what is held
+    seconds: list[float] = field(default_factory=list)  # of each timed run of a window, without its prompt
+    prompt_seconds: list[float] = field(default_factory=list)  # of the prompts
 
 
 @dataclass
@@ -81,13 +68,7 @@ def run_windows(
     """Run every engine over every window, interleaved; the first engine is the baseline.
 
     A first run of the first window is a warm-up and counts nowhere. With fewer than five windows further
-    rounds are run for their timings only.
-
-    Args:
-        decoders: the baseline and the plans, all on the same model.
-        windows: what to score.
-        mode: "score" or "decode".
-        on_window: called after each window, the warm-up and those run for their timings included: `num_runs` times.
+    rounds are run for their timings only. `on_window` is called after each of them all, `num_runs` times.
     """
     windows = list(windows)
     records = [new_record(decoder) for decoder in decoders]
@@ -139,13 +120,7 @@ def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
 
 
 def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None:
-    """Apply the engines' heads to what one window gave; add what they predicted to their records.
-
-    Args:
-        records: the baseline's and the plans'.
-        fed: what `feed` gave for each of them.
-        window: the same for all.
-    """
+    """Apply the engines' heads to what `feed` gave of one window; add what they predicted to their records."""
     token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
     prompt = len(token_ids) - 1 - fed[0].states.shape[0]
     for record in records:
@@ -166,19 +141,12 @@ def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None
 
 
 class Fed(NamedTuple):
-    """What one engine gave for a window, and the clocks that ran meanwhile.
+    """What one engine gave for a window, and the clocks that ran meanwhile."""
 
-    Attributes:
-        prompt_state: [1, d] of the prompt's last token; [0, d] without a prompt.
-        states: [n, d] of the tokens after it.
-        prompt_clock: of the prompt.
-        clock: of the rest.
-    """
-
-    prompt_state: Tensor
-    states: Tensor
-    prompt_clock: _Clock
-    clock: _Clock
+    prompt_state: Tensor  # [1, d] of the prompt's last token; [0, d] without a prompt
+    states: Tensor  # [n, d] of the tokens after it
+    prompt_clock: _Clock  # of the prompt
+    clock: _Clock  # of the rest
 
 
 def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> Fed:

@@ -3,8 +3,6 @@
 Importing this module registers the operator. What codes mean, and the product that defines it, is `quicksilver.quant`.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,37 +25,23 @@ _LIBRARY.define(
 
 
 class StoredMatrix(NamedTuple):
-    """A matrix [in, out] in any-precision codes, as modules keep it.
+    """A matrix [in, out] in any-precision codes, as modules keep it."""
 
-    Attributes:
-        planes: four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits.
-        exponents: [in, groups] uint8.
-        zeros: [in, groups] uint8.
-        constants: [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits.
-        group_size: outputs of one group, a multiple of 32.
-        num_outputs: out.
-    """
-
+    # four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits
     planes: Sequence[Tensor]
-    exponents: Tensor
-    zeros: Tensor
-    constants: Tensor
-    group_size: int
-    num_outputs: int
+    exponents: Tensor  # [in, groups] uint8
+    zeros: Tensor  # [in, groups] uint8
+    constants: Tensor  # [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits
+    group_size: int  # outputs of one group, a multiple of 32
+    num_outputs: int  # out
 
 
 class NormOperands(NamedTuple):
-    """A norm over the last dimension: LayerNorm, or by the root mean square where there is no bias.
+    """A norm over the last dimension: LayerNorm, or by the root mean square where there is no bias."""
 
-    Attributes:
-        weight: [d] float32, contiguous.
-        bias: likewise, or None.
-        epsilon: added to the variance or the mean square.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    epsilon: float
+    weight: Tensor  # [d] float32, contiguous
+    bias: Tensor | None  # likewise, or None
+    epsilon: float  # added to the variance or the mean square
 
     @property
     def addresses(self) -> tuple[int, int, float]:
@@ -66,12 +50,9 @@ class NormOperands(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A matrix as the kernels want it, what of, and what ends it.
+    """A matrix as the kernels want it, what of, and what ends it."""
 
-    Attributes:
-        layouts: by whether they are for bits by channel; None where the kernels cannot read the matrix.
-    """
-
+    # by whether they are for bits by channel; None where the kernels cannot read the matrix
     layouts: dict[bool, Any] | None
     state: tuple[Any, ...]
     owners: tuple[weakref.ref[Any], ...]
@@ -103,10 +84,7 @@ def has_whole_levels(stored: StoredMatrix) -> bool:
 def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
     """Return a matrix as the kernels want it, None where they cannot read it; made when it is first asked for.
 
-    Args:
-        stored: the matrix.
-        by_channel: whether a row's channels may differ in bits, for which it is laid out differently; None for
-            either, whichever is there.
+    It is laid out differently where a row's channels may differ in bits; `by_channel` None is for whichever is there.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
@@ -129,12 +107,7 @@ def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
 
 
 def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
-    """Return a matrix as `prepared` does.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
-        ValueError: its tensors are not those of a matrix, or the kernels cannot read it.
-    """
+    """Return a matrix as `prepared` does; ValueError also where the kernels cannot read it."""
     matrix = prepared(stored, by_channel)
     if matrix is None:
         raise ValueError("a level of the matrix at fewer bits is not a whole 8-bit code")
@@ -142,18 +115,9 @@ def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
 
 
 def expand(matrix: Any, bits: int, dtype: torch.dtype) -> Tensor:
-    """Expand a matrix to the floats that its codes mean.
+    """Return a matrix [in, out] that `prepared` gave as the floats that its codes mean at 2, 4, 6 or 8 bits.
 
-    Args:
-        matrix: [in, out], as `prepared` gave it.
-        bits: bits to read, 2, 4, 6 or 8.
-        dtype: float32, or bfloat16: the same numbers rounded to nearest, ties to even.
-
-    Returns:
-        [in, out] in that dtype.
-
-    Raises:
-        ValueError: no such bits.
+    In bfloat16 they are those of float32 rounded to nearest, ties to even. ValueError for any other bits.
     """
     _check_bits(bits)
     weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
