@@ -17,7 +17,7 @@ class BitsStep:
         self.layers = (after,)
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        if not state.num_running:
+        if not len(state.hidden):
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)
         choice = self._rule.ask_tokens(view)

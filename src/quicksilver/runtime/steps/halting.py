@@ -32,7 +32,7 @@ class HaltingStep:
             self.layers = tuple(range(max(self._asked[0] - 1, 0), num_layers - 1))
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        if not state.num_running:
+        if not len(state.hidden):
             return
         split = self._decide(layer_idx, state, context) if layer_idx in self._asked else None
         if self._keeps_updates and state.before is not None:
