@@ -14,7 +14,6 @@ class DropFill(FillRule):
     """Nothing is written: later tokens attend over fewer entries."""
 
     def decide(self, view: int) -> Fill:
-        """Write nothing."""
         return Fill.NONE
 
 
@@ -24,5 +23,4 @@ class PropagateFill(FillRule):
     """The layer's own key and value projections of the frozen state are written: two small products per layer."""
 
     def decide(self, view: int) -> Fill:
-        """Project the frozen state."""
         return Fill.PROJECT
