@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.backends.base import LayerBackend
 from quicksilver.backends.resolved import BoundShortcut, LayerPlan, ResolvedPlan
 from quicksilver.backends.state import PassContext, State
 from quicksilver.backends.torch import TorchBackend
@@ -23,7 +24,7 @@ from quicksilver.core.trace import COUNT
 from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
 from quicksilver.families.spec import Adapter, LayerOps, Leaves
-from quicksilver.ops import native
+from quicksilver.ops import AttentionBackend, native
 from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
 from quicksilver.quant import AnyPrecisionLinear
 
@@ -45,14 +46,20 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
     return None
 
 
+def choose(adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], attention: AttentionBackend) -> LayerBackend:
+    """Return who runs a model's layers under a plan: decided here, and nowhere else.
+
+    `asked` are the layers after which a step must be asked, `attention` which of PyTorch's runs where PyTorch does.
+    """
+    reason = unsupported_reason(adapter, plan)
+    in_torch = TorchBackend(adapter, plan, attention, reason)
+    return in_torch if reason is not None else NativeBackend(adapter, plan, asked, in_torch)
+
+
 class NativeBackend:
     """A model's layers and a plan as the kernels see them; what they cannot run in a state, PyTorch does.
 
-    Args:
-        adapter: the model, for which there is no `unsupported_reason`.
-        plan: bound to it.
-        asked: layers after which a step must be asked; each is a span of its own.
-        otherwise: runs the layers that the kernels cannot.
+    There is no `unsupported_reason` for them. `asked` are layers after which a step must be asked; each ends a span.
     """
 
     name = "native"
@@ -69,7 +76,6 @@ class NativeBackend:
         self._runner: Any = None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
-        """Give the layers up to the next that must be asked about, one where the kernels cannot run it."""
         first = 0
         while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
             span = range(first, self._ends[first] if self._can_run(state, context) else first + 1)
@@ -77,11 +83,8 @@ class NativeBackend:
             first = span.stop
 
     def run(self, span: range, state: State, context: PassContext) -> None:
-        """Run these layers for the tokens that run on: write all entries, count, change the state.
-
-        Where halted tokens' keys and values are projected, their states go along and leave as they came.
-        """
-        if not self._can_run(state, context):
+        """Where halted tokens' keys and values are projected, their states go along and leave as they came."""
+        if len(span) == 1 and not self._can_run(state, context):  # several were given because the kernels can
             self._otherwise.run(span, state, context)
             return
         halted = state.halted if self._fill is Fill.PROJECT else None

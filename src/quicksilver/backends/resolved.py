@@ -43,12 +43,7 @@ class BoundShortcut:
 
 
 class Centre:
-    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
-
-    Args:
-        module: the map.
-        mean: as the plan holds it.
-    """
+    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out]."""
 
     def __init__(self, module: AnyPrecisionLinear, mean: Tensor) -> None:
         self._module, self._mean = module, mean
@@ -88,21 +83,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """A plan bound to a model.
+    """A plan bound to a model."""
 
-    Attributes:
-        layers: what it says of each.
-        bits: the rule that chooses bits, None where all are read.
-        entry_bits: in how many bits keys and values are kept, None for the model's own.
-        output_maps: fitted maps of tokens that stop, by the layer after which they do.
-        gates: fitted gates of the halting rule, by layer.
-    """
-
-    layers: tuple[LayerPlan, ...]
-    bits: PrecisionRule | None
-    entry_bits: int | None
-    output_maps: Mapping[int, AffineMap]
-    gates: Mapping[int, Tensor]
+    layers: tuple[LayerPlan, ...]  # what it says of each
+    bits: PrecisionRule | None  # the rule that chooses bits, None where all are read
+    entry_bits: int | None  # in how many bits keys and values are kept, None for the model's own
+    output_maps: Mapping[int, AffineMap]  # fitted maps of tokens that stop, by the layer after which they do
+    gates: Mapping[int, Tensor]  # fitted gates of the halting rule, by layer
 
     @property
     def fills(self) -> bool:
@@ -117,18 +104,20 @@ def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
         PlanError: the plan does not fit the model, or a tensor of it is missing or of another shape.
     """
     spec = adapter.spec
-    plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
-    maps = plan.fitted_maps(spec.num_layers, spec.hidden_size)
-    bound = {name: fitted.to(spec.device, spec.dtype) for name, fitted in maps.items()}
-    gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
+    fitted = plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
+    maps = {name: each.to(spec.device, spec.dtype) for name, each in fitted.maps.items()}
     outputs = {i: f"output.{i}" for i in range(spec.num_layers - 1)}
-    shortcuts = _shortcuts(plan, adapter, bound)
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    gates = {each: gate.to(spec.device, wide) for each, gate in fitted.shortcut_gates.items()}
+    shortcuts: dict[tuple[int, Part], BoundShortcut] = {
+        (each.layer, each.part): BoundShortcut(each, maps[each.name], gates.get(each)) for each in plan.shortcuts
+    }
     return ResolvedPlan(
         layers=tuple(_layer(plan, adapter, layer_idx, shortcuts) for layer_idx in range(spec.num_layers)),
         bits=None if plan.precision is None else plan.precision.rule,
         entry_bits=plan.kv.bits,
-        output_maps={i: bound[name] for i, name in outputs.items() if name in bound},
-        gates={layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()},
+        output_maps={i: maps[name] for i, name in outputs.items() if name in maps},
+        gates={layer_idx: gate.to(spec.device) for layer_idx, gate in fitted.gates.items()},
     )
 
 
@@ -147,16 +136,6 @@ def _layer(
         mlp=shortcuts.get((layer_idx, "mlp")),
         centres=_centres(plan, adapter, layer_idx),
     )
-
-
-def _shortcuts(plan: Plan, adapter: Adapter, maps: Mapping[str, AffineMap]) -> dict[tuple[int, Part], BoundShortcut]:
-    spec, gates = adapter.spec, plan.shortcut_gates(adapter.spec.hidden_size)
-    wide = torch.promote_types(spec.dtype, torch.float32)
-    bound = {}
-    for each in plan.shortcuts:
-        gate = gates[each].to(spec.device, wide) if each in gates else None
-        bound[each.layer, each.part] = BoundShortcut(each, maps[each.name], gate)
-    return bound
 
 
 def _centres(plan: Plan, adapter: Adapter, layer_idx: int) -> dict[int, Centre]:

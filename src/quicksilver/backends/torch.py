@@ -32,17 +32,11 @@ _PLAIN: Apply = call  # type: ignore[assignment]  # no function of ours stands b
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a sublayer's input that a fitted map stands in for, at least one, and those that run it.
+    """The rows of a sublayer's input that a fitted map stands in for, at least one, and those that run it."""
 
-    Attributes:
-        skipped: [T] rows that skip the sublayer, ascending.
-        computed: [M] rows that run it, ascending.
-        mapped: [T, d] what the map adds to the rows that skip.
-    """
-
-    skipped: Tensor
-    computed: Tensor
-    mapped: Tensor
+    skipped: Tensor  # [T] rows that skip the sublayer, ascending
+    computed: Tensor  # [M] rows that run it, ascending
+    mapped: Tensor  # [T, d] what the map adds to the rows that skip
 
     def join(self, ran: Tensor) -> Tensor:
         """Return what is added to all rows, [N, d], given what the sublayer adds to those that run it, [M, d]."""
@@ -51,32 +45,21 @@ class Split:
 
 
 class TorchBackend:
-    """Runs one layer at a time by the model's own modules.
-
-    Args:
-        adapter: the model.
-        plan: bound to it.
-        attention: which of PyTorch's attention runs.
-        reason: why not a faster backend.
-    """
+    """Runs one layer at a time by the model's own modules; `reason` says why no faster backend does."""
 
     name = "pytorch"
 
-    def __init__(
-        self, adapter: Adapter, plan: ResolvedPlan, attention: AttentionBackend, reason: str | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, plan: ResolvedPlan, attention: AttentionBackend, reason: str | None) -> None:
         self._layers, self._plan, self.reason = adapter.layers, plan, reason
         self._attention: AttentionBackend = attention
         self._maps = MapReader(adapter, plan) if adapter.spec.is_quantized else None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
-        """Give one layer after another, up to where nothing is left to do."""
         for layer_idx in range(len(self._layers)):
             if len(state.hidden) or self._plan.fills:
                 yield range(layer_idx, layer_idx + 1)
 
     def run(self, span: range, state: State, context: PassContext) -> None:
-        """Run these layers for the tokens that run on: write all entries, count, change the state."""
         for layer_idx in span:
             if len(state.hidden):
                 self._run_layer(layer_idx, state, context)
@@ -229,13 +212,7 @@ def _split(
 ) -> Split | None:
     """Return which rows skip a sublayer by its shortcut, None where all run it.
 
-    Args:
-        shortcut: of the sublayer.
-        layer_idx: the layer.
-        normed: [M, d] the sublayer's normed input.
-        state: [M, d] what it was normed from.
-        origins: [M] which of the pass's tokens the rows are.
-        context: of the pass.
+    `normed` [M, d] is the sublayer's input, `state` [M, d] what it was normed from, `origins` [M] the rows' tokens.
     """
     protected = context.protected.shortcuts
     protected = None if protected is None else protected.index_select(0, origins)

@@ -11,28 +11,18 @@ from quicksilver.errors import PlanError
 
 
 class AffineMap:
-    """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`.
-
-    Args:
-        weights: one matrix [in, out], or two [in, rank] and [rank, out].
-        bias: [out].
-    """
+    """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`."""
 
     def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
-        self.weights = weights
-        self.bias = bias
+        self.weights = weights  # one matrix [in, out], or two [in, rank] and [rank, out]
+        self.bias = bias  # [out]
 
     @classmethod
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
         """Return the map that tensors `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
 
-        Args:
-            tensors: of a plan.
-            name: of the map.
-            size: of its input and of its output.
-
         Raises:
-            PlanError: one is missing, or of another shape.
+            PlanError: one is missing, or does not map `size` values to as many.
         """
         weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
         for key in (*weights, f"{name}.bias"):

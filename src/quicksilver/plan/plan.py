@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
@@ -52,27 +52,27 @@ PARTS: dict[str, type] = {
 """The four mechanisms, and what configures each."""
 
 
+class Fitted(NamedTuple):
+    """Which of a plan's tensors a model runs by."""
+
+    maps: dict[str, AffineMap]  # by name: `output.LAYER`, and each shortcut's
+    shortcut_gates: dict[Shortcut, Tensor]  # [hidden_size + 2] each, of the shortcuts that ask one
+    gates: dict[int, Tensor]  # [hidden_size + 4] each, by layer, where the halting rule reads them
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run may save and how. `Plan.dense()` changes nothing.
+    """What a run may save and how. `Plan.dense()` changes nothing."""
 
-    Attributes:
-        name: a label for tables; not part of the hash.
-        halting: which tokens stop early or skip sublayers, or None for none.
-        kv: what halted tokens leave in the cache, its bits, and what of it is not read.
-        fusion: which adjacent tokens become one, or None for none.
-        precision: how many bits of any-precision weights are read, or None for all.
-        tensors: maps, gates and means that were fitted, or None for nothing.
-        fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
-            the hash, which is of what the plan does.
-    """
-
-    name: str = "plan"
-    halting: HaltingConfig | None = None
+    name: str = "plan"  # a label for tables; not part of the hash
+    halting: HaltingConfig | None = None  # which tokens stop early or skip sublayers, or None for none
+    # what halted tokens leave in the cache, its bits, and what of it is not read
     kv: KVConfig = field(default_factory=KVConfig)
-    fusion: FusionConfig | None = None
-    precision: PrecisionConfig | None = None
-    tensors: PlanTensors | None = None
+    fusion: FusionConfig | None = None  # which adjacent tokens become one, or None for none
+    precision: PrecisionConfig | None = None  # how many bits of any-precision weights are read, or None for all
+    tensors: PlanTensors | None = None  # maps, gates and means that were fitted, or None for nothing
+    # the model that thresholds and tensors were fitted to, or None where that is not known; not part of the hash, which
+    # is of what the plan does
     fitted_to: FittedTo | None = None
 
     def __post_init__(self) -> None:
@@ -219,8 +219,8 @@ class Plan:
         """Return the same plan under another label."""
         return replace(self, name=name)
 
-    def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> None:
-        """Raise PlanError where the plan does not fit a model.
+    def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> Fitted:
+        """Return the tensors that a model runs by; raise PlanError where the plan does not fit it.
 
         Args:
             num_layers: its layers.
@@ -235,21 +235,18 @@ class Plan:
                 self.fusion.after_layers(num_layers)
             if self.precision is not None:
                 self._check_precision(self.precision, num_layers, num_maps)
-            self.fitted_maps(num_layers, hidden_size)
-            self.shortcut_gates(hidden_size)
-            self.fitted_gates(num_layers, hidden_size)
+            asking = {each: f"{each.name}.gate" for each in self.shortcuts if each.threshold is not None}
+            return Fitted(
+                self._maps(num_layers, hidden_size),
+                {each: named_vector(self.tensors or {}, name, hidden_size + 2) for each, name in asking.items()},
+                self._gates(num_layers, hidden_size),
+            )
         except PlanError as error:
             whose = "" if self.fitted_to is None else f"; the plan was fitted to {self.fitted_to.model}"
             raise PlanError(f"plan {self.name!r}: {error}{whose}") from None
 
-    def fitted_maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
-        """Return the fitted maps that the plan uses, by name: `output.LAYER`, and each shortcut's.
-
-        Every layer after which a token may halt has an output map; a layer after which tokens only fuse may have one.
-
-        Raises:
-            PlanError: tensors are missing or of another model's shape.
-        """
+    def _maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
+        """Every layer after which a token may halt has an output map; one after which tokens only fuse may have one."""
         from quicksilver.plan.affine import AffineMap
 
         tensors, names = self.tensors or {}, [shortcut.name for shortcut in self.shortcuts]
@@ -264,39 +261,17 @@ class Plan:
         """Fitted maps that stand in for sublayers."""
         return () if self.halting is None else self.halting.shortcuts
 
-    def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
-        """Return the fitted gates of the shortcuts that ask one, each [hidden_size + 2].
-
-        Raises:
-            PlanError: tensors are missing or of another model's shape.
-        """
-        return {
-            shortcut: named_vector(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
-            for shortcut in self.shortcuts
-            if shortcut.threshold is not None
-        }
-
-    def fitted_gates(self, num_layers: int, hidden_size: int) -> dict[int, Tensor]:
-        """Return the fitted gates that the halting rule reads, [hidden_size + 4] each, by layer.
-
-        Raises:
-            PlanError: no layer after which tokens may halt has one, or one is of another model's shape.
-        """
+    def _gates(self, num_layers: int, hidden_size: int) -> dict[int, Tensor]:
         layers = self._halt_layers(num_layers)
         if not layers or not self.halting.rule.reads_gates:  # type: ignore[union-attr]
             return {}
         tensors, names = self.tensors or {}, {i: f"gate.{i}.weight" for i in layers}
-        gates = {i: tensors[name] for i, name in names.items() if name in tensors}
-        if not gates:
+        found = {i: name for i, name in names.items() if name in tensors}
+        if not found:
             raise PlanError(
                 f"its rule reads fitted gates, and none of {names[layers[0]]} to {names[layers[-1]]} is in the plan"
             )
-        for i, gate in gates.items():
-            if tuple(gate.shape) != (hidden_size + 4,):
-                raise PlanError(
-                    f"tensor {names[i]} has shape {tuple(gate.shape)}, the model needs ({hidden_size + 4},)"
-                )
-        return gates
+        return {i: named_vector(tensors, name, hidden_size + 4) for i, name in found.items()}
 
     def _halt_layers(self, num_layers: int) -> range:
         """Return the layers after which tokens may halt."""

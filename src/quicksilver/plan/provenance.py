@@ -12,22 +12,12 @@ from quicksilver.errors import PlanError
 
 @dataclass(frozen=True)
 class FittedTo:
-    """The model and the text that thresholds were fitted to.
+    """The model and the text that thresholds were fitted to; PlanError where a value is of another type."""
 
-    Attributes:
-        model: its name, for people.
-        fingerprint: tells it from others.
-        calibration: the text's name, or how it was made.
-        tokens: of that text, how many were used.
-
-    Raises:
-        PlanError: a value of another type.
-    """
-
-    model: str
-    fingerprint: str
-    calibration: str
-    tokens: int
+    model: str  # its name, for people
+    fingerprint: str  # tells it from others
+    calibration: str  # the text's name, or how it was made
+    tokens: int  # of that text, how many were used
 
     def __post_init__(self) -> None:
         for name in ("model", "fingerprint", "calibration"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.backends.base import LayerBackend
-from quicksilver.backends.choose import choose
+from quicksilver.backends.native import choose
 from quicksilver.backends.resolved import resolve
 from quicksilver.backends.state import PassContext, Protected, State, Step
 from quicksilver.cache import RaggedKVCache, SequenceCache
