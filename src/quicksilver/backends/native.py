@@ -23,7 +23,7 @@ from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import COUNT
 from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
-from quicksilver.families.spec import Adapter, LayerOps, Leaves
+from quicksilver.families.spec import Adapter, LayerOps
 from quicksilver.ops import AttentionBackend, native
 from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
 from quicksilver.quant import AnyPrecisionLinear
@@ -35,7 +35,7 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
         return "its weights are plain; the kernels read quantized ones"
     if adapter.kernels != "native":
         return "the kernels do not read its weights"
-    if any(_unknown(layer.leaves) for layer in adapter.layers):
+    if any(map(_is_unknown, adapter.layers)):
         return "it has norms or an activation that the kernels do not know"
     if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.quantized):
         return "levels of fewer bits are not whole codes"
@@ -136,24 +136,24 @@ class NativeBackend:
         return state.frozen.clone().index_copy_(0, state.layout.origin, state.hidden)
 
     def _new_runner(self) -> Any:
-        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].quantized[-1]
+        spec, first = self._spec, self._layers[0]
         return native.extension().LayerRunner(
             [self._layer(*each) for each in zip(range(spec.num_layers), self._layers, self._plan.layers, strict=True)],
             spec.hidden_size,
-            down.num_inputs,
+            first.quantized[-1].num_inputs,
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            activation_name(leaves.activation),
+            activation_name(first.activation),
             self._plan.entry_bits or 8 * torch.float32.itemsize,
         )
 
     def _layer(self, layer_idx: int, ops: LayerOps, plan: LayerPlan) -> Any:
-        layer, leaves = native.extension().Layer(), ops.leaves
-        for name, norm in leaves.norms.items():
+        layer = native.extension().Layer()
+        for name, norm in ops.norms.items():
             layer.set_norm(name, *self._norm(norm))
-        layer.set_sublayers(leaves.norms_projections, leaves.residual_scale or 1.0)
-        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.quantized, strict=True)):
+        layer.set_sublayers(ops.norms_projections, ops.residual_scale or 1.0)
+        for map_idx, (role, module) in enumerate(zip(ops.spec.maps, ops.quantized, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for shortcut in (plan.attention, plan.mlp):
             if shortcut is not None:
@@ -172,7 +172,7 @@ class NativeBackend:
 
     def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
         operands = norm_operands(norm)
-        assert operands is not None  # see `_unknown`
+        assert operands is not None  # see `_is_unknown`
         return self._address(operands.weight), self._address(operands.bias), operands.epsilon
 
     def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: AnyPrecisionLinear) -> None:
@@ -244,9 +244,8 @@ def _marks(
     ]
 
 
-def _unknown(leaves: Leaves) -> bool:
-    known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
-    return not known or activation_name(leaves.activation) is None
+def _is_unknown(layer: LayerOps) -> bool:
+    return activation_name(layer.activation) is None or None in map(norm_operands, layer.norms.values())
 
 
 def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:

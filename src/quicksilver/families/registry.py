@@ -51,15 +51,9 @@ def _check_shape(config: Any) -> None:
             f"{config.model_type}: layers of several shapes (per_layer_config) are not supported"
         )
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    sizes = {
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size < 1:
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
+    for name in names:
+        if (size := getattr(config, name, kv_heads)) < 1:
             raise ModelError(f"{config.model_type}: {name} is {size}")
     if config.num_attention_heads % kv_heads:
         raise ModelError(
