@@ -62,7 +62,7 @@ def quantize_model(
     model: Any,
     config: QuantizationConfig,
     hessians: Mapping[str, Tensor] | None = None,
-    on_map: Callable[[], None] | None = None,
+    on_map: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace a model's linear maps by quantized ones, in place and one by one; on an error nothing is replaced.
 
@@ -79,8 +79,7 @@ def quantize_model(
         UnsupportedModelError: the family is not supported.
     """
     for _ in quantize_each(model, config, hessians):
-        if on_map is not None:
-            on_map()
+        on_map()
 
 
 def quantize_each(

@@ -31,10 +31,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_quantized(
-    model: Any,
-    folder: str | os.PathLike[str],
-    tokenizer: Any = None,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
+    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """Write a quantized model to a new folder; an interruption leaves no folder of that name.
 

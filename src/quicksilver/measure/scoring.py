@@ -60,10 +60,7 @@ class _Clock:
 
 
 def run_windows(
-    decoders: list[Decoder],
-    windows: Iterable[Window],
-    mode: Mode,
-    on_window: Callable[[], None] = lambda: None,
+    decoders: list[Decoder], windows: Iterable[Window], mode: Mode, on_window: Callable[[], None] = lambda: None
 ) -> list[EngineRecord]:
     """Run every engine over every window, interleaved; the first engine is the baseline.
 
