@@ -18,9 +18,7 @@ _CALIBRATED = (
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--output", default="quicksilver-demo", show_default=True, help="Folder for the pictures and the JSON.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Tokens of text used."
-)
+@click.option("--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Of text.")
 @click.option("--model", "models", multiple=True, help="Use this model instead of the embedded ones; may be repeated.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
 def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int | None) -> None:
