@@ -65,7 +65,7 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
         print(_CALIBRATED)
     strongest = [plan for plan in fitted if plan in calibrated][-1:]
     runner, plan = (quantized, strongest[0]) if quantized and strongest else (model, demo.shallowest(results[0]))
-    sample = demo.sample(runner, tokenizer, plan)
-    saved = f"{sample.stats.flops_reduction:.1%} of the FLOPs saved"
-    print(f"\nGenerated under plan '{sample.plan}' ({saved}):\n  {sample.text}\n")
+    text, stats = demo.sample(runner, tokenizer, plan)
+    saved = f"{stats.flops_reduction:.1%} of the FLOPs saved"
+    print(f"\nGenerated under plan '{plan.name}' ({saved}):\n  {text}\n")
     print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")
