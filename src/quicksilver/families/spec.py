@@ -226,10 +226,6 @@ def weight_bytes(*modules: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def num_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters()) + num_quantized(model)
-
-
 def num_quantized(model: nn.Module, exclude_embeddings: bool = False) -> int:
     """Return the any-precision weights of a model, those of its token embedding included unless it says otherwise."""
     quantized = (m for m in model.modules() if isinstance(m, AnyPrecisionWeight))
@@ -272,5 +268,17 @@ def layer_spec(
     )
 
 
-def head_bits(head: nn.Module, dtype: torch.dtype) -> int:
-    return MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * dtype.itemsize
+def model_spec(model: Any, final_norm: nn.Module, weight: Tensor, **facts: Any) -> ModelSpec:
+    """Return the facts of a model; `weight` tells dtype and device, the other facts are what the model does not."""
+    head, config = model.lm_head, model.config
+    return ModelSpec(
+        **facts,
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        head_macs=facts["hidden_size"] * config.vocab_size,
+        head_weight_bytes=weight_bytes(head, final_norm) + nested_bytes(head),
+        head_bits=MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * weight.dtype.itemsize,
+        parameters=sum(p.numel() for p in model.parameters()) + num_quantized(model),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
