@@ -1,7 +1,4 @@
-"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew.
-
-The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
-"""
+"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew."""
 
 import copy
 import os

@@ -1,7 +1,4 @@
-"""The demonstration: measure the embedded models on the embedded articles, generate a sample, draw it all.
-
-Everything it reads comes with the package; nothing is fetched.
-"""
+"""The demonstration: measure the embedded models on the embedded articles, generate a sample, draw it all."""
 
 import json
 from collections.abc import Callable, Sequence
