@@ -1,7 +1,4 @@
-"""The model users hold: transformers' `generate()` and call conventions over the ragged engine.
-
-Padded grids are turned into ragged rows and back by `grids.py`; what runs in between is `decoder.py`'s.
-"""
+"""The model users hold: transformers' `generate()` and call conventions over the ragged engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The padded grids that a cache was fed: which token stood in which column of which row, and which were padding.
-
-A grid's columns are what callers count in; the entries that they led to are `stores.py`'s.
-"""
+"""The padded grids that a cache was fed: which token stood in which column of which row, and which were padding."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,4 @@
-"""One layer's entries of one sequence, in tensors that grow geometrically: a token does not copy those before it.
-
-When they grow, and what is written, is `sequence.py`'s.
-"""
+"""One layer's entries of one sequence, in tensors that grow geometrically: a token does not copy those before it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
-from quicksilver.calibrate.observe import observing, run_window, watchable
+from quicksilver.calibrate.observe import Advance, observing, run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.spec import Adapter
@@ -33,7 +33,7 @@ def fit(
     adapter: Adapter,
     plan: Plan,
     windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
     special_ids: Sequence[int] = (),
 ) -> Plan:
     """Return a plan whose thresholds of bits are fitted; any other plan as it is.
@@ -98,9 +98,7 @@ def unprotected(
     return text
 
 
-def _fit_tokens(
-    rule: GradedBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> GradedBitsRule:
+def _fit_tokens(rule: GradedBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Advance) -> GradedBitsRule:
     """Collect tokens' scores at the rule's layer, by running the model up to there."""
     after = rule.after_layer(adapter.spec.num_layers)
     if after is None or not isinstance(rule.target, tuple):
@@ -132,9 +130,7 @@ class MapScores:
         return self.num_inputs * self.num_outputs
 
 
-def _fit_channels(
-    rule: ChannelBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> ChannelBitsRule:
+def _fit_channels(rule: ChannelBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Advance) -> ChannelBitsRule:
     maps = collect_scores(rule, adapter, text, on_window)
     if isinstance(rule.target, tuple):
         return rule.fitted(tuple(quantiles(each.counts, rule.target) for each in maps))
@@ -146,7 +142,7 @@ def collect_scores(
     rule: ChannelBitsRule,
     adapter: Adapter,
     text: Sequence[Text],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
     means: Sequence[Tensor] | None = None,
 ) -> list[MapScores]:
     """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
@@ -171,7 +167,7 @@ def collect_scores(
     ]
 
 
-def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None) -> list[Tensor]:
+def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Advance = lambda: None) -> list[Tensor]:
     """Return the mean of each quantized map's inputs, [in] float32, layer after layer, from one dense pass."""
     modules = [module for layer in adapter.layers for module in layer.quantized]
     sums = [torch.zeros(module.num_inputs, dtype=torch.float64, device=adapter.spec.device) for module in modules]
@@ -188,7 +184,7 @@ def _watch_maps(
     modules: Sequence[AnyPrecisionLinear],
     text: Sequence[Text],
     see: Callable[[int, AnyPrecisionLinear, Tensor, Tensor], None],
-    on_window: Callable[[], None],
+    on_window: Advance,
 ) -> int:
     """Run the dense model over text, and show each map's inputs and outputs, of unprotected rows; return how many."""
 

@@ -1,6 +1,6 @@
 """Everything that the search needs to know of a model, in a fixed number of passes over the part to fit on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from quicksilver.calibrate.candidates import CalibrationData, shortcuts_at
 from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.observe import Advance
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
@@ -46,7 +47,7 @@ def fit(
     windows: Sequence[Tensor],
     bits: tuple[int, ...],
     special_ids: Sequence[int] = (),
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Advance = lambda: None,
 ) -> CalibrationData:
     """Fit maps and gates on windows of token ids [T], and measure what each unit of work is worth.
 
@@ -80,7 +81,7 @@ def _fit_channels(
     probe: sensitivity.Probe,
     text: Sequence[Text],
     bits: tuple[int, ...],
-    on_step: Callable[[], None],
+    on_step: Advance,
 ) -> None:
     """Learn what channels contribute, plain or less their mean, whichever lets more of them be left out."""
     means = collect_means(adapter, text, on_step)
@@ -100,11 +101,7 @@ def _fit_channels(
 
 
 def _fit_shortcuts(
-    data: CalibrationData,
-    adapter: Adapter,
-    probe: sensitivity.Probe,
-    windows: Sequence[Tensor],
-    on_step: Callable[[], None],
+    data: CalibrationData, adapter: Adapter, probe: sensitivity.Probe, windows: Sequence[Tensor], on_step: Advance
 ) -> None:
     """Fit all shortcuts apart and learn what their errors cost; then those worth taking again, one after another."""
     chosen = shortcuts.units(adapter)

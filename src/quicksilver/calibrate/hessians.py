@@ -1,15 +1,12 @@
-"""Second moments of the inputs of a model's linear maps on calibration text.
+"""Second moments of the inputs of a model's linear maps on calibration text."""
 
-What they are used for is `quant/rounding.py`'s business.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.observe import observing
+from quicksilver.calibrate.observe import Advance, observing
 from quicksilver.errors import InputError, ModelError
 from quicksilver.families.family import family_of
 from quicksilver.families.quantize import HEAD, input_groups
@@ -17,10 +14,7 @@ from quicksilver.families.quantize import HEAD, input_groups
 
 @torch.no_grad()
 def collect_hessians(
-    model: Any,
-    windows: Iterable[Sequence[int]],
-    head: bool = False,
-    on_window: Callable[[], None] | None = None,
+    model: Any, windows: Iterable[Sequence[int]], head: bool = False, on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
     """Run windows of token ids through a model; return `X^T X` of each linear map's inputs, [in, in] float32, by path.
 
@@ -47,8 +41,7 @@ def collect_hessians(
             normed = body(input_ids=ids[None], use_cache=False).last_hidden_state
             if head:
                 _add(sums, HEAD, normed)
-            if on_window is not None:
-                on_window()
+            on_window()
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise ModelError(f"the inputs of {name!r} are NaN or infinite on the calibration text")

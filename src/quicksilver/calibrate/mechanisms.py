@@ -4,6 +4,8 @@ from typing import Literal
 
 Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
 
+Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
+
 MECHANISMS: dict[str, tuple[Mechanism, ...]] = {
     "halting": ("halting", "shortcuts"),
     "kv": ("values", "queries", "screening", "entries"),

@@ -1,13 +1,11 @@
 """What is to be saved, and what a unit of each kind of work is of it."""
 
 from dataclasses import dataclass
-from typing import Literal
 
+from quicksilver.calibrate.mechanisms import Objective
 from quicksilver.core.bits import ENTRY_BITS, MAX_BITS
 from quicksilver.families.cost import Cost
 from quicksilver.families.spec import ModelSpec
-
-Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
 
 
 @dataclass(frozen=True)

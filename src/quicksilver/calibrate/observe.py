@@ -13,6 +13,9 @@ from quicksilver.plan import Plan
 from quicksilver.rules import Part
 from quicksilver.runtime.loop import Decoder
 
+Advance = Callable[[], None]
+"""Called after each step of what takes long."""
+
 PROTECTED = 4
 """First tokens of a sequence, attention sinks: no mechanism touches them, so nothing is fitted to them."""
 

@@ -4,12 +4,12 @@ Both are ridge regressions: statistics of the frozen model on calibration text, 
 of passes. There is no gradient and no network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.observe import PROTECTED, layer_states
+from quicksilver.calibrate.observe import PROTECTED, Advance, layer_states
 from quicksilver.calibrate.ridge import RidgeSums, named_tensors
 from quicksilver.core.signals import gate_features
 from quicksilver.families.spec import Adapter
@@ -20,7 +20,7 @@ _HEAD_ROWS = 256  # rows of logits held at a time
 
 
 def fit_maps(
-    adapter: Adapter, layers: Sequence[int], windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+    adapter: Adapter, layers: Sequence[int], windows: Sequence[Tensor], on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
     """Return `output.LAYER.*` of a plan: maps from states after some layers to what is missing to the last layer's."""
     d, device = adapter.spec.hidden_size, adapter.spec.device
@@ -43,7 +43,7 @@ def fit_gates(
     tensors: dict[str, Tensor],
     layers: Sequence[int],
     windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
 ) -> dict[str, Tensor]:
     """Return `gate.LAYER.weight` of a plan, given the tensors of the layers' maps.
 

@@ -2,11 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quicksilver.calibrate.objectives import Objective
+from quicksilver.calibrate.observe import Advance
 from quicksilver.calibrate.splits import Part
 from quicksilver.families.cost import Cost, dense_cost
 from quicksilver.families.spec import Adapter
@@ -79,7 +80,7 @@ class Scorer:
             compare([self._dense], [_unclocked(fed)], window)
 
     def score(
-        self, plan: Plan, budget: Budget | None = None, on_window: Callable[[], None] = lambda: None
+        self, plan: Plan, budget: Budget | None = None, on_window: Advance = lambda: None
     ) -> dict[str, Any] | None:
         """Return a plan's figures as `eval --json` has them, or None where it was given up as hopeless for a budget."""
         runner = self._model if plan.precision is None else self._runner

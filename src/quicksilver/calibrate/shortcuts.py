@@ -1,11 +1,11 @@
 """Shortcuts: affine maps that stand in for sublayers, and gates that say for which tokens they are good enough."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
+from quicksilver.calibrate.observe import PROTECTED, Advance, SublayerRows, watch_sublayers
 from quicksilver.calibrate.ridge import RidgeSums, named_tensors
 from quicksilver.core.signals import log_norm
 from quicksilver.families.spec import Adapter
@@ -22,11 +22,7 @@ def units(adapter: Adapter) -> list[Unit]:
 
 
 def fit_units(
-    adapter: Adapter,
-    chosen: Sequence[Unit],
-    windows: Sequence[Tensor],
-    plan: Plan,
-    on_window: Callable[[], None] = lambda: None,
+    adapter: Adapter, chosen: Sequence[Unit], windows: Sequence[Tensor], plan: Plan, on_window: Advance = lambda: None
 ) -> tuple[dict[str, Tensor], dict[Unit, float]]:
     """Fit maps and gates of sublayers in two passes, with their inputs as the plan's own shortcuts leave them.
 
@@ -67,10 +63,7 @@ def fit_units(
 
 
 def fit_in_order(
-    adapter: Adapter,
-    chosen: Sequence[Shortcut],
-    windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    adapter: Adapter, chosen: Sequence[Shortcut], windows: Sequence[Tensor], on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
     """Return `shortcut.LAYER.PART.*`, fitted one by one: deeper ones on states that shallower ones have changed."""
     tensors: dict[str, Tensor] = {}

@@ -18,9 +18,7 @@ _CALIBRATED = (
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--output", default="quicksilver-demo", show_default=True, help="Folder for the pictures and the JSON.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Tokens of text used."
-)
+@click.option("--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Of text.")
 @click.option("--model", "models", multiple=True, help="Use this model instead of the embedded ones; may be repeated.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
 def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int | None) -> None:
@@ -67,7 +65,7 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
         print(_CALIBRATED)
     strongest = [plan for plan in fitted if plan in calibrated][-1:]
     runner, plan = (quantized, strongest[0]) if quantized and strongest else (model, demo.shallowest(results[0]))
-    sample = demo.sample(runner, tokenizer, plan)
-    saved = f"{sample.stats.flops_reduction:.1%} of the FLOPs saved"
-    print(f"\nGenerated under plan '{sample.plan}' ({saved}):\n  {sample.text}\n")
+    text, stats = demo.sample(runner, tokenizer, plan)
+    saved = f"{stats.flops_reduction:.1%} of the FLOPs saved"
+    print(f"\nGenerated under plan '{plan.name}' ({saved}):\n  {text}\n")
     print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")

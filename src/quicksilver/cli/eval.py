@@ -37,19 +37,9 @@ def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @text_options
 @click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
 @click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
-@click.option(
-    "--context",
-    type=click.IntRange(min=2),
-    help="Tokens of a window (default: the model's, at most 2048); a --text must fill one.",
-)
-@click.option(
-    "--stride",
-    type=click.IntRange(min=1),
-    help="Tokens between windows (default: half the context; with --prompt, all that follow it).",
-)
-@click.option(
-    "--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt, unscored."
-)
+@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
+@click.option("--stride", type=click.IntRange(min=1), help="Between windows (default: half, or all after --prompt).")
+@click.option("--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")

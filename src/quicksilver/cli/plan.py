@@ -75,14 +75,7 @@ def validate(plan: str) -> None:
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--force", is_flag=True, help="Replace the plan file where there is one.")
 @model_options
-def fit(
-    model: str,
-    plan: str,
-    output: str,
-    calibration: str | None,
-    force: bool,
-    **loading: Any,
-) -> None:
+def fit(model: str, plan: str, output: str, calibration: str | None, force: bool, **loading: Any) -> None:
     """Fit the thresholds of PLAN, a recipe such as channel-5bit, to MODEL, and write the plan that can be run.
 
     They belong to the model with the weights it has: to those of a folder that `quicksilver quantize` wrote, if that

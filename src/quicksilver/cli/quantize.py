@@ -10,32 +10,18 @@ from quicksilver.cli.common import calibration_windows, device_options, own_line
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
-_CALIBRATION_TOKENS = 32768
+_GROUPS = ("32", "64", "128")
+_TOKENS = 32768
 
 
 @click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="A new folder; every command takes it as MODEL.")
-@click.option(
-    "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Weights that share a scale.",
-)
-@click.option(
-    "--calibration", type=click.Path(), help="A text to choose codes by: errors on it make up for one another."
-)
-@click.option(
-    "--calibration-tokens",
-    type=click.IntRange(min=2),
-    show_default=str(_CALIBRATION_TOKENS),
-    help="Use only the first N tokens of it.",
-)
+@click.option("--group-size", type=click.Choice(_GROUPS), default="32", show_default=True, help="Weights of one scale.")
+@click.option("--calibration", type=click.Path(), help="A text; codes are chosen so that errors on it cancel out.")
+@click.option("--calibration-tokens", type=click.IntRange(min=2), help=f"Of it, from the first (default: {_TOKENS}).")
 @click.option("--head", is_flag=True, help="Quantize the head too.")
-@click.option(
-    "--embeddings", is_flag=True, help="Quantize the token embedding too; with --head where the head shares it."
-)
+@click.option("--embeddings", is_flag=True, help="Quantize the token embedding; with --head where the head shares it.")
 @device_options
 def command(
     model: str,
@@ -103,7 +89,7 @@ def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int | None, h
     from quicksilver.calibrate.hessians import collect_hessians
     from quicksilver.families import registry
 
-    limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _CALIBRATION_TOKENS
+    limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _TOKENS
     windows, _ = calibration_windows(corpus, tokenizer, limit, _CONTEXT, max_tokens)
     with progress("calibration windows", len(windows)) as advance:
         return collect_hessians(model, windows, head, advance)

@@ -1,7 +1,4 @@
-"""What rules compute of states, and whether what they return is a decision.
-
-What is made of it is the rules' own.
-"""
+"""What rules compute of states, and whether what they return is a decision."""
 
 import math
 from functools import lru_cache

@@ -1,7 +1,4 @@
-"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for.
-
-Nothing of the model is read here, so that a wrong name is refused without PyTorch.
-"""
+"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for."""
 
 import os
 import re

@@ -1,7 +1,4 @@
-"""Which model is it: a short digest of a model's shape and of a sample of its weights.
-
-What is recorded with it, and what is said where it differs, is not decided here.
-"""
+"""Which model is it: a short digest of a model's shape and of a sample of its weights."""
 
 import hashlib
 from typing import Any

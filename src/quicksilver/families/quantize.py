@@ -1,7 +1,4 @@
-"""Which linear maps of each family are quantized, and replacing them in a model.
-
-How codes are chosen is `quant/rounding.py`'s business; how a quantized model is stored, `loading/quantized.py`'s.
-"""
+"""Which linear maps of each family are quantized, and replacing them in a model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

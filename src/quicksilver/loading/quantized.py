@@ -1,7 +1,4 @@
-"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew.
-
-The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
-"""
+"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew."""
 
 import copy
 import os
@@ -31,10 +28,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_quantized(
-    model: Any,
-    folder: str | os.PathLike[str],
-    tokenizer: Any = None,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
+    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """Write a quantized model to a new folder; an interruption leaves no folder of that name.
 

@@ -198,11 +198,7 @@ def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
 
 
 def _delta(
-    dense: EngineRecord,
-    plan: EngineRecord,
-    dense_side: dict[str, Any],
-    side: dict[str, Any],
-    counts: list[int],
+    dense: EngineRecord, plan: EngineRecord, dense_side: dict[str, Any], side: dict[str, Any], counts: list[int]
 ) -> dict[str, Any]:
     paired = paired_delta(dense.nll, plan.nll, counts)
     ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True)]

@@ -60,10 +60,7 @@ class _Clock:
 
 
 def run_windows(
-    decoders: list[Decoder],
-    windows: Iterable[Window],
-    mode: Mode,
-    on_window: Callable[[], None] = lambda: None,
+    decoders: list[Decoder], windows: Iterable[Window], mode: Mode, on_window: Callable[[], None] = lambda: None
 ) -> list[EngineRecord]:
     """Run every engine over every window, interleaved; the first engine is the baseline.
 
@@ -72,16 +69,18 @@ def run_windows(
     """
     windows = list(windows)
     records = [new_record(decoder) for decoder in decoders]
-    _run_window(_fresh(records), windows[0], mode)
-    on_window()
-    for window in windows:
-        _run_window(records, window, mode)
+
+    def run(into: list[EngineRecord], window: Window) -> None:
+        compare(into, [feed(record, window, mode) for record in into], window)
         on_window()
+
+    run([new_record(decoder) for decoder in decoders], windows[0])
+    for window in windows:
+        run(records, window)
     for _ in range(_num_rounds(len(windows)) - 1):
         for window in windows:
-            again = _fresh(records)
-            _run_window(again, window, mode)
-            on_window()
+            again = [new_record(decoder) for decoder in decoders]
+            run(again, window)
             for record, timed in zip(records, again, strict=True):
                 record.seconds += timed.seconds
                 record.prompt_seconds += timed.prompt_seconds
@@ -100,23 +99,6 @@ def _num_rounds(num_windows: int) -> int:
 def new_record(decoder: Decoder) -> EngineRecord:
     """Return an empty record of an engine."""
     return EngineRecord(decoder, decoder.new_trace(), decoder.new_trace())
-
-
-def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
-    return [new_record(record.decoder) for record in records]
-
-
-def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
-    """Run all engines over one window and add what they predicted to their records."""
-    compare(records, [feed(record, window, mode) for record in records], window)
-
-
-def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
-    """Run an engine over one window, but for its head; add what it cost to its record."""
-    token_ids = torch.tensor(window.token_ids, device=record.decoder.spec.device)
-    prompt = window.prompt if mode == "score" else window.first_scored
-    prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
-    return _feed(record, token_ids[:-1], prompt, len(token_ids) if mode == "score" else 1)
 
 
 def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None:
@@ -149,19 +131,20 @@ class Fed(NamedTuple):
     clock: _Clock  # of the rest
 
 
-def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> Fed:
-    """Feed the first `prompt` tokens at once, as a prompt, then the rest `size` at a time."""
-    decoder = record.decoder
-    clocks = _Clock(decoder.spec.device), _Clock(decoder.spec.device)
-    cache = decoder.new_cache(1)
-    nothing = torch.empty((0, decoder.spec.hidden_size), dtype=decoder.spec.dtype, device=decoder.spec.device)
-    prompt_state, states = nothing, []
+def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
+    """Run an engine over one window, but for its head, the prompt at once; add what it cost to its record."""
+    decoder, spec = record.decoder, record.decoder.spec
+    token_ids = torch.tensor(window.token_ids, device=spec.device)
+    prompt = window.prompt if mode == "score" else window.first_scored
+    prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
+    clocks, cache = (_Clock(spec.device), _Clock(spec.device)), decoder.new_cache(1)
+    prompt_state = torch.empty((0, spec.hidden_size), dtype=spec.dtype, device=spec.device)
     if prompt:
         with clocks[0].running():
             prompt_state = decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)[-1:]
-    rest = token_ids[prompt:]
+    parts = token_ids[prompt:-1].split(len(token_ids) if mode == "score" else 1)
     with clocks[1].running():
-        states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size)]
+        states = [decoder.run(part, [len(part)], cache, record.trace) for part in parts]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
     return Fed(prompt_state, torch.cat(states), *clocks)

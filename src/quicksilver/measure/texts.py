@@ -1,7 +1,4 @@
-"""Evaluation texts: a text file, a file of documents, or a public dataset; read, never changed.
-
-Cutting them into windows is `windows.py`'s.
-"""
+"""Evaluation texts: a text file, a file of documents, or a public dataset; read, never changed."""
 
 import codecs
 import json

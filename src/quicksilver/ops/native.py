@@ -1,7 +1,4 @@
-"""The compiled kernels: whether this installation has them, whether they are wanted, which instructions they use.
-
-They are loaded when they are first asked about. What they compute is `any_precision_linear.py`'s business.
-"""
+"""The compiled kernels: whether this installation has them, whether they are wanted, which instructions they use."""
 
 import importlib
 import os

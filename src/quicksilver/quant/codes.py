@@ -1,7 +1,4 @@
-"""Any-precision codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions.
-
-How codes are chosen is in `rounding.py`; how they are packed in `planes.py`.
-"""
+"""Any-precision codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a model's any-precision weights were made with: the `quantization_config` of its config.json.
-
-Which of a model's maps that means is `families/quantize.py`'s business.
-"""
+"""What a model's any-precision weights were made with: the `quantization_config` of its config.json."""
 
 from __future__ import annotations
 

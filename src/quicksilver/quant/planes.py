@@ -1,7 +1,4 @@
-"""Bit planes of 8-bit codes: the first two bits, the next two, and so on, each pair packed on its own.
-
-Reading b bits of a code touches the planes that hold them and no others. What codes mean is `codes.py`'s business.
-"""
+"""Bit planes of 8-bit codes: the first two bits, the next two, and so on, each pair packed on its own."""
 
 from itertools import accumulate
 

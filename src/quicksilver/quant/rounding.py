@@ -1,7 +1,4 @@
-"""Choosing codes for a matrix: the nearest levels, or levels that make up for one another's errors.
-
-Where levels lie is `codes.py`'s business; where a Hessian comes from is the caller's.
-"""
+"""Choosing codes for a matrix: the nearest levels, or levels that make up for one another's errors."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,4 @@
-"""Tensors on disk: safetensors shards in which every tensor has a checksum, read back whole or refused by name.
-
-What the tensors mean is the caller's business.
-"""
+"""Tensors on disk: safetensors shards in which every tensor has a checksum, read back whole or refused by name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Padded grids to ragged rows and back, as transformers' callers expect them.
-
-Which tokens run, and how, is not decided here.
-"""
+"""Padded grids to ragged rows and back, as transformers' callers expect them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
