@@ -65,61 +65,41 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         self.model = model
         self.config = model.config
         self.generation_config: GenerationConfig = model.generation_config
-        self._adapter = adapter
-        self._special_ids = tuple(special_ids)
+        self.adapter = adapter  # the wrapped model as the engine sees it
+        self.special_ids = tuple(special_ids)  # protected where the plan says so
+        self.kernels: KernelChoice = kernels  # as asked for; `adapter.kernels` says which do
         self._attention: AttentionBackend = attention
-        self._kernels: KernelChoice = kernels
-        self._decoder = Decoder(adapter, plan, self._special_ids, attention)
-        self._trace = self._decoder.new_trace()
+        self.decoder = Decoder(adapter, plan, self.special_ids, attention)  # for callers that feed ragged rows
+        self._trace = self.decoder.new_trace()
 
     @property
     def plan(self) -> Plan:
         """The plan in force; assign another, a preset's name or a plan file to change it."""
-        return self._decoder.plan
+        return self.decoder.plan
 
     @plan.setter
     def plan(self, plan: Plan | str | os.PathLike[str]) -> None:
-        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._attention)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The engine under this model, for callers that feed ragged rows themselves."""
-        return self._decoder
+        self.decoder = Decoder(self.adapter, resolve_plan(plan), self.special_ids, self._attention)
 
     @property
     def backend(self) -> LayerBackend:
         """Who runs the layers: its `name`, "native" or "pytorch", and the `reason` why not a faster one."""
-        return self._decoder.backend
-
-    @property
-    def adapter(self) -> Adapter:
-        """The wrapped model as the engine sees it."""
-        return self._adapter
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Token ids that are protected where the plan says so."""
-        return self._special_ids
-
-    @property
-    def kernels(self) -> KernelChoice:
-        """Which kernels were asked for to read any-precision weights; `adapter.kernels` says which do."""
-        return self._kernels
+        return self.decoder.backend
 
     @property
     def stats(self) -> RunStats:
         """What the last call of the model, or the last `generate`, ran."""
-        return RunStats.from_trace(self._adapter.spec, self._trace, self.backend)
+        return RunStats.from_trace(self.adapter.spec, self._trace, self.backend)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._adapter.spec.device
+        return self.adapter.spec.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' element type."""
-        return self._adapter.spec.dtype
+        return self.adapter.spec.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
@@ -128,12 +108,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         return self
 
     def _adapt(self) -> None:
-        self._adapter = adapt(self.model, self._kernels)
+        self.adapter = adapt(self.model, self.kernels)
         self.plan = self.plan
 
     def _follow_modules(self) -> None:
         """Read the model anew where modules of it were replaced: adapters put in, or merged; refuse what cannot run."""
-        modules = self._adapter.modules
+        modules = self.adapter.modules
         if modules is not None and modules.is_replaced:
             self._adapt()
         elif modules is not None:
@@ -185,14 +165,14 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids = others.pop("position_ids", None)
         input_ids = self._check_call(input_ids, others, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
-        decoder, generating = self._decoder, trace is not None
+        decoder, generating = self.decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
         decoder.check_caches(cache.sequences, len(input_ids))
         input_ids = input_ids.to(self.device)
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and unpadded.columns > 1 and _is_one(logits_to_keep)
+            prompt = labels is None and unpadded.columns > 1 and isinstance(logits_to_keep, int) and logits_to_keep == 1
         if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
             hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
@@ -200,7 +180,8 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         cache.fed.append(input_ids.clone(), unpadded.real)
         logits = padded_logits(hidden, unpadded, wanted, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, unpadded)
-        output = self._output(logits, loss, cache, use_cache)
+        returned = cache if (self.config.use_cache if use_cache is None else use_cache) else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: returned})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 
     def _continue(
@@ -223,26 +204,16 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         if labels is not None and tuple(labels.shape) != unpadded.shape:
             raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {unpadded.shape}")
         if kept is not None:
-            self._decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
+            self.decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
             cache.truncate(kept)
         return unpadded
-
-    def _output(
-        self, logits: Tensor, loss: Tensor | None, cache: RaggedKVCache, use_cache: bool | None
-    ) -> CausalLMOutputWithPast:
-        """Return what `forward` gives, the cache where it is wanted."""
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        given: dict[str, Any] = {CACHE_FIELD: cache if wanted else None}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
 
     @staticmethod
     def _check_call(
         input_ids: Tensor | None, unsupported: Mapping[str, Any], prompt: bool | None, labels: Tensor | None
     ) -> Tensor:
         """Return the tokens of a call that can be done; raise where it cannot."""
-        for name, value in unsupported.items():
-            if value is not None and value is not False:
-                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+        _refuse(unsupported)
         if input_ids is None or input_ids.dim() != 2:
             raise InputError("input_ids must be a [batch, tokens] tensor")
         if prompt and labels is not None:
@@ -296,21 +267,18 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                 two caches, or a cache that is not the beginning of the prompt.
         """
         with told_the_end(streamer):
-            unsupported = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
             if assistant_model is not None:
                 raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
             given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")}
             cache = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
             settings, rest = Settings.resolve(generation_config, self.generation_config, kwargs)
-            for name, value in {**unsupported, **rest}.items():
-                if value is not None and value is not False:
-                    raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+            _refuse({"synced_gpus": synced_gpus, "custom_generate": custom_generate, **rest})
             ids = self._prompts(inputs, given.pop("input_ids"), settings)
             if settings.config.token_healing:
                 ids, given["attention_mask"] = self._heal(ids, given["attention_mask"], tokenizer), None
             cache = None if cache is None else self._check_cache(cache, len(ids))
             self._follow_modules()
-            trace = self._decoder.new_trace()
+            trace = self.decoder.new_trace()
             request = Request(
                 input_ids=ids,
                 cache=cache,
@@ -354,7 +322,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
 
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:
-            return self._decoder.new_cache(batch_size)
+            return self.decoder.new_cache(batch_size)
         if not isinstance(cache, RaggedKVCache):
             raise UnsupportedFeatureError(
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
@@ -362,13 +330,14 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         return cache
 
 
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+
+
 def _only(past_key_values: Any, cache: Any) -> Any:
     """Return the cache, by whichever of its names it was given; None where it was not."""
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache are two names of one argument; give one")
     return past_key_values if cache is None else cache
-
-
-def _is_one(logits_to_keep: Columns) -> bool:
-    """Whether only the last column's logits are asked for: then what is fed before it is a prompt."""
-    return isinstance(logits_to_keep, int) and logits_to_keep == 1

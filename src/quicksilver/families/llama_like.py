@@ -251,21 +251,13 @@ def _embed(body: Any, scale: float | None, ids: Tensor, positions: Tensor) -> Te
 
 @dataclass(frozen=True)
 class _Heads:
-    """How queries, keys and values come about.
+    """How queries, keys and values come about."""
 
-    Attributes:
-        attention: holds their maps.
-        fused: outputs of each where they are one map, else empty.
-        norms: of queries, keys and values, None where there is none.
-        head_dim: of a head.
-        norms_projections: norms are over all heads.
-    """
-
-    attention: Any
-    fused: Sequence[int]
-    norms: Sequence[nn.Module | None]
+    attention: Any  # holds their maps
+    fused: Sequence[int]  # outputs of each where they are one map, else empty
+    norms: Sequence[nn.Module | None]  # of queries, keys and values, None where there is none
     head_dim: int
-    norms_projections: bool
+    norms_projections: bool  # norms are over all heads
 
 
 def _project(heads: _Heads, first: int, last: int, x: Tensor, apply: Apply) -> list[Tensor]:

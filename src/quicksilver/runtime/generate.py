@@ -167,7 +167,7 @@ def _ending(settings: Settings, request: Request, count: int, left: int, scores:
         own.append(MaxTimeCriteria(max_time=config.max_time))
     eos = () if EosTokenCriteria in kinds else settings.eos_token_ids
     fills = bool(eos) or any(hasattr(each, "eos_token_id") for each in own)
-    return Ending(count, left, eos, made, own, settings.padding if fills else None, scores)
+    return Ending([False] * count, left, frozenset(eos), made, own, settings.padding if fills else None, scores)
 
 
 def _putter(streamer: Any) -> Callable[[Tensor], None]:

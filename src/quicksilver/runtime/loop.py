@@ -37,29 +37,17 @@ class Decoder:
     """A frozen model under a plan. Holds no state between calls; the cache and the trace are the caller's.
 
     A copy of it, with its model's, is built anew from what this one was built from; caches of the one are not the
-    other's.
-
-    Args:
-        adapter: the model.
-        plan: what may be saved.
-        special_ids: token ids that a plan with `protect_special` never halts or fuses.
-        attention: which of PyTorch's attention runs, where PyTorch runs layers.
-
-    Attributes:
-        backend: who runs the layers.
+    other's. A plan with `protect_special` never halts or fuses `special_ids`; `attention` is which of PyTorch's runs
+    where PyTorch runs layers.
 
     Raises:
         PlanError: the plan does not fit the model.
     """
 
-    backend: LayerBackend
+    backend: LayerBackend  # who runs the layers
 
     def __init__(
-        self,
-        adapter: Adapter,
-        plan: Plan,
-        special_ids: Sequence[int] = (),
-        attention: AttentionBackend = "sdpa",
+        self, adapter: Adapter, plan: Plan, special_ids: Sequence[int] = (), attention: AttentionBackend = "sdpa"
     ) -> None:
         self.adapter, self.spec, self.plan = adapter, adapter.spec, plan
         self._special_ids = tuple(special_ids)
@@ -130,8 +118,10 @@ class Decoder:
         chunk = RaggedLayout.build(starts, lengths, self.spec.device)
         if not any(starts):
             self._rebind_if_changed()
-        context = self._context(chunk, token_ids, fuses, caches, trace)
-        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, context.rotations, chunk)
+        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
+        protected = self._protected(token_ids, chunk.positions)
+        context = PassContext(token_ids, rotations, protected, fuses, caches, trace)
+        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, rotations, chunk)
         trace.begin_pass(starts, chunk)
         fed = [each for each in zip(caches, lengths, fuses, strict=True) if each[1]]
         for cache, _, _ in fed:
@@ -181,22 +171,13 @@ class Decoder:
         if (modules := self.adapter.modules) is not None:
             (modules.check_hooks if decodes else modules.check)()
 
-    def _context(
-        self,
-        chunk: RaggedLayout,
-        token_ids: Tensor,
-        fuses: tuple[bool, ...],
-        caches: tuple[SequenceCache, ...],
-        trace: Trace,
-    ) -> PassContext:
-        halting, of = self._protects_halting, (token_ids, chunk.positions)
-        protected = Protected(
-            None if halting is None else halting.covers(*of),
-            self._protects_bits.found(*of),
-            self._protects_shortcuts.found_any(*of),
+    def _protected(self, token_ids: Tensor, positions: Tensor) -> Protected:
+        halting = self._protects_halting
+        return Protected(
+            None if halting is None else halting.covers(token_ids, positions),
+            self._protects_bits.found(token_ids, positions),
+            self._protects_shortcuts.found_any(token_ids, positions),
         )
-        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
-        return PassContext(token_ids, rotations, protected, fuses, caches, trace)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:

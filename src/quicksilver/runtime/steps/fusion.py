@@ -42,18 +42,14 @@ class _Joined:
 
 
 class FusionStep:
-    """A fusion configuration, None for none, bound to a model.
-
-    Attributes:
-        layers: indices of the layers after which tokens fuse, ascending.
-        crosses_passes: a group may go on in the next pass.
-    """
+    """A fusion configuration, None for none, bound to a model."""
 
     def __init__(self, adapter: Adapter, config: FusionConfig | None, special_ids: Sequence[int]) -> None:
         self._config = config
         self._protection = Protection(config, special_ids, adapter.spec.device)
+        # indices of the layers after which tokens fuse, ascending
         self.layers: tuple[int, ...] = () if config is None else config.after_layers(adapter.spec.num_layers)
-        self.crosses_passes = len(self.layers) == 1
+        self.crosses_passes = len(self.layers) == 1  # a group may go on in the next pass
 
     def takes_part(self, prompt: Sequence[bool]) -> tuple[bool, ...]:
         """Return for each sequence whether its tokens may fuse, given whether they belong to a prompt."""
