@@ -135,7 +135,7 @@ class Calibrator:
         return Calibration(self._plan(chosen, data), candidates, verified, self._leave_one_out(chosen, data))
 
     def _fit(self) -> CalibrationData:
-        path, adapter, settings = self._folder / "data.pt", self._runner.adapter, self._settings
+        path, adapter, settings = self._folder / "data.safetensors", self._runner.adapter, self._settings
         key = self._key(settings.mechanisms, settings.objective, settings.bits, len(self._parts.fit))
         data = data_file.read(path, key, adapter.spec)
         if data is not None:

@@ -133,18 +133,13 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
 @contextmanager
 def own_lines() -> Iterator[None]:
     """Say on lines of our own, on stderr, what the library warns of as it reads; others' warnings pass through."""
-    from quicksilver.errors import (
-        ByteOrderMarkWarning,
-        FittedElsewhereWarning,
-        KernelsMissingWarning,
-        WeightFilesWarning,
-    )
+    from quicksilver import errors
 
-    notes = (ByteOrderMarkWarning, KernelsMissingWarning, WeightFilesWarning)
+    notes = (errors.ByteOrderMarkWarning, errors.KernelsMissingWarning, errors.WeightFilesWarning)
     with warnings.catch_warnings(record=True) as caught:
         for category in notes:
             warnings.simplefilter("always", category)
-        warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
+        warnings.simplefilter("ignore", errors.FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
         yield
     for warning in caught:  # an error stands alone: it is one line
         if issubclass(warning.category, notes):
