@@ -15,14 +15,13 @@ from quicksilver.core.decisions import (
     TokenBitsView,
 )
 from quicksilver.rules.checks import Threshold, threshold_at
+from quicksilver.rules.controls import ForcedFusionRule, ForcedRule, RandomFusionRule, RandomRule
 from quicksilver.rules.fusion.base import FusionRule, SimilarityRule, fusion_rule
 from quicksilver.rules.fusion.config import FusionConfig, FusionScope, FusionWeights
-from quicksilver.rules.fusion.controls import ForcedFusionRule, RandomFusionRule
 from quicksilver.rules.fusion.cosine import CosineFusionRule
 from quicksilver.rules.halting.all_of import AllRule
 from quicksilver.rules.halting.base import HaltingRule, ThresholdRule, halting_rule
 from quicksilver.rules.halting.config import HaltingConfig
-from quicksilver.rules.halting.controls import ForcedRule, RandomRule
 from quicksilver.rules.halting.entropy import EntropyRule
 from quicksilver.rules.halting.fitted import FittedRule
 from quicksilver.rules.halting.shortcuts import Part, Shortcut

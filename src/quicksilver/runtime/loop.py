@@ -26,8 +26,7 @@ from quicksilver.plan import Plan
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.steps.bits import BitsStep
 from quicksilver.runtime.steps.fusion import FusionStep
-from quicksilver.runtime.steps.halting import HaltingStep
-from quicksilver.runtime.steps.outputs import map_stopped
+from quicksilver.runtime.steps.halting import HaltingStep, map_stopped
 from quicksilver.runtime.versions import WeightVersions
 
 _FEW = 16  # tokens that are looked at one by one
@@ -176,7 +175,7 @@ class Decoder:
         return Protected(
             None if halting is None else halting.covers(token_ids, positions),
             self._protects_bits.found(token_ids, positions),
-            self._protects_shortcuts.found_any(token_ids, positions),
+            self._protects_shortcuts.found(token_ids, positions, waits=True),
         )
 
     @torch.no_grad()
