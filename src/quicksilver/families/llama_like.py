@@ -130,11 +130,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _adapt(like: LlamaLike, model: Any) -> Adapter:
-    """Read a model of transformers.
-
-    Raises:
-        UnsupportedModelError: the configuration asks for something not implemented here.
-    """
+    """Read a model of transformers; UnsupportedModelError where its configuration asks for more than is known here."""
     config, body = model.config, model.model
     _check(like, config)
     kinds: list[str | None] = [*sorted(set(kinds_of(config, body.layers)))] if like.rotates_by_kind else [None]
@@ -181,13 +177,10 @@ def _rope(config: Any, kind: str | None) -> dict[str, Any]:
 def _max_positions(config: Any, kind: str | None) -> int:
     """Return the longest context in which a token's rotation does not depend on later tokens.
 
-    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so the
-    original length is the limit; `dynamic` does so beyond `max_position_embeddings`.
+    Beyond it frequencies switch for the whole sequence: with `longrope` once it outgrows the original length.
     """
-    rope = _rope(config, kind)
-    if rope["rope_type"] == "longrope":
-        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return int(config.max_position_embeddings)
+    rope, limit = _rope(config, kind), config.max_position_embeddings
+    return int((rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None) or limit)
 
 
 def _spec(like: LlamaLike, model: Any, kinds: Sequence[str | None]) -> ModelSpec:

@@ -90,9 +90,7 @@ class ModuleWatch:
     def check(self) -> None:
         """Look again where something has changed; 0.01 ms for 12 layers where nothing has.
 
-        Raises:
-            UnsupportedModelError: what would not run, a module that was replaced, or weights that are no longer what
-                they were; the message names them.
+        UnsupportedModelError names what would not run, was replaced, or has other weights.
         """
         if self.is_replaced:
             raise UnsupportedModelError(
@@ -144,8 +142,7 @@ class ModuleWatch:
 def causal_lm(model: Any) -> Any:
     """Return the causal language model of transformers that was given, or that PEFT has put adapters into.
 
-    Raises:
-        UnsupportedModelError: it is none; what PEFT does with it is more than to replace modules.
+    UnsupportedModelError says that it is none, or that PEFT does more with it than to replace modules.
     """
     from transformers import PreTrainedModel
 

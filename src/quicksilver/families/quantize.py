@@ -115,11 +115,7 @@ def quantize_each(
 
 
 def outline(model: Any, config: QuantizationConfig) -> None:
-    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta").
-
-    Raises:
-        ModelError: the configuration does not fit the model.
-    """
+    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta")."""
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
         return AnyPrecisionCodes.outline(weight.shape[0], weight.shape[1], config.group_size)

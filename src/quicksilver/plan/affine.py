@@ -21,8 +21,7 @@ class AffineMap:
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
         """Return the map that tensors `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
 
-        Raises:
-            PlanError: one is missing, or does not map `size` values to as many.
+        PlanError names one that is missing, or says that it does not map `size` values to as many.
         """
         weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
         for key in (*weights, f"{name}.bias"):

@@ -87,16 +87,10 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str) -> Plan:
-        """Return a preset by name.
-
-        Raises:
-            PlanError: no preset has that name.
-        """
-        try:
-            return PRESETS[name]
-        except KeyError:
-            known = ", ".join(PRESETS)
-            raise PlanError(f"no preset plan is called {name!r}; presets: {known}") from None
+        """Return a preset by name; PlanError where none has it."""
+        if name not in PRESETS:
+            raise PlanError(f"no preset plan is called {name!r}; presets: {', '.join(PRESETS)}")
+        return PRESETS[name]
 
     @classmethod
     def from_dict(cls, data: object, source: str = "plan", tensors: PlanTensors | None = None) -> Plan:
@@ -153,8 +147,7 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a JSON file, and its tensors from the file beside it that it names.
 
-        Raises:
-            PlanError: the file is missing, unreadable, or not a valid plan.
+        PlanError says that a file is missing, unreadable, or not a valid plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte order mark is let be
@@ -222,10 +215,7 @@ class Plan:
     def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> Fitted:
         """Return the tensors that a model runs by; raise PlanError where the plan does not fit it.
 
-        Args:
-            num_layers: its layers.
-            num_maps: quantized linear maps of each; 0 where its weights are plain.
-            hidden_size: of its states.
+        `num_maps` are the quantized linear maps of each of its layers, 0 where its weights are plain.
         """
         try:
             if self.halting is not None:

@@ -29,8 +29,7 @@ class UnpaddedBatch:
 def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
     """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
 
-    Raises:
-        InputError: a mask that is neither [B, T] nor [B, seen + T].
+    InputError says that it is neither [B, T] nor [B, seen + T].
     """
     if attention_mask is None:
         return None, None
@@ -81,11 +80,7 @@ Columns = int | slice | Tensor | Sequence[int] | None
 
 
 def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
-    """Return which of so many columns' logits are wanted, indices [K]; None for all, in order.
-
-    Raises:
-        InputError: indices of columns that there are not.
-    """
+    """Return which of so many columns' logits are wanted, [K], None for all; InputError where a column is not there."""
     if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
         return None
     every = torch.arange(columns, device=device)
