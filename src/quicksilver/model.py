@@ -65,61 +65,41 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         self.model = model
         self.config = model.config
         self.generation_config: GenerationConfig = model.generation_config
-        self._adapter = adapter
-        self._special_ids = tuple(special_ids)
+        self.adapter = adapter  # the wrapped model as the engine sees it
+        self.special_ids = tuple(special_ids)
         self._attention: AttentionBackend = attention
-        self._kernels: KernelChoice = kernels
-        self._decoder = Decoder(adapter, plan, self._special_ids, attention)
-        self._trace = self._decoder.new_trace()
+        self.kernels: KernelChoice = kernels
+        self.decoder = Decoder(adapter, plan, self.special_ids, attention)  # the engine, for callers with ragged rows
+        self._trace = self.decoder.new_trace()
 
     @property
     def plan(self) -> Plan:
         """The plan in force; assign another, a preset's name or a plan file to change it."""
-        return self._decoder.plan
+        return self.decoder.plan
 
     @plan.setter
     def plan(self, plan: Plan | str | os.PathLike[str]) -> None:
-        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._attention)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The engine under this model, for callers that feed ragged rows themselves."""
-        return self._decoder
+        self.decoder = Decoder(self.adapter, resolve_plan(plan), self.special_ids, self._attention)
 
     @property
     def backend(self) -> LayerBackend:
         """Who runs the layers: its `name`, "native" or "pytorch", and the `reason` why not a faster one."""
-        return self._decoder.backend
-
-    @property
-    def adapter(self) -> Adapter:
-        """The wrapped model as the engine sees it."""
-        return self._adapter
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Token ids that are protected where the plan says so."""
-        return self._special_ids
-
-    @property
-    def kernels(self) -> KernelChoice:
-        """Which kernels were asked for to read any-precision weights; `adapter.kernels` says which do."""
-        return self._kernels
+        return self.decoder.backend
 
     @property
     def stats(self) -> RunStats:
         """What the last call of the model, or the last `generate`, ran."""
-        return RunStats.from_trace(self._adapter.spec, self._trace, self.backend)
+        return RunStats.from_trace(self.adapter.spec, self._trace, self.backend)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._adapter.spec.device
+        return self.adapter.spec.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' element type."""
-        return self._adapter.spec.dtype
+        return self.adapter.spec.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
@@ -128,12 +108,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         return self
 
     def _adapt(self) -> None:
-        self._adapter = adapt(self.model, self._kernels)
+        self.adapter = adapt(self.model, self.kernels)
         self.plan = self.plan
 
     def _follow_modules(self) -> None:
         """Read the model anew where modules of it were replaced: adapters put in, or merged; refuse what cannot run."""
-        modules = self._adapter.modules
+        modules = self.adapter.modules
         if modules is not None and modules.is_replaced:
             self._adapt()
         elif modules is not None:
@@ -185,7 +165,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids = others.pop("position_ids", None)
         input_ids = self._check_call(input_ids, others, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
-        decoder, generating = self._decoder, trace is not None
+        decoder, generating = self.decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
         decoder.check_caches(cache.sequences, len(input_ids))
         input_ids = input_ids.to(self.device)
@@ -223,7 +203,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         if labels is not None and tuple(labels.shape) != unpadded.shape:
             raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {unpadded.shape}")
         if kept is not None:
-            self._decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
+            self.decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
             cache.truncate(kept)
         return unpadded
 
@@ -310,7 +290,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                 ids, given["attention_mask"] = self._heal(ids, given["attention_mask"], tokenizer), None
             cache = None if cache is None else self._check_cache(cache, len(ids))
             self._follow_modules()
-            trace = self._decoder.new_trace()
+            trace = self.decoder.new_trace()
             request = Request(
                 input_ids=ids,
                 cache=cache,
@@ -354,7 +334,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
 
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:
-            return self._decoder.new_cache(batch_size)
+            return self.decoder.new_cache(batch_size)
         if not isinstance(cache, RaggedKVCache):
             raise UnsupportedFeatureError(
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"
