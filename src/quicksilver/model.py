@@ -172,7 +172,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and unpadded.columns > 1 and _is_one(logits_to_keep)
+            prompt = labels is None and unpadded.shape[1] > 1 and _is_one(logits_to_keep)
         if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
             hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:

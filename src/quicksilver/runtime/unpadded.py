@@ -20,11 +20,6 @@ class UnpaddedBatch:
     real: Tensor | None = None  # [B, T] bool, False at padding, or None where there is none
     places: Tensor | None = None  # [N] the tokens' places in the flattened grid, or None where there is no padding
 
-    @property
-    def columns(self) -> int:
-        """T."""
-        return self.shape[1]
-
 
 def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
     """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
