@@ -60,10 +60,9 @@ class FedColumns:
         real[row, real[row].nonzero()[-count:, 0]] = False
 
     def kept_by(self, visible: Tensor) -> list[int] | None:
-        """Return how many tokens a mask [B, P] bool leaves of each row, from the first on; None where it leaves all.
+        """Return how many tokens a mask [B, P] bool leaves of each row; None where it leaves all.
 
-        Raises:
-            InputError: a row in which the mask hides a token and shows a later one, or shows what was padding.
+        InputError where it hides a token and shows a later one, or shows what was padding.
         """
         real = self.real
         if bool(visible.all()) if real is None else torch.equal(visible, real):

@@ -120,11 +120,7 @@ def quantize_each(
 
 
 def outline(model: Any, config: QuantizationConfig) -> None:
-    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta").
-
-    Raises:
-        ModelError: the configuration does not fit the model.
-    """
+    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta")."""
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
         num_inputs, num_outputs = weight.shape

@@ -10,11 +10,7 @@ from quicksilver.errors import PlanError
 
 @dataclass(frozen=True)
 class FittedTo:
-    """The model and the text that thresholds were fitted to.
-
-    Raises:
-        PlanError: a value of another type.
-    """
+    """The model and the text that thresholds were fitted to."""
 
     model: str  # its name, for people
     fingerprint: str  # tells it from others

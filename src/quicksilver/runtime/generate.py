@@ -62,11 +62,7 @@ class Request:
 
 @torch.no_grad()
 def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request, trace: Trace) -> Any:
-    """Return tokens [B, T + new], or transformers' output object where the settings ask for one.
-
-    Raises:
-        InputError: what `QuickSilverForCausalLM.generate` says.
-    """
+    """Return tokens [B, T + new], or transformers' output object where the settings ask for one."""
     config = settings.config
     feed = _Feed(model, settings, request, trace)
     repeats, mask = config.num_return_sequences, feed.mask

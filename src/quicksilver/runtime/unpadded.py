@@ -22,11 +22,7 @@ class UnpaddedBatch:
 
 
 def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
-
-    Raises:
-        InputError: a mask that is neither [B, T] nor [B, seen + T].
-    """
+    """Return what a mask [B, T] or [B, seen + T] says of `seen` columns before a grid, [B, seen] bool, and of it."""
     if attention_mask is None:
         return None, None
     batch, columns = shape
@@ -76,11 +72,7 @@ Columns = int | slice | Tensor | Sequence[int] | None
 
 
 def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
-    """Return which of so many columns' logits are wanted, indices [K]; None for all, in order.
-
-    Raises:
-        InputError: indices of columns that there are not.
-    """
+    """Return which columns' logits are wanted, indices [K], None for all; InputError where there are none such."""
     if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
         return None
     every = torch.arange(columns, device=device)
