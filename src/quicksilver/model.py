@@ -191,10 +191,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> UnpaddedBatch:
-        """Return the tokens that continue a cache, which loses what the mask no longer shows.
-
-        Nothing is taken back for a call that is then refused.
-        """
+        """Return the tokens that continue a cache; it loses what the mask hides, but for no call that is refused."""
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
         unpadded = real_tokens(input_ids, None if real is None else real.to(self.device))
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))

@@ -60,10 +60,7 @@ class FedColumns:
         real[row, real[row].nonzero()[-count:, 0]] = False
 
     def kept_by(self, visible: Tensor) -> list[int] | None:
-        """Return how many tokens a mask [B, P] bool leaves of each row; None where it leaves all.
-
-        InputError where it hides a token and shows a later one, or shows what was padding.
-        """
+        """Return how many tokens a mask [B, P] leaves of each row, None for all; InputError where a gap is left."""
         real = self.real
         if bool(visible.all()) if real is None else torch.equal(visible, real):
             return None

@@ -49,10 +49,7 @@ def real_tokens(input_ids: Tensor, real: Tensor | None) -> UnpaddedBatch:
 
 
 def check_positions(position_ids: Tensor, unpadded: UnpaddedBatch, seen: Sequence[int]) -> None:
-    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those that tokens have.
-
-    What they say of padding does not matter; `seen` are the tokens before each row's.
-    """
+    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those of the real tokens."""
     batch, columns = unpadded.shape
     position_ids = torch.as_tensor(position_ids)
     if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
