@@ -172,7 +172,9 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and unpadded.columns > 1 and isinstance(logits_to_keep, int) and logits_to_keep == 1
+            prompt = (
+                labels is None and unpadded.shape[1] > 1 and isinstance(logits_to_keep, int) and logits_to_keep == 1
+            )
         if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
             hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
@@ -192,10 +194,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> UnpaddedBatch:
-        """Return the tokens that continue a cache, which loses what the mask no longer shows.
-
-        Nothing is taken back for a call that is then refused.
-        """
+        """Return the tokens that continue a cache; it loses what the mask hides, but for no call that is refused."""
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
         unpadded = real_tokens(input_ids, None if real is None else real.to(self.device))
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))

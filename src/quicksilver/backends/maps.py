@@ -3,8 +3,6 @@
 The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'s.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

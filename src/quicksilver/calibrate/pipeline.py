@@ -70,10 +70,7 @@ class Calibration:
 
 
 def verify(candidates: Sequence[Scored], budget: Budget, score: Callable[[Scored], dict[str, Any]]) -> Verified:
-    """Return the first candidate that holds the budget on held-out text, backing off along the frontier.
-
-    Candidates come from the most saved to the least; `score` returns one's figures on the held-out text.
-    """
+    """Return the first candidate, from the most saved to the least, that holds the budget on held-out text."""
     failed: list[tuple[Scored, dict[str, Any]]] = []
     for candidate in candidates:
         row = score(candidate)

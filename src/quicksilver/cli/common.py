@@ -63,11 +63,7 @@ def window_protocol(
     prompt: int | None = None,
     max_tokens: int | None = None,
 ) -> Any:
-    """Return how a text is cut, with the defaults that a model's context of `limit` tokens gives.
-
-    Raises:
-        InputError: a context longer than the model's, or numbers that do not fit one another.
-    """
+    """Return how a text is cut, with the defaults of a context of `limit` tokens; InputError where numbers clash."""
     from quicksilver.measure.windows import WindowConfig
 
     if context is not None and context > limit:

@@ -137,10 +137,7 @@ class Trace:
     def add_channels(
         self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
-        """Count one application of a quantized map with so many outputs.
-
-        `channels` are input channels, over all rows, read in 0, 1, ... 8 bits, and `channel_bytes` those of one.
-        """
+        """Count a quantized map's application: channels of all rows read in 0, 1, ... 8 bits, and a channel's bytes."""
         row = self.rows[layer_idx]
         for bits, count in enumerate(channels):
             if count:

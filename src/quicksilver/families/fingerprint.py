@@ -29,10 +29,7 @@ def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return codes and scales of any-precision weights, or all parameters where there are none, by name.
-
-    The levels of any-precision weights are left out: their last digits depend on the machine that fitted them.
-    """
+    """Return any-precision weights but for levels, which depend on the machine, or all parameters where none are."""
     quantized: list[tuple[str, Any]] = [
         (f"{path}.{name}", buffer)
         for path, module in model.named_modules()

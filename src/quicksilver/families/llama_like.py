@@ -1,7 +1,5 @@
 """Layers like Llama's, and what of them differs by family: each is a `LlamaLike`, declared in a file of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

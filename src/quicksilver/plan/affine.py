@@ -19,10 +19,7 @@ class AffineMap:
 
     @classmethod
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
-        """Return the map that tensors `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
-
-        PlanError names one that is missing, or says that it does not map `size` values to as many.
-        """
+        """Return the map from size to size that tensors `name.*` hold; PlanError where one is missing or misshapen."""
         weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
         for key in (*weights, f"{name}.bias"):
             if key not in tensors:

@@ -3,8 +3,6 @@
 It changes nothing that a plan does. How a model is told from another is `families/fingerprint.py`'s business.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.errors import PlanError

@@ -20,17 +20,9 @@ class UnpaddedBatch:
     real: Tensor | None = None  # [B, T] bool, False at padding, or None where there is none
     places: Tensor | None = None  # [N] the tokens' places in the flattened grid, or None where there is no padding
 
-    @property
-    def columns(self) -> int:
-        """T."""
-        return self.shape[1]
-
 
 def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
-
-    InputError says that it is neither [B, T] nor [B, seen + T].
-    """
+    """Return what a mask [B, T] or [B, seen + T] says of `seen` columns before a grid, [B, seen] bool, and of it."""
     if attention_mask is None:
         return None, None
     batch, columns = shape
@@ -57,10 +49,7 @@ def real_tokens(input_ids: Tensor, real: Tensor | None) -> UnpaddedBatch:
 
 
 def check_positions(position_ids: Tensor, unpadded: UnpaddedBatch, seen: Sequence[int]) -> None:
-    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those that tokens have.
-
-    What they say of padding does not matter; `seen` are the tokens before each row's.
-    """
+    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those of the real tokens."""
     batch, columns = unpadded.shape
     position_ids = torch.as_tensor(position_ids)
     if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
