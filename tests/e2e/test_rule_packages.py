@@ -31,7 +31,7 @@ class Other(rules.ThresholdRule):
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+    found, *_ = re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
     return found
 
 
