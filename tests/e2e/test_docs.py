@@ -1,4 +1,4 @@
-"""Documents that can be checked are: the help page, commands and Python of the README, plans, and links between pages."""
+"""Documents that can be checked are: the help page, commands, Python and plans in pages, and links between them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from quicksilver.core.sources import embedded_models
-from quicksilver.measure.demo import ARTICLES
 from quicksilver.families.names import FAMILIES
+from quicksilver.measure.demo import ARTICLES
 from quicksilver.plan import PRESETS, Plan
 from quicksilver.plan.presets import calibrated_plans
 from scripts.cli_docs import render
