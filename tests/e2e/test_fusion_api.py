@@ -138,7 +138,7 @@ def test_generate_accepts_a_plan_with_fusion(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompt", 40), "--prompt 40 leaves nothing to score of --context 40"),
+        (("--prompt", 40), "the prompt must lie between 1 and 39 for this context, got 40"),
         (("--prompt", 39, "--context", 40, "--stride", 2), "a prompt of 39"),
         (("--prompt", 24, "--stride", 30), "a prompt of 24"),
         (("--prompt", 0), "--prompt"),

@@ -311,8 +311,6 @@ def test_an_empty_folder_is_taken(cli: Cli, tiny_model_dir: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        (["--method", "compensated"], ["--calibration"]),
-        (["--method", "nearest", "--calibration", "book.txt"], ["--calibration"]),
         (["--calibration", "nowhere.txt"], ["nowhere.txt"]),
         (["--group-size", "48"], ["48"]),
         (["--embeddings"], ["head"]),

@@ -37,7 +37,7 @@ def test_a_model_written_map_by_map_is_the_one_nested_in_memory(
     for dtype in dtypes:
         source, made, expected = (tmp_path / f"{kind} {dtype}" for kind in ("plain", "made", "expected"))
         copy.deepcopy(tiny.model(name)).to(dtype).save_pretrained(source, max_shard_size="20KB")
-        outcome = cli("quantize", source, "-o", made, "--method", "nearest", *options)
+        outcome = cli("quantize", source, "-o", made, *options)
         assert outcome.status == 0, outcome.err
         save_quantized(quantized(name, dtype, group_size=size, **chosen), expected)
         tensors, wanted = (load_file(folder / "model.safetensors") for folder in (made, expected))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.any_precision_linear import StoredMatrix
+from quicksilver.ops.any_precision_linear import StoredMatrix, check_rows, multiply, prepared
 from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.codes import AnyPrecisionCodes, QuantGrid, centres
 from quicksilver.quant.rounding import quantize
@@ -113,6 +114,16 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def arguments(stored: StoredMatrix, x: Tensor, bits: Tensor | None = None, uniform: int = 8) -> tuple[object, ...]:
-    """Return the operator's arguments in its order."""
-    return x, list(stored.planes), *stored[1:4], bits, uniform, *stored[4:]
+def product(x: Tensor, stored: StoredMatrix, bits: int | Tensor) -> Tensor:
+    """Return rows times a matrix, checked as a module's are."""
+    each, uniform = (None, bits) if isinstance(bits, int) else (bits, 8)
+    matrix = prepared(stored, by_channel=each is not None and each.dim() == 2)
+    check_rows(x, stored, each, uniform)
+    return multiply(x, matrix, each, uniform)
+
+
+def unpacked(matrix: Any, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return a matrix [in, out] that is packed for the kernels as the floats that its codes mean."""
+    weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
+    native.extension().expand(matrix, bits, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
+    return weight

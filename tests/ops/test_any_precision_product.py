@@ -8,10 +8,11 @@ from torch import Tensor
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.any_precision_linear import any_precision_linear, expand, multiply, prepared
+from quicksilver.ops.any_precision_linear import multiply, prepared
 from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.rounding import quantize
 from tests import tolerances
+from tests.ops import any_precision
 from tests.ops.any_precision import (
     INSTRUCTION_SETS,
     assert_close,
@@ -31,7 +32,7 @@ ISAS = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 
 
 def product(linear: AnyPrecisionLinear, x: Tensor, bits: int | Tensor) -> Tensor:
-    return any_precision_linear(x, linear.stored, bits)
+    return any_precision.product(x, linear.stored, bits)
 
 
 @ISAS
@@ -157,7 +158,7 @@ def test_expanded_a_matrix_has_the_weights_of_its_definition(
     matrix = prepared(linear.stored, by_channel)
     with using(isa):
         for bits in WEIGHT_BITS:
-            assert torch.equal(expand(matrix, bits, torch.float32), linear.codes.dequantize(bits))
+            assert torch.equal(any_precision.unpacked(matrix, bits, torch.float32), linear.codes.dequantize(bits))
 
 
 @ISAS

@@ -7,10 +7,10 @@ import torch
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.any_precision_linear import expand, prepared
+from quicksilver.ops.any_precision_linear import prepared
 from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.codes import AnyPrecisionCodes, QuantGrid, centres
-from tests.ops.any_precision import INSTRUCTION_SETS, random_codes, using
+from tests.ops.any_precision import INSTRUCTION_SETS, random_codes, unpacked, using
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 ISAS = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -30,7 +30,7 @@ def of_scale(largest: float) -> AnyPrecisionLinear:
 def assert_rounded(linear: AnyPrecisionLinear, bits: int = 8) -> torch.Tensor:
     """Fail where an expansion to bfloat16 is not the one to float32, rounded; return the latter."""
     matrix = prepared(linear.stored)
-    exact, rounded = (expand(matrix, bits, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (unpacked(matrix, bits, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded, exact.to(torch.bfloat16), atol=0, rtol=0, equal_nan=True)
     return exact

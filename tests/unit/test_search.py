@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from quicksilver.calibrate.choosing import eligible, verify
+from quicksilver.calibrate.pipeline import verify
 from quicksilver.calibrate.scoring import Budget, saved
-from quicksilver.calibrate.search import ALONE, TOGETHER, Scored, Search, pareto
+from quicksilver.calibrate.search import ALONE, TOGETHER, Scored, Search, eligible, pareto
 from quicksilver.calibrate.trials import Trials
 from quicksilver.measure.statistics import PairedDelta
 

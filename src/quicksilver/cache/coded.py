@@ -1,7 +1,5 @@
 """Vectors as whole numbers with one scale each, and what those mean; who is kept so is the caller's business."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

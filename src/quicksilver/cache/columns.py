@@ -3,8 +3,6 @@
 A grid's columns are what callers count in; the entries that they led to are `stores.py`'s.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -38,12 +36,7 @@ class FedColumns:
         return self._real
 
     def append(self, token_ids: Tensor, real: Tensor | None) -> None:
-        """Add columns.
-
-        Args:
-            token_ids: [B, T]; kept, so nobody may write to them any more.
-            real: [B, T] bool, or None where no token is padding.
-        """
+        """Add columns of token ids [B, T], not to be written to after, and of `real` [B, T] bool or None."""
         if real is not None:
             before = self.real
             if before is None:
@@ -75,10 +68,7 @@ class FedColumns:
         real[row, real[row].nonzero()[-count:, 0]] = False
 
     def kept_by(self, visible: Tensor) -> list[int] | None:
-        """Return how many tokens a mask leaves of each row, from the first on; None where it leaves all.
-
-        Args:
-            visible: [B, P] bool.
+        """Return how many tokens a mask [B, P] bool leaves of each row, from the first on; None where it leaves all.
 
         Raises:
             InputError: a row in which the mask hides a token and shows a later one, or shows what was padding.

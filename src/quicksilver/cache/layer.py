@@ -19,28 +19,19 @@ _STORED = {HALF_BITS: torch.bfloat16, ENTRY_BITS: torch.int8}  # by the bits of 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a cache must know of a model, and of a plan.
+    """What a cache must know of a model, and of a plan."""
 
-    Attributes:
-        num_layers: layers.
-        num_kv_heads: heads of keys and values.
-        head_dim: width of each.
-        dtype: of keys and values as they are written and read.
-        device: where they live.
-        entry_bits: they are kept in so many: 8 for int8 codes with a scale for each entry and head, 16 for bfloat16;
-            None for their own dtype.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
+    num_layers: int  # layers
+    num_kv_heads: int  # heads of keys and values
+    head_dim: int  # width of each
+    dtype: torch.dtype  # of keys and values as they are written and read
+    device: torch.device  # where they live
+    # they are kept in so many: 8 for int8 codes with a scale for each entry and head, 16 for bfloat16; None for their
+    # own dtype
     entry_bits: int | None = None
 
     @property
     def coded(self) -> bool:
-        """Whether entries are codes with scales."""
         return self.entry_bits == ENTRY_BITS
 
     @property
@@ -51,35 +42,23 @@ class CacheShape:
 
 
 class Entries(NamedTuple):
-    """One sequence's entries in one layer.
+    """One sequence's entries in one layer."""
 
-    Attributes:
-        keys: [n, num_kv_heads, head_dim].
-        values: like keys.
-        positions: [n] logical positions.
-        masses: [n] tokens that each entry stands for, None where each stands for one.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    masses: Tensor | None
+    keys: Tensor  # [n, num_kv_heads, head_dim]
+    values: Tensor  # like keys
+    positions: Tensor  # [n] logical positions
+    masses: Tensor | None  # [n] tokens that each entry stands for, None where each stands for one
 
 
 class LayerEntries:
     """Tensors of one layer's entries, with room to grow; empty at first.
 
-    Args:
-        shape: the cache's.
-
     Attributes:
         length: entries held.
         capacity: entries that there is room for.
         row_nbytes: bytes of one entry, its position and mass included.
-        keys: [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes.
-        values: like keys.
-        key_scales: [capacity, num_kv_heads] float32 of codes, None where there are none.
-        value_scales: like key_scales.
+        keys: [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes; values likewise.
+        key_scales: [capacity, num_kv_heads] float32 of codes, None where there are none; value_scales likewise.
         positions: [capacity] int32.
         masses: [capacity] int32, None where each entry stands for one token.
     """

@@ -1,7 +1,5 @@
 """A batch of sequences' caches, as calls of the model and transformers' tools see it: rows and padded columns."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 
@@ -15,15 +13,7 @@ from quicksilver.errors import InputError
 
 
 class RaggedKVCache:
-    """Caches of a batch of sequences and the columns that they were fed.
-
-    Args:
-        sequences: one cache for each, at least one.
-
-    Attributes:
-        sequences: as given; a step of the engine takes any of them, with others or alone.
-        fed: the columns of the padded grids fed so far, kept by whoever feeds grids.
-    """
+    """Caches of a batch of sequences, of which a step may take any, and the columns that they were fed."""
 
     def __init__(self, sequences: Sequence[SequenceCache]) -> None:
         self.sequences = list(sequences)
@@ -45,10 +35,7 @@ class RaggedKVCache:
         return [sequence.length for sequence in self.sequences]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Take back the last tokens of sequences, as if they had not been fed.
-
-        Args:
-            lengths: tokens that each sequence keeps.
+        """Take back the last tokens of sequences, as if they had not been fed; each keeps so many.
 
         Raises:
             InputError: a length that is not from 0 to the sequence's, or a cut through a group of fused tokens, or
@@ -70,10 +57,7 @@ class RaggedKVCache:
             sequence.truncate(length)
 
     def crop(self, columns: int) -> None:
-        """Take back columns, as transformers' caches do.
-
-        Args:
-            columns: -n takes back the last n, 0 none; n > 0 keeps the first n, as in transformers before 5.23.
+        """Take back columns, as transformers' caches do: -n takes back the last n, 0 none; n > 0 keeps the first n.
 
         Raises:
             InputError: more columns than there are, no number, or see `truncate`.
@@ -141,26 +125,21 @@ class RaggedKVCache:
         self.batch_select_indices(beam_idx)
 
     def entries(self, layer_idx: int, seq: int) -> Entries:
-        """Return one sequence's entries in one layer, oldest first."""
         return self.sequences[seq].entries(layer_idx)
 
     def entry_counts(self, layer_idx: int) -> list[int]:
-        """Entries that each sequence has in a layer."""
         return [sequence.num_entries_in(layer_idx) for sequence in self.sequences]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values, positions, masses and open groups, room to grow included."""
         return sum(sequence.nbytes for sequence in self.sequences)
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of what is held, without room to grow."""
         return sum(sequence.used_nbytes for sequence in self.sequences)
 
     @property
     def num_entries(self) -> int:
-        """Entries held, over all layers and sequences."""
         return sum(sequence.num_entries for sequence in self.sequences)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -33,27 +33,17 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class OpenGroup:
-    """The last row that reached the fusion layer, which the token right behind it may still join.
+    """The last row that reached the fusion layer, which the token right behind it may still join."""
 
-    Attributes:
-        layer_idx: the layer after which tokens fuse.
-        position: the row's logical position.
-        token_id: the token there.
-        mass: tokens that the row stands for.
-        hidden: [1, d] its state after the layer.
-        mean: [1, d] float32, mean over its tokens, None where no mean is used.
-    """
-
-    layer_idx: int
-    position: int
-    token_id: int
-    mass: int
-    hidden: Tensor
-    mean: Tensor | None
+    layer_idx: int  # the layer after which tokens fuse
+    position: int  # the row's logical position
+    token_id: int  # the token there
+    mass: int  # tokens that the row stands for
+    hidden: Tensor  # [1, d] its state after the layer
+    mean: Tensor | None  # [1, d] float32, mean over its tokens, None where no mean is used
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
         return self.hidden.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
 
@@ -63,13 +53,9 @@ class SequenceCache:
     It belongs to a model and the layout of its entries, not to a plan: plans that keep entries in the same bits may
     work over it in turn.
 
-    Args:
+    Attributes:
         shape: the model's layers, heads and dtype, and the bits of entries.
         owner: the model. A step refuses a cache of another.
-
-    Attributes:
-        shape: as given.
-        owner: as given.
         length: tokens seen.
         num_entries: entries held, over all layers.
         open_group: where tokens fuse and the last token may be absorbed yet: its row.
@@ -144,15 +130,12 @@ class SequenceCache:
         return Entries(keys, values, layer.positions[:end], None if layer.masses is None else layer.masses[:end])
 
     def num_entries_in(self, layer_idx: int) -> int:
-        """Return how many entries a layer has."""
         return self._layers[layer_idx].length
 
     def advance(self, count: int, joinable: bool = False) -> None:
         """Count the tokens of a finished pass as seen; after a prefill, give back the room that it left.
 
-        Args:
-            count: tokens fed.
-            joinable: a later pass's token may join the group of the last one; else there is no open group.
+        `joinable`: a later pass's token may join the group of the last one; else there is no open group.
         """
         if joinable:
             self._joinable += bytes(self.length - len(self._joinable)) + b"\x01" * count
@@ -201,13 +184,9 @@ class SequenceCache:
         return length
 
     def truncate(self, length: int) -> int:
-        """Take back tokens from the end, as if they had not been fed.
+        """Take back tokens from the end, as if they had not been fed; return how many are kept, see `kept`.
 
-        Args:
-            length: tokens to keep.
-
-        Returns:
-            How many are kept, see `kept`. Where they are fewer, the same tokens up to `length` must be fed again.
+        Where they are fewer than `length`, the same tokens up to there must be fed again.
 
         Raises:
             InputError: a length that is not from 0 to the sequence's.
@@ -287,16 +266,7 @@ def append_rows(
     values: Tensor,
     masses: Tensor | None = None,
 ) -> None:
-    """Write new entries of one layer of several sequences.
-
-    Args:
-        caches: of the sequences, as many as the layout has.
-        layer_idx: the layer.
-        layout: of the tokens that write, N.
-        keys: [N, num_kv_heads, head_dim].
-        values: like keys.
-        masses: [N] tokens that each of them stands for, None for one each.
-    """
+    """Write entries of one layer of a layout's sequences: keys and values [N, num_kv_heads, head_dim], masses [N]."""
     if len(caches) == 1:
         caches[0].append(layer_idx, layout.positions, keys, values, masses)
         return

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from quicksilver.calibrate.histograms import NUM_BINS, histogram, quantiles, share_above
-from quicksilver.calibrate.hooks import observing
-from quicksilver.calibrate.observe import run_window, watchable
+from quicksilver.calibrate.observe import Advance, observing, run_window, watchable
 from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig, PrecisionRule
+from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig
 from quicksilver.rules.precision.graded import Thresholds
 from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.protection import Protection
@@ -34,7 +33,7 @@ def fit(
     adapter: Adapter,
     plan: Plan,
     windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
     special_ids: Sequence[int] = (),
 ) -> Plan:
     """Return a plan whose thresholds of bits are fitted; any other plan as it is.
@@ -42,14 +41,7 @@ def fit(
     Shares are met for each linear map. A mean number of bits is met over all maps together, where every bit is spent
     where it takes away most of the squared error of the maps' outputs: at the optimum a bit is worth the same
     everywhere (the Lagrangian of rate and distortion; Shoham and Gersho 1988). Tokens that the plan protects do not
-    count: they read all bits whatever the thresholds are.
-
-    Args:
-        adapter: a model with any-precision weights.
-        plan: what to fit; its other mechanisms are off while scores are collected.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window.
-        special_ids: token ids that a plan with `protect_special` protects, as given to the decoder.
+    count: they read all bits whatever the thresholds are. Windows are token ids [T], each run on its own.
 
     Raises:
         PlanError: the model's weights are not quantized, or the plan would not fit the model once fitted.
@@ -60,12 +52,15 @@ def fit(
     _check(adapter, plan, plan.precision)
     text = unprotected(adapter, plan.precision, windows, special_ids)
     if not any(len(window.rows) for window in text):
-        raise InputError(
-            f"plan {plan.name!r}: nothing to fit bits to: the calibration text holds no tokens but protected ones"
-            if text
-            else f"plan {plan.name!r}: nothing to fit bits to: no calibration text was given"
-        )
-    rule = _fit_rule(plan.precision.rule, adapter, text, on_window)
+        problem = "the calibration text holds no tokens but protected ones" if text else "no calibration text was given"
+        raise InputError(f"plan {plan.name!r}: nothing to fit bits to: {problem}")
+    rule = plan.precision.rule
+    if isinstance(rule, ChannelBitsRule):
+        rule = _fit_channels(rule, adapter, text, on_window)
+    elif isinstance(rule, GradedBitsRule):
+        rule = _fit_tokens(rule, adapter, text, on_window)
+    else:
+        raise PlanError(f"{type(rule).__name__} has no thresholds that could be fitted")
     return replace(plan, precision=replace(plan.precision, rule=rule))
 
 
@@ -83,53 +78,27 @@ def _check(adapter: Adapter, plan: Plan, precision: PrecisionConfig) -> None:
     replace(plan, precision=None).check_model(spec.num_layers, num_maps, spec.hidden_size)
 
 
+@dataclass(frozen=True)
+class Text:
+    """A piece of calibration text, run at once."""
+
+    token_ids: Tensor  # [T]
+    rows: Tensor  # [K] which of them are not protected
+
+
 def unprotected(
     adapter: Adapter, precision: PrecisionConfig, windows: Sequence[Tensor], special_ids: Sequence[int]
 ) -> list[Text]:
-    """Return calibration text with the rows that a configuration does not protect.
-
-    Args:
-        adapter: the model.
-        precision: says what is protected.
-        windows: token ids [T], each run on its own.
-        special_ids: token ids that count as special.
-    """
-    protection = Protection(precision, special_ids, adapter.spec.device)
-    return [Text.of(window.to(adapter.spec.device), protection) for window in windows]
+    """Return calibration text, windows of token ids [T], with the rows that a configuration does not protect."""
+    protection, text = Protection(precision, special_ids, adapter.spec.device), []
+    for window in windows:
+        ids = window.to(adapter.spec.device)
+        covered = protection.covers(ids, torch.arange(len(ids), device=ids.device))
+        text.append(Text(ids, (~covered).nonzero().squeeze(-1)))
+    return text
 
 
-@dataclass(frozen=True)
-class Text:
-    """A piece of calibration text, run at once.
-
-    Attributes:
-        token_ids: [T].
-        rows: [K] which of them are not protected.
-    """
-
-    token_ids: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, token_ids: Tensor, protection: Protection) -> Text:
-        """Find the rows that a plan does not protect."""
-        positions = torch.arange(len(token_ids), device=token_ids.device)
-        return cls(token_ids, (~protection.covers(token_ids, positions)).nonzero().squeeze(-1))
-
-
-def _fit_rule(
-    rule: PrecisionRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> PrecisionRule:
-    if not isinstance(rule, GradedBitsRule):
-        raise PlanError(f"{type(rule).__name__} has no thresholds that could be fitted")
-    if isinstance(rule, ChannelBitsRule):
-        return _fit_channels(rule, adapter, text, on_window)
-    return _fit_tokens(rule, adapter, text, on_window)
-
-
-def _fit_tokens(
-    rule: GradedBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> GradedBitsRule:
+def _fit_tokens(rule: GradedBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Advance) -> GradedBitsRule:
     """Collect tokens' scores at the rule's layer, by running the model up to there."""
     after = rule.after_layer(adapter.spec.num_layers)
     if after is None or not isinstance(rule.target, tuple):
@@ -146,32 +115,22 @@ def _fit_tokens(
 
 @dataclass(frozen=True)
 class MapScores:
-    """What is known of one linear map.
+    """What is known of one linear map."""
 
-    Attributes:
-        counts: histogram of its channels' scores.
-        num_inputs: channels.
-        num_outputs: multiply-adds of a channel.
-        worth: what a squared score is worth: leaving the channel out causes that squared error in the map's output;
-            it is taken relative to the output's mean square.
-        lost: for each of the rule's bits, the share of the squared weights that reading so few loses.
-    """
-
-    counts: Tensor
-    num_inputs: int
-    num_outputs: int
+    counts: Tensor  # histogram of its channels' scores
+    num_inputs: int  # channels
+    num_outputs: int  # multiply-adds of a channel
+    # what a squared score is worth: leaving the channel out causes that squared error in the map's output; it is taken
+    # relative to the output's mean square
     worth: float
-    lost: tuple[float, ...]
+    lost: tuple[float, ...]  # for each of the rule's bits, the share of the squared weights that reading so few loses
 
     @property
     def cost(self) -> int:
-        """Multiply-adds of a row."""
         return self.num_inputs * self.num_outputs
 
 
-def _fit_channels(
-    rule: ChannelBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None]
-) -> ChannelBitsRule:
+def _fit_channels(rule: ChannelBitsRule, adapter: Adapter, text: Sequence[Text], on_window: Advance) -> ChannelBitsRule:
     maps = collect_scores(rule, adapter, text, on_window)
     if isinstance(rule.target, tuple):
         return rule.fitted(tuple(quantiles(each.counts, rule.target) for each in maps))
@@ -183,17 +142,12 @@ def collect_scores(
     rule: ChannelBitsRule,
     adapter: Adapter,
     text: Sequence[Text],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
     means: Sequence[Tensor] | None = None,
 ) -> list[MapScores]:
     """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
 
-    Args:
-        rule: says what a score is, and which bits there are.
-        adapter: a model with any-precision weights.
-        text: calibration text, each piece run on its own.
-        on_window: called after each piece.
-        means: of each map's inputs, where the rule is centred.
+    `means` are those of each map's inputs, where the rule is centred.
     """
     modules = [module for layer in adapter.layers for module in layer.quantized]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
@@ -213,14 +167,8 @@ def collect_scores(
     ]
 
 
-def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None) -> list[Tensor]:
-    """Return the mean of each map's inputs, [in] float32, layer after layer, from one pass of the dense model.
-
-    Args:
-        adapter: a model with any-precision weights.
-        text: calibration text, each piece run on its own.
-        on_window: called after each piece.
-    """
+def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Advance = lambda: None) -> list[Tensor]:
+    """Return the mean of each quantized map's inputs, [in] float32, layer after layer, from one dense pass."""
     modules = [module for layer in adapter.layers for module in layer.quantized]
     sums = [torch.zeros(module.num_inputs, dtype=torch.float64, device=adapter.spec.device) for module in modules]
 
@@ -236,7 +184,7 @@ def _watch_maps(
     modules: Sequence[AnyPrecisionLinear],
     text: Sequence[Text],
     see: Callable[[int, AnyPrecisionLinear, Tensor, Tensor], None],
-    on_window: Callable[[], None],
+    on_window: Advance,
 ) -> int:
     """Run the dense model over text, and show each map's inputs and outputs, of unprotected rows; return how many."""
 
@@ -278,17 +226,10 @@ def _balance(maps: Sequence[MapScores], bits: tuple[int, ...], target: float) ->
 def thresholds(
     scores: MapScores, bits: tuple[int, ...], bit_price: float, mac_price: float = 0.0, weight: float = 1.0
 ) -> Thresholds:
-    """Return the scores from which on each of `bits` is worth what it costs more than the next.
+    """Return the scores from which on each of `bits`, descending, is worth what it costs more than the next.
 
     A channel of score s loses `s ** 2 * lost * worth * weight` at so many bits, and costs `num_outputs` multiply-adds
-    unless it is left out, and `bits * num_outputs` bits.
-
-    Args:
-        scores: of the map.
-        bits: descending.
-        bit_price: of a bit read for one multiply-add, in what `weight` is given in.
-        mac_price: of a multiply-add.
-        weight: what the map's relative squared error is worth.
+    unless it is left out, and `bits * num_outputs` bits. Prices are in the unit of `weight`.
     """
     limits = []
     for (many, few), (less, more) in zip(pairwise(bits), pairwise(scores.lost), strict=True):

@@ -1,7 +1,5 @@
 """What was fitted, in one safetensors file, so that an interrupted calibration need not fit again."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

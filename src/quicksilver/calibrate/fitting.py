@@ -1,8 +1,6 @@
 """Everything that the search needs to know of a model, in a fixed number of passes over the part to fit on."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from quicksilver.calibrate.candidates import CalibrationData, shortcuts_at
 from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
+from quicksilver.calibrate.observe import Advance
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
@@ -48,18 +47,11 @@ def fit(
     windows: Sequence[Tensor],
     bits: tuple[int, ...],
     special_ids: Sequence[int] = (),
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Advance = lambda: None,
 ) -> CalibrationData:
-    """Fit maps and gates, and measure what each unit of work is worth.
+    """Fit maps and gates on windows of token ids [T], and measure what each unit of work is worth.
 
-    Args:
-        adapter: the model that runs the plans.
-        mechanisms: that may be used.
-        units: of the objective.
-        windows: token ids [T] of calibration text, each run on its own.
-        bits: that channels may be read at.
-        special_ids: token ids that plans protect.
-        on_step: called after each of `steps`.
+    `special_ids` are the tokens that plans protect; `on_step` is called after each of `steps`.
     """
     spec = adapter.spec
     data = CalibrationData(spec, units, max(map(len, windows)))
@@ -89,7 +81,7 @@ def _fit_channels(
     probe: sensitivity.Probe,
     text: Sequence[Text],
     bits: tuple[int, ...],
-    on_step: Callable[[], None],
+    on_step: Advance,
 ) -> None:
     """Learn what channels contribute, plain or less their mean, whichever lets more of them be left out."""
     means = collect_means(adapter, text, on_step)
@@ -109,11 +101,7 @@ def _fit_channels(
 
 
 def _fit_shortcuts(
-    data: CalibrationData,
-    adapter: Adapter,
-    probe: sensitivity.Probe,
-    windows: Sequence[Tensor],
-    on_step: Callable[[], None],
+    data: CalibrationData, adapter: Adapter, probe: sensitivity.Probe, windows: Sequence[Tensor], on_step: Advance
 ) -> None:
     """Fit all shortcuts apart and learn what their errors cost; then those worth taking again, one after another."""
     chosen = shortcuts.units(adapter)

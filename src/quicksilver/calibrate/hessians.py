@@ -3,15 +3,13 @@
 What they are used for is `quant/rounding.py`'s business.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.hooks import observing
+from quicksilver.calibrate.observe import Advance, observing
 from quicksilver.errors import InputError, ModelError
 from quicksilver.families.family import family_of
 from quicksilver.families.quantize import HEAD, input_groups
@@ -19,24 +17,12 @@ from quicksilver.families.quantize import HEAD, input_groups
 
 @torch.no_grad()
 def collect_hessians(
-    model: Any,
-    windows: Iterable[Sequence[int]],
-    head: bool = False,
-    on_window: Callable[[], None] | None = None,
+    model: Any, windows: Iterable[Sequence[int]], head: bool = False, on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
-    """Run windows through a model and sum `X^T X` of the inputs of each of its linear maps.
+    """Run windows of token ids through a model; return `X^T X` of each linear map's inputs, [in, in] float32, by path.
 
     Maps that read the same input share one tensor; those of all layers are kept at once, `4 * in ** 2` bytes each:
-    0.7 GB for a layer of a Llama with 7 billion parameters, 22 GB for the whole.
-
-    Args:
-        model: a causal language model of transformers with plain weights.
-        windows: token ids, each window run on its own.
-        head: the head's inputs too.
-        on_window: called after each window.
-
-    Returns:
-        By the map's full path, [in, in] float32 on the model's device.
+    0.7 GB for a layer of a Llama with 7 billion parameters, 22 GB for the whole. `head`: the head's inputs too.
 
     Raises:
         InputError: a token id outside of the vocabulary.
@@ -58,8 +44,7 @@ def collect_hessians(
             normed = body(input_ids=ids[None], use_cache=False).last_hidden_state
             if head:
                 _add(sums, HEAD, normed)
-            if on_window is not None:
-                on_window()
+            on_window()
     for name, total in sums.items():
         if not bool(torch.isfinite(total).all()):
             raise ModelError(f"the inputs of {name!r} are NaN or infinite on the calibration text")

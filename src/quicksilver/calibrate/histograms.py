@@ -1,7 +1,5 @@
 """Distributions of positive scores as histograms of their logarithm: small, streaming, good for quantiles."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -31,9 +29,7 @@ def share_above(counts: Tensor, limit: float) -> float:
 def quantiles(counts: Tensor, shares: Sequence[float]) -> tuple[float, ...]:
     """Return limits, descending: the first share of scores is above the first, the second between the first two, ...
 
-    Args:
-        counts: a histogram.
-        shares: adding up to 1; the last is what remains below all limits.
+    Shares add up to 1; the last is what remains below all limits.
     """
     below = torch.cat((torch.zeros(1, dtype=torch.float64), counts.double().cumsum(0)))
     limits, above = [], 0.0

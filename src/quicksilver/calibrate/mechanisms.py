@@ -1,10 +1,10 @@
 """What a search may switch on, by the names that the command line gives it; needs no PyTorch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 Mechanism = Literal["halting", "shortcuts", "values", "queries", "screening", "entries", "fusion", "channels"]
+
+Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
 
 MECHANISMS: dict[str, tuple[Mechanism, ...]] = {
     "halting": ("halting", "shortcuts"),

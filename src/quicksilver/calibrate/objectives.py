@@ -1,35 +1,22 @@
 """What is to be saved, and what a unit of each kind of work is of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
 
+from quicksilver.calibrate.mechanisms import Objective
 from quicksilver.core.bits import ENTRY_BITS, MAX_BITS
 from quicksilver.families.cost import Cost
 from quicksilver.families.spec import ModelSpec
 
-Objective = Literal["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]
-OBJECTIVES: tuple[Objective, ...] = ("flops", "bitops", "weight_bytes", "kv_bytes", "seconds")
-
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Units of work as shares of what the dense model spends on a token, by the measure that guides the search.
+    """Units of work as shares of what the dense model spends on a token, by the measure that guides the search."""
 
-    Attributes:
-        mac: of one multiply-add with a weight, whatever its bits.
-        bit: of one bit of a weight read for one multiply-add.
-        pair: of one multiply-add of two activations.
-        entry: of one multiply-add of an activation and a cache entry kept as codes.
-        layer: of one layer of the dense model.
-    """
-
-    mac: float
-    bit: float
-    pair: float
-    entry: float
-    layer: float
+    mac: float  # of one multiply-add with a weight, whatever its bits
+    bit: float  # of one bit of a weight read for one multiply-add
+    pair: float  # of one multiply-add of two activations
+    entry: float  # of one multiply-add of an activation and a cache entry kept as codes
+    layer: float  # of one layer of the dense model
 
     def weight(self, bits: int = MAX_BITS) -> float:
         """Return what a multiply-add with a weight of so many bits is."""
@@ -37,15 +24,9 @@ class UnitCosts:
 
 
 def unit_costs(objective: Objective, spec: ModelSpec, dense: Cost, tokens: int) -> UnitCosts:
-    """Return what units of work are worth.
+    """Return what units of work are worth where the dense model spends so much on so many tokens.
 
     Cache bytes and seconds have no such units: FLOPs guide the search, and what is wanted is measured.
-
-    Args:
-        objective: what is to be saved.
-        spec: of the model that runs the plans.
-        dense: what the dense model spends on `tokens` tokens.
-        tokens: as many.
     """
     activation_bits, layer = 8 * spec.dtype.itemsize, spec.macs / spec.num_layers
     if objective == "bitops":

@@ -1,17 +1,20 @@
-"""What passes between a model's layers on calibration text: its decoder is run with watched leaf operations."""
+"""What passes through a model on calibration text: between its layers by watched leaf operations, or by hooks."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quicksilver.families.spec import Adapter, Apply, LayerOps
 from quicksilver.plan import Plan
 from quicksilver.rules import Part
 from quicksilver.runtime.loop import Decoder
+
+Advance = Callable[[], None]
+"""Called after each step of what takes long."""
 
 PROTECTED = 4
 """First tokens of a sequence, attention sinks: no mechanism touches them, so nothing is fitted to them."""
@@ -63,50 +66,41 @@ def watch_sublayers(
     plan: Plan,
     see: Callable[[tuple[int, Part], SublayerRows], None],
 ) -> None:
-    """Run a window under a plan, and show what each of the given sublayers did; deeper layers are not run.
+    """Run a window [T] under a plan, and show what each of the given sublayers did; deeper layers are not run.
 
-    Args:
-        adapter: the model.
-        units: layers and parts; the plan has no shortcut for them, and halts nobody.
-        token_ids: [T].
-        plan: what else is in force.
-        see: called with the layer and part, and its rows.
+    The plan has no shortcut for these sublayers, and halts nobody.
     """
     depth = max(layer for layer, _ in units) + 1
     layers = list(adapter.layers[:depth])
     for unit in units:
-        layer_idx, part = unit
-        watch = _watch_mlp if part == "mlp" else _watch_attention
-        layers[layer_idx] = watch(layers[layer_idx], lambda rows, unit=unit: see(unit, rows))
+        layers[unit[0]] = _watched(layers[unit[0]], *_OPERATIONS[unit[1]], partial(see, unit))
     run(replace(adapter.cut_behind(depth - 1), layers=tuple(layers)), token_ids, plan)
 
 
-def _watch_mlp(layer: LayerOps, see: Callable[[SublayerRows], None]) -> LayerOps:
+_OPERATIONS: dict[Part, tuple[str, str]] = {"mlp": ("mlp_norm", "mlp"), "attention": ("attn_norm", "attn_output")}
+
+
+def _watched(layer: LayerOps, norm_name: str, output_name: str, see: Callable[[SublayerRows], None]) -> LayerOps:
     entered: list[Tensor] = []
 
-    def mlp_norm(x: Tensor) -> Tensor:
-        entered[:] = [x]
-        return layer.mlp_norm(x)
+    def norm(x: Tensor) -> Tensor:
+        entered[:] = [x, getattr(layer, norm_name)(x)]
+        return entered[1]
 
-    def mlp(x: Tensor, apply: Apply) -> Tensor:
-        output = layer.mlp(x, apply)
-        see(SublayerRows(entered[0], x, output))
-        return output
+    def output(x: Tensor, apply: Apply) -> Tensor:
+        added = getattr(layer, output_name)(x, apply)
+        see(SublayerRows(entered[0], entered[1], added))
+        return added
 
-    return replace(layer, mlp_norm=mlp_norm, mlp=mlp)
+    return replace(layer, **{norm_name: norm, output_name: output})
 
 
-def _watch_attention(layer: LayerOps, see: Callable[[SublayerRows], None]) -> LayerOps:
-    entered: list[Tensor] = []
-
-    def attn_norm(x: Tensor) -> Tensor:
-        normed = layer.attn_norm(x)
-        entered[:] = [x, normed]
-        return normed
-
-    def attn_output(x: Tensor, apply: Apply) -> Tensor:
-        output = layer.attn_output(x, apply)
-        see(SublayerRows(entered[0], entered[1], output))
-        return output
-
-    return replace(layer, attn_norm=attn_norm, attn_output=attn_output)
+@contextmanager
+def observing(
+    modules: Sequence[nn.Module], observe: Callable[[int, Any, tuple[Any, ...], Tensor], None]
+) -> Iterator[None]:
+    """Call `observe` with which module, the module, its arguments and its output after each call of one of them."""
+    with ExitStack() as hooks:
+        for i, module in enumerate(modules):
+            hooks.callback(module.register_forward_hook(partial(observe, i)).remove)
+        yield

@@ -4,14 +4,12 @@ Both are ridge regressions: statistics of the frozen model on calibration text, 
 of passes. There is no gradient and no network.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.observe import PROTECTED, layer_states
+from quicksilver.calibrate.observe import PROTECTED, Advance, layer_states
 from quicksilver.calibrate.ridge import RidgeSums, named_tensors
 from quicksilver.core.signals import gate_features
 from quicksilver.families.spec import Adapter
@@ -22,19 +20,9 @@ _HEAD_ROWS = 256  # rows of logits held at a time
 
 
 def fit_maps(
-    adapter: Adapter, layers: Sequence[int], windows: Sequence[Tensor], on_window: Callable[[], None] = lambda: None
+    adapter: Adapter, layers: Sequence[int], windows: Sequence[Tensor], on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
-    """Fit maps from the states after some layers to what is missing to the last layer's.
-
-    Args:
-        adapter: the model.
-        layers: indices of the layers.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window.
-
-    Returns:
-        Tensors `output.LAYER.*` of a plan.
-    """
+    """Return `output.LAYER.*` of a plan: maps from states after some layers to what is missing to the last layer's."""
     d, device = adapter.spec.hidden_size, adapter.spec.device
     sums = {i: RidgeSums(d, d, device) for i in layers}
     for window in windows:
@@ -55,19 +43,11 @@ def fit_gates(
     tensors: dict[str, Tensor],
     layers: Sequence[int],
     windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Advance = lambda: None,
 ) -> dict[str, Tensor]:
-    """Fit gates from features of a state to the logarithm of KL(full prediction || mapped state's prediction), in nats.
+    """Return `gate.LAYER.weight` of a plan, given the tensors of the layers' maps.
 
-    Args:
-        adapter: the model.
-        tensors: with the layers' maps.
-        layers: indices of the layers.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window.
-
-    Returns:
-        Tensors `gate.LAYER.weight` of a plan.
+    Gates predict, from features of a state, the logarithm of KL(full prediction || mapped state's prediction) in nats.
     """
     d, spec = adapter.spec.hidden_size, adapter.spec
     stored = {name: tensor.float() for name, tensor in tensors.items()}  # as a plan holds them

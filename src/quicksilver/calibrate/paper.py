@@ -1,7 +1,5 @@
 """The paper's literal rules, their two thresholds tuned by the same search: the baseline to be beaten."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +24,7 @@ _GUIDED_ENTROPY = 1.15  # bits, as published
 class PaperSearch:
     """What to try next of drift below one threshold and entropy below another, all else as published.
 
-    Args:
-        adapter: the model.
-        window: token ids [T] of calibration text, from which the range of drifts is taken.
+    The range of drifts is taken from a window of token ids [T].
     """
 
     def __init__(self, adapter: Adapter, window: Tensor) -> None:

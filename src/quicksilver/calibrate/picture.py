@@ -1,13 +1,10 @@
 """Pictures of a frontier: what candidates saved of each objective against what they lost."""
 
-from __future__ import annotations
-
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quicksilver.core.files import write_atomically
+from quicksilver.measure.picture import new_figure, write_figure
 
 _SHOWN = (
     ("flops_reduction", "FLOPs saved, head included"),
@@ -18,64 +15,34 @@ _SHOWN = (
 )
 _LEFT, _BELOW, _ABOVE = 0.2, 0.25, 2.5  # of what is shown, in shares of the largest saving and of the budget
 
-_MARKERS = {
-    "together": ("o", "tab:blue"),
-    "channels": ("s", "tab:orange"),
-    "values": ("^", "tab:green"),
-    "queries": ("<", "tab:olive"),
-    "screening": ("p", "darkgreen"),
-    "entries": (">", "tab:gray"),
-    "shortcuts": ("D", "tab:red"),
-    "halting": ("v", "tab:purple"),
-    "fusion": ("P", "tab:brown"),
-    "exit": ("X", "0.35"),
-    "paper": ("*", "tab:pink"),
-    "paper, as published": ("*", "tab:cyan"),
-}
-_NAMES = {
-    "together": "all together",
-    "channels": "precision alone",
-    "values": "values unread alone",
-    "queries": "components of queries alone",
-    "screening": "keys screened alone",
-    "entries": "entries in 8 bits alone",
-    "shortcuts": "shortcuts alone",
-    "halting": "halting alone",
-    "fusion": "fusion alone",
-    "exit": "every token exits at one layer",
-    "paper": "paper, thresholds tuned",
+_GROUPS = {  # how each is drawn, and what the legend calls it
+    "together": ("o", "tab:blue", "all together"),
+    "channels": ("s", "tab:orange", "precision alone"),
+    "values": ("^", "tab:green", "values unread alone"),
+    "queries": ("<", "tab:olive", "components of queries alone"),
+    "screening": ("p", "darkgreen", "keys screened alone"),
+    "entries": (">", "tab:gray", "entries in 8 bits alone"),
+    "shortcuts": ("D", "tab:red", "shortcuts alone"),
+    "halting": ("v", "tab:purple", "halting alone"),
+    "fusion": ("P", "tab:brown", "fusion alone"),
+    "exit": ("X", "0.35", "every token exits at one layer"),
+    "paper": ("*", "tab:pink", "paper, thresholds tuned"),
+    "paper, as published": ("*", "tab:cyan", "paper, as published"),
 }
 
 
 def draw(path: Path, found: dict[str, Any]) -> list[Path]:
-    """Write a frontier as PNG and as SVG.
-
-    Args:
-        path: without its ending; an interrupted write leaves nothing there.
-        found: as `report.frontier` gave it.
-
-    Returns:
-        The files.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2 * 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Write what `report.frontier` found as PNG and SVG files, `path` without an ending; return the files."""
+    figure = new_figure(12, 4.2 * 3)
     axes = figure.subplots(3, 2).flatten()
     for each, (key, label) in zip(axes, _SHOWN, strict=False):
         _draw_objective(each, found, key, label)
     axes[-1].set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].legend(handles, labels, loc="center", fontsize=10, title=_title(found))
-    files = []
-    endings: dict[str, dict[str, Any]] = {"png": {"dpi": 110}, "svg": {"metadata": {"Date": None}}}
-    for ending, options in endings.items():
-        image = io.BytesIO()
-        figure.savefig(image, format=ending, **options)
-        target = path.with_name(f"{path.name}.{ending}")
-        write_atomically(target, image.getvalue())
-        files.append(target)
+    files = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
+    for file in files:
+        write_figure(figure, file)
     return files
 
 
@@ -87,11 +54,11 @@ def _draw_objective(axes: Any, found: dict[str, Any], key: str, label: str) -> N
     axes.axhline(0.0, color="0.7", linewidth=0.8)
     right = max(0.02, *(each[key] for each in found["candidates"]))
     left, bottom, top = -_LEFT * right, -_BELOW * limit, _ABOVE * limit
-    for group, (marker, colour) in _MARKERS.items():
+    for group, (marker, colour, called) in _GROUPS.items():
         members = [each for each in found["candidates"] if each["group"] == group]
         inside = [each for each in members if each[key] >= left and bottom <= each["delta"][unit] <= top]
         outside = len(members) - len(inside)
-        name = _NAMES.get(group, group) + (f" ({outside} outside)" if outside else "")
+        name = called + (f" ({outside} outside)" if outside else "")
         if members:
             _draw_group(axes, inside, key, unit, name, marker, colour)
     axes.plot([0.0], [0.0], marker="+", color="black", markersize=11, linestyle="none", label="dense")

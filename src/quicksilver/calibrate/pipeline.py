@@ -1,23 +1,21 @@
 """Calibration from end to end: fit, search, choose, verify; what is found is kept in a folder as it is found."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from typing import Protocol as Shape
 
-from quicksilver.calibrate import choosing, data_file, fitting
+from quicksilver.calibrate import data_file, fitting
 from quicksilver.calibrate.candidates import FILLS, CalibrationData, Candidate, build, static_exit
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
 from quicksilver.calibrate.scoring import Budget, Scorer
-from quicksilver.calibrate.search import ROUGH, Scored, Search
+from quicksilver.calibrate.search import ROUGH, Scored, Search, eligible
 from quicksilver.calibrate.splits import Split
 from quicksilver.calibrate.trials import Trials
 from quicksilver.core.files import write_atomically
@@ -26,77 +24,73 @@ from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
 
-BITS: dict[Objective, tuple[int, ...]] = {"bitops": (8, 6, 4, 2, 0), "weight_bytes": (8, 6, 4, 2, 0)}
 _PAPER_TRIALS = 10
 _FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them
 _ROUGH_STEP = 4  # of the searched windows every fourth is enough to see which way to step
 _EXITS_TO = 4.0  # times the budget: deeper exits that lose more are not looked for
 
 
-class Progress(Shape):
-    """Shows how far a phase is."""
-
-    def __call__(self, label: str, total: int) -> Any:
-        """Return a context manager that yields the function to call after each step."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """What is asked for."""
 
-    Attributes:
-        budget: what may be lost.
-        objective: what is to be saved.
-        mechanisms: that may be used.
-        fills: whether what a halted token leaves in deeper layers is to be chosen too.
-        trials: of the search.
-        time_limit: seconds after which the search stops, None for none; fitting and verifying are not counted.
-        seed: of the search.
-    """
-
-    budget: Budget
-    objective: Objective
-    mechanisms: tuple[Mechanism, ...]
-    fills: bool
-    trials: int
+    budget: Budget  # what may be lost
+    objective: Objective  # what is to be saved
+    mechanisms: tuple[Mechanism, ...]  # that may be used
+    fills: bool  # whether what a halted token leaves in deeper layers is to be chosen too
+    trials: int  # of the search
+    # seconds after which the search stops, None for none; fitting and verifying are not counted
     time_limit: float | None
-    seed: int
+    seed: int  # of the search
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Bits that channels may be read at."""
-        return BITS.get(self.objective, (8, 0))
+        return (8, 6, 4, 2, 0) if self.objective in ("bitops", "weight_bytes") else (8, 0)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of verification."""
+
+    chosen: Scored | None  # the candidate that held, None where none did
+    row: dict[str, Any] | None  # its figures on the held-out text
+    # candidates that did not hold there, with their figures, in the order in which they were tried
+    failed: list[tuple[Scored, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        plan: the chosen plan; dense where none held the budget.
-        candidates: all that were scored on the searched part, baselines included.
-        verified: what came of the held-out part.
-        leave_one_out: for each mechanism of the chosen plan, figures of the plan without it, on the searched part.
-    """
-
-    plan: Plan
-    candidates: list[Scored]
-    verified: choosing.Verified
+    plan: Plan  # the chosen plan; dense where none held the budget
+    candidates: list[Scored]  # all that were scored on the searched part, baselines included
+    verified: Verified  # what came of the held-out part
+    # for each mechanism of the chosen plan, figures of the plan without it, on the searched part
     leave_one_out: dict[str, dict[str, Any]]
 
 
+def verify(candidates: Sequence[Scored], budget: Budget, score: Callable[[Scored], dict[str, Any]]) -> Verified:
+    """Return the first candidate that holds the budget on held-out text, backing off along the frontier.
+
+    Candidates come from the most saved to the least; `score` returns one's figures on the held-out text.
+    """
+    failed: list[tuple[Scored, dict[str, Any]]] = []
+    for candidate in candidates:
+        row = score(candidate)
+        if budget.holds(row):
+            return Verified(candidate, row, failed)
+        failed.append((candidate, row))
+    return Verified(None, None, failed)
+
+
 class Calibrator:
-    """One calibration of one model.
+    """One calibration of one model, whose parts of a text `window_config` cut.
 
     Args:
         model: as it is, the baseline.
         runner: that runs candidates: the same, or its copy with any-precision weights.
-        parts: of the text.
-        window_config: that cut it.
-        settings: what is asked for.
         folder: where what was found is kept, and found again.
         fingerprint: of the model's weights and of the text.
-        name: of the model.
         progress: shows how far each phase is.
     """
 
@@ -110,7 +104,7 @@ class Calibrator:
         folder: Path,
         fingerprint: str,
         name: str,
-        progress: Progress,
+        progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]],
     ) -> None:
         self._runner, self._parts, self._settings, self._progress = runner, parts, settings, progress
         self._folder, self._fingerprint = folder, fingerprint
@@ -122,7 +116,6 @@ class Calibrator:
         self._rough = Scorer(model, runner, parts.search.thinned(_ROUGH_STEP), window_config, name, interleaved)
 
     def run(self) -> Calibration:
-        """Fit, search, choose and verify."""
         with keeping_expanded(self._runner.model):
             return self._run()
 
@@ -130,20 +123,19 @@ class Calibrator:
         data = self._fit()
         candidates = [*self._baselines(data), *self._search(data)]
         settings, score = self._settings, self._scorers[1].score
-        eligible = choosing.eligible(candidates, settings.objective, settings.budget)
+        holding = eligible(candidates, settings.objective, settings.budget)
         with self._progress("verifying on held-out text", 1) as advance:
-            verified = choosing.verify(
-                eligible, settings.budget, lambda each: self._kept("held-out", self._plan(each, data), score)
+            verified = verify(
+                holding, settings.budget, lambda each: self._kept("held-out", self._plan(each, data), score)
             )
             advance()
-        if verified.chosen is None:
+        chosen = verified.chosen
+        if chosen is None:
             return Calibration(Plan.dense(), candidates, verified, {})
-        return Calibration(
-            self._plan(verified.chosen, data), candidates, verified, self._leave_one_out(verified.chosen, data)
-        )
+        return Calibration(self._plan(chosen, data), candidates, verified, self._leave_one_out(chosen, data))
 
     def _fit(self) -> CalibrationData:
-        path, adapter, settings = self._folder / "fits.safetensors", self._runner.adapter, self._settings
+        path, adapter, settings = self._folder / "data.pt", self._runner.adapter, self._settings
         key = self._key(settings.mechanisms, settings.objective, settings.bits, len(self._parts.fit))
         data = data_file.read(path, key, adapter.spec)
         if data is not None:
@@ -188,7 +180,7 @@ class Calibrator:
     def _switches(self, data: CalibrationData) -> tuple[list[Mechanism], list[Mechanism]]:
         """Return the mechanisms to search, and those that every candidate has.
 
-        Coded entries are searched where they save what is asked for. Elsewhere they are taken where they cost next to
+        Coded entries are searched where they save what is asked for; elsewhere they are taken where they cost next to
         nothing: the cache holds a fraction of its bytes then.
         """
         settings = self._settings
@@ -246,26 +238,17 @@ class Calibrator:
 
     def _searched(self, plan: Plan) -> dict[str, Any] | None:
         """Return a candidate's figures on the searched part, None where it is given up; other budgets may know it."""
-        path = self._path("search", plan)
+        return self._kept("search", plan, lambda plan: self._scorers[0].score(plan, self._settings.budget))
+
+    def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> Any:
+        """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
+        path = self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
         if not path.is_file():
-            row = self._scorers[0].score(plan, self._settings.budget)
+            row = score(plan)
             if row is None:
                 return None
             write_atomically(path, json.dumps(row))
         return json.loads(path.read_text(encoding="utf-8"))
-
-    def _kept(self, part: str, plan: Plan, score: Callable[[Plan], dict[str, Any] | None]) -> dict[str, Any]:
-        """Return a plan's figures on a part of the text, those found in the folder where it was scored before."""
-        path = self._path(part, plan)
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-        row = score(plan)
-        assert row is not None  # it was not scored for a budget
-        write_atomically(path, json.dumps(row))
-        return row
-
-    def _path(self, part: str, plan: Plan) -> Path:
-        return self._folder / f"{self._key(part, self._settings.objective)}.{plan.hash}.json"
 
     def _key(self, *facts: Any) -> str:
         return hashlib.sha256(json.dumps([self._fingerprint, *facts], default=str).encode()).hexdigest()[:16]

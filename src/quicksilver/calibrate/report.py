@@ -1,27 +1,18 @@
 """What a calibration found, as JSON-ready values and as short tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from quicksilver.calibrate.choosing import eligible
 from quicksilver.calibrate.pipeline import Calibration, Settings
 from quicksilver.calibrate.scoring import saved
-from quicksilver.calibrate.search import Scored, pareto
+from quicksilver.calibrate.search import Scored, eligible, pareto
 
 FORMAT = 1
 
 
 def frontier(result: Calibration, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return all that was scored, what was chosen of it, and how it held on held-out text.
-
-    Args:
-        result: of the calibration.
-        settings: that it was asked with.
-        facts: of the command, the text and the machine, recorded as they are.
-    """
+    """Return all that was scored, what was chosen of it, and how it held on held-out text, beside the given facts."""
     best = {id(each) for each in pareto(result.candidates, settings.objective, settings.budget)}
     holding = {id(each) for each in eligible(result.candidates, settings.objective, settings.budget)}
     verified = result.verified

@@ -1,7 +1,5 @@
 """Ridge regression from sums over rows: one pass over the text, memory that does not grow with it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -23,13 +21,7 @@ class Affine(NamedTuple):
 
 
 class RidgeSums:
-    """Second moments of rows of inputs and outputs.
-
-    Args:
-        num_inputs: channels of the inputs.
-        num_outputs: channels of the outputs.
-        device: where the rows are.
-    """
+    """Second moments of rows of inputs and outputs, which may be on any device."""
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
         self.gram = torch.zeros((num_inputs + 1, num_inputs + 1), dtype=torch.float64, device=device)
@@ -38,7 +30,6 @@ class RidgeSums:
 
     @property
     def num_rows(self) -> int:
-        """Rows added so far."""
         return int(self.gram[-1, -1])
 
     def add(self, x: Tensor, y: Tensor) -> None:

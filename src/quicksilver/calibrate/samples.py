@@ -1,7 +1,5 @@
 """Text to calibrate on where the user has none: drawn from the model itself."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -11,20 +9,16 @@ _LENGTH = 256
 
 
 def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0) -> list[Tensor]:
-    """Return sequences that the model says, [T] token ids each, at temperature 1; the same for the same seed.
-
-    Args:
-        model: what to sample from, under its own plan.
-        num_tokens: how many tokens are wanted, at least.
-        seed: of the draws.
-    """
+    """Return sequences that the model says, [T] token ids each, at least so many tokens, at temperature 1."""
     length = min(_LENGTH, model.adapter.spec.max_positions)
     count = -(-num_tokens // length)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        starts = _starts(model, count).to(model.device)
+        bos_id = model.generation_config.bos_token_id
+        shape, vocab_size = (count, 1), model.adapter.spec.vocab_size
+        starts = torch.full(shape, bos_id) if isinstance(bos_id, int) else torch.randint(vocab_size, shape)
         sampled = model.generate(
-            starts,
+            starts.to(model.device),
             attention_mask=torch.ones_like(starts),
             do_sample=True,
             temperature=1.0,
@@ -35,10 +29,3 @@ def sample_windows(model: QuickSilverForCausalLM, num_tokens: int, seed: int = 0
             pad_token_id=0,
         )
     return list(sampled.cpu())
-
-
-def _starts(model: QuickSilverForCausalLM, count: int) -> Tensor:
-    bos_id = model.generation_config.bos_token_id
-    if isinstance(bos_id, int):
-        return torch.full((count, 1), bos_id)
-    return torch.randint(model.adapter.spec.vocab_size, (count, 1))

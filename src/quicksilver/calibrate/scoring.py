@@ -1,14 +1,13 @@
 """Scoring candidates against the dense model, which is run once, on the search's windows."""
 
-from __future__ import annotations
-
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quicksilver.calibrate.objectives import Objective
+from quicksilver.calibrate.observe import Advance
 from quicksilver.calibrate.splits import Part
 from quicksilver.families.cost import Cost, dense_cost
 from quicksilver.families.spec import Adapter
@@ -30,21 +29,13 @@ _REDUCTION = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a plan may lose, in perplexity or in nats per token.
+    """How much a plan may lose, in perplexity or in nats per token."""
 
-    Attributes:
-        limit: the most.
-        unit: "ppl" or "nll".
-    """
-
-    limit: float
-    unit: str
+    limit: float  # the most
+    unit: str  # "ppl" or "nll"
 
     def upper(self, row: dict[str, Any]) -> float:
-        """Return the upper end of the interval of what a row of figures lost, on the text where that is highest.
-
-        It is infinite where there is no interval.
-        """
+        """Return the upper end of the interval of what a row lost, on the worst text; infinite without an interval."""
         intervals = [delta[f"{self.unit}_ci95"] for delta in row["delta_by_text"].values()]
         return max(float("inf") if interval is None else interval[1] for interval in intervals)
 
@@ -69,8 +60,6 @@ class Scorer:
         model: the model as it is, the baseline.
         runner: the model that runs candidates that choose bits: the same, or its copy with any-precision weights.
         part: windows of each text, of which several are needed for intervals.
-        window_config: that cut them.
-        name: of the model.
         interleaved: run the dense model again beside every candidate, so that seconds can be compared.
     """
 
@@ -91,7 +80,7 @@ class Scorer:
             compare([self._dense], [_unclocked(fed)], window)
 
     def score(
-        self, plan: Plan, budget: Budget | None = None, on_window: Callable[[], None] = lambda: None
+        self, plan: Plan, budget: Budget | None = None, on_window: Advance = lambda: None
     ) -> dict[str, Any] | None:
         """Return a plan's figures as `eval --json` has them, or None where it was given up as hopeless for a budget."""
         runner = self._model if plan.precision is None else self._runner
@@ -103,7 +92,7 @@ class Scorer:
             compare([baseline, record], [fed, feed(record, window, "score")], window)
             counts.append(window.num_scored)
             on_window()
-            if budget is not None and len(counts) in _checkpoints(len(self._fed)):
+            if budget is not None and len(counts) in (max(len(self._fed) // 4, 4), len(self._fed) // 2):
                 delta = paired_delta(baseline.nll, record.nll, counts)
                 if budget.is_hopeless(delta):
                     return None
@@ -146,10 +135,6 @@ def _blank(dense: EngineRecord) -> EngineRecord:
 def _unclocked(fed: Fed) -> Fed:
     """Return what a run gave with clocks of its own, which the head's time is added to."""
     return fed._replace(clock=copy.copy(fed.clock), prompt_clock=copy.copy(fed.prompt_clock))
-
-
-def _checkpoints(count: int) -> Sequence[int]:
-    return (max(count // 4, 4), count // 2)
 
 
 def saved(row: dict[str, Any], objective: Objective) -> float:

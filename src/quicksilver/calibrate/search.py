@@ -1,7 +1,5 @@
 """The search: guided candidates first, then Optuna's, all scored on the same text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,26 +38,17 @@ _COSINES = (0.6, 0.99)
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and its figures.
+    """A candidate and its figures."""
 
-    Attributes:
-        group: "together", the mechanism that it tries alone, or the baseline that it is.
-        row: figures as `eval --json` has them, its plan included.
-        candidate: what its plan was made of; None for a baseline.
-    """
-
-    group: str
-    row: dict[str, Any]
-    candidate: Candidate | None = None
+    group: str  # "together", the mechanism that it tries alone, or the baseline that it is
+    row: dict[str, Any]  # figures as `eval --json` has them, its plan included
+    candidate: Candidate | None = None  # what its plan was made of; None for a baseline
 
 
 class Search:
     """What to try, given what was tried: thresholds of all mechanisms.
 
     Args:
-        mechanisms: that may be used.
-        budget: what may be lost.
-        objective: what is to be saved.
         fills: whether what a halted token leaves in deeper layers is to be chosen too.
         trials: how many there will be; the last few polish the best.
         always: mechanisms beside these that every candidate of several mechanisms has.
@@ -228,10 +217,7 @@ def _cosine_at(step: int) -> float:
 
 
 def pareto(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:
-    """Return the candidates that no other beats in both what is lost (the interval's upper end) and what is saved.
-
-    They come from the most saved to the least.
-    """
+    """Return the candidates that no other beats in both lost (upper end) and saved, those that save most first."""
     ordered = sorted(candidates, key=lambda each: (-saved(each.row, objective), budget.upper(each.row)))
     best, lost = [], math.inf
     for each in ordered:
@@ -239,3 +225,9 @@ def pareto(candidates: Sequence[Scored], objective: Objective, budget: Budget) -
             best.append(each)
             lost = budget.upper(each.row)
     return best
+
+
+def eligible(candidates: Sequence[Scored], objective: Objective, budget: Budget) -> list[Scored]:
+    """Return the frontier's candidates that hold the budget where they were searched, those that save most first."""
+    frontier = pareto(candidates, objective, budget)
+    return [each for each in frontier if budget.holds(each.row) and saved(each.row, objective) > 0]

@@ -1,14 +1,12 @@
 """Shortcuts: affine maps that stand in for sublayers, and gates that say for which tokens they are good enough."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quicksilver.calibrate.observe import PROTECTED, SublayerRows, watch_sublayers
-from quicksilver.calibrate.ridge import Affine, RidgeSums, named_tensors
+from quicksilver.calibrate.observe import PROTECTED, Advance, SublayerRows, watch_sublayers
+from quicksilver.calibrate.ridge import RidgeSums, named_tensors
 from quicksilver.core.signals import log_norm
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
@@ -20,25 +18,13 @@ _LEAST_ERROR = 1e-8  # keeps logarithms finite
 
 
 def units(adapter: Adapter) -> list[Unit]:
-    """Return all sublayers, in the order in which they run."""
     return [(i, part) for i in range(adapter.spec.num_layers) for part in ("attention", "mlp")]
 
 
 def fit_units(
-    adapter: Adapter,
-    chosen: Sequence[Unit],
-    windows: Sequence[Tensor],
-    plan: Plan,
-    on_window: Callable[[], None] = lambda: None,
+    adapter: Adapter, chosen: Sequence[Unit], windows: Sequence[Tensor], plan: Plan, on_window: Advance = lambda: None
 ) -> tuple[dict[str, Tensor], dict[Unit, float]]:
-    """Fit maps and gates of sublayers in two passes, all of them with their inputs as the plan leaves them.
-
-    Args:
-        adapter: the model.
-        chosen: sublayers.
-        windows: token ids [T] of calibration text, each run on its own.
-        plan: shortcuts already taken elsewhere; it halts nobody.
-        on_window: called after each window of each pass.
+    """Fit maps and gates of sublayers in two passes, with their inputs as the plan's own shortcuts leave them.
 
     Returns:
         Tensors `shortcut.LAYER.PART.*` of a plan, and for each sublayer the mean squared error of its map as a share
@@ -59,9 +45,11 @@ def fit_units(
 
     def see_gate(unit: Unit, rows: SublayerRows) -> None:
         state, normed, output = (part[PROTECTED:].float() for part in rows)
-        error = _relative_error(fitted[unit], state, normed, output)
+        missed = output - normed @ fitted[unit].weight.float() - fitted[unit].bias.float()
+        error = missed.square().sum(-1) / state.square().sum(-1).clamp(min=1e-30)
         errors[unit] += float(error.sum())
-        gates[unit].add(_features(state, normed), error.clamp(min=_LEAST_ERROR).log()[:, None])
+        features = torch.cat((normed, log_norm(state)[:, None]), dim=1)  # all that a gate sees but for its constant
+        gates[unit].add(features, error.clamp(min=_LEAST_ERROR).log()[:, None])
 
     for window in windows:
         watch_sublayers(adapter, chosen, window, plan, see_gate)
@@ -75,22 +63,9 @@ def fit_units(
 
 
 def fit_in_order(
-    adapter: Adapter,
-    chosen: Sequence[Shortcut],
-    windows: Sequence[Tensor],
-    on_window: Callable[[], None] = lambda: None,
+    adapter: Adapter, chosen: Sequence[Shortcut], windows: Sequence[Tensor], on_window: Advance = lambda: None
 ) -> dict[str, Tensor]:
-    """Fit shortcuts one after another, deeper ones on states that shallower ones have changed.
-
-    Args:
-        adapter: the model.
-        chosen: with their thresholds.
-        windows: token ids [T] of calibration text, each run on its own.
-        on_window: called after each window of each pass; two passes for each shortcut.
-
-    Returns:
-        Tensors `shortcut.LAYER.PART.*` of a plan.
-    """
+    """Return `shortcut.LAYER.PART.*`, fitted one by one: deeper ones on states that shallower ones have changed."""
     tensors: dict[str, Tensor] = {}
     done: list[Shortcut] = []
     for shortcut in sorted(chosen, key=lambda each: (each.layer, each.part)):  # attention runs before the MLP
@@ -99,16 +74,6 @@ def fit_in_order(
         tensors |= fit_units(adapter, [(shortcut.layer, shortcut.part)], windows, before, on_window)[0]
         done.append(shortcut)
     return tensors
-
-
-def _relative_error(fitted: Affine, state: Tensor, normed: Tensor, output: Tensor) -> Tensor:
-    missed = output - normed @ fitted.weight.float() - fitted.bias.float()
-    return missed.square().sum(-1) / state.square().sum(-1).clamp(min=1e-30)
-
-
-def _features(state: Tensor, normed: Tensor) -> Tensor:
-    """Return what a gate sees, but for its constant: [N, d + 1]."""
-    return torch.cat((normed, log_norm(state)[:, None]), dim=1)
 
 
 def _name(unit: Unit) -> str:

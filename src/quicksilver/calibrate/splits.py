@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import dropwhile
 
 import torch
 from torch import Tensor
@@ -18,19 +20,13 @@ _LEAST_WINDOWS = 8  # of the searched and of the held-out part: fewer give no in
 
 @dataclass(frozen=True)
 class Part:
-    """Windows of one text, or of several, one after another.
+    """Windows of one text, or of several, one after another."""
 
-    Attributes:
-        text: the windows.
-        sections: name of each text, and how many of the windows are its.
-    """
-
-    text: WindowedText
-    sections: tuple[tuple[str, int], ...]
+    text: WindowedText  # the windows
+    sections: tuple[tuple[str, int], ...]  # name of each text, and how many of the windows are its
 
     @property
     def tokens(self) -> int:
-        """Tokens scored."""
         return sum(window.num_scored for window in self.text.windows)
 
     def thinned(self, step: int) -> Part:
@@ -48,17 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """Parts of a text.
+    """Parts of a text."""
 
-    Attributes:
-        fit: token ids [T] of windows that statistics are fitted to.
-        search: windows that candidates are compared on.
-        held_out: windows that the chosen plan is verified on.
-    """
-
-    fit: list[Tensor]
-    search: Part
-    held_out: Part
+    fit: list[Tensor]  # token ids [T] of windows that statistics are fitted to
+    search: Part  # windows that candidates are compared on
+    held_out: Part  # windows that the chosen plan is verified on
 
 
 def split_all(texts: Sequence[WindowedText], fit_tokens: int, search_tokens: int, held_out_tokens: int) -> Split:
@@ -89,12 +79,6 @@ def split(text: WindowedText, fit_tokens: int, search_tokens: int, held_out_toke
 
     Windows that share tokens with the part before are left out, and from the fitted part those that hold nothing but
     attention sinks. The searched and the held-out part keep as many windows as an interval needs, whatever the limit.
-
-    Args:
-        text: windows of all of it.
-        fit_tokens: to be fed while fitting, at most.
-        search_tokens: to be scored in the search, at most.
-        held_out_tokens: to be scored in the verification, at most.
 
     Raises:
         InputError: too little text for three parts.
@@ -132,12 +116,7 @@ def _part(text: WindowedText, name: str, windows: Sequence[Window]) -> Part:
 
 def _apart(windows: Sequence[Window], before: Sequence[Window]) -> Sequence[Window]:
     """Drop first windows that share tokens with the last one of the part before."""
-    if not before:
-        return windows
-    first = 0
-    while first < len(windows) and _overlap(before[-1], windows[first]):
-        first += 1
-    return windows[first:]
+    return list(dropwhile(partial(_overlap, before[-1]), windows)) if before else windows
 
 
 def _disjoint(windows: Sequence[Window]) -> list[Window]:

@@ -1,7 +1,5 @@
 """Trials kept in one file: found again after an interruption, and dependent only on the seed and the trials before."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +23,7 @@ Propose = Callable[[Sequence[FrozenTrial]], tuple[Space, dict[str, Any] | None]]
 class Trials:
     """One study of two objectives: nats lost, to be small, and share saved, to be large.
 
-    Args:
-        path: the one file that keeps trials, of this study and of others.
-        key: of everything that figures depend on; trials of another key are not looked at.
-        objective: what is to be saved.
-        seed: of Optuna's sampler.
+    The file keeps trials of other studies too; the key tells them apart, and is of everything that figures depend on.
     """
 
     def __init__(self, path: Path, key: str, objective: Objective, seed: int) -> None:
@@ -59,12 +53,8 @@ class Trials:
     ) -> None:
         """Score trials until there are `count`, those found in the file included, or time is up.
 
-        Args:
-            propose: says what comes next.
-            score: from parameters to a candidate's figures, None where it was given up as hopeless.
-            count: of trials.
-            deadline: of `time.monotonic`; None for none.
-            on_trial: called after each, and for each that was found.
+        `propose` says what comes next; `score` goes from parameters to a candidate's figures, None where it is
+        hopeless; `on_trial` is called after each, and for each that was found.
         """
         for trial in self._study.get_trials(states=(TrialState.RUNNING,), deepcopy=False):
             self._study.tell(trial.number, state=TrialState.FAIL)  # interrupted

@@ -1,16 +1,14 @@
 """`quicksilver calibrate`: find the cheapest plan inside a budget of perplexity, and verify it on unseen text."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from quicksilver.calibrate.mechanisms import MECHANISMS
+from quicksilver.calibrate.mechanisms import MECHANISMS, Objective
 from quicksilver.cli.common import (
     check_window_options,
     display_name,
@@ -29,12 +27,7 @@ NOTHING_HELD = 3
 @text_options
 @click.option("--max-delta-ppl", type=click.FloatRange(0, min_open=True), help="Most perplexity that may be added.")
 @click.option("--max-delta-nll", type=click.FloatRange(0, min_open=True), help="Most nats per token, instead.")
-@click.option(
-    "--minimise",
-    type=click.Choice(["flops", "bitops", "weight_bytes", "kv_bytes", "seconds"]),
-    default="flops",
-    show_default=True,
-)
+@click.option("--minimise", type=click.Choice(get_args(Objective)), default="flops", show_default=True)
 @click.option("--mechanisms", default="halting,kv,fusion,precision", show_default=True, help="Those that may be used.")
 @click.option("--trials", type=click.IntRange(min=1), default=60, show_default=True, help="Candidates to score.")
 @click.option("--time-limit", type=click.FloatRange(0, min_open=True), help="Seconds after which the search stops.")
@@ -42,10 +35,10 @@ NOTHING_HELD = 3
 @click.option("--context", type=click.IntRange(min=8), help="Tokens of a window (default: the model's, at most 2048).")
 @click.option("--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt.")
 @click.option(
-    "--search-tokens", type=click.IntRange(min=64), default=12288, show_default=True, help="Scored per candidate."
+    "--search-tokens", type=click.IntRange(min=64), default=12288, show_default=True, help="Scored each time."
 )
 @click.option(
-    "--verify-tokens", type=click.IntRange(min=64), help="Held out to verify (default: half as many again as searched)."
+    "--verify-tokens", type=click.IntRange(min=64), help="Held out (default: half as many again as searched)."
 )
 @click.option("--work", type=click.Path(file_okay=False), help="Folder that keeps what was found (default: PLAN.work).")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The plan file to write.")
@@ -71,7 +64,9 @@ def command(**options: Any) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be a finite number, got {options[name]}")
     budget = _budget(options["max_delta_ppl"], options["max_delta_nll"])
     output = _output(options["output"], options["force"])
-    names = _mechanisms(options["mechanisms"], options["prompt"], explicit=_is_given("mechanisms"))
+    source = click.get_current_context().get_parameter_source("mechanisms")
+    is_given = source is not click.core.ParameterSource.DEFAULT
+    names = _mechanisms(options["mechanisms"], options["prompt"], explicit=is_given)
     _check_work(options["work"], output)
     check_window_options(options["context"], prompt=options["prompt"])
     corpora = read_texts(options["text"], options["documents"], options["dataset"])
@@ -81,11 +76,6 @@ def command(**options: Any) -> None:
     held = run(model, tokenizer, display_name(options["model"]), corpora, options, budget, names, output)
     if not held:
         sys.exit(NOTHING_HELD)
-
-
-def _is_given(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _budget(ppl: float | None, nll: float | None) -> tuple[float, str]:

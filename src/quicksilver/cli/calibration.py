@@ -1,7 +1,5 @@
 """What `quicksilver calibrate` does once its options are checked: text, model, search, files, tables."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -18,8 +16,7 @@ from quicksilver.calibrate.scoring import Budget
 from quicksilver.calibrate.splits import SHARES, Split, split_all
 from quicksilver.cli.common import progress, window_protocol
 from quicksilver.cli.recipes import quantized_copy
-from quicksilver.core.files import write_atomically
-from quicksilver.errors import InputError
+from quicksilver.core.files import make_folder, write_atomically
 from quicksilver.families.fingerprint import fingerprint as model_fingerprint
 from quicksilver.measure import environment
 from quicksilver.measure.windows import WindowConfig, WindowedText, cut, default_bos, slide
@@ -56,10 +53,10 @@ def run(
     output: Path,
 ) -> bool:
     """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
+    options["verify_tokens"] = options["verify_tokens"] or int(options["search_tokens"] * _HELD_OUT_FACTOR)
     texts, window_config = _texts(model, tokenizer, corpora, options)
-    search_tokens = options["search_tokens"]
-    parts = split_all(texts, _FIT_TOKENS, search_tokens, _held_out(options))
-    folder = _folder(output, options["work"])
+    parts = split_all(texts, _FIT_TOKENS, options["search_tokens"], options["verify_tokens"])
+    folder = make_folder("--work", options["work"] or str(output.with_suffix(".work")))
     runner = quantized_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
@@ -74,21 +71,12 @@ def run(
     result = Calibrator(model, runner, parts, window_config, settings, folder, fingerprint, name, progress).run()
     facts = _facts(name, window_config, parts, model.device)
     if result.verified.chosen is not None:
-        record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], _tokens(parts))
+        tokens = facts["parts"]["fit_tokens"] + facts["parts"]["search_tokens"]
+        record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], tokens)
         result = replace(result, plan=replace(result.plan, fitted_to=record))
     _write(result, settings, output, facts)
     _print(result, settings, parts, _ONE_BASELINE if runner is model else _TWO_BASELINES)
     return result.verified.chosen is not None
-
-
-def _folder(output: Path, work: str | None) -> Path:
-    """Return the folder that keeps what is found, made where it was not there."""
-    folder = output.with_suffix(".work") if work is None else Path(work)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder: {error.strerror or error}") from None
-    return folder
 
 
 def _texts(
@@ -105,22 +93,12 @@ def _texts(
 
 def _sampled(model: Any, tokenizer: Any, window_config: WindowConfig, options: dict[str, Any]) -> WindowedText:
     seed, tokens = options["seed"], options["search_tokens"]
-    wanted = tokens + _held_out(options) + _FIT_TOKENS
+    wanted = tokens + options["verify_tokens"] + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
     windows = [window for ids in sequences for window in slide(ids[: window_config.context], window_config)]
     size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
     return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)
-
-
-def _held_out(options: dict[str, Any]) -> int:
-    """Return how many tokens are held out for verification."""
-    return options["verify_tokens"] or int(options["search_tokens"] * _HELD_OUT_FACTOR)
-
-
-def _tokens(parts: Split) -> int:
-    """Return how many tokens a plan is calibrated on: fed to fit, and scored in the search."""
-    return sum(map(len, parts.fit)) + parts.search.tokens
 
 
 def _fingerprint(runner: Any, window_config: WindowConfig, parts: Split) -> str:

@@ -1,7 +1,5 @@
 """Options and output that several subcommands share."""
 
-from __future__ import annotations
-
 import sys
 import time
 import warnings
@@ -9,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +20,34 @@ _REPORT_SECONDS = 20.0  # between lines of progress where there is no terminal
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
-def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --dtype, --device and --threads."""
-    options = (
-        click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on the CPU, else the model's own."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
-        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's)."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda function: reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 
-def kernels_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --kernels."""
-    return click.option(
-        "--kernels",
-        type=click.Choice(["auto", "native", "torch"]),
-        default="auto",
-        show_default=True,
-        help="What reads any-precision weights: compiled kernels where they can, these or nothing, or PyTorch.",
-    )(function)
-
-
-def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --text, --documents and --dataset."""
-    options = (
-        click.option("--text", type=click.Path(), help="One long UTF-8 text."),
-        click.option("--documents", type=click.Path(), help='JSON lines with a "text" field; each scored on its own.'),
-        click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+device_options = _options(
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's)."),
+)
+model_options = _options(
+    click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on the CPU, else the model's own."),
+    device_options,
+)
+kernels_option = click.option(
+    "--kernels",
+    type=click.Choice(["auto", "native", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What reads any-precision weights: compiled kernels where they can, these or nothing, or PyTorch.",
+)
+text_options = _options(
+    click.option("--text", type=click.Path(), help="One long UTF-8 text."),
+    click.option("--documents", type=click.Path(), help='JSON lines with a "text" field; each scored on its own.'),
+    click.option("--dataset", help="wikitext-103, wikitext-2 or c4, through the hub."),
+)
 
 
 def read_texts(text: str | None, documents: str | None = None, dataset: str | None = None) -> list[Any]:
-    """Return the corpora that `text_options` name, in their order.
-
-    Raises:
-        InputError: one cannot be read.
-    """
+    """Return the corpora that `text_options` name, in their order."""
     from quicksilver.measure.texts import read_dataset, read_documents, read_text
 
     given = ((read_text, text), (read_documents, documents), (read_dataset, dataset))
@@ -94,20 +80,10 @@ def window_protocol(
 def check_window_options(
     context: int | None, stride: int | None = None, prompt: int | None = None, max_tokens: int | None = None
 ) -> None:
-    """Refuse options that do not fit one another under any model; `window_protocol` knows the model's own limits.
-
-    Raises:
-        InputError: such options.
-    """
+    """Refuse, before a model is loaded, options that do not fit one another under any."""
     if context is None:
         return
-    if prompt is not None and prompt >= context:
-        raise InputError(f"--prompt {prompt} leaves nothing to score of --context {context}")
-    if stride is not None and stride > context - (prompt or 0):
-        room = (
-            f"--context {context}" if prompt is None else f"what --context {context} holds after a prompt of {prompt}"
-        )
-        raise InputError(f"--stride {stride} is longer than {room}")
+    window_protocol(context, None, context, stride, prompt)
     if max_tokens is not None and max_tokens < context - 1:
         raise InputError(f"--max-tokens {max_tokens} is less than one window of --context {context}")
 
@@ -119,50 +95,34 @@ def open_model(
     from quicksilver.plan.presets import resolve_plan
 
     plan = resolve_plan(plan, model)
-    check_model(model, device)
-    announce(model)
-    quiet_transformers()
-    import torch
-
+    prepare(model, device, threads)
     from quicksilver.loading.load import load, load_tokenizer
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     with own_lines():
         loaded, tokenizer = load(model, plan, dtype, device, kernels=kernels), load_tokenizer(model)
     warn_fitted_elsewhere(loaded.plan, loaded)
     return loaded, tokenizer
 
 
-def check_model(model: str, device: str = "cpu") -> None:
-    """Refuse a MODEL that is not there and a --device that is none, before PyTorch takes seconds to be imported.
-
-    Raises:
-        ModelError: one of these.
-    """
+def prepare(model: str, device: str, threads: int | None) -> None:
+    """Refuse a MODEL that is not there and a --device that is none; then import what takes seconds, saying so."""
     from quicksilver.core import sources
 
     sources.check_device(device)
     sources.check_model(model)
-
-
-def announce(model: str) -> None:
-    """Say on a terminal what the seconds are spent on that PyTorch and a model take to be there."""
     if sys.stderr.isatty():
         print(f"quicksilver: loading {model} ...", file=sys.stderr)
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # progress bars and advice would interleave with our own output
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def check_kernels(kernels: str, model: str, *runs: Any) -> None:
-    """Refuse --kernels native where no model that runs has any-precision weights for them to read.
-
-    Args:
-        kernels: as given.
-        model: MODEL as given, for the message.
-        *runs: the models; None for one that does not run.
-
-    Raises:
-        InputError: they would do nothing.
-    """
+    """Refuse --kernels native where none of the models that run has any-precision weights for them to read."""
     if kernels == "native" and not any(run is not None and run.adapter.spec.is_quantized for run in runs):
         raise InputError(
             f"--kernels native: {model} is not quantized, and these kernels read quantized weights only; quantize it"
@@ -223,14 +183,7 @@ def warn_fitted_elsewhere(plan: Any, model: Any) -> None:
 def calibration_windows(
     corpus: Any, tokenizer: Any, max_positions: int, context: int, max_tokens: int
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Cut calibration text, however short, into windows that do not overlap.
-
-    Args:
-        corpus: the text.
-        tokenizer: of the model.
-        max_positions: the model's limit.
-        context: tokens of a window where the limit allows it, BOS included.
-        max_tokens: how many tokens of the text are used at most.
+    """Cut calibration text, however short, into windows that do not overlap, of at most `context` tokens each.
 
     Returns:
         The windows' token ids, and how many tokens of the text they hold: BOS is not of the text.
@@ -252,14 +205,6 @@ def calibration_windows(
 def display_name(model: str) -> str:
     """Return a model's name for tables: the folder's own name, or the id as given."""
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def quiet_transformers() -> None:
-    """Silence transformers' progress bars and advice, which would interleave with our own output."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @contextmanager

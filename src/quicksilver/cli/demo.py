@@ -1,15 +1,13 @@
 """`quicksilver demo`: the main job on what comes with the package."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from quicksilver.cli.common import check_model, display_name, open_model, progress
+from quicksilver.cli.common import display_name, open_model, progress
 from quicksilver.cli.recipes import ready
-from quicksilver.errors import InputError, ModelError
+from quicksilver.errors import ModelError
 
 _TIME = "Time is not saved in windows yet: plans save work there, not seconds."
 _CALIBRATED = (
@@ -20,9 +18,7 @@ _CALIBRATED = (
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--output", default="quicksilver-demo", show_default=True, help="Folder for the pictures and the JSON.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Tokens of text used."
-)
+@click.option("--max-tokens", type=click.IntRange(min=100), default=6000, show_default=True, help="Of text.")
 @click.option("--model", "models", multiple=True, help="Use this model instead of the embedded ones; may be repeated.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
 def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int | None) -> None:
@@ -33,16 +29,15 @@ def command(output: str, max_tokens: int, models: tuple[str, ...], threads: int 
       quicksilver demo
       quicksilver demo --output results --max-tokens 20000
     """
-    from quicksilver.core.files import check_folder
-    from quicksilver.core.sources import embedded_models
+    from quicksilver.core.files import make_folder
+    from quicksilver.core.sources import check_model, embedded_models
 
     names = models or tuple(embedded_models())
     if not names:
         raise ModelError("this installation holds no embedded model; pass one with --model")
-    check_folder("--output", output)
     for name in names:
         check_model(name)
-    folder = Path(output)
+    folder = make_folder("--output", output)
     for name in names:
         _measure(name, folder, max_tokens, threads)
 
@@ -57,10 +52,6 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
     from quicksilver.plan.presets import calibrated_plans, resolve_plan
 
     halting, fusing = demo.parts(tokenizer, model.adapter.spec.max_positions, max_tokens)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot make the folder: {error.strerror or error}") from None
     calibrated = [resolve_plan(plan, name) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
     plans = [*calibrated, *map(Plan.preset, demo.BITS_PLANS), *halting.plans]
     quantized, fitted = ready(model, display_name(name), plans, tokenizer, None)
@@ -74,7 +65,7 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
         print(_CALIBRATED)
     strongest = [plan for plan in fitted if plan in calibrated][-1:]
     runner, plan = (quantized, strongest[0]) if quantized and strongest else (model, demo.shallowest(results[0]))
-    sample = demo.sample(runner, tokenizer, plan)
-    saved = f"{sample.stats.flops_reduction:.1%} of the FLOPs saved"
-    print(f"\nGenerated under plan '{sample.plan}' ({saved}):\n  {sample.text}\n")
+    text, stats = demo.sample(runner, tokenizer, plan)
+    saved = f"{stats.flops_reduction:.1%} of the FLOPs saved"
+    print(f"\nGenerated under plan '{plan.name}' ({saved}):\n  {text}\n")
     print(f"Picture: {picture}\nFigures: {picture.with_suffix('.json')}\n")

@@ -1,7 +1,5 @@
 """`quicksilver eval`: measure plans against the dense model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -39,19 +37,9 @@ def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @text_options
 @click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
 @click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
-@click.option(
-    "--context",
-    type=click.IntRange(min=2),
-    help="Tokens of a window (default: the model's, at most 2048); a --text must fill one.",
-)
-@click.option(
-    "--stride",
-    type=click.IntRange(min=1),
-    help="Tokens between windows (default: half the context; with --prompt, all that follow it).",
-)
-@click.option(
-    "--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt, unscored."
-)
+@click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
+@click.option("--stride", type=click.IntRange(min=1), help="Between windows (default: half, or all after --prompt).")
+@click.option("--prompt", type=click.IntRange(min=1), help="Feed the first N tokens of each window as a prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first N tokens of the text.")
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the results to this file.")
@@ -78,10 +66,8 @@ def command(
     max_tokens: int | None,
     calibration: str | None,
     json_path: str | None,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
     kernels: Any,
+    **loading: Any,
 ) -> None:
     """Measure plans against the dense MODEL, in the same run, on the same windows.
 
@@ -101,10 +87,12 @@ def command(
     if json_path is not None:
         check_target("--json", json_path)
     chosen = resolve_plans(plans or ("dense",), model)
-    corpus = _read_one(text, documents, dataset)
+    if (text, documents, dataset).count(None) != 2:
+        raise InputError("give exactly one of --text, --documents and --dataset")
+    (corpus,) = read_texts(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
     check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
-    loaded, tokenizer = open_model(model, "dense", dtype, device, threads, kernels)
+    loaded, tokenizer = open_model(model, "dense", **loading, kernels=kernels)
     from quicksilver.cli.table import print_table
     from quicksilver.measure.report import evaluate
     from quicksilver.measure.scoring import num_runs
@@ -119,11 +107,3 @@ def command(
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")
-
-
-def _read_one(text: str | None, documents: str | None, dataset: str | None) -> Any:
-    """Return the corpus that exactly one of the options names."""
-    if (text, documents, dataset).count(None) != 2:
-        raise InputError("give exactly one of --text, --documents and --dataset")
-    (corpus,) = read_texts(text, documents, dataset)
-    return corpus

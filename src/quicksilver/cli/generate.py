@@ -1,7 +1,5 @@
 """`quicksilver generate`: continue a prompt under a plan."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -35,10 +33,8 @@ def command(
     top_p: float | None,
     seed: int,
     stats: bool,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
     kernels: Any,
+    **loading: Any,
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin); the text goes to stdout, statistics to stderr.
 
@@ -49,39 +45,39 @@ def command(
     """
     from quicksilver.measure.texts import is_encodable
 
-    _check_sampling(temperature, top_k, top_p)
+    sampling = _sampling(temperature, top_k, top_p)
     text = _read_stdin() if prompt == "-" else prompt
     if not is_encodable(text):
         raise InputError("the prompt is not UTF-8 text")
-    loaded, tokenizer = open_model(model, plan, dtype, device, threads, kernels)
+    loaded, tokenizer = open_model(model, plan, **loading, kernels=kernels)
     check_kernels(kernels, model, loaded)
     _check_folder_settings(loaded.generation_config, model)
     encoded = tokenizer(text, return_tensors="pt")
-    room = loaded.adapter.spec.max_positions - encoded.input_ids.shape[1]
-    if encoded.input_ids.shape[1] == 0:
+    length, limit = encoded.input_ids.shape[1], loaded.adapter.spec.max_positions
+    if not length:
         raise InputError("the prompt is empty")
-    if room < 1:
-        limit = loaded.adapter.spec.max_positions
-        raise InputError(f"the prompt's {encoded.input_ids.shape[1]} tokens fill the model's context of {limit}")
-    if max_new_tokens > room:
-        print(f"quicksilver: note: only {room} tokens fit the model's context", file=sys.stderr)
-        max_new_tokens = room
-    generated, seconds = _generate(loaded, tokenizer, encoded, max_new_tokens, temperature, top_k, top_p, seed)
+    if length >= limit:
+        raise InputError(f"the prompt's {length} tokens fill the model's context of {limit}")
+    if max_new_tokens > limit - length:
+        print(f"quicksilver: note: only {limit - length} tokens fit the model's context", file=sys.stderr)
+    settings = {"max_new_tokens": min(max_new_tokens, limit - length), "seed": seed, **sampling}
+    generated, seconds = _generate(loaded, tokenizer, encoded, settings)
     if stats:
-        print(f"\n{loaded.stats.summary()}", file=sys.stderr)
-        print(
-            f"time            {seconds:.2f} s, {generated / seconds:.1f} new tokens/s, prefill included",
-            file=sys.stderr,
-        )
+        speed = f"time            {seconds:.2f} s, {generated / seconds:.1f} new tokens/s, prefill included"
+        print(f"\n{loaded.stats.summary()}\n{speed}", file=sys.stderr)
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """Return the settings of sampling, or of greedy decoding; refuse what would be neither."""
     if temperature != 0.0 and not _COLDEST <= temperature < float("inf"):
         raise InputError(f"--temperature {temperature} must be 0 (greedy) or at least {_COLDEST}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"--top-p {top_p} must be above 0 and at most 1")
-    if temperature == 0.0 and (top_k is not None or top_p is not None):
+    if temperature:
+        return {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    if top_k is not None or top_p is not None:
         raise InputError("--top-k and --top-p need --temperature above 0")
+    return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 
 
 def _check_folder_settings(config: Any, model: str) -> None:
@@ -101,16 +97,7 @@ def _read_stdin() -> str:
         return decode(sys.stdin.buffer.read(), "the prompt on stdin")
 
 
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    encoded: Any,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> tuple[int, float]:
+def _generate(model: Any, tokenizer: Any, encoded: Any, settings: dict[str, Any]) -> tuple[int, float]:
     """Stream the continuation to stdout; return how many tokens it has, and the seconds it took."""
     import time
 
@@ -126,22 +113,17 @@ def _generate(
             if self.began:
                 super().on_finalized_text(text, stream_end)
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    if temperature > 0.0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     begin = time.perf_counter()
     try:
         output = model.generate(
             input_ids=encoded.input_ids.to(model.device),
             attention_mask=encoded.attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             streamer=Continuation(tokenizer, skip_prompt=True, skip_special_tokens=True),
             tokenizer=tokenizer,  # which stop strings need
             return_dict_in_generate=False,
-            seed=seed,
-            **sampling,
+            **settings,
         )
     except QuickSilverError:
         raise

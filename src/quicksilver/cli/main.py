@@ -1,7 +1,5 @@
 """The `quicksilver` command: finds the subcommand, turns deliberate errors into one line and exit status 2."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal

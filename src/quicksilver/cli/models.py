@@ -1,7 +1,5 @@
 """`quicksilver models`: what can be run."""
 
-from __future__ import annotations
-
 import click
 
 

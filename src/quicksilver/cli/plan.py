@@ -1,8 +1,7 @@
 """`quicksilver plan`: list presets, show a plan as JSON, validate a plan file, fit a recipe."""
 
-from __future__ import annotations
-
 import os
+from typing import Any
 
 import click
 
@@ -76,16 +75,7 @@ def validate(plan: str) -> None:
 @click.option("--calibration", type=click.Path(), help=CALIBRATION_HELP)
 @click.option("--force", is_flag=True, help="Replace the plan file where there is one.")
 @model_options
-def fit(
-    model: str,
-    plan: str,
-    output: str,
-    calibration: str | None,
-    force: bool,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
-) -> None:
+def fit(model: str, plan: str, output: str, calibration: str | None, force: bool, **loading: Any) -> None:
     """Fit the thresholds of PLAN, a recipe such as channel-5bit, to MODEL, and write the plan that can be run.
 
     They belong to the model with the weights it has: to those of a folder that `quicksilver quantize` wrote, if that
@@ -107,7 +97,7 @@ def fit(
     if os.path.isfile(output) and not force:
         raise InputError(f"-o {output}: exists already; give a new file, or --force")
     corpus = read_calibration(calibration, [recipe])
-    loaded, tokenizer = open_model(model, "dense", dtype, device, threads)
+    loaded, tokenizer = open_model(model, "dense", **loading)
     fitted = ready(loaded, display_name(model), [recipe], tokenizer, corpus)[1][0]
     fitted.save(output)
     print(f"{output}: written, hash {fitted.hash}")

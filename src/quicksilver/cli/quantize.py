@@ -1,61 +1,32 @@
 """`quicksilver quantize`: quantize a model's weights, so that 0 to 8 bits of one copy can be read."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from quicksilver.cli.common import (
-    announce,
-    calibration_windows,
-    check_model,
-    own_lines,
-    progress,
-    quiet_transformers,
-    read_texts,
-)
+from quicksilver.cli.common import calibration_windows, device_options, own_lines, prepare, progress, read_texts
 from quicksilver.errors import InputError, ModelError
 
 _CONTEXT = 2048
-_CALIBRATION_TOKENS = 32768
+_GROUPS = ("32", "64", "128")
+_TOKENS = 32768
 
 
 @click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="A new folder; every command takes it as MODEL.")
-@click.option(
-    "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Weights that share a scale.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["nearest", "compensated"]),
-    help="Round weights one by one, or so that errors make up for one another on --calibration (default with it).",
-)
-@click.option("--calibration", type=click.Path(), help="A UTF-8 text like those the model will read.")
-@click.option(
-    "--calibration-tokens",
-    type=click.IntRange(min=2),
-    show_default=str(_CALIBRATION_TOKENS),
-    help="Use only the first N tokens of it.",
-)
+@click.option("--group-size", type=click.Choice(_GROUPS), default="32", show_default=True, help="Weights of one scale.")
+@click.option("--calibration", type=click.Path(), help="A text; codes are chosen so that errors on it cancel out.")
+@click.option("--calibration-tokens", type=click.IntRange(min=2), help=f"Of it, from the first (default: {_TOKENS}).")
 @click.option("--head", is_flag=True, help="Quantize the head too.")
-@click.option(
-    "--embeddings", is_flag=True, help="Quantize the token embedding too; with --head where the head shares it."
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
+@click.option("--embeddings", is_flag=True, help="Quantize the token embedding; with --head where the head shares it.")
+@device_options
 def command(
     model: str,
     output: str,
     group_size: str,
-    method: Any,
     calibration: str | None,
     calibration_tokens: int | None,
     head: bool,
@@ -76,21 +47,17 @@ def command(
     """
     from quicksilver.core.files import check_new_folder
 
-    method = _method(method, calibration, calibration_tokens)
+    if calibration_tokens is not None and calibration is None:
+        raise InputError("--calibration-tokens is of no use without --calibration")
     check_new_folder(output)
     corpus = None if calibration is None else read_texts(calibration)[0]
-    check_model(model, device)
-    announce(model)
-    quiet_transformers()
-    import torch
-
+    prepare(model, device, threads)
     from quicksilver.families.quantize import check, quantize_model, quantized_names
     from quicksilver.loading.load import load_plain
     from quicksilver.loading.quantized import quantize_and_save, save_quantized
     from quicksilver.quant.config import QuantizationConfig
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    method = "nearest" if corpus is None else "compensated"
     config = QuantizationConfig(int(group_size), method, head, embeddings)
     with own_lines():
         loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
@@ -103,18 +70,6 @@ def command(
             quantize_model(loaded, config, hessians, advance)
             save_quantized(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
-
-
-def _method(method: Any, calibration: str | None, calibration_tokens: int | None) -> Any:
-    """Return how weights are rounded; options of no use to that are refused."""
-    method = method or ("nearest" if calibration is None else "compensated")
-    if method == "compensated" and calibration is None:
-        raise InputError("--method compensated needs --calibration, a text")
-    if method == "nearest" and calibration is not None:
-        raise InputError("--calibration is of no use to --method nearest")
-    if calibration_tokens is not None and calibration is None:
-        raise InputError("--calibration-tokens is of no use without --calibration")
-    return method
 
 
 def _tokenizer(model: str, required: bool) -> Any:
@@ -134,7 +89,7 @@ def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int | None, h
     from quicksilver.calibrate.hessians import collect_hessians
     from quicksilver.families import registry
 
-    limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _CALIBRATION_TOKENS
+    limit, max_tokens = registry.adapt(model).spec.max_positions, max_tokens or _TOKENS
     windows, _ = calibration_windows(corpus, tokenizer, limit, _CONTEXT, max_tokens)
     with progress("calibration windows", len(windows)) as advance:
         return collect_hessians(model, windows, head, advance)

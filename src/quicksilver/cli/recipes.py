@@ -1,7 +1,5 @@
 """Plans that choose bits, made ready for a model: its weights quantized, their thresholds fitted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,11 +13,7 @@ _WINDOW = 512
 
 
 def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
-    """Return the text that recipes are to be fitted to, None where none was given.
-
-    Raises:
-        InputError: it cannot be read, or no plan is a recipe.
-    """
+    """Return the text that recipes are fitted to, None where none was given; refuse one where no plan is a recipe."""
     if path is None:
         return None
     if not any(plan.is_recipe for plan in plans):
@@ -30,12 +24,7 @@ def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
 def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: Any) -> tuple[Any, list[Any]]:
     """Return a model with any-precision weights, or None where no plan needs one, and the plans with thresholds.
 
-    Args:
-        model: a `QuickSilverForCausalLM`.
-        name: of the model, recorded in the plans that are fitted.
-        plans: any plans.
-        tokenizer: of the model.
-        corpus: the calibration text, or None to sample from the model.
+    They are fitted to the corpus, sampled from the model where it is None; the model's name is recorded in them.
     """
     spec, recipes = model.adapter.spec, [plan for plan in plans if plan.is_recipe]
     for plan in plans:  # what does not fit is found before the slow part

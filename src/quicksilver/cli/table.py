@@ -1,7 +1,5 @@
 """The tables of an evaluation, 80 columns wide: dense first, one row per plan, the settings above them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +69,8 @@ def print_table(results: Sequence[dict[str, Any]], file: Any = None, legend: boo
         tokens = [f"{results[0]['accelerated']['prompt']['tokens']}"]
         _print_columns(console, _PROMPTS, tokens, plans, _prompt, "prompts")
     console.print()
-    if protocol["prompt"] is None and protocol["mode"] == "score" and any(map(_fuses_prompts, plans)):
+    scopes = [result["plan"].get("fusion", {}).get("scope") for result in plans]
+    if protocol["prompt"] is None and protocol["mode"] == "score" and "prompt" in scopes:
         line = "Scope prompt: without --prompt nothing is a prompt in mode score, so nothing fuses."
         console.print(line, highlight=False)
     if legend:
@@ -107,10 +106,6 @@ def _print_columns(
 def _reads_less(plan: dict[str, Any]) -> bool:
     """Whether a plan does what the last columns are about: to attention, to sublayers, to the cache's numbers."""
     return plan.get("kv", {}).keys() > {"fill"} or "shortcuts" in plan.get("halting", {})
-
-
-def _fuses_prompts(result: dict[str, Any]) -> bool:
-    return result["plan"].get("fusion", {}).get("scope") == "prompt"
 
 
 def _heading(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,5 @@
 """Writing files so that an interruption leaves the old file or none, never half of one."""
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets
@@ -52,21 +50,16 @@ def check_target(option: str, given: str) -> None:
         raise InputError(f"{option} {given}: cannot write: {error.strerror or error}") from None
 
 
-def check_folder(option: str, given: str) -> None:
-    """Raise InputError where files could not be written later into a folder that is there, or can be made.
-
-    `option` names where it was asked for.
-    """
+def make_folder(option: str, given: str) -> Path:
+    """Make a folder where there is none; raise InputError where it is not one that files can be written into."""
     if not given:
         raise InputError(f"{option} is empty: give a folder's name")
-    path = Path(os.path.abspath(given))
     try:
-        place = next(each for each in (path, *path.parents) if os.path.lexists(each))
-        if not stat.S_ISDIR(os.stat(place).st_mode):
-            raise InputError(f"{option} {given}: cannot make the folder: {place} is a file")
-        _try_to_write(place)
+        Path(given).mkdir(parents=True, exist_ok=True)
+        _try_to_write(given)
     except OSError as error:
         raise InputError(f"{option} {given}: cannot make the folder: {error.strerror or error}") from None
+    return Path(given)
 
 
 def check_new_folder(folder: str | os.PathLike[str]) -> None:

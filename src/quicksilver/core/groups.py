@@ -12,23 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FusionRows:
-    """Rows of several sequences at a fusion layer; a row may stand for a whole group that it ends.
+    """Rows of several sequences at a fusion layer; a row may stand for a whole group that it ends."""
 
-    Attributes:
-        hidden: [N, d] the rows' own states.
-        mean: [N, d] float32, mean over the tokens that the row stands for, None where no mean is used.
-        mass: [N] int64, tokens that the row stands for.
-        positions: [N] logical positions; a row covers its last `mass` positions.
-        token_ids: [N] the tokens at those positions.
-        seq_ids: [N] sequences, ascending.
-    """
-
-    hidden: Tensor
-    mean: Tensor | None
-    mass: Tensor
-    positions: Tensor
-    token_ids: Tensor
-    seq_ids: Tensor
+    hidden: Tensor  # [N, d] the rows' own states
+    mean: Tensor | None  # [N, d] float32, mean over the tokens that the row stands for, None where no mean is used
+    mass: Tensor  # [N] int64, tokens that the row stands for
+    positions: Tensor  # [N] logical positions; a row covers its last `mass` positions
+    token_ids: Tensor  # [N] the tokens at those positions
+    seq_ids: Tensor  # [N] sequences, ascending
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -49,15 +40,10 @@ class FusionRows:
 
 
 class Groups(NamedTuple):
-    """How N rows fell into G groups of adjacent rows.
+    """How N rows fell into G groups of adjacent rows."""
 
-    Attributes:
-        group_ids: [N] group of each row, ascending.
-        last: [G] each group's last row, its representative.
-    """
-
-    group_ids: Tensor
-    last: Tensor
+    group_ids: Tensor  # [N] group of each row, ascending
+    last: Tensor  # [G] each group's last row, its representative
 
     @classmethod
     def from_joins(cls, joins: Tensor) -> Groups:

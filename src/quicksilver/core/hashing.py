@@ -1,7 +1,5 @@
 """Numbers that look random and depend on nothing but a token and where it stands; which rule uses them is its own."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

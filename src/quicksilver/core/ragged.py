@@ -15,19 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RaggedLayout:
-    """Where each of N rows comes from. Rows of one sequence are adjacent and in order of position.
+    """Where each of N rows comes from. Rows of one sequence are adjacent and in order of position."""
 
-    Attributes:
-        lengths: rows of each sequence, on the host (shapes depend on them).
-        seq_ids: [N] sequence of each row.
-        positions: [N] logical position in its sequence, never a cache slot.
-        origin: [N] row in the batch that entered the first layer.
-    """
-
-    lengths: tuple[int, ...]
-    seq_ids: Tensor
-    positions: Tensor
-    origin: Tensor
+    lengths: tuple[int, ...]  # rows of each sequence, on the host (shapes depend on them)
+    seq_ids: Tensor  # [N] sequence of each row
+    positions: Tensor  # [N] logical position in its sequence, never a cache slot
+    origin: Tensor  # [N] row in the batch that entered the first layer
 
     @classmethod
     def build(cls, starts: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> RaggedLayout:
@@ -47,7 +40,6 @@ class RaggedLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of rows."""
         return sum(self.lengths)
 
     def select(self, rows: Tensor) -> RaggedLayout:

@@ -3,8 +3,6 @@
 What is made of it is the rules' own.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Any
@@ -130,12 +128,9 @@ def softmax_entropy(logits: Tensor) -> Tensor:
 
 
 def shortcut_error(gate: Tensor, normed: Tensor, state: Tensor) -> Tensor:
-    """Return the predicted logarithm of the error of a sublayer's map, [N].
+    """Return the predicted logarithm of the error of a sublayer's map, [N], for normed inputs [N, d] of states [N, d].
 
-    Args:
-        gate: [d + 2] weights of the normed input, of the logarithm of the state's norm, and a constant.
-        normed: [N, d] the sublayer's normed input.
-        state: [N, d] what it was normed from.
+    The gate holds [d + 2] weights: of the normed input, of the logarithm of the state's norm, and a constant.
     """
     of_input = normed.to(gate.dtype) @ gate[:-2, None]  # [N, 1]
     return of_input[:, 0] + gate[-2] * log_norm(state.to(gate.dtype)) + gate[-1]
@@ -153,16 +148,10 @@ def pattern(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def gate_features(before: Tensor, after: Tensor, previous_update: Tensor | None) -> Tensor:
-    """Return what a fitted gate multiplies, but for its constant.
+    """Return what a fitted gate multiplies but for its constant, of states [N, d] before and after a layer.
 
-    Args:
-        before: [N, d] states that entered a layer.
-        after: [N, d] states that left it.
-        previous_update: [N, d] what the layer before added, None where there was none.
-
-    Returns:
-        [N, d + 3] float32: `after` over its root mean square; `log(||after - before|| / ||before||)`; the cosine of
-        this update and the previous one, 0 where there was none; `log(||after||)`. Norms are the Euclidean ones.
+    That is [N, d + 3] float32: `after` over its root mean square; `log(||after - before|| / ||before||)`; the cosine of
+    this update and the previous one, 0 where there was none; `log(||after||)`. Norms are the Euclidean ones.
     """
     before, after = before.float(), after.float()
     update = after - before

@@ -3,8 +3,6 @@
 Nothing of the model is read here, so that a wrong name is refused without PyTorch.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -55,11 +53,7 @@ def check_device(device: str) -> None:
 
 
 def _is_folder(name: str) -> bool:
-    """Return whether a path leads to a folder; what is read of one must be readable.
-
-    Raises:
-        ModelError: permission is refused; the message names the file.
-    """
+    """Return whether a path leads to a folder; ModelError where one holds what may not be read."""
     try:
         if not stat.S_ISDIR(os.stat(name).st_mode):
             return False
@@ -75,11 +69,7 @@ def _is_folder(name: str) -> bool:
 
 
 def hub_answers(kind: str, repo_id: str) -> str | None:
-    """Ask the hub for a "model" or "dataset", once and with a short time limit.
-
-    Returns:
-        None where the hub has it, else the reason in one line.
-    """
+    """Ask the hub for a "model" or "dataset", once and with a short time limit; return None, or in a line why not."""
     from huggingface_hub import HfApi
 
     try:
@@ -92,9 +82,6 @@ def hub_answers(kind: str, repo_id: str) -> str | None:
 
 def is_local(source: str) -> bool:
     """Whether a model must come from disk: a folder, or an earlier download when the hub does not answer.
-
-    Args:
-        source: of `resolve_model`.
 
     Raises:
         ModelError: it is nowhere.

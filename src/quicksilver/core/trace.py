@@ -3,8 +3,6 @@
 FLOPs, tables, pictures and the oracle tests all read this; it computes no cost itself.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,11 +70,7 @@ def _pairs(length: int, window: int | None) -> int:
 
 
 class LayerCounts:
-    """One layer's counts, read by the names of `COUNT`.
-
-    Attributes:
-        group_sizes: fused groups by the tokens that they stand for.
-    """
+    """One layer's counts, read by the names of `COUNT`; `group_sizes` are fused groups by the tokens they stand for."""
 
     def __init__(self, counts: Sequence[int], group_sizes: Counter[int]) -> None:
         self._counts = counts
@@ -94,12 +88,10 @@ class LayerCounts:
 
     @property
     def signal_rows(self) -> Counter[str]:
-        """Rows of each signal that was computed."""
         return +Counter({signal: getattr(self, f"signal_{signal}") for signal in SIGNALS})
 
     @property
     def shortcut_rows(self) -> dict[str, int]:
-        """Rows that took a shortcut past each sublayer."""
         return {"mlp": self.skipped_mlp, "attention": self.skipped_attention}
 
 
@@ -162,13 +154,9 @@ class Trace:
     def add_channels(
         self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
-        """Count one application of a quantized map.
+        """Count one application of a quantized map with so many outputs.
 
-        Args:
-            layer_idx: the layer.
-            channels: [9] input channels, over all rows, read in 0, 1, ... 8 bits.
-            num_outputs: multiply-adds of a channel.
-            channel_bytes: [9] bytes of a channel read in so many bits.
+        `channels` are input channels, over all rows, read in 0, 1, ... 8 bits, and `channel_bytes` those of one.
         """
         row = self.rows[layer_idx]
         for bits, count in enumerate(channels):
@@ -226,10 +214,7 @@ class Trace:
 
     @property
     def group_sizes(self) -> dict[int, int]:
-        """Fused groups by the tokens that they stand for, over all layers.
-
-        Below zero where a group that another trace has counted has grown.
-        """
+        """Fused groups by the tokens they stand for; below zero where one that another trace has counted has grown."""
         sizes: Counter[int] = Counter()
         for each in self._group_sizes:
             sizes.update(each)
@@ -265,7 +250,6 @@ class Trace:
         return self.total("query_rows") / max(self.tokens, 1)
 
     def total(self, name: str) -> int:
-        """Return one count over all layers."""
         self._read_device()
         return int(self.counts[:, COUNT[name]].sum())
 

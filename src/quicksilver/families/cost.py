@@ -8,8 +8,6 @@ multiplied as codes: their scales take one multiplication for each score, for ea
 for each value read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.bits import ENTRY_BITS
@@ -21,20 +19,14 @@ _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is sc
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of a run or of its dense counterpart, in total over its tokens.
+    """Work of a run or of its dense counterpart, in total over its tokens."""
 
-    Attributes:
-        body_macs: multiply-adds of the layers, of signals, of fitted maps and of merging.
-        head_macs: multiply-adds of the head for logits.
-        weight_bytes: weight bytes that the tokens would read were each decoded alone, the norms of weights that a
-            bits rule's score reads among them.
-        bitops: multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice.
-    """
-
-    body_macs: int
-    head_macs: int
+    body_macs: int  # multiply-adds of the layers, of signals, of fitted maps and of merging
+    head_macs: int  # multiply-adds of the head for logits
+    # weight bytes that the tokens would read were each decoded alone, the norms of weights that a bits rule's score
+    # reads among them
     weight_bytes: int
-    bitops: int
+    bitops: int  # multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice
 
     @property
     def flops(self) -> int:

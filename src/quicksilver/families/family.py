@@ -25,33 +25,23 @@ class MapShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A family's modules by path, `*` for the index of a layer, and how a model is read.
+    """A family's modules by path, `*` for the index of a layer, and how a model is read."""
 
-    Attributes:
-        adapt: reads a model of transformers.
-        shapes: a configuration to the sizes of a layer's linear maps by role, in the order in which it applies them.
-        body: path of the model without its head.
-        layers: path of the layers.
-        embedding: path of the token embedding.
-        maps: linear maps of a layer by path within it, in that order; of each the roles, several where it is several
-            maps of one input, their outputs end to end.
-        run: modules that the runtime runs itself, and the classes whose `forward` it stands in for; "" for what does
-            nothing when a frozen model runs (dropout, lists).
-        called: other modules that it calls, besides linear maps.
-        inputs_first: weights of maps are [in, out], not [out, in].
-        norm_offset: what the family's norms by the root mean square add to their weights.
-    """
-
-    adapt: Callable[[Any], Adapter]
+    adapt: Callable[[Any], Adapter]  # reads a model of transformers
+    # a configuration to the sizes of a layer's linear maps by role, in the order in which it applies them
     shapes: Callable[[Any], Mapping[MapRole, MapShape]]
-    body: str
-    layers: str
-    embedding: str
+    body: str  # path of the model without its head
+    layers: str  # path of the layers
+    embedding: str  # path of the token embedding
+    # linear maps of a layer by path within it, in that order; of each the roles, several where it is several maps of
+    # one input, their outputs end to end
     maps: Mapping[str, tuple[MapRole, ...]]
+    # modules that the runtime runs itself, and the classes whose `forward` it stands in for; "" for what does nothing
+    # when a frozen model runs (dropout, lists)
     run: Mapping[str, str]
-    called: tuple[str, ...]
-    inputs_first: bool = False
-    norm_offset: float = 0.0
+    called: tuple[str, ...]  # other modules that it calls, besides linear maps
+    inputs_first: bool = False  # weights of maps are [in, out], not [out, in]
+    norm_offset: float = 0.0  # what the family's norms by the root mean square add to their weights
 
     @property
     def roles(self) -> tuple[MapRole, ...]:
@@ -65,11 +55,7 @@ class Family:
 
 
 def family_of(config: Any) -> Family:
-    """Return what the family of a configuration declares.
-
-    Raises:
-        UnsupportedModelError: the family is not supported.
-    """
+    """Return what the family of a configuration declares; UnsupportedModelError where it is not supported."""
     check_family(config)
     return declared_in(FAMILIES[config.model_type])
 

@@ -3,8 +3,6 @@
 What is recorded with it, and what is said where it differs, is not decided here.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 
@@ -25,10 +23,6 @@ def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
     Quantized weights are sampled as the integers they are stored in, and the plain ones of a quantized model are passed
     over: the digest does not depend on the dtype it is loaded in. A plain model is sampled in bfloat16, so that
     bfloat16 and the float32 made of it are the same model; float16 may not be.
-
-    Args:
-        model: a transformers model, plain or quantized.
-        spec: its declared facts.
     """
     digest = hashlib.sha256(repr([getattr(spec, name) for name in _FACTS]).encode())
     for name, tensor in _tensors(model):

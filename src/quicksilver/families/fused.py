@@ -1,7 +1,5 @@
 """Modules that are several linear maps of one input, their outputs end to end: what is not needed is not multiplied."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +14,9 @@ Parts = tuple[Tensor, ...]
 
 
 def apply_parts(module: Any, sizes: Sequence[int], first: int, last: int, x: Tensor, apply: Any) -> Parts:
-    """Apply maps [first, last) of those that a module is.
+    """Return [N, out] of each of the maps [first, last) of those that a module is, `sizes` the outputs of all.
 
     With a hook or an adapter on the module it is called whole: what that makes of some, only the whole map knows.
-
-    Args:
-        module: the map, plain or a `AnyPrecisionSplit`.
-        sizes: outputs of all of its maps.
-        first: the first that is needed.
-        last: behind the last.
-        x: [N, in].
-        apply: applies a linear map; see `spec.Apply`.
-
-    Returns:
-        [N, out] of each.
     """
     if isinstance(module, AnyPrecisionSplit):
         return tuple(apply(part, x) for part in tuple(module.parts)[first:last])

@@ -1,7 +1,5 @@
 """GPT-2: learned positions, LayerNorm, one fused projection, a plain MLP."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -20,22 +18,15 @@ from quicksilver.families.spec import (
     LayerSpec,
     Leaves,
     ModelSpec,
-    head_bits,
     layer_spec,
-    nested_bytes,
-    num_parameters,
+    model_spec,
     quantized_maps,
-    weight_bytes,
 )
 from quicksilver.families.windows import layer_windows
 
 
 def _adapt(model: Any) -> Adapter:
-    """Read a GPT-2 model of transformers.
-
-    Raises:
-        UnsupportedModelError: the configuration asks for something not implemented here.
-    """
+    """Read a GPT-2 model of transformers."""
     if model.config.add_cross_attention:
         raise UnsupportedModelError("gpt2: cross-attention (add_cross_attention=True) is not supported")
     body, spec = model.transformer, _spec(model)
@@ -102,23 +93,17 @@ FAMILY = Family(
 
 def _spec(model: Any) -> ModelSpec:
     config, body = model.config, model.transformer
-    d, weight = config.n_embd, float_weight(body.ln_f, body)
     layer_windows(config, body.h, "none", config.n_positions)
-    return ModelSpec(
-        family=config.model_type,
+    return model_spec(
+        model,
+        body.ln_f,
+        float_weight(body.ln_f, body),
         layers=tuple(map(partial(_layer_spec, config), body.h)),
-        hidden_size=d,
+        hidden_size=config.n_embd,
         num_heads=config.n_head,
         num_kv_heads=config.n_head,
-        head_dim=d // config.n_head,
-        vocab_size=config.vocab_size,
+        head_dim=config.n_embd // config.n_head,
         max_positions=config.n_positions,
-        head_macs=d * config.vocab_size,
-        head_weight_bytes=weight_bytes(model.lm_head, body.ln_f) + nested_bytes(model.lm_head),
-        head_bits=head_bits(model.lm_head, weight.dtype),
-        parameters=num_parameters(model),
-        dtype=weight.dtype,
-        device=weight.device,
     )
 
 

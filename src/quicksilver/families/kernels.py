@@ -3,8 +3,6 @@
 Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/any_precision_linear.py`'s.
 """
 
-from __future__ import annotations
-
 import warnings
 from functools import cache
 from typing import Any
@@ -33,12 +31,7 @@ _ACTIVATIONS = {
 
 
 def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
-    """Return which kernels read a model's any-precision weights.
-
-    Args:
-        choice: "native" wants the compiled kernels or an error; "auto" uses them where they are there, map by map.
-        model: a transformers model.
-        spec: its declared facts.
+    """Return which kernels read a model's any-precision weights; "auto" uses the compiled ones map by map if it can.
 
     Raises:
         InputError: no such choice.
@@ -94,18 +87,11 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def head(module: AnyPrecisionLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
-    """Apply a quantized head to states [M, d], normed first; rows go to the compiled kernels by the shortest way.
+    """Return logits [M, vocab] of states [M, d], normed first where a norm is given, by a quantized head.
 
-    A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
-    where states or the norm want a gradient, where hooks are on either, and for more rows, both are called as modules.
-
-    Args:
-        module: the head, [d, vocab].
-        hidden: [M, d]; float32 on the CPU goes the shortest way.
-        norm: the norm before it, None where states are normed already.
-
-    Returns:
-        [M, vocab] logits in the dtype of `hidden`.
+    A decoded token's head is short beside PyTorch's dispatcher, so float32 rows on the CPU go to the compiled kernels
+    by the shortest way. Where states, weights or the norm are not the kernels', where states or the norm want a
+    gradient, where hooks are on either, and for more rows, both are called as modules.
 
     Raises:
         KernelsUnavailableError: there are no kernels.

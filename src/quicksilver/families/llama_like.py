@@ -22,12 +22,9 @@ from quicksilver.families.spec import (
     LayerSpec,
     Leaves,
     ModelSpec,
-    head_bits,
     layer_spec,
-    nested_bytes,
-    num_parameters,
+    model_spec,
     quantized_maps,
-    weight_bytes,
 )
 from quicksilver.families.windows import Windows, kinds_of, layer_windows
 
@@ -213,22 +210,16 @@ def _spec(
 ) -> ModelSpec:
     config, body = model.config, model.model
     max_positions = min(_max_positions(config, kind) for kind in kinds)
-    weight = float_weight(body.norm, body)
-    return ModelSpec(
-        family=config.model_type,
+    return model_spec(
+        model,
+        body.norm,
+        float_weight(body.norm, body),
         layers=_layer_specs(like, maps, model, kinds, max_positions),
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
-        vocab_size=config.vocab_size,
         max_positions=max_positions,
-        head_macs=config.hidden_size * config.vocab_size,
-        head_weight_bytes=weight_bytes(model.lm_head, body.norm) + nested_bytes(model.lm_head),
-        head_bits=head_bits(model.lm_head, weight.dtype),
-        parameters=num_parameters(model),
-        dtype=weight.dtype,
-        device=weight.device,
     )
 
 

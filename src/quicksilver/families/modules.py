@@ -104,22 +104,14 @@ class ModuleWatch:
         self.check_hung()
 
     def check_hung(self) -> None:
-        """Look again where something was hung on modules, or weights are others; modules are known to be the same.
-
-        Raises:
-            UnsupportedModelError: as `check`.
-        """
+        """Look again where something was hung on modules, or weights are others; modules are known to be the same."""
         self._weights.check()
         hooked = any(self._empty) or list(map(tuple, self._filled)) != self._hooks
         if hooked or True in map(contains, self._bare, repeat("forward")) or self._functions() != self._defined:
             self._look()
 
     def check_hooks(self) -> None:
-        """Look again where a hook was registered since, on whatever; where none was, it costs next to nothing.
-
-        Raises:
-            UnsupportedModelError: as `check`.
-        """
+        """Look again where a hook was registered since, on whatever; where none was, it costs next to nothing."""
         if self.is_observed or RemovableHandle.next_id != self._next_hook:
             self.check()
             self._next_hook = RemovableHandle.next_id
@@ -298,7 +290,6 @@ class _LookedUp:
         self._by_name = vars(self._modeling)
 
     def found(self) -> list[Any]:
-        """Return the functions, None where there is none."""
         attention = self._config._attn_implementation
         return [*(each.get(attention) for each in self._interfaces), *map(self._by_name.get, _FUNCTIONS)]
 

@@ -1,7 +1,5 @@
 """Names of the families the runtime can run. A new one is registered here, by one line."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from quicksilver.errors import UnsupportedModelError

@@ -3,8 +3,6 @@
 How codes are chosen is `quant/rounding.py`'s business; how a quantized model is stored, `loading/quantized.py`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,11 +36,7 @@ _INPUTS: tuple[frozenset[MapRole], ...] = (
 
 
 def input_groups(model: Any) -> list[tuple[str, ...]]:
-    """Return the layers' maps by full path, in order; those that read the same input stand together.
-
-    Raises:
-        UnsupportedModelError: the family is not supported.
-    """
+    """Return the layers' maps by full path, in order; those that read the same input stand together."""
     family = family_of(model.config)
     groups = [tuple(path for path, roles in family.maps.items() if alike.issuperset(roles)) for alike in _INPUTS]
     return [
@@ -68,14 +62,15 @@ def quantize_model(
     model: Any,
     config: QuantizationConfig,
     hessians: Mapping[str, Tensor] | None = None,
-    on_map: Callable[[], None] | None = None,
+    on_map: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace a model's linear maps by quantized ones, in place and one by one; on an error nothing is replaced.
 
+    A head that shares the embedding's table gets one of its own, and must be quantized where the embedding is.
+
     Args:
         model: a causal language model of transformers.
-        config: a head that shares the embedding's table gets one of its own where it is quantized, and must be
-            quantized where the embedding is.
+        config: what is quantized, and how.
         hessians: [in, in] `X^T X` of each map's inputs by the map's name; `config.method` "compensated" needs them.
         on_map: called after each map.
 
@@ -84,8 +79,7 @@ def quantize_model(
         UnsupportedModelError: the family is not supported.
     """
     for _ in quantize_each(model, config, hessians):
-        if on_map is not None:
-            on_map()
+        on_map()
 
 
 def quantize_each(
@@ -96,11 +90,7 @@ def quantize_each(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Do what `quantize_model` does; yield each map, and a quantized embedding, by full path once it is replaced.
 
-    Args:
-        model: as for `quantize_model`.
-        config: likewise.
-        hessians: likewise.
-        after: called with a weight that is not looked at again soon, or not at all.
+    `after` is called with each weight that is not looked at again soon, or not at all.
 
     Raises:
         ModelError: the model is quantized already, a weight or Hessian is NaN or infinite, a weight's range is beyond
@@ -137,7 +127,6 @@ def outline(model: Any, config: QuantizationConfig) -> None:
 
     Raises:
         ModelError: the configuration does not fit the model.
-        UnsupportedModelError: the family is not supported.
     """
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
@@ -190,7 +179,6 @@ def _check_definite(name: str, hessian: Tensor) -> None:
 
 
 def _weight(model: Any, name: str) -> Tensor:
-    """Return a map's weight, [in, out]."""
     weight = model.get_submodule(name).weight.detach()
     return weight if family_of(model.config).inputs_first and name != HEAD else weight.T
 

@@ -1,7 +1,5 @@
 """From a loaded model to its adapter; what is not of a known family is refused by name."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,11 +15,7 @@ from quicksilver.quant import AnyPrecisionLinear
 
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
-    """Return the adapter of a loaded transformers causal language model; no weight is copied.
-
-    Args:
-        model: the model, or PEFT's wrapper of it.
-        kernels: which kernels read its any-precision weights.
+    """Return the adapter of a loaded transformers causal language model, PEFT's wrapper or not; no weight is copied.
 
     Raises:
         UnsupportedModelError: the family, an option of its configuration, where or in what form its weights are, or

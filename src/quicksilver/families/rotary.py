@@ -33,11 +33,7 @@ class RotationTable:
     """Rotations by position, looked up on the CPU.
 
     What computes them is many small operations, some on several threads, which afterwards wait awake where the compiled
-    kernels' threads should run.
-
-    Args:
-        compute: positions [N] to their rotation.
-        num_positions: of the model; beyond them `compute` may change its frequencies, so none are looked ahead.
+    kernels' threads should run. Beyond `num_positions` frequencies may change, so none are looked ahead.
     """
 
     def __init__(self, compute: Callable[[Tensor], Rotation], num_positions: int) -> None:
@@ -45,7 +41,6 @@ class RotationTable:
         self._known = Rotation(torch.empty(0), torch.empty(0))
 
     def __call__(self, positions: Tensor) -> Rotation:
-        """Return the rotation of positions [N]."""
         if positions.device.type != "cpu" or len(positions) == 0:
             return self._compute(positions)
         last = max(positions.tolist()) if len(positions) <= _FEW else int(positions.max())

@@ -28,27 +28,18 @@ _ENTROPY_ROWS = 256  # rows of logits held at a time
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Facts of one layer.
+    """Facts of one layer."""
 
-    Attributes:
-        window: keys that a query may see, itself included, by their positions; None where it sees all before it.
-        rotary: which of `Adapter.rotations` turns its queries and keys, None where none does.
-        scaling: factor of the attention scores.
-        softcap: scores `s` are `softcap * tanh(s / softcap)`; None where they are taken as they are.
-        maps: sizes of its linear maps by role, in the order in which it applies them.
-        map_bytes: bytes of each map's weights, but for quantized ones: what is read of those, a trace says.
-        weight_bytes: of all of its weights, likewise.
-        nested_weight_bytes: bytes of its any-precision weights, at eight bits.
-    """
-
+    # keys that a query may see, itself included, by their positions; None where it sees all before it
     window: int | None
-    rotary: int | None
-    scaling: float
-    softcap: float | None
-    maps: Mapping[MapRole, MapShape]
+    rotary: int | None  # which of `Adapter.rotations` turns its queries and keys, None where none does
+    scaling: float  # factor of the attention scores
+    softcap: float | None  # scores `s` are `softcap * tanh(s / softcap)`; None where they are taken as they are
+    maps: Mapping[MapRole, MapShape]  # sizes of its linear maps by role, in the order in which it applies them
+    # bytes of each map's weights, but for quantized ones: what is read of those, a trace says
     map_bytes: Mapping[MapRole, int]
-    weight_bytes: int
-    nested_weight_bytes: int
+    weight_bytes: int  # of all of its weights, likewise
+    nested_weight_bytes: int  # bytes of its any-precision weights, at eight bits
 
     @property
     def macs(self) -> int:
@@ -94,35 +85,25 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts of a model, enough to lay out its cache and count its work.
+    """Facts of a model, enough to lay out its cache and count its work."""
 
-    Attributes:
-        family: transformers' `model_type`.
-        layers: facts of each layer.
-        max_positions: longest context the runtime accepts.
-        head_macs: multiply-adds of the head for one token.
-        head_weight_bytes: bytes of the head and the final norm.
-        head_bits: bits of one of the head's weights.
-    """
-
-    family: str
-    layers: tuple[LayerSpec, ...]
+    family: str  # transformers' `model_type`
+    layers: tuple[LayerSpec, ...]  # facts of each layer
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    max_positions: int
-    head_macs: int
-    head_weight_bytes: int
-    head_bits: int
+    max_positions: int  # longest context the runtime accepts
+    head_macs: int  # multiply-adds of the head for one token
+    head_weight_bytes: int  # bytes of the head and the final norm
+    head_bits: int  # bits of one of the head's weights
     parameters: int
     dtype: torch.dtype
     device: torch.device
 
     @property
     def num_layers(self) -> int:
-        """How many layers there are."""
         return len(self.layers)
 
     @property
@@ -152,31 +133,18 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Leaves:
-    """A quantized layer's modules by role, for kernels that run the whole layer.
+    """A quantized layer's modules by role, for kernels that run the whole layer."""
 
-    Attributes:
-        attn_norm: norm before attention, None where there is none.
-        mlp_norm: norm before the MLP, likewise.
-        roles: of `LayerOps.quantized`, in its order; a plain MLP has no gate.
-        activation: of the MLP.
-        query_norm: of each query head, None where there is none.
-        key_norm: likewise.
-        norms_projections: these two norm the whole projection, not each head.
-        attn_post_norm: norm of what attention adds to the states, None where there is none.
-        mlp_post_norm: norm of what the MLP adds.
-        residual_scale: factor of what either adds, None for 1.
-    """
-
-    attn_norm: nn.Module | None
-    mlp_norm: nn.Module | None
-    roles: tuple[MapRole, ...]
-    activation: nn.Module
-    query_norm: nn.Module | None = None
-    key_norm: nn.Module | None = None
-    norms_projections: bool = False
-    attn_post_norm: nn.Module | None = None
-    mlp_post_norm: nn.Module | None = None
-    residual_scale: float | None = None
+    attn_norm: nn.Module | None  # norm before attention, None where there is none
+    mlp_norm: nn.Module | None  # norm before the MLP, likewise
+    roles: tuple[MapRole, ...]  # of `LayerOps.quantized`, in its order; a plain MLP has no gate
+    activation: nn.Module  # of the MLP
+    query_norm: nn.Module | None = None  # of each query head, None where there is none
+    key_norm: nn.Module | None = None  # likewise
+    norms_projections: bool = False  # these two norm the whole projection, not each head
+    attn_post_norm: nn.Module | None = None  # norm of what attention adds to the states, None where there is none
+    mlp_post_norm: nn.Module | None = None  # norm of what the MLP adds
+    residual_scale: float | None = None  # factor of what either adds, None for 1
 
     @property
     def norms(self) -> dict[str, nn.Module]:
@@ -198,27 +166,19 @@ class LayerOps:
 
     Operations with weight matrices are given the function that applies them. What a sublayer adds to the states is one
     operation: norms behind it and factors belong to it.
-
-    Attributes:
-        spec: declared facts.
-        attn_norm: norm before attention, the identity where there is none.
-        project: queries [N, H, D], keys and values [N, Hkv, D] before rotation (0, 1 and 2), of normed rows: from the
-            first number up to the second.
-        attn_output: what attention adds to the states, from attended values [N, H * D].
-        mlp_norm: norm before the MLP, likewise.
-        mlp: what the MLP adds to the states, from normed ones.
-        quantized: the layer's quantized maps in the order in which it applies them; none where its weights are plain.
-        leaves: the layer's modules by role.
     """
 
-    spec: LayerSpec
-    attn_norm: Map
+    spec: LayerSpec  # declared facts
+    attn_norm: Map  # norm before attention, the identity where there is none
+    # queries [N, H, D], keys and values [N, Hkv, D] before rotation (0, 1 and 2), of normed rows: from the first number
+    # up to the second
     project: Callable[[int, int, Tensor, Apply], list[Tensor]]
-    attn_output: Callable[[Tensor, Apply], Tensor]
-    mlp_norm: Map
-    mlp: Callable[[Tensor, Apply], Tensor]
+    attn_output: Callable[[Tensor, Apply], Tensor]  # what attention adds to the states, from attended values [N, H * D]
+    mlp_norm: Map  # norm before the MLP, likewise
+    mlp: Callable[[Tensor, Apply], Tensor]  # what the MLP adds to the states, from normed ones
+    # the layer's quantized maps in the order in which it applies them; none where its weights are plain
     quantized: tuple[AnyPrecisionLinear, ...]
-    leaves: Leaves
+    leaves: Leaves  # the layer's modules by role
 
 
 @dataclass(frozen=True)
@@ -226,31 +186,20 @@ class Adapter:
     """A frozen model as the runtime sees it; the tensors are the model's own, never copies.
 
     What it holds refers to modules openly, by `functools.partial`, so that a copy made with the model is the copy's.
-
-    Attributes:
-        spec: declared facts.
-        layers: leaf operations, one set per layer.
-        embed: (token ids [N], positions [N]) to hidden states [N, d].
-        rotations: positions [N] to rotations of queries and keys, those that there are; each layer names its own.
-        final_norm: norm before the head.
-        head: normed states [N, d] to scores of tokens [N, vocab].
-        normed_head: states [N, d] to scores, both in one; None where they are two.
-        finish: scores to logits, None where they are the same.
-        kernels: which kernels read any-precision weights.
-        modules: says whether the model's modules are still those that this was made of.
-        identity: of the model, by which its caches know it; a copy has another.
     """
 
-    spec: ModelSpec
-    layers: tuple[LayerOps, ...]
-    embed: Callable[[Tensor, Tensor], Tensor]
+    spec: ModelSpec  # declared facts
+    layers: tuple[LayerOps, ...]  # leaf operations, one set per layer
+    embed: Callable[[Tensor, Tensor], Tensor]  # (token ids [N], positions [N]) to hidden states [N, d]
+    # positions [N] to rotations of queries and keys, those that there are; each layer names its own
     rotations: tuple[Callable[[Tensor], Rotation], ...]
-    final_norm: nn.Module
-    head: Map
-    normed_head: Map | None = None
-    finish: Map | None = None
-    kernels: Kernels = "torch"
-    modules: ModuleWatch | None = None
+    final_norm: nn.Module  # norm before the head
+    head: Map  # normed states [N, d] to scores of tokens [N, vocab]
+    normed_head: Map | None = None  # states [N, d] to scores, both in one; None where they are two
+    finish: Map | None = None  # scores to logits, None where they are the same
+    kernels: Kernels = "torch"  # which kernels read any-precision weights
+    modules: ModuleWatch | None = None  # says whether the model's modules are still those that this was made of
+    # of the model, by which its caches know it; a copy has another
     identity: ModelIdentity = field(default_factory=ModelIdentity)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -275,11 +224,6 @@ class Adapter:
 def weight_bytes(*modules: nn.Module) -> int:
     """Return the bytes of all plain parameters of the modules."""
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return the parameters of a model, any-precision weights included."""
-    return sum(p.numel() for p in model.parameters()) + num_quantized(model)
 
 
 def num_quantized(model: nn.Module, exclude_embeddings: bool = False) -> int:
@@ -309,14 +253,7 @@ def quantized_maps(layer: nn.Module, maps: Iterable[str]) -> tuple[AnyPrecisionL
 def layer_spec(
     layer: nn.Module, maps: Mapping[str, tuple[MapRole, ...]], shapes: Mapping[MapRole, MapShape], **attention: Any
 ) -> LayerSpec:
-    """Return the facts of a layer.
-
-    Args:
-        layer: the module.
-        maps: roles of its linear maps by path; see `Family`.
-        shapes: sizes by role.
-        attention: the facts that weights do not tell.
-    """
+    """Return the facts of a layer, its linear maps given as roles by path and sizes by role."""
     map_bytes: dict[MapRole, int] = {}
     for path, roles in maps.items():
         total = sum(shapes[role].num_outputs for role in roles)
@@ -331,6 +268,17 @@ def layer_spec(
     )
 
 
-def head_bits(head: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bits of one of the head's weights."""
-    return MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * dtype.itemsize
+def model_spec(model: Any, final_norm: nn.Module, weight: Tensor, **facts: Any) -> ModelSpec:
+    """Return the facts of a model; `weight` tells dtype and device, the other facts are what the model does not."""
+    head, config = model.lm_head, model.config
+    return ModelSpec(
+        **facts,
+        family=config.model_type,
+        vocab_size=config.vocab_size,
+        head_macs=facts["hidden_size"] * config.vocab_size,
+        head_weight_bytes=weight_bytes(head, final_norm) + nested_bytes(head),
+        head_bits=MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * weight.dtype.itemsize,
+        parameters=sum(p.numel() for p in model.parameters()) + num_quantized(model),
+        dtype=weight.dtype,
+        device=weight.device,
+    )

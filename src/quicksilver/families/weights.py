@@ -3,8 +3,6 @@
 Whether they are finite is asked when a model is taken; which modules hold them is `modules.py`'s business.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 from operator import is_not
 from typing import Any
@@ -46,11 +44,7 @@ def check_weights(model: Any) -> None:
 
 
 class WeightPlaces:
-    """Where a model's parameters are held; checks them again where others are in their place.
-
-    Args:
-        model: its weights are checked already.
-    """
+    """Where a model's parameters are held, checked already; checks them again where others are in their place."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -1,7 +1,5 @@
 """How far back each layer's queries see, as transformers has it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,8 +21,7 @@ def layer_windows(config: Any, layers: Sequence[Any], windows: Windows, max_posi
     """Return how many keys a query of each layer may see, itself included; None where it sees the whole context.
 
     Raises:
-        UnsupportedModelError: the configuration gives a layer a window that transformers' masks of this family do not
-            follow, or attention of another kind; the message names the first such layer.
+        UnsupportedModelError: a layer's window is not what transformers' masks of this family follow; it is named.
         ModelError: a window without keys.
     """
     window, found = getattr(config, "sliding_window", None), []

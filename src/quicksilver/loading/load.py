@@ -3,8 +3,6 @@
 Only safetensors are read, and no code from a model's folder is run.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -151,11 +149,7 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
+    """Load a model's tokenizer; ModelError where there is none, or it cannot be read."""
     source = resolve_model(path_or_id)
     return read_tokenizer(source, is_local(source))
 
@@ -176,11 +170,7 @@ def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device; "auto" is the GPU where there is one.
-
-    Raises:
-        ModelError: the name is no device, or the device is not there.
-    """
+    """Return the device, "auto" being the GPU where there is one; ModelError where there is no such device."""
     check_device(str(device))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,11 +183,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    """Return the dtype to load in; "auto" stands for the model's own.
-
-    Raises:
-        ModelError: the name is not float32, bfloat16 or float16.
-    """
+    """Return the dtype to load in, "auto" standing for the model's own; ModelError for another name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:

@@ -3,8 +3,6 @@
 Any-precision weights are `quantized.py`'s; which model to read, `loading.py`'s.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings
@@ -25,13 +23,7 @@ _NO_WEIGHTS = re.compile(r"\.attn\.masked_bias$")
 
 
 def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read a model's safetensors into transformers' model of its configuration.
-
-    Args:
-        source: a folder, or an id on the hub.
-        config: the model's configuration.
-        dtype: of the weights, or "auto".
-        local: whether the hub is not to be asked.
+    """Read the safetensors of a folder or a hub id, which is not asked where `local`, into transformers' model.
 
     Raises:
         ModelError: a file is missing or corrupt, or a tensor is missing or has another shape.
@@ -78,11 +70,7 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
 
 
 def read_generation_config(folder: Path) -> Any:
-    """Return the generation settings of a folder, None where it has none.
-
-    Raises:
-        ModelError: they make no sense to transformers.
-    """
+    """Return the generation settings of a folder, None without any; ModelError where transformers rejects them."""
     from transformers import GenerationConfig
 
     file = folder / GENERATION_CONFIG
@@ -129,7 +117,6 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
 
 
 def _some(names: Collection[str]) -> str:
-    """Return the first names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 

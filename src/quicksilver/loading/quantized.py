@@ -3,8 +3,6 @@
 The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import secrets
@@ -33,10 +31,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_quantized(
-    model: Any,
-    folder: str | os.PathLike[str],
-    tokenizer: Any = None,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
+    model: Any, folder: str | os.PathLike[str], tokenizer: Any = None, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """Write a quantized model to a new folder; an interruption leaves no folder of that name.
 
@@ -66,16 +61,10 @@ def quantize_and_save(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     on_map: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do what `quantize_model` and `save_quantized` do, map by map: neither the weights nor their codes are kept.
+    """Do what `quantize_model` and `save_quantized` do, one map at a time: neither weights nor codes are kept.
 
-    Args:
-        model: a transformers model that `load_plain` gave and that nobody has changed; what is quantized is left
-            without content, on "meta".
-        config: each weight is rounded on its own, whatever its method.
-        folder: does not exist, or is empty.
-        tokenizer: saved too, or None.
-        max_shard_size: of one weight file, in bytes or with a unit.
-        on_map: called after each map, and the embedding where it is quantized.
+    The model is one that `load_plain` gave and nobody has changed; where it is quantized, it is left on "meta".
+    Each weight is rounded on its own, whatever the configuration's method. `on_map` is called after each map.
 
     Raises:
         InputError: the folder cannot be written.
@@ -117,7 +106,6 @@ def _without_content(model: nn.Module) -> Any:
 
 
 def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
-    """Write what a folder holds beside weights."""
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
     model.generation_config.to_json_file(stage / "generation_config.json")
@@ -125,15 +113,7 @@ def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
 
 
 def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
-    """Load what `save_quantized` wrote.
-
-    Args:
-        source: the folder.
-        config: its transformers configuration.
-        dtype: of the weights that are not quantized; "auto" is the one they were saved in.
-
-    Returns:
-        A transformers model on the CPU.
+    """Load what `save_quantized` wrote, on the CPU; dtype "auto" is the one the other weights were saved in.
 
     Raises:
         ModelError: the configuration or the files are damaged, or do not fit each other.
@@ -152,7 +132,13 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     if (settings := read_generation_config(folder)) is not None:
         model.generation_config = settings
     own = _stored_tensors(model)
-    tensors = read_tensors(folder, {name: _expected(tensor) for name, tensor in own.items()})
+    tensors = read_tensors(
+        folder,
+        {
+            name: Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
+            for name, tensor in own.items()
+        },
+    )
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(own[name].dtype)
@@ -161,7 +147,9 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    _check_levels(source, model)
+    for name, module in _quantized_weights(model):
+        if not bool(torch.isfinite(module.get_buffer("constants").view(torch.float32)).all()):
+            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")
     return model
 
 
@@ -196,10 +184,6 @@ def _quantized_weights(model: nn.Module) -> list[tuple[str, AnyPrecisionWeight]]
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AnyPrecisionWeight)]
 
 
-def _expected(tensor: Tensor) -> Expected:
-    return Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
-
-
 def _stored_config(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -218,10 +202,3 @@ def _blank(config: Any, dtype: torch.dtype | str) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
-
-
-def _check_levels(source: str, model: nn.Module) -> None:
-    for name, module in _quantized_weights(model):
-        constants = module.get_buffer("constants").view(torch.float32)
-        if not bool(torch.isfinite(constants).all()):
-            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")

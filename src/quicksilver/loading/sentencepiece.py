@@ -27,33 +27,19 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a `tokenizer.model` says.
+    """What a `tokenizer.model` says."""
 
-    Attributes:
-        pieces: all tokens by id.
-        special_ids: by "unk", "bos", "eos" and "pad"; those that the model has.
-        is_unigram: whether a text's pieces are its likeliest ones, not those of byte-pair merges.
-        byte_fallback: whether a character that no piece has becomes its bytes.
-        charsmap: how characters are normalized, compiled; empty for not at all.
-        add_dummy_prefix: whether a space is put before every text.
-        remove_extra_whitespaces: whether spaces at both ends, and all but one of several, are dropped.
-    """
-
-    pieces: tuple[Piece, ...]
-    special_ids: dict[str, int]
-    is_unigram: bool
-    byte_fallback: bool
-    charsmap: bytes
-    add_dummy_prefix: bool
-    remove_extra_whitespaces: bool
+    pieces: tuple[Piece, ...]  # all tokens by id
+    special_ids: dict[str, int]  # by "unk", "bos", "eos" and "pad"; those that the model has
+    is_unigram: bool  # whether a text's pieces are its likeliest ones, not those of byte-pair merges
+    byte_fallback: bool  # whether a character that no piece has becomes its bytes
+    charsmap: bytes  # how characters are normalized, compiled; empty for not at all
+    add_dummy_prefix: bool  # whether a space is put before every text
+    remove_extra_whitespaces: bool  # whether spaces at both ends, and all but one of several, are dropped
 
     @classmethod
     def parse(cls, data: bytes) -> SentencePieceModel:
-        """Read the bytes of a file.
-
-        Raises:
-            ValueError: they are no sentencepiece model, or one of a kind that Hugging Face's tokenizers do not have.
-        """
+        """Read a file's bytes; ValueError where it is no such file, or of a kind that `tokenizers` does not have."""
         try:
             fields = list(_fields(data))
             pieces = tuple(_piece(dict(_fields(value))) for number, value in fields if number == 1)
@@ -164,12 +150,7 @@ def _piece(fields: dict[int, Any]) -> Piece:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield a protocol buffer's fields in order: number, and an int or bytes.
-
-    Raises:
-        IndexError: it ends within a field.
-        TypeError: it holds a field of no known type.
-    """
+    """Yield a protocol buffer's fields, number and an int or bytes; IndexError or TypeError for a damaged one."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

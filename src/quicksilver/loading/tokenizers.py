@@ -1,7 +1,5 @@
 """A model's tokenizer: which files hold one, and a line that says what is wrong where none can be read."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -21,15 +19,7 @@ _OF_LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerF
 
 
 def read_tokenizer(source: str, local: bool) -> Any:
-    """Read the tokenizer of a folder or a hub id.
-
-    Args:
-        source: a folder, or an id on the hub.
-        local: whether the hub is not to be asked.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
+    """Read the tokenizer of a folder or a hub id; ModelError where there is none, or it cannot be read."""
     from transformers import AutoTokenizer
 
     absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"

@@ -3,8 +3,6 @@
 Everything it reads comes with the package; nothing is fetched.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,15 +29,6 @@ PROMPT_PLANS = ("fused-prompt",)
 LOOSER = (0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0)  # thresholds for `relative` where its own stops next to no token
 STOPPED = 0.1  # share of the tokens shown that should stop early
 PROMPT = "The river rises in the mountains and"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A continuation of the prompt under a plan, and what it ran."""
-
-    plan: str
-    text: str
-    stats: RunStats
 
 
 def demo_corpus() -> Corpus:
@@ -73,22 +62,19 @@ def parts(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[Part, Pa
     return first, second
 
 
-def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_tokens: int = 40) -> Sample:
-    """Continue the demonstration's prompt greedily under a plan."""
+def sample(model: QuickSilverForCausalLM, tokenizer: Any, plan: Plan, max_new_tokens: int = 40) -> tuple[str, RunStats]:
+    """Continue the demonstration's prompt greedily under a plan; return the text and what it ran."""
     limit = model.adapter.spec.max_positions
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids[:, : limit // 2]
-    before, model.plan = model.plan, plan
-    try:
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max_new_tokens, limit - ids.shape[1]),
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        return Sample(plan.name, tokenizer.decode(out[0], skip_special_tokens=True), model.stats)
-    finally:
-        model.plan = before
+    model.plan = plan
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=min(max_new_tokens, limit - ids.shape[1]),
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True), model.stats
 
 
 def shallowest(results: Sequence[dict[str, Any]]) -> Plan:
@@ -108,26 +94,17 @@ def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[
 def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int]) -> tuple[Plan, list[int]]:
     """Return a plan under which some of a text's tokens stop early, and how many layers each of them ran.
 
-    Args:
-        model: the model.
-        first: returned where that is true of it; else `relative` is, with the lowest threshold that will do.
-        token_ids: of the text.
+    That is `first` where it does so, else `relative` with the lowest threshold that will do.
     """
     relative = Plan.preset("relative")
     assert relative.halting is not None
-    looser = [
-        replace(
-            relative,
-            name=f"relative, threshold {limit:g}",
-            halting=replace(relative.halting, rule=RelativeDriftRule(limit)),
-        )
-        for limit in LOOSER
-    ]
     plan, depths = first, token_depths(model, first, token_ids, False)
-    for other in looser:
+    for limit in LOOSER:
         if sum(depth < model.adapter.spec.num_layers for depth in depths) >= STOPPED * len(depths):
             break
-        plan, depths = other, token_depths(model, other, token_ids, False)
+        halting = replace(relative.halting, rule=RelativeDriftRule(limit))
+        plan = replace(relative, name=f"relative, threshold {limit:g}", halting=halting)
+        depths = token_depths(model, plan, token_ids, False)
     return plan, depths
 
 
@@ -140,26 +117,21 @@ def run(
     on_window: Callable[[], None] = lambda: None,
     quantized: QuickSilverForCausalLM | None = None,
 ) -> tuple[list[list[dict[str, Any]]], Path]:
-    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture.
-
-    `quantized` is the model with any-precision weights, for plans that choose bits.
-    """
+    """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture."""
     results = [
         evaluate(model, part.plans, part.text, part.window_config, "score", name, on_window, quantized)
         for part in measured
     ]
-    token_ids = measured[0].text.windows[0].token_ids
+    token_ids, fusing = measured[0].text.windows[0].token_ids, measured[1].plans[0]
     tokens = [tokenizer.decode([token]) for token in token_ids]
     halting, depths = stopping(model, shallowest(results[0]), token_ids)
-    fusing, fused = measured[1].plans[0], token_depths(model, measured[1].plans[0], token_ids, True)
+    title, absorbed = "layers each token ran under plan", "as a prompt: dark tokens were absorbed by the next"
     panels = [
-        TokenPanel(f"layers each token ran under plan '{plan.name}'{where}", tokens, ran)
-        for plan, ran, where in (
-            (halting, depths, ""),
-            (fusing, fused, ", as a prompt: dark tokens were absorbed by the next"),
-        )
+        TokenPanel(f"{title} '{halting.name}'", tokens, depths),
+        TokenPanel(f"{title} '{fusing.name}', {absorbed}", tokens, token_depths(model, fusing, token_ids, True)),
     ]
+    rows = [row for rows in results for row in rows]
     picture = folder / f"{name}.png"
-    draw_summary(picture, [row for rows in results for row in rows], panels)
-    write_atomically(folder / f"{name}.json", json.dumps([row for rows in results for row in rows], indent=2) + "\n")
+    draw_summary(picture, rows, panels)
+    write_atomically(folder / f"{name}.json", json.dumps(rows, indent=2) + "\n")
     return results, picture

@@ -1,7 +1,5 @@
 """Where a figure was measured: versions, hardware, threads. Recorded with every result."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

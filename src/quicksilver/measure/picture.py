@@ -3,8 +3,6 @@
 Drawing only; the figures come from `report.py` and from a trace.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,38 +16,35 @@ _COLUMNS, _ROWS = 96, 10  # of a token panel, in characters
 
 @dataclass(frozen=True)
 class TokenPanel:
-    """A text whose tokens are coloured by depth.
+    """A text whose tokens are coloured by depth."""
 
-    Attributes:
-        title: what is shown.
-        tokens: the tokens, as text.
-        depths: layers each of them ran.
-    """
-
-    title: str
-    tokens: Sequence[str]
-    depths: Sequence[int]
+    title: str  # what is shown
+    tokens: Sequence[str]  # the tokens, as text
+    depths: Sequence[int]  # layers each of them ran
 
 
 def draw_summary(path: Path, results: Sequence[dict[str, Any]], panels: Sequence[TokenPanel]) -> None:
-    """Write a PNG with the plans' cost against what they saved, and texts coloured by depth.
-
-    Args:
-        path: where to write; an interrupted write leaves nothing there.
-        results: rows of `report.evaluate`, one model and text.
-        panels: texts to show.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4 + 2.4 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Write a PNG with the plans' cost against what they saved, and texts coloured by depth."""
+    figure = new_figure(11, 4.4 + 2.4 * len(panels))
     top, *below = figure.subplots(1 + len(panels), 1, height_ratios=(1.75, *[1.0] * len(panels)))
     _draw_plans(top, results)
     for axes, panel in zip(below, panels, strict=True):
         _draw_tokens(figure, axes, panel, results[0]["model"]["layers"])
+    write_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return a figure of so many inches that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the path's ending; an interrupted write leaves nothing there."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    metadata = {"Date": None} if path.suffix == ".svg" else None  # so that the same figure is the same file
+    figure.savefig(image, format=path.suffix[1:], dpi=110, metadata=metadata)
     write_atomically(path, image.getvalue())
 
 

@@ -1,7 +1,5 @@
 """Evaluate plans against the dense model and lay the figures out in the stable JSON schema."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -33,20 +31,17 @@ def evaluate(
     on_window: Callable[[], None] = lambda: None,
     quantized: QuickSilverForCausalLM | None = None,
 ) -> list[dict[str, Any]]:
-    """Score plans against the dense model on the same windows, interleaved.
+    """Score plans against the dense model on the same windows, interleaved; return one JSON-ready object per plan.
 
     Args:
         model: the model; the plan it carries plays no part.
         plans: what to compare with dense.
-        text: windows to score, cut by `window_config`.
-        window_config: recorded with the results.
+        text: windows to score.
+        window_config: that cut them; recorded with the results.
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window that is run, `scoring.num_runs` times.
         quantized: the model with any-precision weights, on which plans that choose bits are run; by default `model`.
-
-    Returns:
-        One JSON-ready object per plan, in order.
     """
     chosen = [model if plan.precision is None or quantized is None else quantized for plan in plans]
     decoders = [
@@ -55,27 +50,23 @@ def evaluate(
     ]
     rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, window_config, mode, name)
     return [
-        {**row, "settings": {**_settings(model, each, decoder.plan), "backend": _backend(decoder)}}
+        {**row, "settings": _settings(model, each, decoder)}
         for row, each, decoder in zip(rows, chosen, decoders[1:], strict=True)
     ]
 
 
-def _backend(decoder: Decoder) -> dict[str, str | None]:
-    """Return who ran a plan's layers, and why not a faster one."""
-    return {"name": decoder.backend.name, "reason": decoder.backend.reason}
-
-
-def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:
+def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, decoder: Decoder) -> dict[str, Any]:
     """Return which weights dense and plan read, how they were quantized, and what thresholds were fitted to."""
     stored = getattr(model.model.config, "quantization_config", None)
     quantizing = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
-    fitted = plan.fitted_to
+    fitted, backend = decoder.plan.fitted_to, decoder.backend
     return {
         "baseline": "nested" if dense.adapter.spec.is_quantized else "plain",
         "nesting": quantizing and {**quantizing, "in_memory": model is not dense},
         "kernels": model.adapter.kernels,
         "instruction_set": native.instruction_set() if model.adapter.kernels == "native" else None,
         "calibration": fitted and {"source": fitted.calibration, "tokens": fitted.tokens, "model": fitted.model},
+        "backend": {"name": backend.name, "reason": backend.reason},
     }
 
 
@@ -179,15 +170,13 @@ def _what_ran(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
         "halted_by_layer": [layer.halted for layer in trace.layers],
         "fused_by_layer": [layer.fused for layer in trace.layers],
         "groups_by_size": {str(size): count for size, count in trace.group_sizes.items()},
-        "shortcuts_by_layer": {part: _shortcut_shares(trace, part) for part in get_args(Part)},
+        "shortcuts_by_layer": {  # of the tokens that ran the layer
+            part: [layer.shortcut_rows[part] / max(layer.query_rows, 1) for layer in trace.layers]
+            for part in get_args(Part)
+        },
         "values_read": trace.values_read(spec.num_heads),
         "query_components_read": trace.query_components_read(spec.num_heads, spec.head_dim),
     }
-
-
-def _shortcut_shares(trace: Trace, part: Part) -> list[float]:
-    """Return, for each layer, the share of the tokens that ran it which took the shortcut past a sublayer."""
-    return [layer.shortcut_rows[part] / max(layer.query_rows, 1) for layer in trace.layers]
 
 
 def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
@@ -209,11 +198,7 @@ def _prompt(dense: EngineRecord, record: EngineRecord) -> dict[str, Any] | None:
 
 
 def _delta(
-    dense: EngineRecord,
-    plan: EngineRecord,
-    dense_side: dict[str, Any],
-    side: dict[str, Any],
-    counts: list[int],
+    dense: EngineRecord, plan: EngineRecord, dense_side: dict[str, Any], side: dict[str, Any], counts: list[int]
 ) -> dict[str, Any]:
     paired = paired_delta(dense.nll, plan.nll, counts)
     ratios = [slow / fast for slow, fast in zip(dense.seconds, plan.seconds, strict=True)]

@@ -25,31 +25,18 @@ _HEAD_ROWS = 256  # rows of logits held at a time, for each engine
 
 @dataclass
 class EngineRecord:
-    """What one engine did over all windows.
+    """What one engine did over all windows."""
 
-    Attributes:
-        decoder: the engine.
-        trace: counts over the scored pass (`score`) or over the decode steps (`decode`).
-        prompt_trace: counts over the prompts fed before, where there are any.
-        nll: total negative log-likelihood of each window, nats.
-        kl: sum over scored tokens of KL(dense || this), nats.
-        agreed: scored tokens whose most likely token equals the dense model's.
-        kv_bytes: bytes allocated for the cache after each window.
-        kv_used_bytes: of these, bytes of what is held.
-        seconds: of each timed run of a window, without its prompt.
-        prompt_seconds: of the prompts.
-    """
-
-    decoder: Decoder
-    trace: Trace
-    prompt_trace: Trace
-    nll: list[float] = field(default_factory=list)
-    kl: float = 0.0
-    agreed: int = 0
-    kv_bytes: list[int] = field(default_factory=list)
-    kv_used_bytes: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    prompt_seconds: list[float] = field(default_factory=list)
+    decoder: Decoder  # the engine
+    trace: Trace  # counts over the scored pass (`score`) or over the decode steps (`decode`)
+    prompt_trace: Trace  # counts over the prompts fed before, where there are any
+    nll: list[float] = field(default_factory=list)  # total negative log-likelihood of each window, nats
+    kl: float = 0.0  # sum over scored tokens of KL(dense || this), nats
+    agreed: int = 0  # scored tokens whose most likely token equals the dense model's
+    kv_bytes: list[int] = field(default_factory=list)  # bytes allocated for the cache after each window
+    kv_used_bytes: list[int] = field(default_factory=list)  # of these, bytes of what is held
+    seconds: list[float] = field(default_factory=list)  # of each timed run of a window, without its prompt
+    prompt_seconds: list[float] = field(default_factory=list)  # of the prompts
 
 
 @dataclass
@@ -73,34 +60,27 @@ class _Clock:
 
 
 def run_windows(
-    decoders: list[Decoder],
-    windows: Iterable[Window],
-    mode: Mode,
-    on_window: Callable[[], None] = lambda: None,
+    decoders: list[Decoder], windows: Iterable[Window], mode: Mode, on_window: Callable[[], None] = lambda: None
 ) -> list[EngineRecord]:
     """Run every engine over every window, interleaved; the first engine is the baseline.
 
     A first run of the first window is a warm-up and counts nowhere. With fewer than five windows further
-    rounds are run for their timings only.
-
-    Args:
-        decoders: the baseline and the plans, all on the same model.
-        windows: what to score.
-        mode: "score" or "decode".
-        on_window: called after each window, the warm-up and those run for their timings included: `num_runs` times.
+    rounds are run for their timings only. `on_window` is called after each of them all, `num_runs` times.
     """
     windows = list(windows)
     records = [new_record(decoder) for decoder in decoders]
-    _run_window(_fresh(records), windows[0], mode)
-    on_window()
-    for window in windows:
-        _run_window(records, window, mode)
+
+    def run(into: list[EngineRecord], window: Window) -> None:
+        compare(into, [feed(record, window, mode) for record in into], window)
         on_window()
+
+    run([new_record(decoder) for decoder in decoders], windows[0])
+    for window in windows:
+        run(records, window)
     for _ in range(_num_rounds(len(windows)) - 1):
         for window in windows:
-            again = _fresh(records)
-            _run_window(again, window, mode)
-            on_window()
+            again = [new_record(decoder) for decoder in decoders]
+            run(again, window)
             for record, timed in zip(records, again, strict=True):
                 record.seconds += timed.seconds
                 record.prompt_seconds += timed.prompt_seconds
@@ -121,31 +101,8 @@ def new_record(decoder: Decoder) -> EngineRecord:
     return EngineRecord(decoder, decoder.new_trace(), decoder.new_trace())
 
 
-def _fresh(records: list[EngineRecord]) -> list[EngineRecord]:
-    return [new_record(record.decoder) for record in records]
-
-
-def _run_window(records: list[EngineRecord], window: Window, mode: Mode) -> None:
-    """Run all engines over one window and add what they predicted to their records."""
-    compare(records, [feed(record, window, mode) for record in records], window)
-
-
-def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
-    """Run an engine over one window, but for its head; add what it cost to its record."""
-    token_ids = torch.tensor(window.token_ids, device=record.decoder.spec.device)
-    prompt = window.prompt if mode == "score" else window.first_scored
-    prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
-    return _feed(record, token_ids[:-1], prompt, len(token_ids) if mode == "score" else 1)
-
-
 def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None:
-    """Apply the engines' heads to what one window gave; add what they predicted to their records.
-
-    Args:
-        records: the baseline's and the plans'.
-        fed: what `feed` gave for each of them.
-        window: the same for all.
-    """
+    """Apply the engines' heads to what `feed` gave of one window; add what they predicted to their records."""
     token_ids = torch.tensor(window.token_ids, device=records[0].decoder.spec.device)
     prompt = len(token_ids) - 1 - fed[0].states.shape[0]
     for record in records:
@@ -166,34 +123,28 @@ def compare(records: list[EngineRecord], fed: list[Fed], window: Window) -> None
 
 
 class Fed(NamedTuple):
-    """What one engine gave for a window, and the clocks that ran meanwhile.
+    """What one engine gave for a window, and the clocks that ran meanwhile."""
 
-    Attributes:
-        prompt_state: [1, d] of the prompt's last token; [0, d] without a prompt.
-        states: [n, d] of the tokens after it.
-        prompt_clock: of the prompt.
-        clock: of the rest.
-    """
-
-    prompt_state: Tensor
-    states: Tensor
-    prompt_clock: _Clock
-    clock: _Clock
+    prompt_state: Tensor  # [1, d] of the prompt's last token; [0, d] without a prompt
+    states: Tensor  # [n, d] of the tokens after it
+    prompt_clock: _Clock  # of the prompt
+    clock: _Clock  # of the rest
 
 
-def _feed(record: EngineRecord, token_ids: Tensor, prompt: int, size: int) -> Fed:
-    """Feed the first `prompt` tokens at once, as a prompt, then the rest `size` at a time."""
-    decoder = record.decoder
-    clocks = _Clock(decoder.spec.device), _Clock(decoder.spec.device)
-    cache = decoder.new_cache(1)
-    nothing = torch.empty((0, decoder.spec.hidden_size), dtype=decoder.spec.dtype, device=decoder.spec.device)
-    prompt_state, states = nothing, []
+def feed(record: EngineRecord, window: Window, mode: Mode) -> Fed:
+    """Run an engine over one window, but for its head, the prompt at once; add what it cost to its record."""
+    decoder, spec = record.decoder, record.decoder.spec
+    token_ids = torch.tensor(window.token_ids, device=spec.device)
+    prompt = window.prompt if mode == "score" else window.first_scored
+    prompt = min(prompt, len(token_ids) - 2)  # at least one token is fed after it, so that there is something to time
+    clocks, cache = (_Clock(spec.device), _Clock(spec.device)), decoder.new_cache(1)
+    prompt_state = torch.empty((0, spec.hidden_size), dtype=spec.dtype, device=spec.device)
     if prompt:
         with clocks[0].running():
             prompt_state = decoder.run(token_ids[:prompt], [prompt], cache, record.prompt_trace, prompt=True)[-1:]
-    rest = token_ids[prompt:]
+    parts = token_ids[prompt:-1].split(len(token_ids) if mode == "score" else 1)
     with clocks[1].running():
-        states = [decoder.run(part, [len(part)], cache, record.trace) for part in rest.split(size)]
+        states = [decoder.run(part, [len(part)], cache, record.trace) for part in parts]
     record.kv_bytes.append(cache.nbytes)
     record.kv_used_bytes.append(cache.used_nbytes)
     return Fed(prompt_state, torch.cat(states), *clocks)

@@ -1,7 +1,5 @@
 """Paired statistics over windows; no model, no tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,10 +23,7 @@ def _perplexities(nll: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PairedDelta:
-    """Differences plan - dense, with 95 % percentile intervals of a paired bootstrap over windows.
-
-    The intervals are None where there is only one window, which says nothing of the spread.
-    """
+    """Differences plan - dense, with 95 % percentile intervals of a paired bootstrap over windows; None for one."""
 
     ppl: float
     ppl_ci95: tuple[float, float] | None
@@ -37,13 +32,7 @@ class PairedDelta:
 
 
 def paired_delta(dense_nll: Sequence[float], plan_nll: Sequence[float], tokens: Sequence[int]) -> PairedDelta:
-    """Compare two runs over the same windows.
-
-    Args:
-        dense_nll: total negative log-likelihood of each window under the dense model, nats.
-        plan_nll: the same under the plan.
-        tokens: tokens scored in each window.
-    """
+    """Compare two runs over the same windows by each window's total nats and the tokens scored in it."""
     dense, plan, counts = (np.asarray(values, dtype=np.float64) for values in (dense_nll, plan_nll, tokens))
     dense_all, plan_all = dense.sum() / counts.sum(), plan.sum() / counts.sum()
     ppl, nll = perplexity(plan_all) - perplexity(dense_all), float(plan_all - dense_all)

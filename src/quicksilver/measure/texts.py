@@ -3,12 +3,9 @@
 Cutting them into windows is `windows.py`'s.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +15,11 @@ from quicksilver.core.sources import hub_answers
 from quicksilver.errors import ByteOrderMarkWarning, InputError, first_line
 
 _C4_DOCUMENTS = 1100  # as many validation documents as quantization papers commonly take
+_DATASETS = {
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+}
 _MARK = "\ufeff"
 _OTHER_MARKS = {  # UTF-32 first: its mark may begin with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -29,28 +31,15 @@ _OTHER_MARKS = {  # UTF-32 first: its mark may begin with that of UTF-16
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to score.
+    """Texts to score."""
 
-    Attributes:
-        name: for the report.
-        texts: one long text, or separate documents.
-        separate: each text is scored on its own, however short.
-    """
-
-    name: str
-    texts: tuple[str, ...]
-    separate: bool
+    name: str  # for the report
+    texts: tuple[str, ...]  # one long text, or separate documents
+    separate: bool  # each text is scored on its own, however short
 
 
 def read_text(path: str | Path) -> Corpus:
-    """Read one long UTF-8 text, every character as it is in the file, line ends too.
-
-    Raises:
-        InputError: missing, not UTF-8, or empty.
-
-    Warns:
-        ByteOrderMarkWarning: it begins with a byte order mark, which is left out.
-    """
+    """Read one long UTF-8 text, every character as in the file, line ends too; InputError where that cannot be."""
     text = _read(path)
     if not text.strip():
         raise InputError(f"{path}: the text is empty")
@@ -62,9 +51,6 @@ def read_documents(path: str | Path) -> Corpus:
 
     Raises:
         InputError: missing, not UTF-8, a malformed line, or no text at all.
-
-    Warns:
-        ByteOrderMarkWarning: the file begins with a byte order mark, which is left out.
     """
     texts = []
     for number, line in enumerate(_read(path).split("\n"), 1):
@@ -101,7 +87,7 @@ def read_dataset(name: str) -> Corpus:
             f"--dataset {name} needs the package `datasets`: pip install 'quicksilver-llm[datasets]',"
             " or pass a local file with --text or --documents"
         ) from None
-    repo_id, load = _DATASETS[name]
+    repo_id, config = _DATASETS[name]
     reason = hub_answers("dataset", repo_id)
     if reason is not None:
         raise InputError(
@@ -109,7 +95,7 @@ def read_dataset(name: str) -> Corpus:
             " download the text elsewhere and pass it with --text FILE or --documents FILE.jsonl"
         )
     try:
-        return load(name, repo_id, datasets)
+        return _load(name, repo_id, config, datasets)
     except Exception as error:  # a download fails in as many ways as there are networks and disks
         raise InputError(
             f"--dataset {name}: reading {repo_id} failed ({first_line(error)}); pass a local file with --text or"
@@ -118,17 +104,10 @@ def read_dataset(name: str) -> Corpus:
 
 
 def decode(data: bytes, source: str | Path) -> str:
-    """Return UTF-8 text, no character changed; a byte order mark before it is left out.
-
-    Args:
-        data: the text's bytes.
-        source: where they are from, for messages.
+    """Return UTF-8 text, no character changed; a byte order mark before it is left out, with a ByteOrderMarkWarning.
 
     Raises:
-        InputError: it is not UTF-8.
-
-    Warns:
-        ByteOrderMarkWarning: there is such a mark.
+        InputError: it is not UTF-8; `source` says where it is from.
     """
     other = next((mark for mark in _OTHER_MARKS if data.startswith(mark)), None)
     if other is not None:
@@ -149,25 +128,13 @@ def is_encodable(text: str) -> bool:
     return not any("\ud800" <= symbol <= "\udfff" for symbol in text)
 
 
-def _wikitext(config: str) -> Callable[[str, str, Any], Corpus]:
-    def load(name: str, repo_id: str, datasets: Any) -> Corpus:
+def _load(name: str, repo_id: str, config: str, datasets: Any) -> Corpus:
+    if name != "c4":
         lines = datasets.load_dataset(repo_id, config, split="test")["text"]
         return Corpus(f"{name} test (raw)", ("".join(lines),), separate=False)
-
-    return load
-
-
-def _c4(name: str, repo_id: str, datasets: Any) -> Corpus:
-    rows = datasets.load_dataset(repo_id, "en", split="validation", streaming=True)
+    rows = datasets.load_dataset(repo_id, config, split="validation", streaming=True)
     texts = tuple(row["text"] for row in islice(rows, _C4_DOCUMENTS))
     return Corpus(f"{name} en validation, first {_C4_DOCUMENTS} documents", texts, separate=True)
-
-
-_DATASETS: dict[str, tuple[str, Callable[[str, str, Any], Corpus]]] = {
-    "wikitext-103": ("Salesforce/wikitext", _wikitext("wikitext-103-raw-v1")),
-    "wikitext-2": ("Salesforce/wikitext", _wikitext("wikitext-2-raw-v1")),
-    "c4": ("allenai/c4", _c4),
-}
 
 
 def _read(path: str | Path) -> str:

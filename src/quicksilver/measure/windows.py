@@ -1,7 +1,5 @@
 """Sliding windows: each token of a text is scored once, by the first window that holds it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +9,18 @@ from quicksilver.measure.texts import Corpus
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """How a text is cut.
+    """How a text is cut."""
 
-    Attributes:
-        context: tokens of a window, BOS included.
-        stride: tokens by which each window begins after the one before.
-        bos_id: prepended to every window, or None.
-        max_tokens: tokens of text used in all, or None for all of them.
-        prompt: first tokens of every window that are fed as a prompt and never scored, or None: then a window's
-            context is what earlier windows scored. A window scores `stride` tokens after its prompt.
-    """
-
-    context: int
-    stride: int
-    bos_id: int | None = None
-    max_tokens: int | None = None
+    context: int  # tokens of a window, BOS included
+    stride: int  # tokens by which each window begins after the one before
+    bos_id: int | None = None  # prepended to every window, or None
+    max_tokens: int | None = None  # tokens of text used in all, or None for all of them
+    # first tokens of every window that are fed as a prompt and never scored, or None: then a window's context is what
+    # earlier windows scored. A window scores `stride` tokens after its prompt.
     prompt: int | None = None
 
     @property
     def room(self) -> int:
-        """Tokens of text in a window."""
         return self.context - (self.bos_id is not None)
 
     def __post_init__(self) -> None:
@@ -50,23 +40,15 @@ class WindowConfig:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens to feed, and which of them are scored.
+    """Tokens to feed, and which of them are scored."""
 
-    Attributes:
-        token_ids: BOS included where there is one.
-        first_scored: index in `token_ids` of the first token scored; the rest after it are scored too.
-        text_start: index of that token in the text.
-        prompt: tokens that are fed apart as a prompt in `score` too, BOS included; the last of them predicts.
-    """
-
-    token_ids: tuple[int, ...]
-    first_scored: int
-    text_start: int
-    prompt: int = 0
+    token_ids: tuple[int, ...]  # BOS included where there is one
+    first_scored: int  # index in `token_ids` of the first token scored; the rest after it are scored too
+    text_start: int  # index of that token in the text
+    prompt: int = 0  # tokens that are fed apart as a prompt in `score` too, BOS included; the last of them predicts
 
     @property
     def num_scored(self) -> int:
-        """Tokens whose prediction counts."""
         return len(self.token_ids) - self.first_scored
 
 
@@ -155,14 +137,7 @@ def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int
 
 
 def _scored_bytes(text: str, num_tokens: int, offsets: list[tuple[int, int]] | None, window: Window) -> int:
-    """Return the UTF-8 bytes of the text behind a window's scored tokens; in proportion without offsets.
-
-    Args:
-        text: all of it.
-        num_tokens: of all of it.
-        offsets: of each token, or None.
-        window: scores some of them.
-    """
+    """Return the UTF-8 bytes of the text behind a window's scored tokens; in proportion without offsets."""
     first, last = window.text_start, window.text_start + window.num_scored - 1
     if offsets is None:
         size = len(text.encode())

@@ -1,9 +1,7 @@
-"""The operator `torch.ops.quicksilver.any_precision_linear`: rows times a quantized matrix, by the compiled kernels.
+"""Rows times a quantized matrix, by the compiled kernels.
 
-Importing this module registers the operator. What codes mean, and the product that defines it, is `quicksilver.quant`.
+What codes mean, and the product that defines this one, is `quicksilver.quant`.
 """
-
-from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
@@ -18,46 +16,26 @@ _MAX_BITS, _BITS = 8, (0, 2, 4, 6, 8)
 _NUM_PLANES = 4
 _GROUP_STEP = 32  # outputs that the kernels read with one scale
 _NUM_CONSTANTS = 21
-_LIBRARY = torch.library.Library("quicksilver", "DEF")
-_LIBRARY.define(
-    "any_precision_linear(Tensor x, Tensor[] planes, Tensor exponents, Tensor zeros, Tensor constants, Tensor? bits,"
-    " int uniform, int group_size, int num_outputs) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 class StoredMatrix(NamedTuple):
-    """A matrix [in, out] in any-precision codes, as modules keep it.
+    """A matrix [in, out] in any-precision codes, as modules keep it."""
 
-    Attributes:
-        planes: four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits.
-        exponents: [in, groups] uint8.
-        zeros: [in, groups] uint8.
-        constants: [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits.
-        group_size: outputs of one group, a multiple of 32.
-        num_outputs: out.
-    """
-
+    # four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits
     planes: Sequence[Tensor]
-    exponents: Tensor
-    zeros: Tensor
-    constants: Tensor
-    group_size: int
-    num_outputs: int
+    exponents: Tensor  # [in, groups] uint8
+    zeros: Tensor  # [in, groups] uint8
+    constants: Tensor  # [21] int32, the bits of float32: the largest scale, the 16 levels of 4 bits, the 4 of 2 bits
+    group_size: int  # outputs of one group, a multiple of 32
+    num_outputs: int  # out
 
 
 class NormOperands(NamedTuple):
-    """A norm over the last dimension: LayerNorm, or by the root mean square where there is no bias.
+    """A norm over the last dimension: LayerNorm, or by the root mean square where there is no bias."""
 
-    Attributes:
-        weight: [d] float32, contiguous.
-        bias: likewise, or None.
-        epsilon: added to the variance or the mean square.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    epsilon: float
+    weight: Tensor  # [d] float32, contiguous
+    bias: Tensor | None  # likewise, or None
+    epsilon: float  # added to the variance or the mean square
 
     @property
     def addresses(self) -> tuple[int, int, float]:
@@ -66,12 +44,9 @@ class NormOperands(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A matrix as the kernels want it, what of, and what ends it.
+    """A matrix as the kernels want it, what of, and what ends it."""
 
-    Attributes:
-        layouts: by whether they are for bits by channel; None where the kernels cannot read the matrix.
-    """
-
+    # by whether they are for bits by channel; None where the kernels cannot read the matrix
     layouts: dict[bool, Any] | None
     state: tuple[Any, ...]
     owners: tuple[weakref.ref[Any], ...]
@@ -103,10 +78,7 @@ def has_whole_levels(stored: StoredMatrix) -> bool:
 def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
     """Return a matrix as the kernels want it, None where they cannot read it; made when it is first asked for.
 
-    Args:
-        stored: the matrix.
-        by_channel: whether a row's channels may differ in bits, for which it is laid out differently; None for
-            either, whichever is there.
+    It is laid out differently where a row's channels may differ in bits; `by_channel` None is for whichever is there.
 
     Raises:
         KernelsUnavailableError: there are no kernels.
@@ -128,55 +100,22 @@ def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
     return found.layouts[by_channel]
 
 
-def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
-    """Return a matrix as `prepared` does.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
-        ValueError: its tensors are not those of a matrix, or the kernels cannot read it.
-    """
-    matrix = prepared(stored, by_channel)
-    if matrix is None:
-        raise ValueError("a level of the matrix at fewer bits is not a whole 8-bit code")
-    return matrix
-
-
-def expand(matrix: Any, bits: int, dtype: torch.dtype) -> Tensor:
-    """Expand a matrix to the floats that its codes mean.
-
-    Args:
-        matrix: [in, out], as `prepared` gave it.
-        bits: bits to read, 2, 4, 6 or 8.
-        dtype: float32, or bfloat16: the same numbers rounded to nearest, ties to even.
-
-    Returns:
-        [in, out] in that dtype.
-
-    Raises:
-        ValueError: no such bits.
-    """
-    _check_bits(bits)
-    weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
-    native.extension().expand(matrix, bits, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
-    return weight
-
-
 def multiply(
     x: Tensor, matrix: Any, bits: Tensor | None = None, uniform: int = _MAX_BITS, norm: NormOperands | None = None
 ) -> Tensor:
-    """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks.
+    """Return rows [N, in] float32 times a matrix [in, out] that `prepared` gave, for bits by channel where they are.
 
-    Shapes, types and bits are not checked, and nothing is raised: a caller that did not make them calls `check_rows`.
+    Activations are rounded to 16 bits for each block of 64 channels, so results differ from the float product by about
+    4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN. Shapes,
+    types and bits are not checked: a caller that did not make them calls `check_rows`. A norm is applied to the rows
+    before they are multiplied.
 
     Args:
         x: [N, in] float32.
-        matrix: [in, out], as `prepared` gave it; for bits by channel where they are.
+        matrix: as `prepared` gave it.
         bits: uint8 bits to read, [N, in] by channel or [N] by row, or None where `uniform` are read throughout.
         uniform: 8, 6, 4, 2, or 0, which gives zeros.
-        norm: applied to the rows before they are multiplied; None where they are multiplied as they come.
-
-    Returns:
-        [N, out] float32.
+        norm: None where rows are multiplied as they come.
     """
     y = x.new_empty((x.shape[0], matrix.num_outputs))
     rows = x if x.is_contiguous() else x.contiguous()
@@ -193,76 +132,6 @@ def multiply(
         torch.get_num_threads(),
     )
     return y
-
-
-def any_precision_linear(x: Tensor, stored: StoredMatrix, bits: int | Tensor) -> Tensor:
-    """Multiply rows by a matrix in any-precision codes.
-
-    Activations are rounded to 16 bits for each block of 64 channels, so results differ from the float product by about
-    4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN. There is
-    no gradient: the backward pass raises RuntimeError.
-
-    Args:
-        x: [N, in] float32 on the CPU.
-        stored: the matrix; it is packed for the kernels when it is first met, and again when a tensor of it changes.
-            What PyTorch does not count is not noticed: writes through `.data`, and writes to inference tensors.
-        bits: bits to read: one number, uint8 [N] for the rows, or uint8 [N, in] for the channels of each row; 0
-            leaves a row or a channel out.
-
-    Returns:
-        [N, out] float32.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
-        ValueError: shapes, types or bits that do not fit, or a matrix that is not readable.
-    """
-    each, uniform = (None, bits) if isinstance(bits, int) else (bits, _MAX_BITS)
-    return torch.ops.quicksilver.any_precision_linear.default(
-        x, list(stored.planes), *stored[1:4], each, uniform, *stored[4:]
-    )
-
-
-def _run(
-    x: Tensor,
-    planes: list[Tensor],
-    exponents: Tensor,
-    zeros: Tensor,
-    constants: Tensor,
-    bits: Tensor | None,
-    uniform: int,
-    group_size: int,
-    num_outputs: int,
-) -> Tensor:
-    stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
-    matrix = readable(stored, by_channel=bits is not None and bits.dim() == 2)
-    check_rows(x, stored, bits, uniform)
-    return multiply(x, matrix, bits, uniform)
-
-
-def _fake(
-    x: Tensor,
-    planes: list[Tensor],
-    exponents: Tensor,
-    zeros: Tensor,
-    constants: Tensor,
-    bits: Tensor | None,
-    uniform: int,
-    group_size: int,
-    num_outputs: int,
-) -> Tensor:
-    return x.new_empty((x.shape[0], num_outputs))
-
-
-def _refuse_gradients(context: object, *gradients: object) -> None:
-    """Raise RuntimeError in the backward pass; without one, gradients would be cut."""
-    raise RuntimeError(
-        "quicksilver::any_precision_linear has no gradient; its weights are frozen, call it under torch.no_grad()"
-    )
-
-
-_LIBRARY.impl("any_precision_linear", _run, "CPU")
-torch.library.register_fake("quicksilver::any_precision_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("quicksilver::any_precision_linear", _refuse_gradients, lib=_LIBRARY)
 
 
 def check_rows(x: Tensor, stored: StoredMatrix, bits: Tensor | None, uniform: int) -> None:

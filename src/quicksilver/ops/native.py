@@ -3,8 +3,6 @@
 They are loaded when they are first asked about. What they compute is `any_precision_linear.py`'s business.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from functools import cache
@@ -26,15 +24,7 @@ ISA_VARIABLE = "QUICKSILVER_ISA"
 
 
 def check_choice(choice: str, source: str = "kernels") -> KernelChoice:
-    """Return a choice, "auto" replaced by what the environment says.
-
-    Args:
-        choice: "auto", "native" or "torch".
-        source: who says so, for messages.
-
-    Raises:
-        InputError: it is none of these.
-    """
+    """Return a choice, "auto" replaced by what the environment says; InputError, with its source, where it is none."""
     if choice not in get_args(KernelChoice):
         raise InputError(f"{source} must be one of {', '.join(get_args(KernelChoice))}, got {choice!r}")
     if choice == "auto" and source == "kernels" and (wanted := os.environ.get(CHOICE_VARIABLE)):
@@ -65,20 +55,11 @@ def extension() -> Any:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Return the instruction sets that the kernels have on this processor, best first.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
-    """
+    """Return the instruction sets that the kernels have on this processor, best first."""
     return tuple(extension().instruction_sets())
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
-    """
     return extension().instruction_set()
 
 
@@ -93,7 +74,6 @@ def use_instruction_set(name: str) -> None:
 
 @cache
 def _load() -> tuple[Any, str | None]:
-    """Return the compiled module, and why there is none."""
     try:
         module = importlib.import_module("quicksilver.ops._native")
     except ImportError as error:

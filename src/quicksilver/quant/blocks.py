@@ -3,8 +3,6 @@
 Temporaries as large as the matrix cost more time, in pages that the system must give, than what is computed in them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,19 +13,12 @@ _OUTPUTS, _INPUTS = 128, 224  # whole groups of every size; fewer numbers togeth
 
 
 class Block(NamedTuple):
-    """Some of a matrix's outputs and inputs.
+    """Some of a matrix's outputs and inputs."""
 
-    Attributes:
-        outputs: they are whole groups.
-        inputs: channels.
-        groups: those of the outputs.
-        size: outputs of each of these groups; the last group of a channel may have fewer, and is a block of its own.
-    """
-
-    outputs: slice
-    inputs: slice
-    groups: slice
-    size: int
+    outputs: slice  # they are whole groups
+    inputs: slice  # channels
+    groups: slice  # those of the outputs
+    size: int  # outputs of each of these groups; the last group of a channel may have fewer, and is a block of its own
 
     def of(self, matrix: Tensor) -> Tensor:
         """Return what it is of a matrix [in, out], [groups, size, in] contiguous float32."""

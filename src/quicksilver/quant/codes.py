@@ -40,26 +40,19 @@ class QuantGrid:
 
     A group is `group_size` adjacent outputs of one input channel; the last of a channel may be shorter. One channel
     has its own scales, so that bits can be chosen channel by channel and scales folded into the activation.
-
-    Attributes:
-        exponents: [in, groups] uint8, `scales = largest * 2 ** (-exponents / 16)`.
-        zeros: [in, groups] uint8, the code of zero.
-        largest: the largest scale, a float32 scalar.
-        group_size: outputs of one group.
     """
 
-    exponents: Tensor
-    zeros: Tensor
-    largest: Tensor
-    group_size: int
+    exponents: Tensor  # [in, groups] uint8, `scales = largest * 2 ** (-exponents / 16)`
+    zeros: Tensor  # [in, groups] uint8, the code of zero
+    largest: Tensor  # the largest scale, a float32 scalar
+    group_size: int  # outputs of one group
 
     @classmethod
     def fit(cls, weight: Tensor, group_size: int) -> QuantGrid:
         """Fit levels to the range of each group of a matrix [in, out], of any float type.
 
         Raises:
-            ModelError: a group size that is none of `GROUP_SIZES`, a value that is NaN or infinite in float32, or
-                levels beyond its range.
+            ModelError: an unknown group size, a value that is NaN or infinite in float32, or levels beyond its range.
         """
         low, high = _ranges(weight, check_group_size(group_size))
         if not bool(torch.stack((low.amin(), high.amax())).isfinite().all()):
@@ -84,7 +77,6 @@ class QuantGrid:
         return _scales(exponents, self.largest)
 
     def select(self, channels: Tensor) -> QuantGrid:
-        """Return the grid of the given channels ([M])."""
         exponents, zeros = (t.index_select(0, channels) for t in (self.exponents, self.zeros))
         return QuantGrid(exponents, zeros, self.largest, self.group_size)
 
@@ -151,19 +143,13 @@ def centres(bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AnyPrecisionCodes:
-    """A matrix [in, out] in any-precision codes.
+    """A matrix [in, out] in any-precision codes."""
 
-    Attributes:
-        planes: the codes' bits.
-        grid: where their levels lie.
-        num_outputs: out.
-        tables: for bits that have one, the level that each prefix stands for, [2 ** bits] float32 in units of
-            8-bit codes; other bits read the middle of the cell.
-    """
-
-    planes: Planes
-    grid: QuantGrid
-    num_outputs: int
+    planes: Planes  # the codes' bits
+    grid: QuantGrid  # where their levels lie
+    num_outputs: int  # out
+    # for bits that have one, the level that each prefix stands for, [2 ** bits] float32 in units of 8-bit codes; other
+    # bits read the middle of the cell
     tables: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -184,7 +170,6 @@ class AnyPrecisionCodes:
         return planes.join(self.planes, self.num_outputs, bits)
 
     def select(self, channels: Tensor, bits: int = MAX_BITS) -> AnyPrecisionCodes:
-        """Return the codes of the given channels ([M]) as far as `bits` bits need them."""
         needed = self.planes[: planes.num_planes(bits)]
         kept = tuple(plane.index_select(0, channels) for plane in needed)
         return AnyPrecisionCodes(kept, self.grid.select(channels), self.num_outputs, self.tables)

@@ -23,20 +23,15 @@ METHODS: tuple[Method, ...] = get_args(Method)
 class QuantizationConfig:
     """How weights are quantized.
 
-    Attributes:
-        group_size: outputs that share a scale.
-        method: every weight rounded on its own, or so that errors make up for one another on calibration text.
-        head: the head is quantized too; it no longer shares the embedding's table then.
-        embeddings: the token embedding is quantized too.
-
     Raises:
         ModelError: a value that is none of these.
     """
 
-    group_size: int = 32
+    group_size: int = 32  # outputs that share a scale
+    # every weight rounded on its own, or so that errors make up for one another on calibration text
     method: Method = "nearest"
-    head: bool = False
-    embeddings: bool = False
+    head: bool = False  # the head is quantized too; it no longer shares the embedding's table then
+    embeddings: bool = False  # the token embedding is quantized too
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
@@ -52,11 +47,7 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: object) -> QuantizationConfig:
-        """Read what `to_dict` made.
-
-        Args:
-            data: the dictionary.
-            source: the file it comes from, for messages.
+        """Read what `to_dict` made; `source` is the file that it comes from.
 
         Raises:
             ModelError: another method, version or layout of planes, a key too few or too many, or a bad value.

@@ -4,8 +4,6 @@ Which bits are read is the caller's to say. PyTorch's path is the definition: we
 they are multiplied. Where the caller asks for compiled kernels, rows go through `ops/any_precision_linear.py` instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +18,7 @@ from quicksilver.quant.codes import TABLE_BITS, AnyPrecisionCodes, QuantGrid, ce
 from quicksilver.quant.planes import PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
+_LEVELS = [2**bits for bits in TABLE_BITS]
 BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
 """Buffers of a `AnyPrecisionWeight` that hold something of each input channel, [in, ...] uint8."""
 
@@ -27,11 +26,7 @@ BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
 class AnyPrecisionWeight(nn.Module):
     """A matrix [in, out] in any-precision codes, kept as integer buffers so that no change of dtype touches them.
 
-    Args:
-        codes: the matrix.
-
-    Attributes:
-        channel_bytes: bytes read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
+    `channel_bytes` are those read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
     """
 
     def __init__(self, codes: AnyPrecisionCodes) -> None:
@@ -42,7 +37,8 @@ class AnyPrecisionWeight(nn.Module):
             self.register_buffer(f"plane_{i}", plane)
         self.register_buffer("exponents", codes.grid.exponents)
         self.register_buffer("zeros", codes.grid.zeros)
-        self.register_buffer("constants", _pack_constants(codes))
+        tables = [codes.tables.get(bits, centres(bits)).to(codes.planes[0].device) for bits in TABLE_BITS]
+        self.register_buffer("constants", torch.cat((codes.grid.largest[None], *tables)).view(torch.int32))  # as bits
         scale_bytes = 2 * codes.grid.zeros.shape[1]
         self.channel_bytes = tuple(
             run_bytes(self.num_outputs, bits) + (scale_bytes if bits else 0) for bits in range(MAX_BITS + 1)
@@ -52,10 +48,10 @@ class AnyPrecisionWeight(nn.Module):
     @property
     def codes(self) -> AnyPrecisionCodes:
         """The matrix."""
-        largest, tables = _unpack_constants(self.get_buffer("constants"))
-        grid = QuantGrid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
+        largest, *levels = self.get_buffer("constants").view(torch.float32).split([1, *_LEVELS])
+        grid = QuantGrid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest[0], self.group_size)
         planes = tuple(self.get_buffer(f"plane_{i}") for i in range(_NUM_PLANES))
-        return AnyPrecisionCodes(planes, grid, self.num_outputs, tables)
+        return AnyPrecisionCodes(planes, grid, self.num_outputs, dict(zip(TABLE_BITS, levels, strict=True)))
 
     @property
     def stored(self) -> StoredMatrix:
@@ -102,12 +98,7 @@ class AnyPrecisionWeight(nn.Module):
 
 
 class AnyPrecisionLinear(AnyPrecisionWeight):
-    """`y = x W + b`, where W [in, out] is read at a number of bits chosen for everything, or per row and input channel.
-
-    Args:
-        codes: W.
-        bias: [out] or None.
-    """
+    """`y = x W + b`, where W [in, out] is read at bits chosen for everything, or per row and input channel."""
 
     def __init__(self, codes: AnyPrecisionCodes, bias: Tensor | None) -> None:
         super().__init__(codes)
@@ -216,11 +207,7 @@ def keeping_expanded(model: nn.Module) -> Iterator[None]:
 
 
 class AnyPrecisionSplit(nn.Module):
-    """Several linear maps of one input, their outputs end to end, as in a fused projection.
-
-    Args:
-        parts: the maps.
-    """
+    """Several linear maps of one input, their outputs end to end, as in a fused projection."""
 
     def __init__(self, parts: Sequence[AnyPrecisionLinear]) -> None:
         super().__init__()
@@ -232,13 +219,9 @@ class AnyPrecisionSplit(nn.Module):
 
 
 class AnyPrecisionEmbedding(AnyPrecisionWeight):
-    """A table of embeddings [vocab, d] in any-precision codes, read at eight bits.
+    """A table of embeddings [vocab, d] in any-precision codes, read at eight bits and given out in a dtype.
 
-    Args:
-        codes: the table; its "input channels" are tokens.
-        dtype: of the embeddings given out.
-        scale: factor of the embeddings given out, rounded to their dtype first; None for 1. transformers looks for it
-            by the attribute's name.
+    They are multiplied by a scale, rounded to that dtype first; transformers looks for it by the attribute's name.
     """
 
     def __init__(self, codes: AnyPrecisionCodes, dtype: torch.dtype, scale: float | None = None) -> None:
@@ -253,16 +236,3 @@ class AnyPrecisionEmbedding(AnyPrecisionWeight):
         embeddings = rows.to(self.get_buffer("_like").dtype).view(*token_ids.shape, self.num_outputs)
         scale = getattr(self, "scalar_embed_scale", None)
         return embeddings if scale is None else embeddings * torch.tensor(scale, dtype=embeddings.dtype)
-
-
-def _pack_constants(codes: AnyPrecisionCodes) -> Tensor:
-    """Return the largest scale and the levels of narrow prefixes as the bits of float32, [21] int32."""
-    device = codes.planes[0].device
-    tables = [codes.tables.get(bits, centres(bits)).to(device) for bits in TABLE_BITS]
-    return torch.cat((codes.grid.largest[None], *tables)).view(torch.int32)
-
-
-def _unpack_constants(constants: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    values = constants.view(torch.float32)
-    tables = values[1:].split([2**bits for bits in TABLE_BITS])
-    return values[0], dict(zip(TABLE_BITS, tables, strict=True))

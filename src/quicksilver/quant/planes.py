@@ -3,8 +3,6 @@
 Reading b bits of a code touches the planes that hold them and no others. What codes mean is `codes.py`'s business.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 
 import torch
@@ -27,11 +25,7 @@ An input channel's bits are contiguous over the outputs; the first code of a byt
 
 
 def num_planes(bits: int) -> int:
-    """Return how many planes hold the leading `bits` bits.
-
-    Raises:
-        ValueError: a number of bits that is not from 0 to 8.
-    """
+    """Return how many planes hold the leading bits, 0 to 8; ValueError for any other number."""
     if not 0 <= bits <= MAX_BITS:
         raise ValueError(f"weights are read at 0 to {MAX_BITS} bits, not {bits}")
     return sum(start < bits for start in accumulate(PLANE_BITS[:-1], initial=0))
@@ -65,7 +59,7 @@ def empty(num_inputs: int, num_outputs: int, device: torch.device | str) -> Plan
 
 
 def join(planes: Planes, num_outputs: int, bits: int = MAX_BITS) -> Tensor:
-    """Return the leading `bits` bits of every code as a number, [in, out] uint8; reads only the planes needed.
+    """Return the leading bits of every code as a number, [in, out] uint8; reads only the planes needed.
 
     Raises:
         ValueError: a number of bits that is none of `WEIGHT_BITS`.

@@ -3,8 +3,6 @@
 Importing this module registers nothing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers.quantizers.auto import (

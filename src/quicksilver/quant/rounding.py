@@ -3,8 +3,6 @@
 Where levels lie is `codes.py`'s business; where a Hessian comes from is the caller's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -46,19 +44,11 @@ def quantize(
 
 
 def fit_tables(weight: Tensor, codes: Tensor, grid: QuantGrid) -> dict[int, Tensor]:
-    """Return for each of `TABLE_BITS` the best level of each prefix among the 8-bit codes.
+    """Return for each of `TABLE_BITS` the best level of each prefix among codes [in, out], whole numbers [2 ** bits].
 
     That is its weights' mean, each by its scale squared, rounded. A whole level fits a byte, so that kernels look
-    narrow codes up as bytes and multiply integers whatever the bits. It costs next to nothing: a level moves by half a
-    step of 8-bit codes at most, one thirty-second of the distance between two levels of 4 bits.
-
-    Args:
-        weight: [in, out], any float type.
-        codes: [in, out] uint8.
-        grid: where the codes' levels lie.
-
-    Returns:
-        [2 ** bits] float32 by bits, whole numbers.
+    narrow codes up as bytes and multiply integers at every number of bits. It costs next to nothing: a level moves by
+    half a step of 8-bit codes at most, one thirty-second of the distance between two levels of 4 bits.
     """
     counts, sums = _by_exponent(weight, codes, grid)
     squares = grid.scale_of(torch.arange(len(counts), device=counts.device)).double().square()
@@ -86,13 +76,9 @@ def _by_exponent(weight: Tensor, codes: Tensor, grid: QuantGrid) -> tuple[Tensor
 
 
 def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Return in what order channels are rounded, those with the largest inputs first, and how errors are passed on.
+    """Return in what order channels are rounded, [in], the largest inputs first, and how errors are passed on.
 
-    Args:
-        hessian: [in, in] `X^T X` of the inputs.
-
-    Returns:
-        The channels [in], and the upper Cholesky factor [in, in] of the damped Hessian's inverse in that order.
+    That is the upper Cholesky factor [in, in] of the inverse of the damped Hessian `X^T X`, in that order.
 
     Raises:
         ModelError: the Hessian is not positive definite, damped though it is.

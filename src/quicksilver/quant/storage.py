@@ -10,10 +10,9 @@ import json
 import mmap
 import zlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "2GB"
 
 _PATTERN = "model{suffix}.safetensors"
+_UNWRITTEN = "-" * 8  # as long as a checksum
 _CHECKSUMS = "crc32"  # key of a shard's metadata: JSON, the CRC-32 of each tensor's bytes
 _DTYPES = {
     torch.bool: "BOOL",
@@ -40,24 +40,16 @@ _DTYPES = {
 
 
 class Expected(NamedTuple):
-    """What a stored tensor must be.
+    """What a stored tensor must be."""
 
-    Attributes:
-        shape: its size along each dimension.
-        dtypes: any one of these.
-    """
-
-    shape: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]  # its size along each dimension
+    dtypes: tuple[torch.dtype, ...]  # any one of these
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Write tensors to `model.safetensors`, or to numbered shards and their index, as Hugging Face names them.
 
-    Args:
-        tensors: no two of them share memory.
-        folder: an existing folder.
-        max_shard_size: bytes, or a number with a unit ("2GB"); a larger tensor has a shard of its own.
+    No two tensors share memory; one that is larger than `max_shard_size`, bytes or "2GB", has a shard of its own.
 
     Raises:
         OSError: a file cannot be written.
@@ -70,10 +62,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: i
 class TensorWriter:
     """Writes tensors as `write_tensors` does, one by one and in any order; files can be read after the `with` alone.
 
-    Args:
-        tensors: what will be written, by name; shapes and dtypes count, so that they may be on "meta".
-        folder: an existing folder.
-        max_shard_size: bytes, or a number with a unit ("2GB"); a larger tensor has a shard of its own.
+    Of the tensors given first, shapes and dtypes count, so that they may be on "meta".
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
@@ -84,36 +73,22 @@ class TensorWriter:
         )
         self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
         self._folder, self._file_of = folder, split.tensor_to_filename
-        self._written: set[str] = set()
         self._shards = {
-            file: _Shard({name: tensors[name] for name in names}) for file, names in split.filename_to_tensors.items()
+            file: _Shard(folder / file, {name: tensors[name] for name in names})
+            for file, names in split.filename_to_tensors.items()
         }
-        self._open = ExitStack()
 
-    def __enter__(self) -> TensorWriter:
-        with self._open as stack:
-            self._files = {file: stack.enter_context((self._folder / file).open("wb")) for file in self._shards}
-            self._open = stack.pop_all()
+    def __enter__(self) -> Self:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, once.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
-        self._written.add(name)
-        file = self._file_of[name]
-        self._shards[file].write(self._files[file], name, tensor)
+        """Write a tensor, once; OSError where a file cannot be written."""
+        self._shards[self._file_of[name]].write(name, tensor)
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        missing = [name for name in self._file_of if name not in self._written]
-        if kind is None and missing:
-            raise AssertionError(f"tensor {missing[0]!r} was not written")
-        with self._open:
-            if kind is None:
-                for file, shard in self._shards.items():
-                    shard.finish(self._files[file])
+        if kind is None:
+            for shard in self._shards.values():
+                shard.finish()
         if kind is None and self._index is not None:
             index = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
             (self._folder / INDEX).write_text(index, encoding="utf-8")
@@ -122,15 +97,16 @@ class TensorWriter:
 class _Shard:
     """One file of tensors: where each lies, and its checksum once it is written."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
         ends = list(accumulate(tensors[name].nbytes for name in order))
         self._entries = {
             name: {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": place}
             for name, place in zip(order, map(list, zip([0, *ends], ends, strict=False)), strict=True)
         }
-        self._checksums = dict.fromkeys(order, "0" * 8)
-        self._begin = len(self._header())  # checksums have one length
+        self._checksums = dict.fromkeys(order, _UNWRITTEN)
+        self._path, self._begin = path, len(self._header())  # checksums have one length
+        path.touch()
 
     def _header(self) -> bytes:
         metadata = {"format": "pt", _CHECKSUMS: json.dumps(self._checksums, sort_keys=True)}
@@ -138,23 +114,23 @@ class _Shard:
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
 
-    def write(self, file: BinaryIO, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor) -> None:
         content = _bytes_of(tensor.detach().cpu())
         self._checksums[name] = _checksum(content)
-        file.seek(self._begin + self._entries[name]["data_offsets"][0])
-        file.write(content)
+        self._write_at(self._begin + self._entries[name]["data_offsets"][0], content)
 
-    def finish(self, file: BinaryIO) -> None:
-        file.seek(0)
-        file.write(self._header())
+    def finish(self) -> None:
+        assert _UNWRITTEN not in self._checksums.values()
+        self._write_at(0, self._header())
+
+    def _write_at(self, place: int, content: bytes | memoryview) -> None:
+        with self._path.open("r+b") as file:
+            file.seek(place)
+            file.write(content)
 
 
 def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
-    """Read what `write_tensors` wrote, on the CPU; every byte is checked.
-
-    Args:
-        folder: holds the shards.
-        expected: the tensors there must be, no more and no fewer.
+    """Read what `write_tensors` wrote, on the CPU: what is expected and no more, every byte checked.
 
     Raises:
         ModelError: a file is missing or damaged, or a tensor is missing, unexpected, damaged, or of another shape

@@ -1,7 +1,5 @@
 """What configurations of every mechanism check alike: thresholds, whole numbers, protection."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from functools import cache
@@ -93,12 +91,8 @@ class HeldField(NamedTuple):
 def check_parts(config: Any, owner: str, separator: str = ".") -> None:
     """Raise PlanError where a field of a plan or of a configuration holds another kind of part than it declares.
 
-    Fields that are declared as numbers or texts have checks of their own. A list of parts becomes a tuple.
-
-    Args:
-        config: an instance of a dataclass.
-        owner: names it in errors.
-        separator: between that and the field's name.
+    Fields that are declared as numbers or texts have checks of their own. A list of parts becomes a tuple. In errors,
+    `owner` and a separator stand before the field's name.
     """
     for name, part in parts(type(config)).items():
         value, where = getattr(config, name), f"{owner}{separator}{name}"

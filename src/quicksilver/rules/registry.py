@@ -1,7 +1,5 @@
 """Names of rules in the file format: a rule's class registers its own, and installed packages can bring more."""
 
-from __future__ import annotations
-
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -44,12 +42,7 @@ class DecidingRule(ABC, Generic[View, Decision]):
 
 
 class RuleTypes(Generic[Rule]):
-    """The classes of one kind of rule by their names.
-
-    Args:
-        kind: what errors call the kind, such as "halting rule".
-        base: the class that all rules of the kind derive from.
-    """
+    """The classes of one kind of rule, such as "halting rule", by their names; all derive from `base`."""
 
     def __init__(self, kind: str, base: type[Rule]) -> None:
         self.kind, self.base = kind, base
@@ -98,15 +91,10 @@ class RuleTypes(Generic[Rule]):
         return iter(sorted({entry.name for entry in entry_points(group=GROUP)} | self._classes.keys()))
 
     def classes(self) -> set[type[Rule]]:
-        """Return the classes that are registered now."""
         return set(self._names)
 
     def name_of(self, cls: type) -> str:
-        """Return the name of a class.
-
-        Raises:
-            PlanError: it has none.
-        """
+        """Return the name of a class; PlanError where it has none."""
         if cls not in self._names:
             decorator = f"@{self.kind.replace(' ', '_')}"
             raise PlanError(f"{cls.__name__} has no name that a plan could give: put {decorator}(NAME) above the class")

@@ -1,7 +1,5 @@
 """What plans could once name and no longer can, and what to use instead."""
 
-from __future__ import annotations
-
 from quicksilver.errors import PlanError
 
 RETIRED: dict[str, dict[object, str]] = {

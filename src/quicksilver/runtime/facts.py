@@ -3,8 +3,6 @@
 Nothing here runs a layer.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -13,11 +11,7 @@ from quicksilver.families.spec import num_quantized
 
 
 class ModelFacts(nn.Module):
-    """Facts of a wrapped transformers model, under the names that transformers has for them.
-
-    Attributes:
-        model: the wrapped model.
-    """
+    """Facts of the wrapped transformers model, under the names that transformers has for them."""
 
     model: Any
     main_input_name = "input_ids"
@@ -28,11 +22,9 @@ class ModelFacts(nn.Module):
     _supports_cache_class = True
 
     def can_generate(self) -> bool:
-        """Whether `generate` works; always."""
         return True
 
     def is_remote_code(self) -> bool:
-        """Whether the model's code came from a hub; never."""
         return False
 
     @property
@@ -46,7 +38,6 @@ class ModelFacts(nn.Module):
         return plain + (0 if only_trainable else num_quantized(self.model, exclude_embeddings))
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of parameters and of buffers, which any-precision weights are."""
         return self.model.get_memory_footprint(return_buffers)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -54,9 +45,7 @@ class ModelFacts(nn.Module):
         self.model.tie_weights(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the wrapped model's token embedding."""
         return self.model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the wrapped model's head."""
         return self.model.get_output_embeddings()

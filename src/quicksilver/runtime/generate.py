@@ -31,7 +31,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from quicksilver.cache import RaggedKVCache
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
-from quicksilver.runtime.continuation import check_beginning, leave_some_to_feed
 from quicksilver.runtime.processors import PrefixFunction, of_rows, warpers, without
 from quicksilver.runtime.sampling import Draw, Ending, Rows, TokenChoice
 from quicksilver.runtime.settings import Settings
@@ -191,19 +190,7 @@ def told_the_end(streamer: Any) -> Iterator[None]:
 class _Feed:
     """What is fed to the model: the prompt, then tokens, with a cache or all again without one.
 
-    Args:
-        model: by its engine; by its call where somebody counts on calls.
-        settings: what was asked for.
-        request: the call.
-        trace: added to.
-
-    Attributes:
-        mask: [B, P + T] bool of what was given, or inferred; None where all is real.
-        seen: tokens of each row that are in a cache and not among the ids given.
-        cache: extended; None where none is used.
-
-    Raises:
-        InputError: padding on the right, or a cache that does not fit.
+    It is fed by the engine; by the model's call where somebody counts on calls.
     """
 
     def __init__(self, model: QuickSilverForCausalLM, settings: Settings, request: Request, trace: Trace) -> None:
@@ -216,8 +203,8 @@ class _Feed:
             raise InputError(f"attention_mask of shape {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
         if mask is not None and not bool(mask[:, -1].all()):
             raise InputError("prompts must be padded on the left (tokenizer.padding_side = 'left')")
-        self.mask, self.cache = mask, request.cache
-        self.seen = [0] * len(ids)
+        self.mask, self.cache = mask, request.cache  # [B, P + T] bool, None where all is real
+        self.seen = [0] * len(ids)  # tokens of each row that are in a cache and not among the ids given
         if self.cache is None:
             if columns > ids.shape[1]:
                 raise InputError(f"attention_mask has {columns} columns for {ids.shape[1]} of input_ids and no cache")
@@ -241,7 +228,7 @@ class _Feed:
                 )
             self.seen = self.mask[:, : -ids.shape[1]].sum(1).tolist()  # type: ignore[index]
             return
-        check_beginning(cache, ids, self.mask)
+        _check_beginning(cache, ids, self.mask)
         if self.mask is None and fed.real is not None:  # what was padding is no token of the prompt
             new = fed.real.new_ones((len(ids), ids.shape[1] - fed.count))
             self.mask = torch.cat((fed.real, new), dim=1).to(ids.device)
@@ -253,7 +240,11 @@ class _Feed:
             self._real = mask if mask is None else mask.repeat_interleave(repeats, dim=0)
             return self._whole(ids, mask).repeat_interleave(repeats, dim=0)
         columns = ids.shape[1] if mask is None else mask.shape[1]
-        leave_some_to_feed(cache, columns)
+        if columns == cache.fed.count:  # the last column is fed again; all of them where tokens are fused there
+            try:
+                cache.crop(-1)
+            except InputError:
+                cache.reset()
         done = cache.fed.count
         *earlier, last = ids[:, done - columns :].split(self._chunk or columns, dim=1)
         for chunk in earlier:  # nobody asks what these predict
@@ -301,3 +292,23 @@ class _Feed:
         options = {"logits_to_keep": 1, "trace": self._trace, "use_cache": cache is not None} | options
         logits = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, **options).logits
         return logits[:, -1] if logits.shape[1] else logits
+
+
+def _check_beginning(cache: RaggedKVCache, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise InputError where a prompt, [B, T] with a mask [B, T] or None, does not begin with what a cache holds."""
+    cache.check_columns()
+    seen, columns = cache.fed.count, input_ids.shape[1]
+    remedy = "give all token ids so far, or the new ones alone with an attention_mask over both"
+    if columns < seen:
+        raise InputError(
+            f"the cache holds {seen} columns and the prompt {columns}: the cache is not its beginning; {remedy}"
+        )
+    differs = input_ids[:, :seen].to(cache.shape.device) != cache.fed.token_ids
+    for real in (cache.fed.real, attention_mask):
+        if real is not None:
+            differs &= real[:, :seen].to(differs.device) != 0
+    if bool(differs.any()):
+        row, column = differs.nonzero()[0].tolist()
+        raise InputError(
+            f"the cache is not the beginning of the prompt: in row {row} they differ at column {column}; {remedy}"
+        )

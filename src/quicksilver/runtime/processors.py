@@ -3,8 +3,6 @@
 Those that look at a row's tokens are made for the row, so that padding and neighbours do not matter.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,14 +24,10 @@ def of_rows(
     padding: int = 0,
     prefix_allowed_tokens_fn: PrefixFunction | None = None,
 ) -> list[LogitsProcessor]:
-    """Return the processors that look at tokens or at their number, for rows of one length.
+    """Return the processors that look at tokens or at their number, for rows that begin with [R, T] unpadded tokens.
 
-    Args:
-        settings: what was asked for.
-        prompt: [R, T] the rows' tokens at the beginning, without padding.
-        new_tokens: tokens that a row may get.
-        padding: columns before them, which `min_length` counts.
-        prefix_allowed_tokens_fn: given a row's index among these and its tokens, returns what may come next.
+    `new_tokens` are those that a row may get, `padding` the columns before it, which `min_length` counts;
+    `prefix_allowed_tokens_fn` returns what may come next, given a row's index among these and its tokens.
     """
     config, length, device = settings.config, prompt.shape[1], prompt.device
     eos = torch.tensor(settings.eos_token_ids, device=device) if settings.eos_token_ids else None

@@ -1,7 +1,5 @@
 """Which tokens a mechanism may never touch: the first of a sequence, and special ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +11,7 @@ _FEW = 16  # tokens that are looked at one by one
 
 
 class Protection:
-    """What a configuration protects, bound to a model's special tokens.
-
-    Args:
-        config: says how much is protected; None for nothing.
-        special_ids: the model's special tokens.
-        device: where tokens are.
-    """
+    """What a configuration, None for nothing, protects, bound to a model's special tokens."""
 
     def __init__(
         self,
@@ -34,7 +26,6 @@ class Protection:
 
     @property
     def is_on(self) -> bool:
-        """Whether any token could be protected."""
         return self._first > 0 or self._special_ids.numel() > 0
 
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 What is fed to the model is the caller's; what processors and criteria do, transformers'.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
@@ -19,12 +17,7 @@ from quicksilver.errors import InputError
 
 
 class Rows:
-    """The tokens of a batch as they grow, with their padding and without.
-
-    Args:
-        input_ids: [B, T] to begin with.
-        real: [B, T] bool, False at padding; None where there is none.
-    """
+    """The tokens [B, T] of a batch as they grow, with their padding and, by `real` ([B, T] bool or None), without."""
 
     def __init__(self, input_ids: Tensor, real: Tensor | None) -> None:
         self.input_ids = input_ids
@@ -44,15 +37,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn from scores.
+    """How a token is drawn from scores."""
 
-    Attributes:
-        do_sample: by their softmax; else the likeliest, the first of several.
-        seeds: of each row: a token is a function of the row's seed, its place and the scores. None is for PyTorch's
-            generator.
-    """
-
-    do_sample: bool
+    do_sample: bool  # by their softmax; else the likeliest, the first of several
+    # of each row: a token is a function of the row's seed, its place and the scores. None is for PyTorch's generator.
     seeds: Sequence[tuple[int, int]] | None = None
 
     def __call__(self, scores: Tensor, positions: Sequence[int]) -> Tensor:
@@ -77,19 +65,12 @@ def keyed_uniform(seed: int, sequence: int, position: int) -> float:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How the next tokens are chosen.
+    """How the next tokens are chosen."""
 
-    Attributes:
-        first: processors that see the batch as it is, padded, before all others.
-        of_parts: processors of each of a batch's parts (see `Rows.parts`).
-        of_batch: those that follow, which see the batch as it is, padded.
-        draw: of a token.
-    """
-
-    first: Sequence[LogitsProcessor]
-    of_parts: Sequence[Sequence[LogitsProcessor]]
-    of_batch: Sequence[LogitsProcessor]
-    draw: Draw
+    first: Sequence[LogitsProcessor]  # processors that see the batch as it is, padded, before all others
+    of_parts: Sequence[Sequence[LogitsProcessor]]  # processors of each of a batch's parts (see `Rows.parts`)
+    of_batch: Sequence[LogitsProcessor]  # those that follow, which see the batch as it is, padded
+    draw: Draw  # of a token
 
     def __call__(self, rows: Rows, logits: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the next tokens [B], given rows and their logits [B, vocab], and the scores they were chosen by."""

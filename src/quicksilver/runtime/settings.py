@@ -44,19 +44,12 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call asks for.
+    """What a call asks for."""
 
-    Attributes:
-        config: of the call, a copy.
-        eos_token_ids: tokens that end a sequence; none where the configuration has none.
-        padding: token that fills a sequence which has ended; None where neither padding nor EOS is configured.
-        own_max_length: nobody has said how long the result may be.
-    """
-
-    config: Any
-    eos_token_ids: tuple[int, ...]
-    padding: int | None
-    own_max_length: bool
+    config: Any  # of the call, a copy
+    eos_token_ids: tuple[int, ...]  # tokens that end a sequence; none where the configuration has none
+    padding: int | None  # token that fills a sequence which has ended; None where neither padding nor EOS is configured
+    own_max_length: bool  # nobody has said how long the result may be
 
     @classmethod
     def resolve(
@@ -64,10 +57,7 @@ class Settings:
     ) -> tuple[Settings, dict[str, Any]]:
         """Return what a call asks for: its arguments before its configuration, that before the model's own.
 
-        Args:
-            given: a configuration, not changed.
-            of_model: the model's own, not changed.
-            arguments: of the call; those that are no setting are given back.
+        Arguments that are no setting are given back.
 
         Raises:
             UnsupportedFeatureError: beam search, assisted generation, attention maps and the like.
@@ -85,10 +75,7 @@ class Settings:
         return cls(config, eos, None if padding is None else int(padding), own_max_length), rest
 
     def inferred_mask(self, input_ids: Tensor) -> Tensor | None:
-        """Return [B, T] where tokens are not padding, as transformers infers it where no mask is given.
-
-        It does so where there is a padding token, which is no EOS.
-        """
+        """Return [B, T] where tokens are no padding, as transformers infers where a padding token is no EOS."""
         padding = self.config.pad_token_id
         if padding is None or padding in self.eos_token_ids or not bool((input_ids == padding).any()):
             return None
@@ -97,11 +84,8 @@ class Settings:
     def new_tokens(self, columns: int, longest: int, max_positions: int, own_limit: int | None = None) -> int:
         """Return how many tokens may be added to each row; `max_length` counts columns, as in transformers.
 
-        Args:
-            columns: of the prompts, padding included.
-            longest: tokens of the longest row, padding not counted, those in a cache counted.
-            max_positions: of the model.
-            own_limit: columns in all by a criterion of the caller's, which stands in for the settings'.
+        `longest` are a row's tokens but for padding, those in a cache included; `own_limit`, columns in all by a
+        criterion of the caller's, stands in for the settings'.
 
         Raises:
             InputError: a prompt as long as the result may be, or more tokens than the model's context holds.

@@ -3,8 +3,6 @@
 Which tokens run, and how, is not decided here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,21 +15,13 @@ from quicksilver.errors import InputError, UnsupportedFeatureError
 
 @dataclass(frozen=True)
 class UnpaddedBatch:
-    """The real tokens of a padded grid [B, T].
+    """The real tokens of a padded grid [B, T]."""
 
-    Attributes:
-        token_ids: [N] real tokens, row by row.
-        lengths: real tokens of each row.
-        shape: (B, T).
-        real: [B, T] bool, False at padding, or None where there is none.
-        places: [N] the tokens' places in the flattened grid, or None where there is no padding.
-    """
-
-    token_ids: Tensor
-    lengths: list[int]
-    shape: tuple[int, int]
-    real: Tensor | None = None
-    places: Tensor | None = None
+    token_ids: Tensor  # [N] real tokens, row by row
+    lengths: list[int]  # real tokens of each row
+    shape: tuple[int, int]  # (B, T)
+    real: Tensor | None = None  # [B, T] bool, False at padding, or None where there is none
+    places: Tensor | None = None  # [N] the tokens' places in the flattened grid, or None where there is no padding
 
     @property
     def columns(self) -> int:
@@ -71,12 +61,9 @@ def real_tokens(input_ids: Tensor, real: Tensor | None) -> UnpaddedBatch:
 
 
 def check_positions(position_ids: Tensor, unpadded: UnpaddedBatch, seen: Sequence[int]) -> None:
-    """Raise UnsupportedFeatureError where tokens are given other positions than they have.
+    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those that tokens have.
 
-    Args:
-        position_ids: [B, T] or [1, T]; what they say of padding does not matter.
-        unpadded: the tokens.
-        seen: tokens before each row's.
+    What they say of padding does not matter; `seen` are the tokens before each row's.
     """
     batch, columns = unpadded.shape
     position_ids = torch.as_tensor(position_ids)
@@ -99,12 +86,6 @@ Columns = int | slice | Tensor | Sequence[int] | None
 def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
     """Return which of so many columns' logits are wanted, indices [K]; None for all, in order.
 
-    Args:
-        keep: number of last columns (0 or None: all), or which, by indices that may count from the end, a slice or a
-            mask [T].
-        columns: T.
-        device: of the result.
-
     Raises:
         InputError: indices of columns that there are not.
     """
@@ -124,14 +105,7 @@ def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | 
 def padded_logits(
     hidden: Tensor, unpadded: UnpaddedBatch, kept: Tensor | None, head: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return logits [B, K, vocab] of some columns; only real tokens pass through the head, padding gets zeros.
-
-    Args:
-        hidden: [N, d] states of the grid's real tokens.
-        unpadded: where they stand.
-        kept: [K] columns, None for all.
-        head: [M, d] to [M, vocab].
-    """
+    """Return logits [B, K, vocab] of columns [K] (None: all) from states [N, d] of real tokens; padding gets zeros."""
     batch, columns = unpadded.shape
     if kept is None and unpadded.places is None:
         return head(hidden).view(batch, columns, -1)

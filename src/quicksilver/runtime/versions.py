@@ -3,8 +3,6 @@
 What is made from them, and anew where they have changed, is the caller's business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter, is_not
 
@@ -20,9 +18,6 @@ class WeightVersions:
 
     Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors. Modules replaced
     by others are `ModuleWatch`'s business.
-
-    Args:
-        layers: the layers.
     """
 
     def __init__(self, layers: Sequence[LayerOps]) -> None:

@@ -3,8 +3,6 @@
 A decision imports PyTorch when it is first made.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView
@@ -35,6 +33,5 @@ class SimilarityRule(FusionRule):
         object.__setattr__(self, "threshold", check_threshold(type(self).__name__, self.threshold))
 
     def check_layers(self, num_fusion_layers: int) -> None:
-        """Raise PlanError where a list of thresholds is not as long as that of the fusion layers."""
         if isinstance(self.threshold, tuple) and len(self.threshold) != num_fusion_layers:
             raise PlanError(f"{len(self.threshold)} thresholds for {num_fusion_layers} fusion layers")

@@ -1,7 +1,5 @@
 """Chaining: pairs that are alike become groups, greedily from left to right, none larger than allowed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -9,14 +7,10 @@ from torch import Tensor
 def chain(alike: Tensor, mass: Tensor, max_group: int) -> Tensor:
     """Return which rows join the group of the row before, [N] bool.
 
-    A row joins where it is like the row before and the group so far, with it, stands for at most `max_group`
-    tokens; otherwise it begins a group. The walk from one beginning to the next is followed from all rows at
-    once by doubling its stride, so its cost is O(N log N) without a loop over tokens.
-
-    Args:
-        alike: [N] bool, row i is like row i - 1; False at each sequence's first row.
-        mass: [N] tokens that each row stands for.
-        max_group: most tokens of one group.
+    A row joins where it is like the row before ([N] bool, False at each sequence's first row) and the group so far,
+    with it, stands for at most `max_group` tokens by the rows' mass [N]; otherwise it begins a group. The walk from one
+    beginning to the next is followed from all rows at once by doubling its stride: O(N log N) without a loop over
+    tokens.
     """
     num_rows = alike.shape[0]
     rows = torch.arange(num_rows, device=alike.device)

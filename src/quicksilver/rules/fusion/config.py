@@ -1,7 +1,5 @@
 """Fusion: which adjacent tokens become one, where, and what stands for them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -20,26 +18,19 @@ class FusionConfig:
     """Which adjacent tokens fuse, where, and what goes on in their place.
 
     A group's representative is its last member, at that member's position; the members before it stop.
-
-    Attributes:
-        rule: says whether a token is like the one before it.
-        layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1),
-            rounded up. Several for scope "prompt" alone; then no group goes on in a later pass.
-        max_group: most tokens that one representative stands for.
-        weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted
-            by the tokens each stands for (the paper).
-        scope: "prompt": only tokens whose predictions nobody asked for; "all": any token.
-        protect_first: tokens at positions below this never fuse (attention sinks).
-        protect_special: special tokens (BOS, EOS, ...) never fuse.
     """
 
-    rule: FusionRule
+    rule: FusionRule  # says whether a token is like the one before it
+    # how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1), rounded up. Several
+    # for scope "prompt" alone; then no group goes on in a later pass.
     layers: tuple[int | float, ...] = (1 / 3,)
-    max_group: int = 2
+    max_group: int = 2  # most tokens that one representative stands for
+    # what the representative goes on with. "last": its own state. "mass": the members' mean, weighted by the tokens
+    # each stands for (the paper).
     weights: FusionWeights = "last"
-    scope: FusionScope = "prompt"
-    protect_first: int = 4
-    protect_special: bool = True
+    scope: FusionScope = "prompt"  # "prompt": only tokens whose predictions nobody asked for; "all": any token
+    protect_first: int = 4  # tokens at positions below this never fuse (attention sinks)
+    protect_special: bool = True  # special tokens (BOS, EOS, ...) never fuse
 
     def __post_init__(self) -> None:
         check_parts(self, "fusion")
@@ -68,11 +59,7 @@ class FusionConfig:
         self.rule.check_layers(len(layers))
 
     def after_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the layers after which tokens fuse in a model of `num_layers` layers, ascending.
-
-        Raises:
-            PlanError: the configuration does not fit the depth.
-        """
+        """Indices, ascending, of the layers after which tokens fuse; PlanError where the model has not as many."""
         run = [layers_run(item, num_layers) for item in self.layers]
         if any(later <= earlier for earlier, later in pairwise(run)):
             raise PlanError(f"fusion.layers must ascend, got {list(self.layers)} in a model of {num_layers} layers")

@@ -1,7 +1,5 @@
 """Controls: chance, and joins that are forced."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView
@@ -24,7 +22,6 @@ class RandomFusionRule(FusionRule):
         check_draw("RandomFusionRule", self.probability, self.seed)
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse each pair with the rule's probability."""
         from quicksilver.core.hashing import hashed_uniform
 
         draws = hashed_uniform(self.seed, view.layer_idx, view.positions, view.token_ids, _STREAM)
@@ -45,7 +42,6 @@ class ForcedFusionRule(FusionRule):
         object.__setattr__(self, "joins", joins)
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse where the pattern says so at the later token's position."""
         from quicksilver.core import signals
 
         joins = signals.pattern(tuple(map(int, self.joins)), view.positions.device)

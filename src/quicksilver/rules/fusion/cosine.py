@@ -1,7 +1,5 @@
 """Cosine of two states, free of the stream's scale."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView
@@ -22,7 +20,6 @@ class CosineFusionRule(SimilarityRule):
                 raise PlanError(f"a threshold of a cosine must lie in [-1, 1], got {number!r}")
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse where the cosine of the two states is above the threshold."""
         from quicksilver.core import signals
 
         cosine = signals.row_cosines(view.earlier.float(), view.later.float())

@@ -1,7 +1,5 @@
 """Several halting rules that must agree."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,13 +24,11 @@ class AllRule(HaltingRule):
             raise PlanError("AllRule: at least one rule is needed")
 
     @property
-    def reads_gates(self) -> bool:
-        """Whether a member reads the plan's fitted gates."""
+    def reads_gates(self) -> bool:  # type: ignore[override]
         return any(rule.reads_gates for rule in self.rules)
 
     @property
-    def reads_previous_update(self) -> bool:
-        """Whether a member compares successive updates."""
+    def reads_previous_update(self) -> bool:  # type: ignore[override]
         return any(rule.reads_previous_update for rule in self.rules)
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
@@ -40,7 +36,6 @@ class AllRule(HaltingRule):
         return all(rule.may_halt(layer_idx) for rule in self.rules)
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where every member would."""
         decision = self.rules[0].ask(view)
         halt, costs = decision.halt, Counter(decision.signal_rows)
         gate_rows, macs = decision.gate_rows, decision.macs
@@ -56,6 +51,5 @@ class AllRule(HaltingRule):
         return HaltDecision(halt, costs, gate_rows, macs)
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise PlanError where a member does not fit the depth."""
         for rule in self.rules:
             rule.check_depth(num_layers)

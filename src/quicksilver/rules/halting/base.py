@@ -3,8 +3,6 @@
 A decision imports PyTorch when it is first made, so that plans are read, checked and shown without.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,31 +13,17 @@ from quicksilver.rules.registry import DecidingRule, RuleTypes
 
 @dataclass(frozen=True)
 class HaltingRule(DecidingRule[LayerView, HaltDecision]):
-    """Base of the rules that say which tokens in view have settled, and halt after this layer.
+    """Base of the rules that say which tokens in view have settled, and halt after this layer."""
 
-    Attributes:
-        rule_fields: names of the fields that hold rules themselves, each a tuple of them.
-    """
-
-    rule_fields: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def reads_gates(self) -> bool:
-        """Whether the rule reads the plan's fitted gates, which are then in `LayerView.gate`."""
-        return False
-
-    @property
-    def reads_previous_update(self) -> bool:
-        """Whether the rule reads what the layer before added, which is then in `LayerView.previous_update`."""
-        return False
+    rule_fields: ClassVar[tuple[str, ...]] = ()  # names of the fields that hold rules themselves, each a tuple of them
+    reads_gates: ClassVar[bool] = False  # the plan's fitted gates, which are then in `LayerView.gate`
+    reads_previous_update: ClassVar[bool] = False  # what the layer before added, then in `LayerView.previous_update`
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
         """Whether the rule could halt anything after this layer; where not, it need not be asked.
 
-        Args:
-            layer_idx: the layer.
-            first: the first layer after which anything may halt, where every row is one token's throughout: a depth
-                that is forced is then reached once. None where rows may take one another's places.
+        `first` is the first layer after which anything may halt, where every row is one token's throughout: a depth
+        that is forced is then reached once. It is None where rows may take one another's places.
         """
         return True
 
@@ -61,5 +45,4 @@ class ThresholdRule(HaltingRule):
         object.__setattr__(self, "threshold", check_threshold(type(self).__name__, self.threshold))
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise PlanError where a list of thresholds is not as long as the model is deep."""
         check_count(self.threshold, num_layers)

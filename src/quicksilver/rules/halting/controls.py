@@ -1,7 +1,5 @@
 """Controls: depths that are forced, and chance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView
@@ -24,12 +22,10 @@ class ForcedRule(HaltingRule):
         object.__setattr__(self, "depths", depths)
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
-        """Whether a token's depth may have been reached."""
         reached = layer_idx + 1 >= min(self.depths)
         return reached and (first is None or layer_idx == first or layer_idx + 1 in self.depths)
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt the tokens whose prescribed depth has been reached."""
         from quicksilver.core import signals
 
         depths = signals.pattern(self.depths, view.positions.device)
@@ -48,7 +44,6 @@ class RandomRule(HaltingRule):
         check_draw("RandomRule", self.probability, self.seed)
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt each token with the rule's probability."""
         from quicksilver.core.hashing import hashed_uniform
 
         draws = hashed_uniform(self.seed, view.layer_idx, view.positions, view.token_ids)

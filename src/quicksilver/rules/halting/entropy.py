@@ -1,7 +1,5 @@
 """Entropy of what the model's own head predicts from a state."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView
@@ -27,11 +25,9 @@ class EntropyRule(ThresholdRule):
         object.__setattr__(self, "layers", layers)
 
     def may_halt(self, layer_idx: int, first: int | None = None) -> bool:
-        """Whether the layer is one of the rule's."""
         return self.layers is None or layer_idx in self.layers
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where the entropy, in bits, is below the threshold; only at the rule's layers."""
         from quicksilver.core import signals
 
         if not self.may_halt(view.layer_idx):
@@ -40,7 +36,6 @@ class EntropyRule(ThresholdRule):
         return HaltDecision(entropy < threshold_at(self.threshold, view.layer_idx), {"head": view.num_rows})
 
     def check_depth(self, num_layers: int) -> None:
-        """Raise PlanError where thresholds or layers do not fit the depth."""
         super().check_depth(num_layers)
         if self.layers and max(self.layers) >= num_layers:
             raise PlanError(f"entropy is asked for after layer {max(self.layers)}, the model has {num_layers}")

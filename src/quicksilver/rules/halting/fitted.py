@@ -1,9 +1,8 @@
 """Fitted gates: what a regression on calibration text predicts that halting would cost."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.rules.checks import threshold_at
@@ -20,18 +19,10 @@ class FittedRule(ThresholdRule):
     norm, and a constant; their product is the logarithm of the nats. A layer without a gate halts nobody.
     """
 
-    @property
-    def reads_gates(self) -> bool:
-        """True: they are what is asked."""
-        return True
-
-    @property
-    def reads_previous_update(self) -> bool:
-        """True: the cosine of successive updates is a feature."""
-        return True
+    reads_gates: ClassVar[bool] = True
+    reads_previous_update: ClassVar[bool] = True  # for the cosine of successive updates
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where `exp(features . gate)` is below the threshold; nowhere after a layer without a gate."""
         from quicksilver.core import signals
 
         if view.gate is None:

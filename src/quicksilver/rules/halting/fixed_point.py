@@ -1,8 +1,7 @@
 """Fixed point: small updates that keep their direction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.errors import PlanError
@@ -15,6 +14,7 @@ from quicksilver.rules.halting.base import ThresholdRule, halting_rule
 class FixedPointRule(ThresholdRule):
     """Relative update norm below `threshold` and cosine of successive updates at least `min_cosine`."""
 
+    reads_previous_update: ClassVar[bool] = True
     min_cosine: float = 0.0
 
     def __post_init__(self) -> None:
@@ -22,13 +22,7 @@ class FixedPointRule(ThresholdRule):
         if not isinstance(self.min_cosine, (int, float)) or not -1.0 <= self.min_cosine <= 1.0:
             raise PlanError(f"FixedPointRule: min_cosine must lie in [-1, 1], got {self.min_cosine!r}")
 
-    @property
-    def reads_previous_update(self) -> bool:
-        """True: successive updates are compared."""
-        return True
-
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where relative drift is below the threshold and `cos(u[l], u[l-1])` at least `min_cosine`."""
         from quicksilver.core import signals
 
         if view.previous_update is None:

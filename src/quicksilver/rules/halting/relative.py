@@ -1,7 +1,5 @@
 """Relative drift: the paper's signal without the stream's scale."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView
@@ -15,7 +13,6 @@ class RelativeDriftRule(ThresholdRule):
     """`||h[l] - h[l-1]||_2 / ||h[l]||_2`, free of the stream's scale."""
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where the relative drift is below the threshold."""
         from quicksilver.core import signals
 
         small = signals.relative_drift(view) < threshold_at(self.threshold, view.layer_idx)

@@ -22,16 +22,12 @@ class Shortcut:
 
     The gate, where one is used, is the tensor `shortcut.LAYER.PART.gate`, [d + 2]: of the normed input, of the
     logarithm of the state's norm, and a constant; the product is the logarithm of the error.
-
-    Attributes:
-        layer: index of the layer.
-        part: which of its sublayers.
-        threshold: taken where the fitted gate predicts a smaller squared error, as a share of the squared norm of
-            the state; None: by every token.
     """
 
-    layer: int
-    part: Part
+    layer: int  # index of the layer
+    part: Part  # which of its sublayers
+    # taken where the fitted gate predicts a smaller squared error, as a share of the squared norm of the state; None:
+    # by every token
     threshold: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,9 +50,7 @@ class Shortcut:
     def decide(self, gate: Tensor | None, view: ShortcutView) -> ShortcutDecision:
         """Let tokens skip the sublayer where the gate predicts an error below the threshold.
 
-        Args:
-            gate: [d + 2] weights of the logarithm of the error; None lets every token skip it that is not protected.
-            view: what enters the sublayer.
+        The gate is [d + 2] weights of the logarithm of the error; None lets every token skip it that is not protected.
         """
         import torch
 

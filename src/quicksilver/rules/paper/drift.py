@@ -1,7 +1,5 @@
 """The drift of the paper (arXiv 2506.22396), in the units of the residual stream."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import HaltDecision, LayerView
@@ -15,7 +13,6 @@ class DriftRule(ThresholdRule):
     """The paper's signal: `||h[l] - h[l-1]||_2`, in the units of the residual stream (arXiv 2506.22396)."""
 
     def decide(self, view: LayerView) -> HaltDecision:
-        """Halt where `||after - before||_2` is below the threshold."""
         from quicksilver.core import signals
 
         drift = signals.row_norms(signals.update_of(view))  # [N]

@@ -21,15 +21,11 @@ EntropyOf = Literal["head", "hidden"]
 @precision_rule("entropy")
 @dataclass(frozen=True)
 class EntropyBitsRule(GradedBitsRule):
-    """At one layer each token's entropy, in bits, decides how many bits it reads of every weight from there on.
+    """At one layer each token's entropy, in bits, decides how many bits it reads of every weight from there on."""
 
-    Attributes:
-        over: "head": entropy of the model's head on the state; "hidden": of a softmax over the state itself.
-        layer: how many layers have run by then, all at 8 bits; a whole number, or a fraction of the depth in
-            (0, 1), rounded up.
-    """
-
+    # "head": entropy of the model's head on the state; "hidden": of a softmax over the state itself
     over: EntropyOf = "head"
+    # how many layers have run by then, all at 8 bits; a whole number, or a fraction of the depth in (0, 1), rounded up
     layer: int | float = 0.5
 
     def __post_init__(self) -> None:
@@ -41,7 +37,6 @@ class EntropyBitsRule(GradedBitsRule):
         check_layers_run("EntropyBitsRule: layer", self.layer)
 
     def after_layer(self, num_layers: int) -> int:
-        """Index of the layer after which tokens are asked, in a model of `num_layers` layers."""
         return layers_run(self.layer, num_layers) - 1
 
     def decide(self, view: ChannelView) -> BitsChoice:
@@ -49,7 +44,6 @@ class EntropyBitsRule(GradedBitsRule):
         return BitsChoice(MAX_BITS if view.max_bits is None else view.max_bits)
 
     def decide_tokens(self, view: TokenBitsView) -> BitsChoice:
-        """Grant each token bits by its entropy."""
         from quicksilver.core.signals import graded
 
         if self.thresholds is None:
@@ -70,6 +64,5 @@ class EntropyBitsRule(GradedBitsRule):
         return KernelBits((MAX_BITS,))
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:
-        """Raise PlanError where the layer is beyond the model's depth."""
         if self.after_layer(num_layers) >= num_layers - 1:
             raise PlanError(f"bits decided after {self.layer!r} layers save nothing, the model has {num_layers}")

@@ -1,7 +1,5 @@
 """The similarity of the paper: distance, in the units of the residual stream."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import FusionDecision, PairView
@@ -15,7 +13,6 @@ class L2FusionRule(SimilarityRule):
     """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
 
     def decide(self, view: PairView) -> FusionDecision:
-        """Fuse where `||later - earlier||_2` is below the threshold."""
         from quicksilver.core import signals
 
         distance = signals.row_norms(view.later.float() - view.earlier.float())

@@ -1,7 +1,5 @@
 """The paper's formula read literally: a halted token's key and value are zero."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import Fill

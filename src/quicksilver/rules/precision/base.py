@@ -3,9 +3,8 @@
 A decision imports PyTorch when it is first made.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits, TokenBitsView
@@ -19,15 +18,8 @@ from quicksilver.rules.retired import refuse_retired
 class PrecisionRule(DecidingRule[ChannelView, BitsChoice]):
     """Base of the rules that choose bits, asked about each linear map's inputs."""
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the rule can be run; where not, it says what its thresholds are to be fitted to."""
-        return True
-
-    @property
-    def reads_means(self) -> bool:
-        """Whether `ChannelView.inputs` are what inputs differ by from their means, the plan's tensors `mean_name`."""
-        return False
+    is_fitted: ClassVar[bool] = True  # it can be run; else it says what its thresholds are to be fitted to
+    reads_means: ClassVar[bool] = False  # `ChannelView.inputs` are less their means, the plan's tensors `mean_name`
 
     def after_layer(self, num_layers: int) -> int | None:
         """Index of the layer after which `decide_tokens` is asked, in a model of so many layers; None for never."""
@@ -42,13 +34,7 @@ class PrecisionRule(DecidingRule[ChannelView, BitsChoice]):
         return self.checked(self.decide_tokens(view), view)
 
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits | None:
-        """Return what compiled kernels may do in place of `decide`, for one map; None where they cannot.
-
-        Args:
-            layer_idx: the layer.
-            map_idx: which of its quantized maps.
-            num_maps: how many it has.
-        """
+        """Return what compiled kernels may do in place of `decide` for one map of a layer; None for nothing."""
         return None
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:

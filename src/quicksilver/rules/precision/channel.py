@@ -35,12 +35,10 @@ class ChannelBitsRule(GradedBitsRule):
             raise PlanError(f"ChannelBitsRule: centred must be true or false, got {self.centred!r}")
 
     @property
-    def reads_means(self) -> bool:
-        """Whether inputs are centred."""
+    def reads_means(self) -> bool:  # type: ignore[override]
         return self.centred
 
     def decide(self, view: ChannelView) -> BitsChoice:
-        """Choose bits for each input channel of each token."""
         from quicksilver.core.signals import graded
 
         scores, signal = self.score(view)
@@ -52,21 +50,15 @@ class ChannelBitsRule(GradedBitsRule):
         return view.inputs.abs() * view.norms(), "score"
 
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits:
-        """Return the bits and the map's thresholds."""
         return KernelBits(self.bits, self.thresholds_at(layer_idx, map_idx, num_maps))
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:
-        """Raise PlanError where the sets of thresholds are not as many as the model has linear maps."""
         sets = self.thresholds
         if sets and isinstance(sets[0], tuple) and len(sets) != num_layers * num_maps:
             raise PlanError(f"{len(sets)} sets of thresholds, the model has {num_layers} x {num_maps} linear maps")
 
     def thresholds_at(self, layer_idx: int, map_idx: int, num_maps: int) -> Thresholds:
-        """Return the thresholds of one linear map.
-
-        Raises:
-            PlanError: the rule is not fitted.
-        """
+        """Return the thresholds of one linear map; PlanError where the rule is not fitted."""
         if self.thresholds is None:
             raise PlanError("ChannelBitsRule: its thresholds are not fitted yet")
         if isinstance(self.thresholds[0], tuple):

@@ -1,7 +1,5 @@
 """Precision: how many bits of each weight are read, and for which tokens always all of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.rules.checks import check_parts, check_protection
@@ -10,17 +8,11 @@ from quicksilver.rules.precision.base import PrecisionRule
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Who chooses bits, and for whom never.
+    """Who chooses bits, and for whom never."""
 
-    Attributes:
-        rule: chooses bits.
-        protect_first: tokens at positions below this read all bits (attention sinks).
-        protect_special: special tokens (BOS, EOS, ...) read all bits.
-    """
-
-    rule: PrecisionRule
-    protect_first: int = 4
-    protect_special: bool = True
+    rule: PrecisionRule  # chooses bits
+    protect_first: int = 4  # tokens at positions below this read all bits (attention sinks)
+    protect_special: bool = True  # special tokens (BOS, EOS, ...) read all bits
 
     def __post_init__(self) -> None:
         check_parts(self, "precision")

@@ -21,17 +21,13 @@ Thresholds = tuple[float, ...]
 
 @dataclass(frozen=True)
 class GradedBitsRule(PrecisionRule):
-    """A rule that reads more bits the higher a score is.
+    """A rule that reads more bits the higher a score is."""
 
-    Attributes:
-        thresholds: absolute, descending, one fewer than `bits`: the first bits are read where the score is at
-            least the first threshold, and so on, the last bits where it is below all. None where not fitted yet.
-        bits: descending.
-        target: what thresholds are fitted to: the share of each of `bits`, or their mean; None where they were given.
-    """
-
+    # absolute, descending, one fewer than `bits`: the first bits are read where the score is at least the first
+    # threshold, and so on, the last bits where it is below all. None where not fitted yet.
     thresholds: Thresholds | tuple[Thresholds, ...] | None = None
-    bits: tuple[int, ...] = (8, 4, 2)
+    bits: tuple[int, ...] = (8, 4, 2)  # descending
+    # what thresholds are fitted to: the share of each of `bits`, or their mean; None where they were given
     target: float | tuple[float, ...] | None = None
     skips: ClassVar[bool] = False  # whether 0 bits are allowed
 
@@ -49,12 +45,10 @@ class GradedBitsRule(PrecisionRule):
         """Return the score of each channel, or token, in view, and the name of the signal that it is."""
 
     @property
-    def is_fitted(self) -> bool:
-        """Whether there are thresholds."""
+    def is_fitted(self) -> bool:  # type: ignore[override]
         return self.thresholds is not None
 
     def fitted(self, thresholds: Thresholds | tuple[Thresholds, ...]) -> Self:
-        """Return the rule with thresholds."""
         return replace(self, thresholds=thresholds)
 
     def _checked_thresholds(self, thresholds: Any) -> Thresholds:

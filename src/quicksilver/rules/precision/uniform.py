@@ -1,7 +1,5 @@
 """The same bits of every weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits
@@ -19,9 +17,7 @@ class UniformBitsRule(PrecisionRule):
         check_bits("UniformBitsRule: bits", self.bits)
 
     def decide(self, view: ChannelView) -> BitsChoice:
-        """Read `bits` bits of every weight."""
         return BitsChoice(self.bits)
 
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits:
-        """Return the bits."""
         return KernelBits((self.bits,))

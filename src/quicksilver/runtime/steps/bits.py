@@ -1,7 +1,5 @@
 """Bits by token: after one layer, each token that runs on is granted the bits that it reads from there."""
 
-from __future__ import annotations
-
 import torch
 
 from quicksilver.backends.state import PassContext, State
@@ -12,20 +10,13 @@ from quicksilver.rules import PrecisionRule
 
 
 class BitsStep:
-    """A rule that decides about whole tokens, bound to a model.
-
-    Args:
-        adapter: the model, whose head the rule may consult.
-        rule: grants bits.
-        after: index of the layer after which it does.
-    """
+    """A rule that grants whole tokens bits after a layer, bound to a model whose head it may consult."""
 
     def __init__(self, adapter: Adapter, rule: PrecisionRule, after: int) -> None:
         self._adapter, self._rule = adapter, rule
         self.layers = (after,)
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        """Grant bits to the tokens that run on."""
         if not len(state.hidden):
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)

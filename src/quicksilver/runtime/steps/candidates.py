@@ -19,19 +19,12 @@ from quicksilver.rules import FusionWeights
 
 @dataclass(frozen=True)
 class FusionCandidates:
-    """Rows at a fusion layer, sequence after sequence: its open group, if it has one, then the pass's own rows.
+    """Rows at a fusion layer, sequence after sequence: its open group, if it has one, then the pass's own rows."""
 
-    Attributes:
-        rows: all of them, N.
-        source: [N] row of the running state, -1 for an open group.
-        open_groups: the open groups among them, by sequence.
-        bounds: row at which each sequence begins, and N at the end.
-    """
-
-    rows: FusionRows
-    source: Tensor
-    open_groups: dict[int, OpenGroup]
-    bounds: list[int]
+    rows: FusionRows  # all of them, N
+    source: Tensor  # [N] row of the running state, -1 for an open group
+    open_groups: dict[int, OpenGroup]  # the open groups among them, by sequence
+    bounds: list[int]  # row at which each sequence begins, and N at the end
 
     @classmethod
     def of_pass(cls, state: State, weights: FusionWeights, context: PassContext) -> FusionCandidates:

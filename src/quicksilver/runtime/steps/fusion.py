@@ -6,8 +6,6 @@ absorbed, its entries in deeper layers are taken back. Where they fuse at severa
 themselves.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,12 +42,7 @@ class _Joined:
 
 
 class FusionStep:
-    """A fusion configuration bound to a model.
-
-    Args:
-        adapter: the model.
-        config: which tokens fuse; None for none.
-        special_ids: token ids that are protected where the configuration says so.
+    """A fusion configuration, None for none, bound to a model.
 
     Attributes:
         layers: indices of the layers after which tokens fuse, ascending.
@@ -68,7 +61,6 @@ class FusionStep:
         return tuple(scope == "all" or (scope == "prompt" and of_prompt) for of_prompt in prompt)
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        """Fuse what is alike after a layer."""
         config = self._config
         if config is None or not any(context.fuses) or not len(state.hidden):
             return

@@ -3,8 +3,6 @@
 The rules themselves are in `quicksilver.rules`, and in packages that bring others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -16,16 +14,10 @@ from quicksilver.rules import HaltingConfig
 
 
 class HaltingStep:
-    """A halting configuration bound to a model.
+    """A halting configuration with a rule, bound to a model whose head some rules consult, and gates by layer.
 
-    Args:
-        adapter: the model, whose head some rules consult.
-        config: says which tokens halt; it has a rule.
-        gates: fitted gates by layer.
-        fuses: whether tokens take one another's places in the plan.
-
-    Attributes:
-        layers: indices of the layers after which the rule is asked, or whose update it will ask for.
+    `fuses`: tokens take one another's places in the plan. `layers` are the indices of the layers after which the rule
+    is asked, or whose update it will ask for.
     """
 
     def __init__(self, adapter: Adapter, config: HaltingConfig, gates: Mapping[int, Tensor], fuses: bool) -> None:
@@ -40,7 +32,6 @@ class HaltingStep:
             self.layers = tuple(range(max(self._asked[0] - 1, 0), num_layers - 1))
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
-        """Halt what has settled after a layer."""
         if not len(state.hidden):
             return
         split = self._decide(layer_idx, state, context) if layer_idx in self._asked else None

@@ -1,7 +1,5 @@
 """Output maps: what a token that stopped early predicts from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -12,18 +10,9 @@ from quicksilver.plan.affine import AffineMap
 
 
 def map_stopped(maps: Mapping[int, AffineMap], hidden: Tensor, stops: Sequence[Stop], trace: Trace) -> Tensor:
-    """Map the states of tokens that stopped, in place.
+    """Map the states [N, d] of tokens that stopped, in place, by the map of the layer after which they did.
 
     Every one is mapped, a prompt's too: callers may read what they predict.
-
-    Args:
-        maps: by the layer after which tokens stop.
-        hidden: [N, d] states of a pass's tokens, each with which it stopped or left the last layer.
-        stops: who stopped after which layer.
-        trace: counts the maps applied.
-
-    Returns:
-        `hidden`.
     """
     for layer_idx, origins in stops:
         if layer_idx in maps:

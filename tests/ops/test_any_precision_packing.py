@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it, and when the matrices packed for the kernels are made, made anew and let go."""
+"""What the kernels take, and when the matrices packed for them are made, made anew and let go."""
 
 from __future__ import annotations
 
@@ -17,34 +17,9 @@ from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.codes import AnyPrecisionCodes
 from quicksilver.quant.linear import keeping_expanded
 from tests import HANGS
-from tests.ops.any_precision import arguments, assert_close, draw, draw_bits, module
+from tests.ops.any_precision import assert_close, draw, draw_bits, module, product
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
-
-
-def operator() -> torch._ops.OpOverload:
-    return torch.ops.quicksilver.any_precision_linear.default
-
-
-@pytest.mark.parametrize("each", [True, False], ids=["bits", "uniform"])
-def test_opcheck_accepts_the_operator(each: bool) -> None:
-    linear, x = module(70, 100), draw(3, 70)
-    bits = draw_bits(3, 70) if each else None
-    torch.library.opcheck(operator(), arguments(linear.stored, x, bits, 6))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_it_gives_the_same(backend: str) -> None:
-    linear, x, bits = module(70, 100), draw(3, 70), draw_bits(3, 70)
-    stored = linear.stored
-
-    def doubled(x: Tensor, bits: Tensor) -> Tensor:
-        return 2 * operator()(*arguments(stored, x, bits))
-
-    compiled = torch.compile(doubled, fullgraph=True, backend=backend)
-    with torch.no_grad():
-        assert torch.equal(compiled(x, bits), doubled(x, bits))
-        assert torch.equal(compiled(x + 1, bits), doubled(x + 1, bits))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -61,7 +36,7 @@ def test_what_does_not_fit_is_refused() -> None:
     }
     for message, (rows, given) in wrong.items():
         with pytest.raises(ValueError, match=message):
-            any_precision_linear.any_precision_linear(rows, stored, given)
+            product(rows, stored, given)
 
 
 def malformed() -> dict[str, tuple[str, StoredMatrix]]:
@@ -100,22 +75,19 @@ def test_a_matrix_that_is_none_is_refused(name: str) -> None:
     message, stored = malformed()[name]
     x = draw(3, stored.exponents.shape[0] if stored.exponents.dim() else 70)
     with pytest.raises(ValueError, match=message):
-        any_precision_linear.any_precision_linear(x, stored, 8)
+        product(x, stored, 8)
 
 
-def test_gradients_are_refused_and_not_cut() -> None:
+def test_gradients_are_those_of_pytorch() -> None:
     linear, x = module(70, 100), draw(3, 70).requires_grad_()
-    y = any_precision_linear.any_precision_linear(x, linear.stored, 8)
-    with pytest.raises(RuntimeError, match="any_precision_linear has no gradient"):
-        y.sum().backward()
-    linear(x, kernels="native").sum().backward()  # PyTorch's way
+    linear(x, kernels="native").sum().backward()
     assert x.grad is not None
 
 
 def test_rows_need_not_be_contiguous() -> None:
     linear, x, bits = module(70, 100), draw(3, 140)[:, ::2], draw_bits(70, 3).T
-    y = any_precision_linear.any_precision_linear(x, linear.stored, bits)
-    assert torch.equal(y, any_precision_linear.any_precision_linear(x.contiguous(), linear.stored, bits.contiguous()))
+    y = product(x, linear.stored, bits)
+    assert torch.equal(y, product(x.contiguous(), linear.stored, bits.contiguous()))
 
 
 def test_inference_mode_is_no_obstacle() -> None:
@@ -134,8 +106,6 @@ def test_a_matrix_whose_levels_are_not_whole_is_left_to_pytorch() -> None:
     linear, x = with_tables(module(70, 100), 0.25), draw(3, 70)
     assert not any_precision_linear.has_whole_levels(linear.stored)
     assert any_precision_linear.prepared(linear.stored) is None
-    with pytest.raises(ValueError, match="whole 8-bit code"):
-        any_precision_linear.any_precision_linear(x, linear.stored, 4)
     assert torch.equal(linear(x, 4, kernels="native"), linear(x, 4))
 
 
@@ -169,7 +139,7 @@ def test_a_view_of_a_packed_matrix_is_a_matrix_of_its_own() -> None:
     check(linear)
     planes, exponents, zeros, constants, *sizes = linear.stored
     first = StoredMatrix([p[:32] for p in planes], exponents[:32], zeros[:32], constants, *sizes)
-    y = any_precision_linear.any_precision_linear(x[:, :32], first, 8)
+    y = product(x[:, :32], first, 8)
     bits = torch.full(x.shape, 8).masked_fill(torch.arange(64) >= 32, 0)
     assert_close(y, linear, x, bits)
 
