@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+SOURCES = ("src", "csrc", "tests", "examples")
 GUIDES = ("README.md", "docs/usage.md")
 """Pages whose commands and Python run as they stand."""
 
@@ -68,6 +69,13 @@ def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in readme
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    for name in re.findall(r"`([\w/]+\.(?:py|toml|cpp|h|md))`", prose(page)):
+        found = any(path.match(name) for folder in SOURCES for path in (ROOT / folder).rglob(Path(name).name))
+        assert found or (ROOT / name).exists() or "NAME" in name, f"{page.name} names {name}"
 
 
 def test_the_readme_is_short() -> None:
