@@ -287,11 +287,10 @@ NB_MODULE(_native, m) {
            "log_threshold"_a)
       .def(
           "set_attention",
-          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from,
-             float softcap) {
-            layer.attention = {scaling, skip_below, query_below, screen_below, large_from, softcap};
+          [](Layer& layer, float scaling, float skip_below, float estimate_dims_above, float softcap) {
+            layer.attention = {scaling, skip_below, estimate_dims_above, softcap};
           },
-          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a, "softcap"_a)
+          "scaling"_a, "skip_below"_a, "estimate_dims_above"_a, "softcap"_a)
       .def(
           "set_place",
           [](Layer& layer, int window, int rotary) {
