@@ -15,7 +15,7 @@ from quicksilver.plan import Plan
 from quicksilver.rules import ForcedRule, KVConfig, PropagateFill, RandomFusionRule, ZeroFill
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
-from tests.engines import fusion_plan, halting_plan, screening_plan
+from tests.engines import fusion_plan, halting_plan, skipping_plan
 from tests.tolerances import KERNEL_LOGITS
 
 DEPTHS = ForcedRule((1, 3, 2, 4))
@@ -26,7 +26,7 @@ PLANS = {
     "zero": halting_plan(DEPTHS, ZeroFill()),
     "8-bit entries": Plan("coded", kv=KVConfig(bits=8)),
     "16-bit entries": Plan("halves", kv=KVConfig(bits=16)),
-    "screening": screening_plan(0.1),
+    "skipping": skipping_plan(0.1),
 }
 FUSED = fusion_plan(RandomFusionRule(0.7), scope="prompt")
 FREE = {"eos_token_id": None, "pad_token_id": 0}

@@ -43,7 +43,6 @@ from tests.engines import (
     run_chunks,
     run_steps,
     run_whole,
-    screening_plan,
     shortcut_plan,
     skipping_plan,
     with_kv,
@@ -70,12 +69,11 @@ EXACT = {  # nothing that the kernels' rounding could decide otherwise
 ROUGH = {  # thresholds that a value may lie on, and codes
     "channels": precision_plan(CHANNEL),
     "by token": precision_plan(EntropyBitsRule((7.1, 6.6), layer=2)),
-    "values": skipping_plan(0.8),
-    "queries": skipping_plan(0.0, query_threshold=0.4),
-    "screened": screening_plan(0.8),
+    "skipping": skipping_plan(0.8),
+    "skipping by all components": skipping_plan(0.8, estimate_dims_above=0.0),
     "entries": Plan("test", kv=KVConfig(bits=8)),
     "entries of 16 bits": Plan("test", kv=KVConfig(bits=16)),
-    "all": with_kv(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), bits=8),
+    "all": with_kv(skipping_plan(0.3, precision_plan(CHANNEL)), bits=8),
 }
 
 

@@ -186,7 +186,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         fit_units(spoilt, [(1, "mlp")], WINDOWS, Plan.dense())
 
 
-ALL = ("halting", "shortcuts", "values", "screening", "entries", "channels")
+ALL = ("halting", "shortcuts", "skipping", "entries", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,7 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
     there = {
         "halting": bool(data.halt_layers),
         "shortcuts": bool(data.shortcuts),
-        "values": "values" in data.prices,
-        "screening": "screening" in data.prices,
+        "skipping": bool(data.attention.points),
         "entries": data.entry_nats > 0.0,
         "channels": bool(data.map_scores),
     }
@@ -235,7 +234,7 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[CalibrationData, int], t
         "halt_layers",
         "shortcuts",
         "map_weights",
-        "prices",
+        "attention",
         "entry_nats",
     ):
         assert getattr(again, name) == getattr(data, name), name

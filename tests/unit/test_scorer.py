@@ -28,7 +28,7 @@ PLANS = {
     "halting": halting_plan(RandomRule(0.3)),
     "mapped": with_maps(halting_plan(RandomRule(0.3)), tiny.fitted(outputs=(0, 1, 2))).renamed("mapped"),
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention", 1.0)),
-    "values": skipping_plan(0.8),
+    "skipping": skipping_plan(0.8),
     "fusion": fusion_plan(RandomFusionRule(0.5), scope="prompt"),
     "bits": precision_plan(UniformBitsRule(2)),
 }

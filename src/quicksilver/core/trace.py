@@ -43,14 +43,14 @@ COUNT = {name: place for place, name in enumerate(_NAMES)}
     attended: (query, key) pairs scored; a token that takes a shortcut past attention scores none.
     values_skipped: values that these pairs' heads did not read.
     scores_skipped: multiply-adds of these pairs' scores that were left out.
-    scored_twice: of these pairs' scores, one for each head, those that took both steps of screening.
+    scored_twice: of these pairs' scores, one for each head, those that took both steps.
     skipped_mlp, skipped_attention: of the rows that ran the layer, those that took a shortcut past each sublayer.
     fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
     fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
     weight_bytes: bytes of any-precision weights read, each row for itself.
     macs_at_0 ... macs_at_8: multiply-adds of any-precision weights read in so many bits; those at 0 were not done.
     signal_...: rows for which each signal was computed after this layer; of "score", channels in it, for each of which
-        one norm is read too; of "query", queries in it whose components' mean square was taken; of "entry", keys and
+        one norm is read too; of "query", queries in it whose weights were estimated first; of "entry", keys and
         values that were turned into codes.
     halted: tokens that halted after this layer.
     fusion_rows: rows that reached fusion after this layer.
