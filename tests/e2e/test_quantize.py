@@ -69,8 +69,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "nested"
 
 
-@pytest.mark.parametrize("options", [{}, {"head": True}, ALL, {"group_size": 128}], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "options"), tiny.on_telling((ALL, {}, {"head": True}, {"group_size": 128}), (ALL,), NAMES), ids=str
+)
 def test_a_reloaded_model_is_the_saved_one(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     model = nested(name, **options)
     save_nested(model, tmp_path / "nested")

@@ -222,9 +222,8 @@ def test_a_gate_that_lets_nobody_past_leaves_the_dense_model_bit_for_bit(family:
     assert torch.equal(run_steps(shut, ids).logits, run_steps(decoder(tiny.model(family), Plan.dense()), ids).logits)
 
 
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("halting", [None, HALTING], ids=["", "halting"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "name"), tiny.on_telling(SETS, everywhere=["gated and not"]))
 def test_one_meaning_however_tokens_are_fed(family: str, halting: rules.HaltingConfig | None, name: str) -> None:
     plan = shortcut_plan(*SETS[name], halting=halting, kv=PROPAGATE, protection={"protect_first": 2})
     engine, ids = decoder(tiny.model(family), plan), tiny.token_ids(LENGTH)
