@@ -14,10 +14,10 @@ import click
 from benchmarks.sweep import heading, interval, read_corpus, show_dot, write_results
 from quicksilver.calibrate.scoring import Scorer
 from quicksilver.calibrate.splits import Part
-from quicksilver.cli.recipes import nested_copy
+from quicksilver.cli.recipes import quantized_copy
 from quicksilver.errors import QuickSilverError
 from quicksilver.loading.load import load, load_tokenizer
-from quicksilver.measure.windows import Protocol, cut, default_bos
+from quicksilver.measure.windows import WindowConfig, cut, default_bos
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
 
@@ -81,14 +81,14 @@ def main(
     try:
         loaded, tokenizer = load(model), load_tokenizer(model)
         context = context or min(loaded.adapter.spec.max_positions, 2048)
-        protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
-        measured = cut(read_corpus(text, documents), tokenizer, protocol)
+        window_config = WindowConfig(context, context // 2, default_bos(tokenizer), max_tokens)
+        measured = cut(read_corpus(text, documents), tokenizer, window_config)
         given = [_read(plan) for plan in plans]
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
-    runner = nested_copy(loaded) if any(plan.precision is not None for plan in given) else loaded
+    runner = quantized_copy(loaded) if any(plan.precision is not None for plan in given) else loaded
     part = Part(measured, ((measured.name, len(measured.windows)),))
-    scorer = Scorer(loaded, runner, part, protocol, Path(model).name)
+    scorer = Scorer(loaded, runner, part, window_config, Path(model).name)
     with keeping_expanded(runner.model):
         rows = [row for plan in given if (row := scorer.score(plan, on_window=show_dot)) is not None]
     write_results(output, rows, markdown(rows))

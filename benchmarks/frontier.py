@@ -40,7 +40,7 @@ _SAVED = (
 
 def markdown(found: dict[str, Any]) -> str:
     """Return a calibration's table, its command above it and what did not hold below."""
-    parts, protocol = found["parts"], found["protocol"]
+    parts, window_config = found["parts"], found["protocol"]
     budget, held, not_held = found["budget"], found["verification"]["held"], found["verification"]["failed"]
     unit = "nats" if budget["unit"] == "nll" else "perplexity"
     lines = [
@@ -51,7 +51,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"dense {found['candidates'][0]['dense_bits_per_byte']:.3f} bits per byte on the searched part"
         f"{_held_dense(held)};"
         f" {parts['fit_tokens']} tokens to fit, {parts['search_tokens']} scored in the search,"
-        f" {parts['held_out_tokens']} held out; context {protocol['context']}, stride {protocol['stride']}."
+        f" {parts['held_out_tokens']} held out; context {window_config['context']}, stride {window_config['stride']}."
         f" {machine(found['environment'])}",
         "",
         "| on the searched part, upper end inside the budget | Δnll [95 % CI] | FLOPs | in the layers | bitops"

@@ -22,7 +22,7 @@ from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, run_windows
 from quicksilver.measure.texts import Corpus
-from quicksilver.measure.windows import Protocol, Window, WindowedText, cut, default_bos
+from quicksilver.measure.windows import Window, WindowConfig, WindowedText, cut, default_bos
 from quicksilver.plan import Plan
 from quicksilver.runtime.loop import Decoder
 
@@ -44,14 +44,18 @@ NOTES: dict[FusionMode, str] = {
 class Material(NamedTuple):
     """Text to measure on with its protocol, and the calibration text's name and windows."""
 
-    protocol: Protocol
+    window_config: WindowConfig
     measured: WindowedText
     calibration: str
     windows: tuple[Window, ...]
 
 
 def prepare(
-    mode: FusionMode, tokenizer: Any, corpora: tuple[Corpus, Corpus], protocol: Protocol, calibration_tokens: int
+    mode: FusionMode,
+    tokenizer: Any,
+    corpora: tuple[Corpus, Corpus],
+    window_config: WindowConfig,
+    calibration_tokens: int,
 ) -> Material:
     """Cut the text to measure on and the calibration text; the latter's windows are those fed, and do not overlap.
 
@@ -59,15 +63,19 @@ def prepare(
         InputError: a text is too short.
     """
     test, held = corpora
-    bos = protocol.bos_id is not None
-    if mode == "score" or protocol.prompt is None:
-        calibration = Protocol(protocol.context, protocol.room, protocol.bos_id, calibration_tokens)
-        return Material(protocol, cut(test, tokenizer, protocol), held.name, cut(held, tokenizer, calibration).windows)
-    test, held = (_longer(corpus, tokenizer, protocol.prompt) for corpus in (test, held))
-    calibration = Protocol(protocol.prompt + bos, protocol.prompt, protocol.bos_id, calibration_tokens)
+    bos = window_config.bos_id is not None
+    if mode == "score" or window_config.prompt is None:
+        calibration = WindowConfig(window_config.context, window_config.room, window_config.bos_id, calibration_tokens)
+        return Material(
+            window_config, cut(test, tokenizer, window_config), held.name, cut(held, tokenizer, calibration).windows
+        )
+    test, held = (_longer(corpus, tokenizer, window_config.prompt) for corpus in (test, held))
+    calibration = WindowConfig(
+        window_config.prompt + bos, window_config.prompt, window_config.bos_id, calibration_tokens
+    )
     windows = cut(held, tokenizer, calibration).windows
     full = tuple(window for window in windows if len(window.token_ids) == calibration.context)
-    return Material(protocol, cut(test, tokenizer, protocol), held.name, full)
+    return Material(window_config, cut(test, tokenizer, window_config), held.name, full)
 
 
 def _longer(corpus: Corpus, tokenizer: Any, prompt: int) -> Corpus:
@@ -86,7 +94,7 @@ def measure(model: Any, name: str, mode: FusionMode, found: list[tuple[Wanted, P
     decoders = [Decoder(model.adapter, plan, model.special_ids) for plan in plans]
     text = material.measured
     records = run_windows(decoders, text.windows, "score", show_dot)
-    rows = build_rows(records, text, material.protocol, "score", name)
+    rows = build_rows(records, text, material.window_config, "score", name)
     got = [_fused(record, mode) for record in records[1:]]
     controls = against_random(records, got, [window.num_scored for window in text.windows])
     for row, (asked, _), share, control in zip(rows, found, got, controls, strict=True):
@@ -204,9 +212,9 @@ def main(
             raise InputError(f"a context of {context} is more than the model's {spec.max_positions}")
         setting = Setting.build(layers, max_group, SCOPES[mode], spec.num_layers)
         stride = context // 2 if mode == "score" else context - (bos_id is not None) - prompt
-        protocol = Protocol(context, stride, bos_id, max_tokens, prompt if mode == "prompt" else None)
+        window_config = WindowConfig(context, stride, bos_id, max_tokens, prompt if mode == "prompt" else None)
         corpora = read_corpus(text, documents), read_corpus(calibration_text, calibration_documents)
-        material = prepare(mode, tokenizer, corpora, protocol, calibration_tokens)
+        material = prepare(mode, tokenizer, corpora, window_config, calibration_tokens)
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     found = find_plans(loaded, setting, wanted(shares, weights_share, max_group), material.windows)

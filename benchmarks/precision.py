@@ -1,4 +1,4 @@
-"""Width policies against the float model: what uniform, entropy and channel widths cost and save.
+"""Bits policies against the float model: what uniform, entropy and channel bits cost and save.
 
 Thresholds are fitted on calibration text; figures come from other text. Timing is not its subject: the plain PyTorch
 path expands weights before it multiplies.
@@ -20,11 +20,11 @@ from benchmarks.sweep import heading, interval, read_corpus, show_dot, text_opti
 from quicksilver.calibrate.bits import fit
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.errors import QuickSilverError
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.loading.load import accelerate, load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
-from quicksilver.measure.windows import Protocol, cut, default_bos
+from quicksilver.measure.windows import WindowConfig, cut, default_bos
 from quicksilver.plan import Plan
 from quicksilver.quant.codes import GROUP_SIZES
 from quicksilver.quant.config import QuantizationConfig
@@ -48,8 +48,8 @@ PROTECT_FIRST = 4  # and special tokens, under every policy but uniform ones
 
 def wanted() -> Iterator[tuple[str, PrecisionRule]]:
     """Yield the policies compared, by name; those with a target are still to be fitted."""
-    for width in (8, 6, 4, 2):
-        yield f"uniform {width}", UniformBitsRule(width)
+    for bits in (8, 6, 4, 2):
+        yield f"uniform {bits}", UniformBitsRule(bits)
     for over in ("head", "hidden"):
         for shares in ENTROPY_SHARES:
             label = "/".join(f"{share:.0%}" for share in shares)
@@ -60,31 +60,31 @@ def wanted() -> Iterator[tuple[str, PrecisionRule]]:
         yield f"channel, 8/4/2/0 {mean}", ChannelBitsRule(bits=COARSE_SKIPPING, target=mean)
 
 
-def nested_copy(model: Any, windows: Sequence[Tensor], config: QuantizationConfig) -> Any:
-    """Return the model with nested weights, its codes compensated on the windows."""
+def quantized_copy(model: Any, windows: Sequence[Tensor], config: QuantizationConfig) -> Any:
+    """Return the model with any-precision weights, its codes compensated on the windows."""
     plain = copy.deepcopy(model.model)
-    nest(plain, config, collect_hessians(plain, [window.tolist() for window in windows], head=config.head))
+    quantize_model(plain, config, collect_hessians(plain, [window.tolist() for window in windows], head=config.head))
     return accelerate(plain, "dense", model.special_ids)
 
 
-def plans_for(nested: Any, windows: Sequence[Tensor]) -> list[Plan]:
+def plans_for(quantized: Any, windows: Sequence[Tensor]) -> list[Plan]:
     """Return the plans, fitted on the windows."""
     plans = []
     for name, rule in wanted():
         protect = 0 if isinstance(rule, UniformBitsRule) else PROTECT_FIRST
         plan = Plan(name, precision=PrecisionConfig(rule, protect_first=protect, protect_special=protect > 0))
-        plans.append(fit(nested.adapter, plan, windows, special_ids=nested.special_ids))
+        plans.append(fit(quantized.adapter, plan, windows, special_ids=quantized.special_ids))
         print("f", end="", file=sys.stderr, flush=True)
     return plans
 
 
 def settings(config: QuantizationConfig, name: str, windows: Sequence[Tensor], fitted: Sequence[Tensor]) -> str:
-    """Return in words what plans were made with: windows to choose codes by, and those that widths are fitted to."""
+    """Return in words what plans were made with: windows to choose codes by, and those that bits are fitted to."""
     return (
-        f"weights nested in groups of {config.group_size}, {'head too (8 bits), ' if config.head else ''}"
+        f"weights quantized in groups of {config.group_size}, {'head too (8 bits), ' if config.head else ''}"
         f"error-compensated; calibration {name}, {sum(map(len, windows))} tokens for codes, the first"
         f" {sum(map(len, fitted))} of them for thresholds;"
-        f" the first {PROTECT_FIRST} tokens and special ones read 8 bits, but for uniform widths"
+        f" the first {PROTECT_FIRST} tokens and special ones read 8 bits, but for uniform bits"
     )
 
 
@@ -119,7 +119,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table_row(first: dict[str, Any], row: dict[str, Any]) -> str:
     side, delta = row["accelerated"], row["delta"]
-    shares = " | ".join(f"{side['width_histogram'].get(str(width), 0.0):.1%}" for width in COLUMNS)
+    shares = " | ".join(f"{side['width_histogram'].get(str(bits), 0.0):.1%}" for bits in COLUMNS)
     saved = " | ".join(f"{against(first, row, key):+.1%}" for key in ("flops", "flops_body", "bitops", "weight_bytes"))
     return (
         f"| {row['plan']['name']} | {side['mean_bits']:.2f} | {shares} | {interval(delta)} | {delta['ppl']:+.3f}"
@@ -147,7 +147,7 @@ def main(
     calibration_tokens: int,
     output: str,
 ) -> None:
-    """Compare width policies on MODEL, its weights and head nested, with the float model.
+    """Compare bits policies on MODEL, its weights and head quantized, with the float model.
 
     \b
     Example:
@@ -156,21 +156,21 @@ def main(
     try:
         loaded, tokenizer = load(model), load_tokenizer(model)
         bos_id = default_bos(tokenizer)
-        protocol = Protocol(context, context // 2, bos_id, max_tokens)
-        measured = cut(read_corpus(text, documents), tokenizer, protocol)
+        window_config = WindowConfig(context, context // 2, bos_id, max_tokens)
+        measured = cut(read_corpus(text, documents), tokenizer, window_config)
         held = read_corpus(calibration_text, calibration_documents)
-        calibration = cut(held, tokenizer, Protocol(context, protocol.room, bos_id, calibration_tokens))
+        calibration = cut(held, tokenizer, WindowConfig(context, window_config.room, bos_id, calibration_tokens))
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     windows = [torch.tensor(window.token_ids) for window in calibration.windows]
     config = QuantizationConfig(group_size=group_size, method="compensated", head=True)
-    nested = nested_copy(loaded, windows, config)
+    quantized = quantized_copy(loaded, windows, config)
     fitted = windows[: max(len(windows) // 2, 1)]
-    plans = plans_for(nested, fitted)
+    plans = plans_for(quantized, fitted)
     decoders = [Decoder(loaded.adapter, Plan.dense())]
-    decoders += [Decoder(nested.adapter, plan, nested.special_ids) for plan in plans]
+    decoders += [Decoder(quantized.adapter, plan, quantized.special_ids) for plan in plans]
     records = run_windows(decoders, measured.windows, "score", show_dot)
-    rows = build_rows(records, measured, protocol, "score", Path(model).name)
+    rows = build_rows(records, measured, window_config, "score", Path(model).name)
     rows = [{**row, "nesting": settings(config, held.name, windows, fitted)} for row in rows]
     write_results(output, rows, markdown(rows))
 

@@ -1,4 +1,4 @@
-"""Ways of choosing nested 8-bit codes, and of reading their leading bits, by the loss that they cost.
+"""Ways of choosing quantized 8-bit codes, and of reading their leading bits, by the loss that they cost.
 
 All of them are run by the float engine, on weights that say what the codes mean. Timing is not its subject.
 """
@@ -21,54 +21,54 @@ from torch import Tensor
 
 from benchmarks.sweep import heading, interval, read_corpus, text_options, write_results
 from quicksilver.calibrate.hessians import collect_hessians
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.errors import InputError, QuickSilverError
 from quicksilver.families.family import family_of
-from quicksilver.families.nesting import check, nested_names, part_sizes
+from quicksilver.families.quantize import check, part_sizes, quantized_names
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
-from quicksilver.measure.windows import Protocol, Window, WindowedText, cut, default_bos
+from quicksilver.measure.windows import Window, WindowConfig, WindowedText, cut, default_bos
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
-from quicksilver.quant.codes import GROUP_SIZES, Grid, NestedCodes
+from quicksilver.quant.codes import GROUP_SIZES, AnyPrecisionCodes, QuantGrid
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import REACH, quantize
 from quicksilver.runtime.loop import Decoder
 
-WIDTHS = (8, 4, 2)
+BITS = (8, 4, 2)
 NARROW = (4, 2)
 REACHES = (0.0, REACH, 4.0, 16.0)
 FLOAT_BITS = 16  # of a scale or gain that is kept as float16
-GRID_BITS = 16  # of a group's exponent and zero in nested codes
+GRID_BITS = 16  # of a group's exponent and zero in any-precision codes
 
 PLAIN = ("plain nearest, groups of inputs", "plain nearest, groups of outputs")
 MIDDLE = "truncated, middle"
 HELD = f"compensated, reach {REACH:g}"  # to the bars
 BAR_8 = 0.002  # nats
 
-NOTES = f"""Layers' weights only, every one at the same width; head and embeddings stay float. The group size of a row
+NOTES = f"""Layers' weights only, every one at the same bits; head and embeddings stay float. The group size of a row
 counts adjacent outputs of one input, but for "{PLAIN[0]}". Bars compare means, without their intervals.
 
-Stored: plain rows keep each width apart, its codes, a float16 scale and a zero of as many bits as a code for each
-group. Nested rows keep 8-bit codes once for all widths, with {GRID_BITS} bits for each group; read at b bits they
+Stored: plain rows keep versions apart, each its codes, a float16 scale and a zero of as many bits as a code for each
+group. Quantized rows keep 8-bit codes once for all bits, with {GRID_BITS} bits for each group; read at b bits they
 take 8 - b bits less, rounded slices one bit more. Levels take 640 bits of a matrix, which are not counted.
 
-- plain nearest: min/max of each group (zero among them), to exactly so many bits; no width is within another.
+- plain nearest: min/max of each group (zero among them), to exactly so many bits; no number of bits is within another.
 - truncated, rounded, least-squares: the leading bits of the nearest 8-bit codes, read in different ways. At 8 bits
   all of them are the same weights, measured once, as "{MIDDLE}".
 - rounded slices (MatQuant, Nair et al. 2025): round(q / 2^(8-r)), halves up, at most 2^r - 1, times 2^(8-r). Such a
   code is not a prefix: the bit after it says whether to round up, so it must be read too, or the codes kept apart.
-- least-squares gain: a factor for each input channel and narrow width, float16, on the middles.
+- least-squares gain: a factor for each input channel and narrow bits, float16, on the middles.
 - compensated: error-compensated codes (GPTQ's walk, twice), with least-squares levels; reach is how far, in 8-bit
   steps, a weight may lie outside the cell that its 4-bit version chooses."""
 
 Read = Callable[[Tensor, int, Tensor], dict[int, Tensor]]
-"""Maps a weight [in, out], a group size and a Hessian [in, in] to what each width tells of the weight."""
+"""Maps a weight [in, out], a group size and a Hessian [in, in] to what each number of bits tells of the weight."""
 
 Stored = Callable[[tuple[int, int], int, int], int]
-"""Maps a shape (in, out), a group size and a width to the bits kept to read a matrix at it."""
+"""Maps a shape (in, out), a group size and a number of bits to the bits kept to read a matrix at it."""
 
 
 class Method(NamedTuple):
@@ -99,13 +99,13 @@ def rounded_slices(codes: Tensor, bits: int) -> Tensor:
 
     The formula is MatQuant's (Nair et al. 2025), halves rounded up.
     """
-    cell = 2 ** (MAX_WIDTH - bits)
+    cell = 2 ** (MAX_BITS - bits)
     return ((codes.int() + cell // 2) // cell).clamp(max=2**bits - 1) * cell
 
 
 def lower_edges(codes: Tensor, bits: int) -> Tensor:
     """Return the least 8-bit code with the same leading bits as each code."""
-    cell = 2 ** (MAX_WIDTH - bits)
+    cell = 2 ** (MAX_BITS - bits)
     return codes.int() // cell * cell
 
 
@@ -116,24 +116,24 @@ def gains(weight: Tensor, told: Tensor) -> Tensor:
 
 
 def _plain_inputs(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return {bits: plain(weight.T, group_size, bits).T for bits in WIDTHS}
+    return {bits: plain(weight.T, group_size, bits).T for bits in BITS}
 
 
 def _plain_outputs(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return {bits: plain(weight, group_size, bits) for bits in WIDTHS}
+    return {bits: plain(weight, group_size, bits) for bits in BITS}
 
 
 def _levels(
     of: Callable[[Tensor, int], Tensor], weight: Tensor, group_size: int, _hessian: Tensor
 ) -> dict[int, Tensor]:
-    """Read the nearest 8-bit codes by what `of` makes of them at a width, in units of codes."""
-    grid = Grid.fit(weight, group_size)
+    """Read the nearest 8-bit codes by what `of` makes of them at a number of bits, in units of codes."""
+    grid = QuantGrid.fit(weight, group_size)
     codes = grid.nearest(weight)
     return {bits: grid.weights_of(of(codes, bits).float()) for bits in NARROW}
 
 
 def _middles(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return _read(quantize(weight, group_size, refit=False), WIDTHS)
+    return _read(quantize(weight, group_size, refit=False), BITS)
 
 
 def _least_squares(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
@@ -146,11 +146,11 @@ def _gained(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tens
 
 
 def _compensated(reach: float, weight: Tensor, group_size: int, hessian: Tensor) -> dict[int, Tensor]:
-    return _read(quantize(weight, group_size, hessian, reach=reach), WIDTHS)
+    return _read(quantize(weight, group_size, hessian, reach=reach), BITS)
 
 
-def _read(codes: NestedCodes, widths: Sequence[int]) -> dict[int, Tensor]:
-    return {bits: codes.dequantize(bits) for bits in widths}
+def _read(codes: AnyPrecisionCodes, bits: Sequence[int]) -> dict[int, Tensor]:
+    return {each: codes.dequantize(each) for each in bits}
 
 
 def _stored_by_inputs(shape: tuple[int, int], group_size: int, bits: int) -> int:
@@ -161,12 +161,12 @@ def _stored_by_outputs(shape: tuple[int, int], group_size: int, bits: int) -> in
     return bits * math.prod(shape) + (FLOAT_BITS + bits) * _num_groups(shape, group_size)
 
 
-def _stored_nested(shape: tuple[int, int], group_size: int, _bits: int) -> int:
-    return MAX_WIDTH * math.prod(shape) + GRID_BITS * _num_groups(shape, group_size)
+def _stored_quantized(shape: tuple[int, int], group_size: int, _bits: int) -> int:
+    return MAX_BITS * math.prod(shape) + GRID_BITS * _num_groups(shape, group_size)
 
 
 def _stored_gained(shape: tuple[int, int], group_size: int, bits: int) -> int:
-    return _stored_nested(shape, group_size, bits) + len(NARROW) * FLOAT_BITS * shape[0]
+    return _stored_quantized(shape, group_size, bits) + len(NARROW) * FLOAT_BITS * shape[0]
 
 
 def _num_groups(shape: tuple[int, int], group_size: int) -> int:
@@ -176,20 +176,20 @@ def _num_groups(shape: tuple[int, int], group_size: int) -> int:
 METHODS = (
     Method(PLAIN[0], _plain_inputs, _stored_by_inputs),
     Method(PLAIN[1], _plain_outputs, _stored_by_outputs),
-    Method("truncated, lower edge", partial(_levels, lower_edges), _stored_nested),
-    Method(MIDDLE, _middles, _stored_nested),
-    Method("rounded slices (MatQuant)", partial(_levels, rounded_slices), _stored_nested),
-    Method("least-squares levels", _least_squares, _stored_nested),
+    Method("truncated, lower edge", partial(_levels, lower_edges), _stored_quantized),
+    Method(MIDDLE, _middles, _stored_quantized),
+    Method("rounded slices (MatQuant)", partial(_levels, rounded_slices), _stored_quantized),
+    Method("least-squares levels", _least_squares, _stored_quantized),
     Method("least-squares gain per channel", _gained, _stored_gained),
-    *(Method(f"compensated, reach {reach:g}", partial(_compensated, reach), _stored_nested) for reach in REACHES),
+    *(Method(f"compensated, reach {reach:g}", partial(_compensated, reach), _stored_quantized) for reach in REACHES),
 )
 
 
 def matrices(model: Any) -> list[tuple[str, Tensor]]:
-    """Return the matrices that nesting would replace, in order: a map's name and [in, out], the weights themselves."""
+    """Return the matrices that would be quantized, in order: a map's name and [in, out], the weights themselves."""
     family = family_of(model.config)
     found: list[tuple[str, Tensor]] = []
-    for name in nested_names(model):
+    for name in quantized_names(model):
         weight = model.get_submodule(name).weight.detach()
         whole = weight if family.inputs_first else weight.T
         found += [(name, part) for part in whole.split(part_sizes(model, name), dim=1)]
@@ -199,10 +199,10 @@ def matrices(model: Any) -> list[tuple[str, Tensor]]:
 def fill(
     copies: Mapping[int, Any], model: Any, method: Method, group_size: int, hessians: Mapping[str, Tensor]
 ) -> dict[int, float]:
-    """Write what a method tells of a model's weights into its copies, one for each width.
+    """Write what a method tells of a model's weights into its copies, one for each number of bits.
 
     Returns:
-        The bits stored per weight, for each width that the method has.
+        The bits stored per weight, for each number of bits that the method has.
     """
     targets = {bits: matrices(each) for bits, each in copies.items()}
     stored, count = Counter[int](), 0
@@ -220,11 +220,11 @@ def measure(
     group_sizes: Sequence[int],
     calibration: Sequence[Window],
     text: WindowedText,
-    protocol: Protocol,
+    window_config: WindowConfig,
 ) -> list[dict[str, Any]]:
-    """Return a row for each group size, method and width; the model stays as it is."""
+    """Return a row for each group size, method and bits; the model stays as it is."""
     hessians = collect_hessians(model.model, [window.token_ids for window in calibration])
-    copies = {bits: copy.deepcopy(model.model) for bits in WIDTHS}
+    copies = {bits: copy.deepcopy(model.model) for bits in BITS}
     rows: list[dict[str, Any]] = []
     for group_size in group_sizes:
         for method in METHODS:
@@ -234,7 +234,7 @@ def measure(
             decoders = [Decoder(adapter, plan) for adapter, plan in zip(adapters, plans, strict=True)]
             records = run_windows([Decoder(model.adapter, Plan.dense()), *decoders], text.windows, "score")
             print(".", end="", file=sys.stderr, flush=True)
-            built = build_rows(records, text, protocol, "score", name)
+            built = build_rows(records, text, window_config, "score", name)
             for (bits, size), row in zip(stored.items(), built, strict=True):
                 facts = {"group_size": group_size, "method": method.name, "bits": bits, "stored_bits_per_weight": size}
                 rows.append({**_losses(row), **facts})
@@ -304,7 +304,7 @@ def main(
     calibration_tokens: int,
     output: str,
 ) -> None:
-    """Compare ways of choosing and reading nested codes of MODEL's weights with the float model.
+    """Compare ways of choosing and reading any-precision codes of MODEL's weights with the float model.
 
     \b
     Example:
@@ -313,16 +313,18 @@ def main(
     try:
         loaded, tokenizer = load(model), load_tokenizer(model)
         check(loaded.model, QuantizationConfig())
-        protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
-        measured = cut(read_corpus(text, documents), tokenizer, protocol)
+        window_config = WindowConfig(context, context // 2, default_bos(tokenizer), max_tokens)
+        measured = cut(read_corpus(text, documents), tokenizer, window_config)
         held = read_corpus(calibration_text, calibration_documents)
-        calibration = cut(held, tokenizer, replace(protocol, stride=protocol.room, max_tokens=calibration_tokens))
+        calibration = cut(
+            held, tokenizer, replace(window_config, stride=window_config.room, max_tokens=calibration_tokens)
+        )
         if context > loaded.adapter.spec.max_positions:
             raise InputError(f"a context of {context} is more than the model's {loaded.adapter.spec.max_positions}")
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     name = Path(model).name
-    rows = measure(loaded, name, tuple(dict.fromkeys(group_sizes)), calibration.windows, measured, protocol)
+    rows = measure(loaded, name, tuple(dict.fromkeys(group_sizes)), calibration.windows, measured, window_config)
     rows = [{**row, "calibration": f"{held.name}, {calibration_tokens} tokens"} for row in rows]
     write_results(output, rows, markdown(rows))
 

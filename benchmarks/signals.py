@@ -33,7 +33,7 @@ from quicksilver.errors import QuickSilverError
 from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
-from quicksilver.measure.windows import Protocol, Window, cut, default_bos
+from quicksilver.measure.windows import Window, WindowConfig, cut, default_bos
 from quicksilver.plan import Plan
 from quicksilver.runtime.loop import Decoder
 
@@ -166,16 +166,16 @@ def main(
     """
     try:
         loaded, tokenizer = load(model), load_tokenizer(model)
-        protocol = Protocol(context, context // 2, default_bos(tokenizer), max_tokens)
-        calibration = Protocol(context, protocol.stride, protocol.bos_id, calibration_tokens)
-        measured = cut(read_corpus(text, documents), tokenizer, protocol)
+        window_config = WindowConfig(context, context // 2, default_bos(tokenizer), max_tokens)
+        calibration = WindowConfig(context, window_config.stride, window_config.bos_id, calibration_tokens)
+        measured = cut(read_corpus(text, documents), tokenizer, window_config)
         fitted = cut(read_corpus(calibration_text, calibration_documents), tokenizer, calibration)
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     found = [(None, Plan.preset("paper")), *find_plans(loaded, shares, fitted.windows)]
     decoders = [Decoder(loaded.adapter, plan, loaded.special_ids) for plan in (Plan.dense(), *(p for _, p in found))]
     records = run_windows(decoders, measured.windows, "score", show_dot)
-    rows = build_rows(records, measured, protocol, "score", Path(model).name)
+    rows = build_rows(records, measured, window_config, "score", Path(model).name)
     counts = [window.num_scored for window in measured.windows]
     controls = against_random(records, [saved(r.decoder, r.trace) for r in records[1:]], counts)
     for row, (share, _), control in zip(rows, found, controls, strict=True):

@@ -135,8 +135,8 @@ def heading(row: dict[str, Any], more: str = "") -> list[str]:
         f"{model['family']}, {model['layers']} layers, {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']};"
         f" dense {row['dense']['nll']:.4f} nats, perplexity {row['dense']['ppl']:.2f},"
         f" {row['dense']['bits_per_byte']:.3f} bits per byte; {row['tokens_scored']} tokens scored, context"
-        f" {protocol['context']}, stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'}, mode"
-        f" {protocol['mode']}{more}. {machine(env)}",
+        f" {protocol['context']}, stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'},"
+        f" mode {protocol['mode']}{more}. {machine(env)}",
         "",
     ]
 

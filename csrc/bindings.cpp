@@ -36,7 +36,7 @@ T* at(Address address) {
 
 const float* floats_at(Address address) { return at<const float>(address); }
 
-NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
+AnyPrecisionMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
                      Floats1 table2, int group_size, int num_outputs, bool by_channel) {
   if (planes.size() != kPlanes) throw std::invalid_argument("codes must have four planes");
   const std::size_t inputs = exponents.shape(0), run = (std::size_t(num_outputs) + 3) / 4;
@@ -55,7 +55,7 @@ NestedMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros,
                           largest,
                           table4.data(),
                           table2.data()};
-  return NestedMatrix(codes, static_cast<int>(inputs), num_outputs, by_channel ? Layout::kRuns : Layout::kQuads);
+  return AnyPrecisionMatrix(codes, static_cast<int>(inputs), num_outputs, by_channel ? Layout::kRuns : Layout::kQuads);
 }
 
 struct Rooms {
@@ -72,16 +72,16 @@ Rooms& rooms_of_caller() {
 
 // What is multiplied with a matrix: the same for all rows.
 struct Operand {
-  const NestedMatrix& matrix;
+  const AnyPrecisionMatrix& matrix;
   Norm norm;                   // of rows first; weight null for none
-  const std::uint8_t* widths;  // [rows, in], or [rows], or null where `uniform` is every row's
+  const std::uint8_t* bits;  // [rows, in], or [rows], or null where `uniform` is every row's
   bool by_channel;
   int uniform, threads;
 
-  Widths widths_of(int row) const {
-    Widths found;
-    found.uniform = widths && !by_channel ? widths[row] : uniform;
-    if (by_channel) found.each = widths + std::size_t(row) * matrix.num_inputs();
+  BitsChoice bits_of(int row) const {
+    BitsChoice found;
+    found.uniform = bits && !by_channel ? bits[row] : uniform;
+    if (by_channel) found.each = bits + std::size_t(row) * matrix.num_inputs();
     return found;
   }
 };
@@ -112,7 +112,7 @@ void multiply_some(const Operand& by, const float* x, float* y, int first, int n
     const int blocks = Selection::blocks_of(inputs);
     for (int r = 0; r < num_rows; ++r) {
       rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, by.matrix.base_scales(), inputs,
-                           by.widths_of(first + r), blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
+                           by.bits_of(first + r), blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
     }
     multiply(&product, 1, rooms.sharing, {}, thread, by.threads, rooms.coefficients[thread], barrier);
   });
@@ -121,17 +121,17 @@ void multiply_some(const Operand& by, const float* x, float* y, int first, int n
   }
 }
 
-// Multiplies float32 rows [num_rows, in], normed first where there is a norm's weight, into [num_rows, out]. Widths:
+// Multiplies float32 rows [num_rows, in], normed first where there is a norm's weight, into [num_rows, out]. Bits:
 // uint8 [num_rows, in] by channel, [num_rows] otherwise, or null.
-void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_rows, Address widths, bool by_channel,
+void multiply_rows(const AnyPrecisionMatrix& matrix, Address x, Address y, int num_rows, Address bits, bool by_channel,
                    int uniform, Address norm_weight, Address norm_bias, float epsilon, int threads) {
   if (threads < 1) throw std::invalid_argument("there must be a thread");
-  if (by_channel && !(widths && matrix.layout() == Layout::kRuns)) {
-    throw std::invalid_argument("the matrix is not laid out for widths by channel, or there are none");
+  if (by_channel && !(bits && matrix.layout() == Layout::kRuns)) {
+    throw std::invalid_argument("the matrix is not laid out for bits by channel, or there are none");
   }
   nb::gil_scoped_release release;
   const Norm norm{floats_at(norm_weight), floats_at(norm_bias), epsilon};
-  const Operand by{matrix, norm, at<const std::uint8_t>(widths), by_channel, uniform, threads};
+  const Operand by{matrix, norm, at<const std::uint8_t>(bits), by_channel, uniform, threads};
   for (int first = 0; first < num_rows; first += kSlice) {
     multiply_some(by, floats_at(x), at<float>(y), first, std::min(kSlice, num_rows - first));
   }
@@ -139,10 +139,10 @@ void multiply_rows(const NestedMatrix& matrix, Address x, Address y, int num_row
 
 constexpr std::int64_t kExpandedAlone = 1 << 20;  // weights that a thread expands before another has woken up
 
-// Writes the matrix as it is read at a width, [in, out] float32 or bfloat16, at an address. PyTorch multiplies with it
+// Writes the matrix as `bits` bits tell it, [in, out] float32 or bfloat16, at an address. PyTorch multiplies with it
 // next.
-void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat16, int threads) {
-  if (width < 1 || width > kMaxWidth) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
+void expand(const AnyPrecisionMatrix& matrix, int bits, Address address, bool bfloat16, int threads) {
+  if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
   nb::gil_scoped_release release;
   const int outputs = matrix.num_outputs();
   if (std::int64_t{matrix.num_inputs()} * outputs <= kExpandedAlone) threads = 1;
@@ -156,7 +156,7 @@ void expand(const NestedMatrix& matrix, int width, Address address, bool bfloat1
       const int first = quad * kQuadChannels, channels = std::min(kQuadChannels, matrix.num_inputs() - first);
       for (int t = 0; t < matrix.num_tiles(); ++t) {
         const Tile tile = matrix.tile(t, first / kChunkChannels);
-        kernels.expand_quad(tile, matrix.levels(), first % kChunkChannels, channels, width, weights);
+        kernels.expand_quad(tile, matrix.levels(), first % kChunkChannels, channels, bits, weights);
         const int count = std::min(tile.outputs(), outputs - t * kTileOutputs);
         for (int j = 0; j < channels; ++j) {
           const std::size_t to = std::size_t(first + j) * outputs + std::size_t(t) * kTileOutputs;
@@ -180,23 +180,23 @@ LinearMap& map_of(Layer& layer, const std::string& name) {
   throw std::invalid_argument("no such map: " + name);
 }
 
-void set_map(Layer& layer, const std::string& map, const NestedMatrix& matrix, Address bias, Address mean, int width,
-             const std::vector<std::int64_t>& channel_bytes) {
+void set_map(Layer& layer, const std::string& map, const AnyPrecisionMatrix& matrix, Address bias, Address mean,
+             int bits, const std::vector<std::int64_t>& channel_bytes) {
   LinearMap& linear = map_of(layer, map);
   linear.matrix = &matrix;
   linear.bias = floats_at(bias);
   linear.mean = floats_at(mean);
-  linear.width = width;
+  linear.bits = bits;
   if (channel_bytes.size() != linear.channel_bytes.size()) throw std::invalid_argument("bytes of 0 to 8 bits are needed");
   std::copy(channel_bytes.begin(), channel_bytes.end(), linear.channel_bytes.begin());
 }
 
 void grade_map(Layer& layer, const std::string& map, std::vector<float> thresholds, std::vector<std::uint8_t> levels,
                Address norms) {
-  if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than widths is needed");
+  if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than bits is needed");
   LinearMap& linear = map_of(layer, map);
   if (!linear.matrix || linear.matrix->layout() != Layout::kRuns) {
-    throw std::invalid_argument("the matrix is not laid out for widths by channel");
+    throw std::invalid_argument("the matrix is not laid out for bits by channel");
   }
   linear.thresholds = std::move(thresholds);
   linear.levels = std::move(levels);
@@ -306,19 +306,19 @@ LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int he
 NB_MODULE(_native, m) {
   m.doc() = "Kernels over nested weights.";
   nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
-  nb::class_<NestedMatrix>(m, "NestedMatrix")
-      .def_prop_ro("num_inputs", &NestedMatrix::num_inputs)
-      .def_prop_ro("num_outputs", &NestedMatrix::num_outputs)
-      .def_prop_ro("nbytes", &NestedMatrix::nbytes);
+  nb::class_<AnyPrecisionMatrix>(m, "AnyPrecisionMatrix")
+      .def_prop_ro("num_inputs", &AnyPrecisionMatrix::num_inputs)
+      .def_prop_ro("num_outputs", &AnyPrecisionMatrix::num_outputs)
+      .def_prop_ro("nbytes", &AnyPrecisionMatrix::nbytes);
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a, "by_channel"_a);
   m.def("multiply_rows", &multiply_rows);
-  m.def("expand", &expand, "matrix"_a, "width"_a, "address"_a, "bfloat16"_a, "threads"_a);
+  m.def("expand", &expand, "matrix"_a, "bits"_a, "address"_a, "bfloat16"_a, "threads"_a);
   m.def("multiplies_bfloat16", &multiplies_bfloat16);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
-      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "width"_a,
+      .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "bits"_a,
            "channel_bytes"_a)
       .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
       .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,

@@ -1,4 +1,4 @@
-// Included by kernels_*.cpp of vector units: from bytes of planes to bytes of codes, and from a width to its own code.
+// Included by kernels_*.cpp of vector units: from bytes of planes to bytes of codes, and from bits to their own code.
 #include <type_traits>
 
 #include "kernels.h"
@@ -6,10 +6,10 @@
 namespace quicksilver {
 namespace {
 
-// Calls `run` with a width, known to the compiler.
+// Calls `run` with a number of bits, known to the compiler.
 template <class Run>
-[[gnu::always_inline]] inline void at_width(int width, const Run& run) {
-  switch (width) {
+[[gnu::always_inline]] inline void at_bits(int bits, const Run& run) {
+  switch (bits) {
     case 8:
       return run(std::integral_constant<int, 8>());
     case 7:
@@ -34,24 +34,24 @@ constexpr int place_of_bit(int field, int bit) { return 2 * (field ^ (bit / 2)) 
 
 // A code's leading bits, put in order from bit 7 downwards, as GF2P8AFFINEQB takes a matrix of bits: byte 7 - i says
 // which bits make up bit i.
-constexpr std::uint64_t matrix_of(int field, int width) {
+constexpr std::uint64_t matrix_of(int field, int bits) {
   std::uint64_t matrix = 0;
-  for (int bit = 0; bit < width; ++bit) matrix |= std::uint64_t{1} << (8 * bit + place_of_bit(field, bit));
+  for (int bit = 0; bit < bits; ++bit) matrix |= std::uint64_t{1} << (8 * bit + place_of_bit(field, bit));
   return matrix;
 }
 
-// Unpacks codes read at one width; of 4 and 2 bits, the levels that a table has for them. `V` names a vector of bytes
+// Unpacks codes read at some bits; of 4 and 2 bits, the levels that a table has for them. `V` names a vector of bytes
 // and what is done with it.
-template <class V, int Width>
+template <class V, int Bits>
 struct Unpack {
   using Bytes = typename V::Bytes;
-  static constexpr int Planes = planes_of(Width);
-  static constexpr bool Table = Width == 4 || Width == 2;
+  static constexpr int Planes = planes_of(Bits);
+  static constexpr bool Table = Bits == 4 || Bits == 2;
 
   Bytes tables[2];
 
   explicit Unpack(const Levels& levels) {
-    for (int i = 0; Table && i < 2; ++i) tables[i] = V::repeated(Width == 4 ? levels.table4[i] : levels.table2[i]);
+    for (int i = 0; Table && i < 2; ++i) tables[i] = V::repeated(Bits == 4 ? levels.table4[i] : levels.table2[i]);
   }
 
   // `planes`: bytes of each plane; codes[field]: of the outputs whose bits they hold.
@@ -87,12 +87,12 @@ struct Unpack {
  private:
   template <int Field>
   [[gnu::always_inline]] Bytes code(Bytes taken) const {
-    constexpr std::uint64_t matrix = matrix_of(Field, Width);
-    return matrix == matrix_of(3, kMaxWidth) ? taken : V::template permuted<matrix>(taken);
+    constexpr std::uint64_t matrix = matrix_of(Field, Bits);
+    return matrix == matrix_of(3, kMaxBits) ? taken : V::template permuted<matrix>(taken);
   }
 };
 
-static_assert(matrix_of(3, kMaxWidth) == 0x0102040810204080, "the last field's code is in order");
+static_assert(matrix_of(3, kMaxBits) == 0x0102040810204080, "the last field's code is in order");
 
 }  // namespace
 }  // namespace quicksilver

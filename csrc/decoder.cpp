@@ -88,17 +88,17 @@ void LayerRunner::Pass::make_room(const std::vector<Layer>& layers, int n) {
   mapped.resize(n, shape->hidden);
   attended.resize(n, shape->heads * shape->head_dim);
   for (int m = 0; m < kMaps; ++m) {
-    int width = 0, inputs = 0;
+    int stride = 0, inputs = 0;
     for (const Layer& layer : layers) {
       if (!layer.maps[m].matrix) continue;
-      width = std::max(width, layer.maps[m].matrix->padded_outputs());
+      stride = std::max(stride, layer.maps[m].matrix->padded_outputs());
       inputs = std::max(inputs, layer.maps[m].matrix->num_inputs());
     }
-    products[m].resize(n, width);
+    products[m].resize(n, stride);
     if (selections[m].size() < std::size_t(n)) selections[m].resize(n);
     for (Selection& selection : selections[m]) selection.prepare(inputs);
   }
-  std::vector<const NestedMatrix*> matrices;
+  std::vector<const AnyPrecisionMatrix*> matrices;
   for (const Layer& layer : layers) {
     matrices.clear();
     for (const LinearMap& map : layer.maps) {
@@ -111,7 +111,7 @@ void LayerRunner::Pass::make_room(const std::vector<Layer>& layers, int n) {
 
 bool LayerRunner::Pass::takes(const Shortcut& shortcut, int row, bool attention, int layer, int thread) {
   const Row& entry = (*rows)[row];
-  if (!shortcut.present || entry.fills || entry.unshortened) return false;
+  if (!shortcut.present || entry.fills || entry.protected_shortcuts) return false;
   std::int64_t* counted = counts(layer, thread);
   const int d = shape->hidden;
   if (shortcut.gate) {
@@ -175,18 +175,18 @@ void LayerRunner::Pass::choose(const Layer& layer, int map, const std::vector<in
     }
     const Row& row = (*rows)[of[i]];
     const Grades grades{linear.thresholds.data(), linear.levels.data(), static_cast<int>(linear.levels.size()),
-                        linear.norms, row.cap};
-    Widths widths;
-    if (!row.exempt) {
-      widths.uniform = std::min(linear.width, row.cap);
-      widths.grades = linear.levels.empty() ? nullptr : &grades;
+                        linear.norms, row.max_bits};
+    BitsChoice choice;
+    if (!row.protected_bits) {
+      choice.uniform = std::min(linear.bits, row.max_bits);
+      choice.grades = linear.levels.empty() ? nullptr : &grades;
     }
-    const WidthCounts chosen =
-        selections[map][i].choose(*floats, x, linear.matrix->base_scales(), inputs, widths, begin, end);
-    for (int width = 0; width <= kMaxWidth; ++width) {
-      counted[kMacsAt0 + width] += chosen[width] * outputs;
-      counted[kWeightBytes] += chosen[width] * linear.channel_bytes[width];
-      if (!linear.levels.empty()) counted[kSignalScore] += chosen[width];
+    const BitsCounts chosen =
+        selections[map][i].choose(*floats, x, linear.matrix->base_scales(), inputs, choice, begin, end);
+    for (int bits = 0; bits <= kMaxBits; ++bits) {
+      counted[kMacsAt0 + bits] += chosen[bits] * outputs;
+      counted[kWeightBytes] += chosen[bits] * linear.channel_bytes[bits];
+      if (!linear.levels.empty()) counted[kSignalScore] += chosen[bits];
     }
   }
 }
@@ -200,7 +200,7 @@ void LayerRunner::Pass::multiply_maps(const Layer& layer, std::initializer_list<
                                       const LinearMap* ahead, int num_ahead, int thread, Barrier& barrier) {
   std::vector<Ahead> coming;
   for (const LinearMap* map = ahead; map < ahead + num_ahead; ++map) {
-    if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_width())});
+    if (map->matrix) coming.push_back({map->matrix, planes_of(map->likely_bits())});
   }
   Product multiplied[kMaps];
   int count = 0;
@@ -216,8 +216,8 @@ void LayerRunner::Pass::write_entries(const Layer& layer, const std::vector<int>
   const int size = shape->head_dim;
   const Rotation* rotation = layer.rotary < 0 ? nullptr : &(*rotations)[layer.rotary];
   const auto turn = [&](float* heads, int count, const Norm& norm, int row) {
-    const int width = layer.norms_projections ? count * size : size;
-    for (int i = 0; norm.weight && i < count * size; i += width) floats->norm(heads + i, width, norm, heads + i);
+    const int length = layer.norms_projections ? count * size : size;
+    for (int i = 0; norm.weight && i < count * size; i += length) floats->norm(heads + i, length, norm, heads + i);
     const std::size_t at = std::size_t(row) * size;
     if (rotation) floats->rotate(heads, count, size, rotation->cos + at, rotation->sin + at);
   };

@@ -15,19 +15,19 @@
 
 namespace quicksilver {
 
-// A linear map, and how its widths are chosen.
+// A linear map, and how its bits are chosen.
 struct LinearMap {
-  const NestedMatrix* matrix = nullptr;
+  const AnyPrecisionMatrix* matrix = nullptr;
   const float* bias = nullptr;  // [out]; the mean's product included
   const float* mean = nullptr;  // [in], taken from the input first
-  std::array<std::int64_t, kMaxWidth + 1> channel_bytes{};  // of a channel read at each width
-  int width = kMaxWidth;  // of rows that are not exempt, where nothing below is given
+  std::array<std::int64_t, kMaxBits + 1> channel_bytes{};  // of a channel read at each number of bits
+  int bits = kMaxBits;  // of rows that are not protected, where nothing below is given
   std::vector<float> thresholds;
-  std::vector<std::uint8_t> levels;  // empty where widths are uniform
+  std::vector<std::uint8_t> levels;  // empty where bits are uniform
   const float* norms = nullptr;      // [in]; null where |x| alone is the score
 
-  // A width that many channels are likely to be read at.
-  int likely_width() const { return levels.empty() ? width : levels[levels.size() / 2]; }
+  // A number of bits that many channels are likely to be read at.
+  int likely_bits() const { return levels.empty() ? bits : levels[levels.size() / 2]; }
 };
 
 // x @ weight + bias, or x @ down @ up + bias; both row-major.
@@ -73,9 +73,9 @@ struct Row {
   int offset;  // its entry's place after those that the cache holds, in every layer of the run
   int position;
   bool fills;   // it has halted: only its key and value are projected
-  bool exempt;  // reads all bits
-  bool unshortened;
-  int cap;  // the most bits it reads
+  bool protected_bits;  // reads all bits
+  bool protected_shortcuts;
+  int max_bits;  // the most bits it reads
 };
 
 // One sequence's storage in one layer, with room for this run's entries.
@@ -97,8 +97,8 @@ struct Rotation {
 
 // Counts of one layer, added to.
 enum Count {
-  kMacsAt0 = 0,  // of nested weights, by the bits read: 0, 1, ... 8
-  kQueryRows = kMaxWidth + 1,
+  kMacsAt0 = 0,  // of any-precision weights, by the bits read: 0, 1, ... 8
+  kQueryRows = kMaxBits + 1,
   kFillRows,
   kEntriesRead,
   kAttended,

@@ -24,7 +24,7 @@ inline void next_channel(Upcoming& next) {
   }
   if (--next.slots_left == 0) {
     next.slots_left = (++next.part)->slots;
-    next.num_planes = planes_of(next.part->width);
+    next.num_planes = planes_of(next.part->bits);
   }
   next.run = *next.channels * next.stride;
 }

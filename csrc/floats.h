@@ -47,13 +47,13 @@ struct Skipped {
   std::int64_t values, scores, scored_twice;
 };
 
-// Thresholds, descending, between widths: the first whose threshold a score |x| * norm reaches, else the last.
+// Thresholds, descending, between bits: the first whose threshold a score |x| * norm reaches, else the last.
 struct Grades {
   const float* thresholds;     // [num_levels - 1]
   const std::uint8_t* levels;  // [num_levels]
   int num_levels;
   const float* norms;  // [size]; null where |x| alone is the score
-  int cap;             // no width is larger
+  int max_bits;             // no number of bits is larger
 };
 
 struct FloatKernels {
@@ -68,9 +68,9 @@ struct FloatKernels {
   // gate = activation(gate) * up, or activation(gate) where up is null.
   void (*activate)(Activation, float* gate, const float* up, int size);
   // `first`: where x lies in what the grades' norms are of.
-  void (*grade)(const float* x, int size, const Grades&, int first, std::uint8_t* widths);
-  // Writes the channels of one width and their values; returns how many. Room for 16 more than there are is needed.
-  int (*collect)(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+  void (*grade)(const float* x, int size, const Grades&, int first, std::uint8_t* bits);
+  // Writes the channels read at some bits and their values; returns how many. Room for 16 more is needed.
+  int (*collect)(const std::uint8_t* each, const float* x, int size, int bits, std::uint32_t* channels,
                  float* values);
   float (*largest_magnitude)(const float* x, int size);  // not finite where one of them is not
   // Rounds finite activations to integers of 16 bits, the largest to 127 * 256; returns their unit.

@@ -316,7 +316,7 @@ void add_rows(const float* x, int inputs, const float* weight, std::int64_t stri
   }
 }
 
-void grade(const float* x, int size, const Grades& grades, int first, std::uint8_t* widths) {
+void grade(const float* x, int size, const Grades& grades, int first, std::uint8_t* bits) {
   constexpr int kBlock = 64;
   const int last = grades.levels[grades.num_levels - 1];
   for (int begin = 0; begin < size; begin += kBlock) {
@@ -333,17 +333,17 @@ void grade(const float* x, int size, const Grades& grades, int first, std::uint8
       const std::int32_t step = grades.levels[i] - grades.levels[i + 1];
       for (int j = 0; j < count; ++j) chosen[j] += scores[j] >= limit ? step : 0;
     }
-    for (int j = 0; j < count; ++j) widths[begin + j] = static_cast<std::uint8_t>(std::min(chosen[j], grades.cap));
+    for (int j = 0; j < count; ++j) bits[begin + j] = static_cast<std::uint8_t>(std::min(chosen[j], grades.max_bits));
   }
 }
 
-[[maybe_unused]] int collect(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+[[maybe_unused]] int collect(const std::uint8_t* each, const float* x, int size, int bits, std::uint32_t* channels,
                              float* values) {
   int count = 0;
   for (int j = 0; j < size; ++j) {
     channels[count] = j;
     values[count] = x[j];
-    count += widths[j] == width;
+    count += each[j] == bits;
   }
   return count;
 }

@@ -1,4 +1,4 @@
-// What an instruction set must provide: the products of one tile of nested weights with one chunk of channels. Who is
+// What an instruction set must provide: the products of one tile of weights with one chunk of channels. Who is
 // multiplied with what is decided in selection.h and product.h.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace quicksilver {
 
-constexpr int kMaxWidth = 8;
+constexpr int kMaxBits = 8;
 constexpr int kPlanes = 4;         // two bits each, leading bits first
 constexpr int kFields = 4;         // outputs that share a byte of a plane
 constexpr int kTileOutputs = 256;  // a channel's run in a plane of a tile: one cache line
@@ -20,12 +20,12 @@ constexpr int kTileGroups = kTileOutputs / kLaneOutputs;
 constexpr int kChunkChannels = 64;                                  // channels whose coefficients share a scale
 constexpr int kQuadChannels = 4;                                    // channels that a dot product's word holds
 constexpr int kQuadBytes = kQuadChannels * kHalfOutputs / kFields;  // of a plane of half a tile
-constexpr int kChunkSlots = kChunkChannels + kMaxWidth * kQuadChannels;
+constexpr int kChunkSlots = kChunkChannels + kMaxBits * kQuadChannels;
 constexpr int kRecordBytes = 2 * kTileGroups;
 
 // How planes are laid out. As runs, each channel has its bytes of a strip in a row: long runs where channels differ in
-// width. As quads, four channels' bytes are interleaved as a dot product takes them, and a block's quads follow one
-// another, half by half of each tile: read in order where all channels have one width.
+// bits. As quads, four channels' bytes are interleaved as a dot product takes them, and a block's quads follow one
+// another, half by half of each tile: read in order where all channels have one number of bits.
 enum class Layout { kRuns, kQuads };
 
 // One tile of a matrix: 256 outputs, or 128 at its end, of a block's channels.
@@ -62,20 +62,20 @@ struct Tile {
 // four planes are at four places, and one byte can take them all.
 inline int field_of(int output) { return output / 16 % kFields; }
 
-// What prefixes of each width stand for, in units of 8-bit codes: a whole number and an offset.
+// What prefixes of each number of bits stand for, in units of 8-bit codes: a whole number and an offset.
 struct Levels {
   // By nibbles as fields 0 and 2 leave them, and as 1 and 3 do: of 4 bits, with the pairs swapped and in order; of 2
   // bits, where the code is the nibble's lower pair and where it is its upper one.
   alignas(64) std::uint8_t table4[2][16];
   alignas(64) std::uint8_t table2[2][16];
-  float offset[kMaxWidth + 1];
+  float offset[kMaxBits + 1];
   float largest;  // scale of exponent 0
   float unit;     // of products of coefficients: largest * kMultiplierUnit
 };
 
-// Channels of a chunk that are read at one width: so many slots, a multiple of kQuadChannels.
+// Channels of a chunk that are read at one number of bits: so many slots, a multiple of kQuadChannels.
 struct Part {
-  int width;
+  int bits;
   int slots;
 };
 
@@ -99,7 +99,7 @@ struct alignas(64) Coefficients {
 };
 
 // What a thread reads after the chunk at hand, fetched meanwhile: of each channel the records and, two lines at a time,
-// the runs of a strip in the planes that its width takes.
+// the runs of a strip in the planes that its bits take.
 struct Upcoming {
   const std::uint32_t *channels = nullptr, *end = nullptr;  // still to come
   const Part* part = nullptr;                               // of the channel at hand
@@ -124,7 +124,7 @@ struct Kernels {
   // or adds it to what y holds.
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, bool adds, float* y, Upcoming&);
   // Writes the weights of `count` channels from `first` on, which begins a quad: [channels of a quad, kTileOutputs].
-  void (*expand_quad)(const Tile&, const Levels&, int first, int count, int width, float* weights);
+  void (*expand_quad)(const Tile&, const Levels&, int first, int count, int bits, float* weights);
   FloatKernels floats;
 };
 
@@ -154,6 +154,6 @@ inline float factor_of(std::uint8_t exponent) {
   return factor;
 }
 
-constexpr int planes_of(int width) { return (width + 1) / 2; }
+constexpr int planes_of(int bits) { return (bits + 1) / 2; }
 
 }  // namespace quicksilver

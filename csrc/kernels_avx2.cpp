@@ -49,7 +49,7 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
       const __m256i words = _mm256_blend_epi16(q[0], _mm256_slli_epi32(q[1], 16), 0xaa);
       _mm256_store_si256(reinterpret_cast<__m256i*>(c.words + pair * kTileGroups), words);
     }
-    const __m256 step = _mm256_set1_ps(levels.offset[part->width]);
+    const __m256 step = _mm256_set1_ps(levels.offset[part->bits]);
     offset = _mm256_add_ps(offset, _mm256_mul_ps(_mm256_cvtepi32_ps(sums), step));
   }
   c.scale = chunk.unit * levels.unit;
@@ -115,17 +115,17 @@ __m256i load_pair(const Tile& tile, const std::uint32_t* channels, int pair, int
   return _mm256_packus_epi32(pairs(0), pairs(64));
 }
 
-// Adds pairs of channels [begin, end), read at one width, to sums of a half's lanes 2 k and 2 k + 1.
-template <int Width>
+// Adds pairs of channels [begin, end), read at one number of bits, to sums of a half's lanes 2 k and 2 k + 1.
+template <int Bits>
 void add_pairs(const Tile& tile, const Chunk& chunk, const Levels& levels, int half, int k, int begin, int end,
                const Coefficients& c, __m256i* sums) {
-  const Unpack<Vector, Width> unpack(levels);
+  const Unpack<Vector, Bits> unpack(levels);
   const __m256i none = _mm256_setzero_si256();
   for (int pair = begin; pair < end; ++pair) {
     const std::uint32_t* channels = chunk.channels + 2 * pair;
     const std::int32_t* words = c.words + pair * kTileGroups + 4 * half;
-    __m256i bytes[planes_of(Width)], codes[kFields];
-    for (int p = 0; p < planes_of(Width); ++p) {
+    __m256i bytes[planes_of(Bits)], codes[kFields];
+    for (int p = 0; p < planes_of(Bits); ++p) {
       bytes[p] = load_pair(tile, channels, pair, p, half, k);
     }
     unpack(bytes, codes);
@@ -145,8 +145,8 @@ void multiply(const Tile& tile, const Chunk& chunk, const Levels& levels, int ha
   int first = 0;
   for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
     const int end = first + part->slots / 2;
-    at_width(part->width,
-             [&](auto width) { add_pairs<decltype(width)::value>(tile, chunk, levels, half, k, first, end, c, sums); });
+    at_bits(part->bits,
+             [&](auto bits) { add_pairs<decltype(bits)::value>(tile, chunk, levels, half, k, first, end, c, sums); });
     first = end;
   }
   for (int a = 0; a < 2 * kFields; ++a) {

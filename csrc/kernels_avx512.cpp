@@ -77,7 +77,7 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
       zero_sums = _mm512_dpbusd_epi32(zero_sums, _mm512_permutexvar_epi8(zero_bytes, records), bytes);
       sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), bytes);
     }
-    const __m256 step = _mm256_set1_ps(levels.offset[part->width]);
+    const __m256 step = _mm256_set1_ps(levels.offset[part->bits]);
     offset = _mm256_add_ps(offset, _mm256_mul_ps(_mm256_cvtepi32_ps(joined(sums)), step));
   }
   c.scale = chunk.unit * levels.unit;
@@ -169,12 +169,12 @@ struct Sums {
   __m512i head[8], tail[8];
 };
 
-// Adds quads [begin, end), read at one width, of one half to its sums.
-template <int Width, class Source>
+// Adds quads [begin, end), read at one number of bits, of one half to its sums.
+template <int Bits, class Source>
 [[gnu::always_inline]] inline void add_quads(const Tile& tile, const Chunk& chunk, const Levels& levels, int begin,
                                              int end, const Coefficients& c, Sums& sums, Upcoming& next) {
-  constexpr int planes = planes_of(Width);
-  const Unpack<Vector, Width> unpack(levels);
+  constexpr int planes = planes_of(Bits);
+  const Unpack<Vector, Bits> unpack(levels);
   for (int quad = begin; quad < end; ++quad) {
     fetch(next);
     const Source source(tile, chunk.channels + kQuadChannels * quad, quad);
@@ -222,8 +222,8 @@ void half_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, cons
   int quad = 0;
   for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
     const int end = quad + part->slots / kQuadChannels;
-    at_width(part->width, [&](auto width) {
-      add_quads<decltype(width)::value, Source>(tile, chunk, levels, quad, end, c, sums, next);
+    at_bits(part->bits, [&](auto bits) {
+      add_quads<decltype(bits)::value, Source>(tile, chunk, levels, quad, end, c, sums, next);
     });
     quad = end;
   }
@@ -239,14 +239,14 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
 }
 
 // Weights of a half of a quad's channels.
-template <int Width, class Source>
+template <int Bits, class Source>
 void expand_half(const Tile& tile, const Levels& levels, int first, int count, float* weights) {
   std::uint32_t channels[kQuadChannels];
-  __m512i bytes[2][planes_of(Width)];
+  __m512i bytes[2][planes_of(Bits)];
   for (int j = 0; j < kQuadChannels; ++j) channels[j] = first + std::min(j, count - 1);
   const Source source(tile, channels, first / kQuadChannels);
-  for (int p = 0; p < planes_of(Width); ++p) source.load(p, &bytes[0][p], &bytes[1][p]);
-  const Unpack<Vector, Width> unpack(levels);
+  for (int p = 0; p < planes_of(Bits); ++p) source.load(p, &bytes[0][p], &bytes[1][p]);
+  const Unpack<Vector, Bits> unpack(levels);
   for (int m = 0; m < 2; ++m) {
     __m512i codes[kFields];
     unpack(bytes[m], codes);
@@ -255,7 +255,7 @@ void expand_half(const Tile& tile, const Levels& levels, int first, int count, f
       for (int k = 0; k < kFields; ++k) {
         const int a = kFields * m + k, group = 4 * Source::half + a / 2;
         const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(base + record[group]));
-        const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + group]) - levels.offset[Width]);
+        const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + group]) - levels.offset[Bits]);
         const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes[k], 8 * j), _mm512_set1_epi32(255));
         _mm512_storeu_ps(weights + j * kTileOutputs + kHalfOutputs * Source::half + 16 * a,
                          _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
@@ -264,22 +264,22 @@ void expand_half(const Tile& tile, const Levels& levels, int first, int count, f
   }
 }
 
-void expand_lanes(const Tile& tile, const Levels& levels, int first, int count, int width, float* weights) {
+void expand_lanes(const Tile& tile, const Levels& levels, int first, int count, int bits, float* weights) {
   at_halves(tile, [&](auto* source) {
-    at_width(width, [&](auto each) {
+    at_bits(bits, [&](auto each) {
       expand_half<decltype(each)::value, std::remove_pointer_t<decltype(source)>>(tile, levels, first, count, weights);
     });
   });
 }
 
-int collect_lanes(const std::uint8_t* widths, const float* x, int size, int width, std::uint32_t* channels,
+int collect_lanes(const std::uint8_t* each, const float* x, int size, int bits, std::uint32_t* channels,
                   float* values) {
-  const __m128i wanted = _mm_set1_epi8(static_cast<char>(width));
+  const __m128i wanted = _mm_set1_epi8(static_cast<char>(bits));
   __m512i indices = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   int count = 0;
   for (int j = 0; j < size; j += 16, indices = _mm512_add_epi32(indices, _mm512_set1_epi32(16))) {
     const __mmask16 there = size - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - j)) - 1);
-    const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(there, _mm_maskz_loadu_epi8(there, widths + j), wanted);
+    const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(there, _mm_maskz_loadu_epi8(there, each + j), wanted);
     _mm512_storeu_si512(channels + count, _mm512_maskz_compress_epi32(chosen, indices));
     _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(chosen, _mm512_maskz_loadu_ps(there, x + j)));
     count += __builtin_popcount(chosen);

@@ -34,7 +34,7 @@ void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& level
         zero_sum += q * record[kTileGroups + g];
         sum += q;
       }
-      offset += static_cast<float>(sum) * levels.offset[part->width];
+      offset += static_cast<float>(sum) * levels.offset[part->bits];
     }
     c.zero_sums[g] = zero_sum;
     c.offsets[g] = c.scale * offset;
@@ -49,7 +49,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   int j = 0;
   for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
     for (const int end = j + part->slots; j < end; ++j) {
-      unpack_channel(tile, levels, chunk.channels[j], part->width, codes);
+      unpack_channel(tile, levels, chunk.channels[j], part->bits, codes);
       for (int o = 0; o < tile.outputs(); ++o) sums[o] += c.words[j * kTileGroups + o / kLaneOutputs] * codes[o];
     }
   }

@@ -66,7 +66,7 @@ std::size_t all_bytes(int num_inputs, int num_outputs, Layout layout) {
 
 std::uint8_t whole_level(float level) {
   if (!(level >= 0.0f && level <= 255.0f) || level != std::floor(level)) {
-    throw std::invalid_argument("a level of its narrow widths is not a whole 8-bit code");
+    throw std::invalid_argument("a level of fewer bits is not a whole 8-bit code");
   }
   return static_cast<std::uint8_t>(level);
 }
@@ -79,9 +79,9 @@ Levels levels_of(const StoredCodes& codes) {
     levels.table2[0][i] = whole_level(codes.table2[i % 4]);
     levels.table2[1][i] = whole_level(codes.table2[i / 4]);
   }
-  for (int width = 0; width <= kMaxWidth; ++width) {
-    const bool tabled = width == 4 || width == 2;
-    levels.offset[width] = tabled ? 0.0f : (std::ldexp(1.0f, kMaxWidth - width) - 1.0f) / 2.0f;
+  for (int bits = 0; bits <= kMaxBits; ++bits) {
+    const bool tabled = bits == 4 || bits == 2;
+    levels.offset[bits] = tabled ? 0.0f : (std::ldexp(1.0f, kMaxBits - bits) - 1.0f) / 2.0f;
   }
   levels.largest = codes.largest;
   levels.unit = codes.largest * kMultiplierUnit;
@@ -112,7 +112,7 @@ SlabBytes::SlabBytes(std::size_t size) : size_(size) {
   std::memset(data_, 0, size);
 }
 
-NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs, Layout layout)
+AnyPrecisionMatrix::AnyPrecisionMatrix(const StoredCodes& codes, int num_inputs, int num_outputs, Layout layout)
     : num_inputs_(num_inputs),
       num_outputs_(num_outputs),
       padded_outputs_(halves_of(num_outputs) * kHalfOutputs),
@@ -133,7 +133,7 @@ NestedMatrix::NestedMatrix(const StoredCodes& codes, int num_inputs, int num_out
 }
 
 // Lays out a strip of `halves` halves of tiles; returns where it ends.
-std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int halves, std::uint8_t* at) {
+std::uint8_t* AnyPrecisionMatrix::add_strip(const StoredCodes& codes, int halves, std::uint8_t* at) {
   const StripSize size(num_inputs_, halves, layout_);
   const bool runs = layout_ == Layout::kRuns;
   const std::size_t tiles = (halves + 1) / 2;
@@ -154,7 +154,7 @@ std::uint8_t* NestedMatrix::add_strip(const StoredCodes& codes, int halves, std:
 }
 
 // Writes a channel's bits and records of a tile, which lie in the matrix's own bytes.
-void NestedMatrix::pack_channel(const StoredCodes& codes, int index, int channel) {
+void AnyPrecisionMatrix::pack_channel(const StoredCodes& codes, int index, int channel) {
   const Tile tile = this->tile(index, channel / kChunkChannels);
   const int first_output = index * kTileOutputs, in_block = channel % kChunkChannels;
   const int groups = (num_outputs_ + codes.group_size - 1) / codes.group_size, run = (num_outputs_ + 3) / 4;

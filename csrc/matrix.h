@@ -1,4 +1,4 @@
-// A matrix in nested codes, laid out for the kernels: strips of up to 16 tiles, in each the planes; the last two,
+// A matrix of codes, laid out for the kernels: strips of up to 16 tiles, in each the planes; the last two,
 // mostly read together, have a channel's runs, or a quad's bytes, side by side. Memory gives long runs faster, and what
 // is read in order fastest.
 #pragma once
@@ -40,11 +40,11 @@ struct StoredCodes {
 
 constexpr int kStripTiles = 16;
 
-class NestedMatrix {
+class AnyPrecisionMatrix {
  public:
   // Throws std::invalid_argument where a level of a table is no code.
-  NestedMatrix(const StoredCodes& codes, int num_inputs, int num_outputs, Layout layout);
-  NestedMatrix(NestedMatrix&&) = default;  // no copy: tiles point to what the matrix holds
+  AnyPrecisionMatrix(const StoredCodes& codes, int num_inputs, int num_outputs, Layout layout);
+  AnyPrecisionMatrix(AnyPrecisionMatrix&&) = default;  // no copy: tiles point to what the matrix holds
 
   int num_inputs() const { return num_inputs_; }
   int num_outputs() const { return num_outputs_; }

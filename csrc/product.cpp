@@ -14,24 +14,24 @@ constexpr int kUnits = 4;       // of a matrix at least, if it has as many block
 constexpr int kUnitBlocks = 8;  // of a unit, but for that: sums cost little beside what they are of
 
 // Into how many units each strip is cut.
-int units_of_strip(const NestedMatrix& matrix) {
+int units_of_strip(const AnyPrecisionMatrix& matrix) {
   const int blocks = Selection::blocks_of(matrix.num_inputs());
   return std::min(blocks, std::max((kUnits + matrix.num_strips() - 1) / matrix.num_strips(), blocks / kUnitBlocks));
 }
 
 // The blocks [begin, end) of a strip's unit.
-std::pair<int, int> blocks_of_unit(const NestedMatrix& matrix, int unit) {
+std::pair<int, int> blocks_of_unit(const AnyPrecisionMatrix& matrix, int unit) {
   const int blocks = Selection::blocks_of(matrix.num_inputs()), units = units_of_strip(matrix);
   return {blocks * unit / units, blocks * (unit + 1) / units};
 }
 
 int first_tile(int strip) { return strip * kStripTiles; }
 int first_output(int strip) { return first_tile(strip) * kTileOutputs; }
-int end_tile(const NestedMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
+int end_tile(const AnyPrecisionMatrix& matrix, int strip) { return std::min(first_tile(strip + 1), matrix.num_tiles()); }
 
 // A strip's runs of some of a block's channels, to be fetched in so many half quads' time. Quads are read in order,
 // which the processor sees by itself, and sooner undisturbed.
-Upcoming runs_of(const NestedMatrix& matrix, int strip, int block, const std::uint32_t* channels, int slots,
+Upcoming runs_of(const AnyPrecisionMatrix& matrix, int strip, int block, const std::uint32_t* channels, int slots,
                  const Part* parts, int half_quads) {
   Upcoming next;
   if (matrix.layout() == Layout::kQuads || slots == 0 || half_quads == 0) return next;
@@ -40,7 +40,7 @@ Upcoming runs_of(const NestedMatrix& matrix, int strip, int block, const std::ui
   next.end = channels + slots;
   next.part = parts;
   next.slots_left = parts->slots;
-  next.num_planes = planes_of(parts->width);
+  next.num_planes = planes_of(parts->bits);
   std::copy_n(tile.planes, kPlanes, next.planes);
   next.records = tile.records;
   next.stride = tile.stride;
@@ -91,7 +91,7 @@ int half_quads_of(const Unit& unit, int block) {
 // Adds a block's share to y, [rows, stride], of its strip; what a unit adds up by itself begins with its first block.
 void run_block(const Unit& unit, int block, float* y, int stride, Upcoming& next, Coefficients& room) {
   const Kernels& kernels = current_kernels();
-  const NestedMatrix& matrix = *unit.product->matrix;
+  const AnyPrecisionMatrix& matrix = *unit.product->matrix;
   const bool adds = !unit.sums || block > unit.begin;
   for (int t = first_tile(unit.strip); t < end_tile(matrix, unit.strip); ++t) {
     const Tile tile = matrix.tile(t, block);
@@ -157,7 +157,7 @@ void add_units(const Sharing& sharing, int thread, int num_threads) {
 }
 
 // Floats that the sums over a matrix's units take, of each row.
-std::size_t sums_of(const NestedMatrix& matrix) {
+std::size_t sums_of(const AnyPrecisionMatrix& matrix) {
   const int units = units_of_strip(matrix);
   return units > 1 ? std::size_t(units) * matrix.padded_outputs() : 0;
 }
@@ -217,9 +217,9 @@ void multiply_units(Sharing& sharing, const std::vector<Ahead>& ahead, int threa
 
 }  // namespace
 
-void reserve(const std::vector<const NestedMatrix*>& matrices, int num_rows, Sharing& sharing) {
+void reserve(const std::vector<const AnyPrecisionMatrix*>& matrices, int num_rows, Sharing& sharing) {
   std::size_t room = 0, units = 0;
-  for (const NestedMatrix* matrix : matrices) {
+  for (const AnyPrecisionMatrix* matrix : matrices) {
     room += sums_of(*matrix) * std::min(num_rows, kSlice);
     units += std::size_t(units_of_strip(*matrix)) * matrix->num_strips();
   }

@@ -1,4 +1,4 @@
-// Products of rows with nested matrices, shared among threads.
+// Products of rows with quantized matrices, shared among threads.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@ namespace quicksilver {
 
 // One matrix, the rows that it meets and where their products go.
 struct Product {
-  const NestedMatrix* matrix;
+  const AnyPrecisionMatrix* matrix;
   const Selection* rows;  // [num_rows]
   int num_rows;
   float* y;  // [num_rows, stride], stride >= padded_outputs
@@ -22,7 +22,7 @@ struct Product {
 
 // A matrix that the products after these will read, and so many of its planes.
 struct Ahead {
-  const NestedMatrix* matrix;
+  const AnyPrecisionMatrix* matrix;
   int planes;
 };
 
@@ -47,7 +47,7 @@ constexpr int kSlice = 32;  // rows multiplied at a time: the sums of many would
 
 // Makes room for products of so many rows with these matrices at once. To be called before threads multiply: where
 // there is no memory, one of them alone would know.
-void reserve(const std::vector<const NestedMatrix*>& matrices, int num_rows, Sharing& sharing);
+void reserve(const std::vector<const AnyPrecisionMatrix*>& matrices, int num_rows, Sharing& sharing);
 
 // Multiplies, `kSlice` rows of each product at a time. Every thread calls it, with the same products; it ends with all
 // threads past the last barrier. Reads of `y` beyond the outputs find what padding gives. What a thread is expected to

@@ -15,9 +15,9 @@ struct Grid {
   std::vector<float> values;
   int stride = 0;
 
-  void resize(int rows, int width) {
-    stride = width;
-    if (values.size() < std::size_t(rows) * width) values.resize(std::size_t(rows) * width);
+  void resize(int rows, int columns) {
+    stride = columns;
+    if (values.size() < std::size_t(rows) * columns) values.resize(std::size_t(rows) * columns);
   }
   float* row(int index) { return values.data() + std::size_t(index) * stride; }
 };

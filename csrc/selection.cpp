@@ -9,16 +9,16 @@ namespace {
 
 constexpr int kBlockRoom = kChunkSlots + 32;  // collecting writes past what it finds
 
-// The widths that channels may have, from the widest on; returns how many.
-int occurring(const Widths& widths, int* found) {
+// The bits that channels may have, from the most on; returns how many.
+int occurring(const BitsChoice& choice, int* found) {
   int count = 0;
-  for (int width = kMaxWidth; width >= 1; --width) {
-    bool may = widths.each != nullptr || (!widths.grades && width == widths.uniform);
-    if (const Grades* grades = widths.grades) {
+  for (int bits = kMaxBits; bits >= 1; --bits) {
+    bool may = choice.each != nullptr || (!choice.grades && bits == choice.uniform);
+    if (const Grades* grades = choice.grades) {
       const std::uint8_t* end = grades->levels + grades->num_levels;
-      may = width == grades->cap || (width < grades->cap && std::find(grades->levels, end, width) != end);
+      may = bits == grades->max_bits || (bits < grades->max_bits && std::find(grades->levels, end, bits) != end);
     }
-    if (may) found[count++] = width;
+    if (may) found[count++] = bits;
   }
   return count;
 }
@@ -43,17 +43,17 @@ bool Selection::finite(int num_inputs) const {
   return std::all_of(blocks_.begin(), blocks_.begin() + blocks_of(num_inputs), [](const Block& b) { return b.finite; });
 }
 
-WidthCounts Selection::choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
-                              const Widths& widths, int begin, int end) {
-  WidthCounts counts{};
-  int levels[kMaxWidth];
-  const int num_levels = occurring(widths, levels);
+BitsCounts Selection::choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
+                              const BitsChoice& choice, int begin, int end) {
+  BitsCounts counts{};
+  int levels[kMaxBits];
+  const int num_levels = occurring(choice, levels);
   for (int b = begin; b < end; ++b) {
     const int first = b * kChunkChannels, count = std::min(kChunkChannels, num_inputs - first);
     std::uint8_t graded[kChunkChannels];
-    const std::uint8_t* chosen = widths.each ? widths.each + first : nullptr;
-    if (widths.grades) {
-      floats.grade(x + first, count, *widths.grades, first, graded);
+    const std::uint8_t* chosen = choice.each ? choice.each + first : nullptr;
+    if (choice.grades) {
+      floats.grade(x + first, count, *choice.grades, first, graded);
       chosen = graded;
     }
     Block& block = blocks_[b];

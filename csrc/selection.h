@@ -1,4 +1,4 @@
-// Which channels of a row are read at which width, as chunks for the kernels. A pure function of a row and its widths.
+// Which channels of a row are read at how many bits, as chunks for the kernels. A pure function of a row and its bits.
 #pragma once
 
 #include <array>
@@ -9,14 +9,14 @@
 
 namespace quicksilver {
 
-// How a row's widths are told.
-struct Widths {
-  int uniform = kMaxWidth;             // for every channel, where nothing below is given
+// How a row's bits are told.
+struct BitsChoice {
+  int uniform = kMaxBits;             // for every channel, where nothing below is given
   const std::uint8_t* each = nullptr;  // [in], one for each channel
   const Grades* grades = nullptr;      // by the channels' scores
 };
 
-using WidthCounts = std::array<std::int64_t, kMaxWidth + 1>;  // channels read at 0, 1, ... 8 bits
+using BitsCounts = std::array<std::int64_t, kMaxBits + 1>;  // channels read at 0, 1, ... 8 bits
 
 // One row's chunks, one for each block of 64 neighbouring channels, which may be empty. Filled anew for every row; its
 // memory is kept.
@@ -29,8 +29,8 @@ class Selection {
 
   // Fills blocks [begin, end) of a row x, [in]. Threads may fill others meanwhile.
   // `scales`, [in], multiply the activations before they are rounded.
-  WidthCounts choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
-                     const Widths& widths, int begin, int end);
+  BitsCounts choose(const FloatKernels& floats, const float* x, const float* scales, int num_inputs,
+                     const BitsChoice& bits, int begin, int end);
 
   Chunk chunk(int block) const;
   // A row with a NaN or an infinity has no product.
@@ -39,7 +39,7 @@ class Selection {
  private:
   struct Block {
     int slots, num_parts;
-    Part parts[kMaxWidth];
+    Part parts[kMaxBits];
     float unit;
     bool finite;
   };

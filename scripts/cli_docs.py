@@ -8,12 +8,12 @@ import click
 
 from quicksilver.cli.main import cli
 
-_WIDTH = 100
+_BITS = 100
 
 
 def pages(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
     """Yield (full name, help text) of a command and everything under it."""
-    settings = {**command.context_settings, "terminal_width": _WIDTH, "max_content_width": _WIDTH}
+    settings = {**command.context_settings, "terminal_width": _BITS, "max_content_width": _BITS}
     context = click.Context(command, info_name=name.split()[-1], parent=parent, **settings)
     yield name, command.get_help(context)
     if isinstance(command, click.Group):

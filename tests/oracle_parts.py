@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quicksilver.quant import NestedSplit
+from quicksilver.quant import AnyPrecisionSplit
 
 Read = Callable[[int, Any, Tensor], Tensor]
 """(layer, a linear map's module, its inputs [T, in]) to its outputs [T, out]."""
@@ -55,7 +55,7 @@ def parts_of(model: Any, ids: Tensor, read: Read) -> Parts:
 
 
 def linear_maps(model: Any, layer_idx: int) -> list[Any]:
-    """Return the modules of a nested layer's maps, in the order of plans: query, key, value, output, MLP."""
+    """Return the modules of a quantized layer's maps, in the order of plans: query, key, value, output, MLP."""
     if model.config.model_type == "gpt2":
         block = model.transformer.h[layer_idx]
         return [*block.attn.c_attn.parts, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
@@ -89,7 +89,7 @@ def _gpt2_parts(model: Any, ids: Tensor, read: Read) -> Parts:
 
         def qkv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             c_attn, normed = block.attn.c_attn, block.ln_1(x)
-            if isinstance(c_attn, NestedSplit):
+            if isinstance(c_attn, AnyPrecisionSplit):
                 parts = [apply(part, normed) for part in c_attn.parts]
             else:
                 parts = c_attn(normed).split(block.attn.split_size, dim=1)
@@ -169,7 +169,7 @@ def _products(module: Any, names: tuple[str, ...], x: Tensor, apply: Callable[[A
     if hasattr(module, names[0]):
         return [apply(getattr(module, name), x) for name in names]
     fused = module.qkv_proj if len(names) == 3 else module.gate_up_proj
-    if isinstance(fused, NestedSplit):
+    if isinstance(fused, AnyPrecisionSplit):
         return [apply(part, x) for part in fused.parts]
     queries = module.config.num_attention_heads * module.head_dim if len(names) == 3 else 0
     y = apply(fused, x)

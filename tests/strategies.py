@@ -156,7 +156,7 @@ coded_plans = st.builds(
 
 
 def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
-    """Widths, and as many descending thresholds as they need, for scores of a few units."""
+    """BitsChoice, and as many descending thresholds as they need, for scores of a few units."""
     chosen_bits = options.pop("bits")
     return chosen_bits.flatmap(
         lambda chosen: st.fixed_dictionaries(
@@ -171,22 +171,22 @@ def _graded(**options: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str,
     )
 
 
-def _widths(*more: int) -> st.SearchStrategy[tuple[int, ...]]:
+def _bits_read(*more: int) -> st.SearchStrategy[tuple[int, ...]]:
     return st.sets(st.sampled_from((*more, *WEIGHT_BITS)), min_size=2, max_size=5).map(
         lambda found: tuple(sorted(found, reverse=True))
     )
 
 
-channel_rules = _graded(bits=_widths(0)).map(lambda values: rules.ChannelBitsRule(**values))
-entropy_width_rules = _graded(
-    bits=_widths(), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
+channel_rules = _graded(bits=_bits_read(0)).map(lambda values: rules.ChannelBitsRule(**values))
+entropy_bits_rules = _graded(
+    bits=_bits_read(), over=st.sampled_from(get_args(EntropyOf)), layer=st.sampled_from([1, 2, 0.5])
 ).map(lambda values: rules.EntropyBitsRule(**values))
 precision_configs = st.builds(
     rules.PrecisionConfig,
     st.one_of(
         st.builds(rules.UniformBitsRule, st.sampled_from(WEIGHT_BITS)),
         channel_rules,
-        entropy_width_rules,
+        entropy_bits_rules,
     ),
     protect_first=st.integers(0, 3),
     protect_special=st.booleans(),

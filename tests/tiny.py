@@ -24,7 +24,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import Part
@@ -173,10 +173,10 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @cache
-def nested(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return the tiny model of a family or variant with nested weights; shared, so tests must not change it."""
+def quantized(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the tiny model of a family or variant with any-precision weights; shared, so tests must not change it."""
     made = from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
-    nest(made, QuantizationConfig())
+    quantize_model(made, QuantizationConfig())
     return made
 
 

@@ -27,7 +27,7 @@ def path_of(name: str, subject: Subject) -> Path:
         return subject.cache / f"{name.removeprefix('llama.cpp-')}.gguf"
     if name == CT2:
         return subject.cache / CT2
-    return subject.cache / "nested" if ours.is_ours(name) else subject.floats
+    return subject.cache / "quantized" if ours.is_ours(name) else subject.floats
 
 
 def prepare(subject: Subject, names: Sequence[str], threads: int, say: Callable[[str], None]) -> None:
@@ -44,10 +44,10 @@ def prepare(subject: Subject, names: Sequence[str], threads: int, say: Callable[
         make(path_of(CT2, subject), ctranslate2_engine.convert, subject.floats)
     mine = [name for name in names if ours.is_ours(name)]
     if mine:
-        nested = path_of(mine[0], subject)
-        make(nested, ours.nest_to, subject.floats)
+        quantized = path_of(mine[0], subject)
+        make(quantized, ours.nest_to, subject.floats)
         for name in ours.fitted_plans(mine):
-            make(ours.plan_file(subject, name), ours.fit_to, nested, name)
+            make(ours.plan_file(subject, name), ours.fit_to, quantized, name)
 
 
 def reference_logits(

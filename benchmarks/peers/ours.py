@@ -1,4 +1,4 @@
-"""Our engine under its plans, all over one set of nested weights, through the public interface.
+"""Our engine under its plans, all over one set of any-precision weights, through the public interface.
 
 Whatever kernels the package has are used as they are for any user; nothing here chooses them.
 """
@@ -66,23 +66,23 @@ def plan_names(subject: Subject) -> tuple[str, ...]:
 
 
 def nest_to(floats: Path, target: Path) -> None:
-    """Write a model with its weights nested, the head too, each weight rounded on its own."""
-    from quicksilver.families.nesting import nest
+    """Write a model with its weights quantized, the head too, each weight rounded on its own."""
+    from quicksilver.families.quantize import quantize_model
     from quicksilver.loading.load import load_plain
-    from quicksilver.loading.nested import save_nested
+    from quicksilver.loading.quantized import save_quantized
     from quicksilver.quant.config import QuantizationConfig
 
     model = load_plain(floats)
-    nest(model, QuantizationConfig(head=True))
-    save_nested(model, target)
+    quantize_model(model, QuantizationConfig(head=True))
+    save_quantized(model, target)
 
 
-def fit_to(nested: Path, name: str, target: Path) -> None:
-    """Write a plan of channel widths, fitted to random tokens."""
+def fit_to(quantized: Path, name: str, target: Path) -> None:
+    """Write a plan of channel bits, fitted to random tokens."""
     from quicksilver.calibrate.bits import fit
 
     rule = rules.ChannelBitsRule(bits=_CHANNEL_BITS[name], target=MEAN_BITS)
-    model = quicksilver.load(nested, special_ids=())
+    model = quicksilver.load(quantized, special_ids=())
     windows = random_windows(model.config.vocab_size, _FIT_WINDOWS, _FIT_LENGTH)
     plan = fit(model.adapter, Plan(name, precision=rules.PrecisionConfig(rule)), windows)
     plan.save(target)
@@ -101,7 +101,7 @@ def plan_of(name: str, subject: Subject, num_layers: int) -> Plan:
         return Plan(name, precision=config, kv=_HALVES)
     if name in _CHANNEL_BITS:
         return replace(Plan.load(plan_file(subject, name)), kv=_HALVES)
-    # The head, nested here, is not what its thresholds were fitted to; the layers' codes are.
+    # The head, quantized here, is not what its thresholds were fitted to; the layers' codes are.
     return replace(resolve_plan(name, subject.name), fitted_to=None)
 
 
@@ -116,10 +116,10 @@ def plan_file(subject: Subject, name: str) -> Path:
 
 
 @torch.inference_mode()
-def engines(subject: Subject, nested: Path, names: Sequence[str], threads: int) -> list[OurEngine]:
+def engines(subject: Subject, quantized: Path, names: Sequence[str], threads: int) -> list[OurEngine]:
     """Return our engine under each plan, all over the same weights, with so many threads of this process."""
     set_up_torch(threads)
-    model = quicksilver.load(nested, special_ids=() if subject.is_random else None)
+    model = quicksilver.load(quantized, special_ids=() if subject.is_random else None)
     model.generation_config.eos_token_id = None  # generation never stops early
     built = []
     for name in names:

@@ -81,8 +81,10 @@ def families(subject: Subject, names: Sequence[str], threads: int, context: int)
         ct2 = partial(ctranslate2_engine.load, CT2, Q8, path_of(CT2, subject), subject.floats, threads)
         found.append(Family("ctranslate2", ct2))
     if mine:
-        (_, nested), *_ = mine
-        found.append(Family("quicksilver", partial(ours.engines, subject, nested, [name for name, _ in mine], threads)))
+        (_, quantized), *_ = mine
+        found.append(
+            Family("quicksilver", partial(ours.engines, subject, quantized, [name for name, _ in mine], threads))
+        )
     return found
 
 

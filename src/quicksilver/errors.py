@@ -37,7 +37,7 @@ class KernelsUnavailableError(QuickSilverError, RuntimeError):
 
 
 class KernelsMissingWarning(UserWarning):
-    """Nested weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""
+    """Any-precision weights are read by PyTorch's own kernels, because the compiled ones cannot be used for them."""
 
 
 class ByteOrderMarkWarning(UserWarning):

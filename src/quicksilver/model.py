@@ -26,19 +26,19 @@ from quicksilver.plan import Plan
 from quicksilver.plan.presets import resolve_plan
 from quicksilver.runtime.facts import ModelFacts
 from quicksilver.runtime.generate import CACHE_FIELD, Request, generate, told_the_end
-from quicksilver.runtime.grids import (
+from quicksilver.runtime.loop import Decoder
+from quicksilver.runtime.settings import Settings
+from quicksilver.runtime.stats import RunStats
+from quicksilver.runtime.unpadded import (
     Columns,
-    Grid,
+    UnpaddedBatch,
     check_positions,
-    grid_logits,
     kept_columns,
+    padded_logits,
     real_tokens,
     shifted_loss,
     split_mask,
 )
-from quicksilver.runtime.loop import Decoder
-from quicksilver.runtime.settings import Settings
-from quicksilver.runtime.stats import RunStats
 
 
 class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
@@ -52,7 +52,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         plan: what may be saved.
         special_ids: token ids that a plan with `protect_special` never halts or fuses.
         attention: which of PyTorch's attention runs where PyTorch runs layers, "sdpa" or "eager".
-        kernels: which kernels were asked for to read nested weights; the adapter says which do.
+        kernels: which kernels were asked for to read any-precision weights; the adapter says which do.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
 
     @property
     def kernels(self) -> KernelChoice:
-        """Which kernels were asked for to read nested weights; `adapter.kernels` says which do."""
+        """Which kernels were asked for to read any-precision weights; `adapter.kernels` says which do."""
         return self._kernels
 
     @property
@@ -167,7 +167,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             past_key_values: a cache this model returned, extended in place.
             labels: [B, T] targets, -100 where none; the loss is the mean over targets, shifted by one.
             use_cache: return a cache (default: the configuration's).
-            logits_to_keep: last columns to compute logits for (0: all), or which, as `grid_logits` takes them.
+            logits_to_keep: last columns to compute logits for (0: all), or which, as `padded_logits` takes them.
             return_dict: False for a plain tuple.
             trace: counts to add to (default: a new one, which `stats` then reads).
             prompt: the tokens belong to a prompt, so that a plan may fuse them (default: where only the last of
@@ -193,16 +193,16 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         decoder.check_caches(cache.sequences, len(input_ids))
         input_ids = input_ids.to(self.device)
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
-        grid = self._continue(cache, input_ids, attention_mask, position_ids, labels)
+        unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and grid.columns > 1 and _is_one(logits_to_keep)
-        if generating and not any(grid.lengths):  # a chunk of a prefill that is all padding
-            hidden = grid.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
+            prompt = labels is None and unpadded.columns > 1 and _is_one(logits_to_keep)
+        if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
+            hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
-            hidden = decoder.run(grid.token_ids, grid.lengths, cache, trace, prompt)
-        cache.fed.append(input_ids.clone(), grid.real)
-        logits = grid_logits(hidden, grid, wanted, lambda rows: decoder.logits(rows, trace))
-        loss = None if labels is None else shifted_loss(logits, labels, grid)
+            hidden = decoder.run(unpadded.token_ids, unpadded.lengths, cache, trace, prompt)
+        cache.fed.append(input_ids.clone(), unpadded.real)
+        logits = padded_logits(hidden, unpadded, wanted, lambda rows: decoder.logits(rows, trace))
+        loss = None if labels is None else shifted_loss(logits, labels, unpadded)
         output = self._output(logits, loss, cache, use_cache)
         return output.to_tuple() if return_dict is False else output
 
@@ -213,22 +213,22 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         labels: Tensor | None,
-    ) -> Grid:
+    ) -> UnpaddedBatch:
         """Return the tokens that continue a cache, which loses what the mask no longer shows.
 
         Nothing is taken back for a call that is then refused.
         """
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
-        grid = real_tokens(input_ids, None if real is None else real.to(self.device))
+        unpadded = real_tokens(input_ids, None if real is None else real.to(self.device))
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))
         if position_ids is not None:
-            check_positions(position_ids, grid, kept or cache.seq_lengths)
-        if labels is not None and tuple(labels.shape) != grid.shape:
-            raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {grid.shape}")
+            check_positions(position_ids, unpadded, kept or cache.seq_lengths)
+        if labels is not None and tuple(labels.shape) != unpadded.shape:
+            raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {unpadded.shape}")
         if kept is not None:
-            self._decoder.check_tokens(grid.token_ids, grid.lengths, kept)
+            self._decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
             cache.truncate(kept)
-        return grid
+        return unpadded
 
     def _output(
         self, logits: Tensor, loss: Tensor | None, cache: RaggedKVCache, use_cache: bool | None

@@ -70,7 +70,7 @@ BAD_LINES = {
     "text is a number": '{"text": 3}',
     "text is null": '{"text": null}',
     "bad escape": '{"text": "\\q"}',
-    "nested without end": DEEP,
+    "quantized without end": DEEP,
     "an endless number": f'{{"text": {LONG_NUMBER}}}',
 }
 

@@ -40,7 +40,7 @@ BAD_PLANS: dict[str, tuple[Any, str]] = {
     "wrong hash": ({"halting": {"rule": THRESHOLD}, "hash": "0" * 16}, "hash"),
     "hash of another type": ({"hash": 7}, "hash"),
     "layers of another type": ({"halting": {"rule": {"type": "entropy", "threshold": 1, "layers": 3}}}, "layers"),
-    "nested without end": (DEEP, "JSON"),
+    "quantized without end": (DEEP, "JSON"),
     "an endless number": (f'{{"version": {LONG_NUMBER}}}', "bad.json"),
     "threshold beyond floats": ({"halting": {"rule": {**THRESHOLD, "threshold": 10**400}}}, "threshold"),
     "seed a string": ({"halting": {"rule": {"type": "random", "probability": 0.5, "seed": "x"}}}, "seed"),
@@ -65,9 +65,9 @@ RETIRED: dict[str, tuple[dict[str, Any], str]] = {
     "capped": ({"precision": {"rule": {"type": "capped", "token": ENTROPY, "channel": CHANNEL}}}, "use 'channel'"),
     "activation": ({"precision": {"rule": {**CHANNEL, "score": "activation"}}}, "leave score out"),
     "True": ({"halting": {"rule": THRESHOLD}, "maps": {"entropy": True}}, "entropy True is retired: leave it out"),
-    **{f"{n}": ({"precision": {"rule": {"type": "uniform", "width": n}}}, f"use {n + 1}") for n in (1, 3, 5, 7)},
-    "5 of several": ({"precision": {"rule": {**CHANNEL, "widths": [8, 5, 0]}}}, "bits 5 is retired: use 6"),
-    "3 of several": ({"precision": {"rule": {**ENTROPY, "widths": [8, 4, 3]}}}, "bits 3 is retired: use 4"),
+    **{f"{n}": ({"precision": {"rule": {"type": "uniform", "bits": n}}}, f"use {n + 1}") for n in (1, 3, 5, 7)},
+    "5 of several": ({"precision": {"rule": {**CHANNEL, "bits": [8, 5, 0]}}}, "bits 5 is retired: use 6"),
+    "3 of several": ({"precision": {"rule": {**ENTROPY, "bits": [8, 4, 3]}}}, "bits 3 is retired: use 4"),
 }
 """What plans could once name: by that name, a plan and what is said of it."""
 

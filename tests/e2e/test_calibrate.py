@@ -81,7 +81,7 @@ def test_a_plan_is_found_and_eval_confirms_it(
     assert generated.status == 0, generated.err
 
 
-def check_table(out: str, nested: bool) -> None:
+def check_table(out: str, quantized: bool) -> None:
     """Names are whole and on lines of their own, in 80 columns, and it is said what savings are against."""
     table = out[out.index("best inside the budget") :].splitlines()[1:]
     above, below = (" ".join(line.split()) for line in table[:2])
@@ -92,8 +92,8 @@ def check_table(out: str, nested: bool) -> None:
     for name in ("paper, as published", "together", "chosen, held out"):
         (line,) = (line for line in table if line.startswith(f"{name} "))
         assert len(line.removeprefix(name).split()) == 7
-    said = "bitops and weights: of it nested, all 8 bits read" in " ".join(out.split())
-    assert said == nested
+    said = "bitops and weights: of it quantized, all 8 bits read" in " ".join(out.split())
+    assert said == quantized
 
 
 def calibration(folder: Path, book: Path, target: Path) -> tuple[object, ...]:
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_candidates(cli: Cli, tiny_model_dir: Any, 
         options = ("--text", book, *LOOSE, *FAST, "--mechanisms", "kv", "--trials", 8, "--seed", seed)
         assert cli("calibrate", tiny_model_dir("llama"), *options, "-o", target).status in (0, 3)
         frontier = json.loads(target.with_suffix(".frontier.json").read_text())
-        found.append([(each["knobs"], each["plan_hash"], each["delta"]) for each in frontier["candidates"]])
+        found.append([(each["candidate"], each["plan_hash"], each["delta"]) for each in frontier["candidates"]])
     assert found[0] == found[1]
     assert found[0] != found[2]  # the last ones are Optuna's
 

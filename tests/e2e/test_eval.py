@@ -248,7 +248,7 @@ def test_texts_are_read_before_anything_is_nested(
     def unexpected(*args: Any, **kwargs: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("quicksilver.families.nesting.nest", unexpected)
+    monkeypatch.setattr("quicksilver.families.quantize.quantize", unexpected)
     short = tmp_path / "short.txt"
     short.write_text("x")
     plan = ("--plan", "channel-5bit")

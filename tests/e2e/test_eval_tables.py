@@ -142,34 +142,34 @@ def test_tables_fit_80_columns(
     assert sum(f"-{shown} [-{shown}, +{shown}]" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 def test_settings_say_what_was_nested_and_fitted(
     cli: Callable[..., Outcome],
     tiny_model_dir: Callable[[str], Path],
     text_file: Path,
     tmp_path: Path,
-    nested: bool,
+    quantized: bool,
 ) -> None:
     folder, result = tiny_model_dir("llama"), tmp_path / "out.json"
-    if nested:
+    if quantized:
         options = ("--group-size", 64, "--calibration", text_file)
-        assert cli("quantize", folder, "-o", tmp_path / "nested", *options).status == 0
-        folder = tmp_path / "nested"
+        assert cli("quantize", folder, "-o", tmp_path / "quantized", *options).status == 0
+        folder = tmp_path / "quantized"
     options = ("--text", text_file, "--plan", "settled", "--plan", "channel-5bit", "--calibration", text_file)
     outcome = cli("eval", folder, *options, *CUT, "--json", result)
     settled, channel = (row["settings"] for row in json.loads(result.read_text()))
     heading = " ".join(outcome.out.split())
     calibration = {"source": "book.txt", "tokens": len(SENTENCES * 3), "model": folder.name}
     assert (settled["calibration"], channel["calibration"]) == (None, calibration)
-    assert settled["baseline"] == channel["baseline"] == ("nested" if nested else "plain")
-    sizes = {"method": "compensated" if nested else "nearest", "group_size": 64 if nested else 32}
-    nesting = {**sizes, "head": False, "embeddings": False, "in_memory": not nested}
-    assert channel["nesting"] == nesting
-    assert settled["nesting"] == (nesting if nested else None)
-    if nested:
-        assert "dense is the nested weights (compensated, groups of 64), all 8 bits of them read" in heading
+    assert settled["baseline"] == channel["baseline"] == ("nested" if quantized else "plain")
+    sizes = {"method": "compensated" if quantized else "nearest", "group_size": 64 if quantized else 32}
+    quantizing = {**sizes, "head": False, "embeddings": False, "in_memory": not quantized}
+    assert channel["nesting"] == quantizing
+    assert settled["nesting"] == (quantizing if quantized else None)
+    if quantized:
+        assert "dense is the any-precision weights (compensated, groups of 64), all 8 bits of them read" in heading
     else:
-        assert "dense is the float32 weights as loaded; plans that choose bits read them nested in memory" in heading
+        assert "dense is the float32 weights as loaded; plans that choose bits read them quantized in memory" in heading
 
 
 def test_plans_of_one_name_are_told_apart(

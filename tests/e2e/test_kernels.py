@@ -12,7 +12,7 @@ import pytest
 import quicksilver
 from quicksilver.errors import InputError
 from quicksilver.families import kernels
-from quicksilver.loading.nested import save_nested
+from quicksilver.loading.quantized import save_quantized
 from quicksilver.ops import native
 from tests import tiny, tolerances
 from tests.e2e.conftest import CUT, Outcome, run_process
@@ -23,9 +23,9 @@ needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A nested Llama with its tokenizer."""
-    save_nested(tiny.nested("llama"), tmp_path / "nested", tiny.tokenizer())
-    return tmp_path / "nested"
+    """A quantized Llama with its tokenizer."""
+    save_quantized(tiny.quantized("llama"), tmp_path / "quantized", tiny.tokenizer())
+    return tmp_path / "quantized"
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_without_kernels_auto_says_so_once_and_native_is_refused(
     outcome = cli("generate", folder, "The river", "--max-new-tokens", 2)
     assert outcome.status == 0
     (note,) = outcome.said
-    assert note.startswith("quicksilver: note: PyTorch reads nested weights here, slowly: this installation has")
+    assert note.startswith("quicksilver: note: PyTorch reads any-precision weights here, slowly: this installation has")
     for model in (folder, "ref-llama"):
         names = ("this installation has no compiled kernels",)
         refused("eval", model, "--text", text_file, *CUT, "--kernels", "native", names=names)
@@ -80,7 +80,7 @@ def test_without_kernels_auto_says_so_once_and_native_is_refused(
 @needs_kernels
 def test_native_is_refused_where_nothing_is_nested(refused: Callable[..., str], text_file: Path) -> None:
     for arguments in (("eval", "ref-llama", "--text", text_file, *CUT), ("generate", "ref-llama", "The river")):
-        refused(*arguments, "--kernels", "native", names=("--kernels native", "ref-llama", "nested"))
+        refused(*arguments, "--kernels", "native", names=("--kernels native", "ref-llama", "not quantized"))
     assert quicksilver.load("ref-llama", kernels="native").adapter.kernels == "torch"
 
 

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 import quicksilver
 from quicksilver.errors import InputError, ModelError, PlanError, QuickSilverError
 from quicksilver.integrations.lm_eval import QuickSilverLM, main
-from quicksilver.loading.nested import save_nested
+from quicksilver.loading.quantized import save_quantized
 from quicksilver.plan import Plan
 from quicksilver.rules import HaltingConfig, KVConfig, PropagateFill, RelativeDriftRule
 from tests import tiny
@@ -93,10 +93,10 @@ def answers(tasks: Path) -> Callable[..., dict[str, list[Any]]]:
 
 
 @pytest.fixture(scope="module")
-def nested_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny nested model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("nested") / "llama"
-    save_nested(tiny.nested("llama"), folder, tiny.tokenizer())
+def quantized_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantized model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("quantized") / "llama"
+    save_quantized(tiny.quantized("llama"), folder, tiny.tokenizer())
     return folder
 
 
@@ -149,12 +149,12 @@ def test_batches_and_their_padding_change_no_answer(
 
 @pytest.mark.parametrize("given", ["folder", "loaded", "harness"])
 def test_nested_models_answer_alike_however_they_are_given(
-    answers: Callable[..., Any], nested_dir: Path, given: str
+    answers: Callable[..., Any], quantized_dir: Path, given: str
 ) -> None:
-    expected = answers(QuickSilverLM(nested_dir, kernels="torch"), "choice", "until")
-    loaded = quicksilver.load(nested_dir, kernels="torch")
+    expected = answers(QuickSilverLM(quantized_dir, kernels="torch"), "choice", "until")
+    loaded = quicksilver.load(quantized_dir, kernels="torch")
     made = {
-        "folder": lambda: QuickSilverLM(str(nested_dir), kernels="torch", batch_size=8),
+        "folder": lambda: QuickSilverLM(str(quantized_dir), kernels="torch", batch_size=8),
         "loaded": lambda: QuickSilverLM(loaded, device="cpu", batch_size=2),
         "harness": lambda: HFLM(pretrained=loaded, batch_size=8),
     }[given]()
@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[type[QuickSilverError], str]] = {
     "dtype=int3": (ModelError, "dtype 'int3'"),
     "device=tpu": (ModelError, "device 'tpu' is not supported"),
     "device=cuda:77": (ModelError, "'cuda:77' was asked for"),
-    "kernels=native": (InputError, "no nested weights"),
+    "kernels=native": (InputError, "no any-precision weights"),
     "kernels=best": (QuickSilverError, "best"),
     "tokenizer=/nowhere": (ModelError, "/nowhere"),
     "batch_size=0": (InputError, "batch_size=0"),

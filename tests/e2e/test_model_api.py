@@ -262,7 +262,7 @@ def test_the_plan_may_be_changed_by_name_or_file(model: Any, tmp_path: Path) -> 
 def test_widths_on_plain_weights_say_the_python_call(tiny_model_dir: Callable[[str], Path]) -> None:
     folder, plain = tiny_model_dir("llama"), tiny.model("llama")
     model = quicksilver.accelerate(plain)
-    way = r"quicksilver\.load\(FOLDER, plan=\.\.\.\) nests them in memory"
+    way = r"quicksilver\.load\(FOLDER, plan=\.\.\.\) quantizes them in memory"
     with pytest.raises(PlanError, match=way):
         quicksilver.accelerate(plain, "uniform-8bit")
     with pytest.raises(PlanError, match=way):

@@ -1,4 +1,4 @@
-"""Nested models on disk: what is saved comes back bit for bit, and nothing half-written or damaged is used."""
+"""Quantized models on disk: what is saved comes back bit for bit, and nothing half-written or damaged is used."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import GPT2Config, LlamaConfig
 import quicksilver
 from quicksilver.core.sources import embedded_models
 from quicksilver.errors import InputError, ModelError
-from quicksilver.families.nesting import nest
-from quicksilver.loading.nested import save_nested
-from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit
+from quicksilver.families.quantize import quantize_model
+from quicksilver.loading.quantized import save_quantized
+from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit
 from quicksilver.quant.config import QuantizationConfig
 from tests import HANGS, tiny
 from tests.e2e.conftest import Hub, ModelFolder, Outcome, assert_refusal
@@ -47,12 +47,12 @@ NAMES = (
 ALL = {"head": True, "embeddings": True}
 
 
-def nested(name: str | Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """Return a nested model of a tiny model's name or a configuration; its buffers stay in float32, as when loaded."""
+def quantized(name: str | Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Return a quantized model of a tiny model's name or a configuration; buffers stay in float32, as when loaded."""
     model = copy.deepcopy(tiny.model(name)) if isinstance(name, str) else tiny.from_config(name)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    nest(model, QuantizationConfig(**options))
+    quantize_model(model, QuantizationConfig(**options))
     return model
 
 
@@ -64,21 +64,21 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A nested Llama with its tokenizer."""
-    save_nested(nested("llama"), tmp_path / "nested", tiny.tokenizer())
-    return tmp_path / "nested"
+    """A quantized Llama with its tokenizer."""
+    save_quantized(quantized("llama"), tmp_path / "quantized", tiny.tokenizer())
+    return tmp_path / "quantized"
 
 
 @pytest.mark.parametrize(
     ("name", "options"), tiny.on_telling((ALL, {}, {"head": True}, {"group_size": 128}), (ALL,), NAMES), ids=str
 )
 def test_a_reloaded_model_is_the_saved_one(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    model = nested(name, **options)
-    save_nested(model, tmp_path / "nested")
-    loaded = quicksilver.load(tmp_path / "nested").model
+    model = quantized(name, **options)
+    save_quantized(model, tmp_path / "quantized")
+    loaded = quicksilver.load(tmp_path / "quantized").model
     assert torch.equal(logits(loaded), logits(model))
-    assert isinstance(loaded.lm_head, NestedLinear) == bool(options.get("head"))
-    assert isinstance(loaded.get_input_embeddings(), NestedEmbedding) == bool(options.get("embeddings"))
+    assert isinstance(loaded.lm_head, AnyPrecisionLinear) == bool(options.get("head"))
+    assert isinstance(loaded.get_input_embeddings(), AnyPrecisionEmbedding) == bool(options.get("embeddings"))
     tied = tiny.model(name).config.tie_word_embeddings and not options.get("head")
     assert loaded.config.tie_word_embeddings == tied
     assert not tied or loaded.lm_head.weight is loaded.get_input_embeddings().weight
@@ -88,12 +88,12 @@ def test_a_reloaded_model_is_the_saved_one(tmp_path: Path, name: str, options: d
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2-tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(tmp_path: Path, name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """The weights that are not nested are stored in the model's own dtype, and loaded in the one asked for."""
-    model = nested(name, dtype, **options)
-    save_nested(model, tmp_path / "nested")
+    """The weights that are not quantized are stored in the model's own dtype, and loaded in the one asked for."""
+    model = quantized(name, dtype, **options)
+    save_quantized(model, tmp_path / "quantized")
     for asked in (dtype, "auto"):
-        assert torch.equal(logits(quicksilver.load(tmp_path / "nested", dtype=asked).model), logits(model))
-    widened = quicksilver.load(tmp_path / "nested").model
+        assert torch.equal(logits(quicksilver.load(tmp_path / "quantized", dtype=asked).model), logits(model))
+    widened = quicksilver.load(tmp_path / "quantized").model
     assert {p.dtype for p in widened.parameters()} == {torch.float32}
     assert torch.equal(logits(widened), logits(model.float()))
 
@@ -116,27 +116,27 @@ def test_other_dtypes(tmp_path: Path, name: str, dtype: torch.dtype, options: di
 )
 def test_widths_that_are_no_multiple_of_the_group(tmp_path: Path, config: Any) -> None:
     plain = logits(tiny.from_config(config))
-    model = nested(config, **ALL)
+    model = quantized(config, **ALL)
     assert (logits(model) - plain).abs().max() < 0.1 * plain.abs().max()
-    save_nested(model, tmp_path / "nested")
-    assert torch.equal(logits(quicksilver.load(tmp_path / "nested").model), logits(model))
+    save_quantized(model, tmp_path / "quantized")
+    assert torch.equal(logits(quicksilver.load(tmp_path / "quantized").model), logits(model))
 
 
 def test_shards(tmp_path: Path) -> None:
-    model = nested("gpt2", **ALL)
-    save_nested(model, tmp_path / "nested", max_shard_size="20KB")
-    assert len(list((tmp_path / "nested").glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(quicksilver.load(tmp_path / "nested").model), logits(model))
+    model = quantized("gpt2", **ALL)
+    save_quantized(model, tmp_path / "quantized", max_shard_size="20KB")
+    assert len(list((tmp_path / "quantized").glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(quicksilver.load(tmp_path / "quantized").model), logits(model))
 
 
 def test_an_earlier_download(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: Hub) -> None:
-    repo = tmp_path / "cache" / "models--someone--nested"
+    repo = tmp_path / "cache" / "models--someone--quantized"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("c0ffee")
     shutil.copytree(folder, repo / "snapshots" / "c0ffee")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert torch.equal(logits(quicksilver.load("someone/nested").model), logits(quicksilver.load(folder).model))
-    assert quicksilver.load_tokenizer("someone/nested")("a").input_ids
+    assert torch.equal(logits(quicksilver.load("someone/quantized").model), logits(quicksilver.load(folder).model))
+    assert quicksilver.load_tokenizer("someone/quantized")("a").input_ids
     assert no_hub.calls == 2  # whoever has no network is not kept waiting by more
 
 
@@ -146,9 +146,9 @@ def test_files_can_be_read_by_others(folder: Path) -> None:
 
 
 def test_biases_and_parts() -> None:
-    plain, model = tiny.model("gpt2"), nested("gpt2")
+    plain, model = tiny.model("gpt2"), quantized("gpt2")
     c_attn = model.transformer.h[1].attn.c_attn
-    assert isinstance(c_attn, NestedSplit)
+    assert isinstance(c_attn, AnyPrecisionSplit)
     assert torch.equal(torch.cat([part.bias for part in c_attn.parts]), plain.transformer.h[1].attn.c_attn.bias)
     joined = torch.cat([part.codes.dequantize() for part in c_attn.parts], dim=1)
     assert (joined - plain.transformer.h[1].attn.c_attn.weight).abs().max() < 0.01
@@ -180,11 +180,11 @@ def test_the_embedded_model_takes_at_most_8_6_bits(cli: Cli, tmp_path: Path) -> 
     assert made.status == 0, made.err
     codes = next(line for line in made.out.splitlines() if line.startswith("codes"))
     assert 8.0 < float(codes.split()[1]) <= 8.6
-    nested_weights = int(made.out.split(" weights;")[0].split()[-1].replace(",", ""))
+    quantized_weights = int(made.out.split(" weights;")[0].split()[-1].replace(",", ""))
     model = quicksilver.load(tmp_path / "out", dtype="auto").model
     others = sum(p.numel() * p.element_size() for p in model.parameters())
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert 8 * (size - others) / nested_weights <= 8.6  # the header, too
+    assert 8 * (size - others) / quantized_weights <= 8.6  # the header, too
 
 
 @pytest.mark.parametrize("how", ["truncated", "header", "data", "gone"])
@@ -209,7 +209,7 @@ def test_damaged_weights(refused: Refused, folder: Path, text_file: Path, how: s
 
 def test_a_file_holds_two_tensors_of_a_map(folder: Path) -> None:
     """And the codes hold what is kept of each input channel: its planes, exponents and zeros, end to end."""
-    tensors, module = load_file(folder / "model.safetensors"), nested("llama").model.layers[1].mlp.down_proj
+    tensors, module = load_file(folder / "model.safetensors"), quantized("llama").model.layers[1].mlp.down_proj
     names = [name for name in tensors if name.startswith("model.layers.1.mlp.down_proj.")]
     assert sorted(names) == [f"model.layers.1.mlp.down_proj.{part}" for part in ("codes", "constants")]
     kept = [*module.codes.planes, module.codes.grid.exponents, module.codes.grid.zeros]
@@ -222,11 +222,11 @@ def test_levels_that_are_not_finite(
     refused: Refused, tmp_path: Path, text_file: Path, place: int, value: float
 ) -> None:
     """A file that is whole may still hold nonsense."""
-    model = nested("llama")
+    model = quantized("llama")
     model.model.layers[1].mlp.up_proj.constants.view(torch.float32)[place] = value
-    save_nested(model, tmp_path / "nested", tiny.tokenizer())
-    names = (tmp_path / "nested", "'model.layers.1.mlp.up_proj.constants' holds NaN or infinite values")
-    refused("eval", tmp_path / "nested", "--text", text_file, names=names)
+    save_quantized(model, tmp_path / "quantized", tiny.tokenizer())
+    names = (tmp_path / "quantized", "'model.layers.1.mlp.up_proj.constants' holds NaN or infinite values")
+    refused("eval", tmp_path / "quantized", "--text", text_file, names=names)
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_nest_changes_nothing_where_a_weight_is_not_finite() -> None:
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[2, 2] = float("nan")
     with pytest.raises(ModelError, match=r"'model\.layers\.3\.mlp\.down_proj\.weight' holds NaN or infinite values"):
-        nest(model, QuantizationConfig())
-    assert not any(isinstance(module, NestedLinear) for module in model.modules())
+        quantize_model(model, QuantizationConfig())
+    assert not any(isinstance(module, AnyPrecisionLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -298,7 +298,7 @@ def test_a_target_that_exists_is_left_alone(cli: Cli, tiny_model_dir: Any, tmp_p
         target.symlink_to(tmp_path / "nowhere")
     assert_refusal(cli("quantize", tiny_model_dir("llama"), "-o", target), target, "exists already")
     with pytest.raises(InputError, match="exists already"):
-        save_nested(nested("llama"), target)
+        save_quantized(quantized("llama"), target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert target.is_symlink() or (target / "mine.txt" if kind == "folder" else target).read_text() == "mine"
 
@@ -329,7 +329,7 @@ def test_options_that_do_not_go(
 
 
 def test_what_cannot_be_quantized(cli: Cli, folder: Path, tiny_model_dir: Any, tmp_path: Path) -> None:
-    assert_refusal(cli("quantize", folder, "-o", tmp_path / "out"), folder, "nested already")
+    assert_refusal(cli("quantize", folder, "-o", tmp_path / "out"), folder, "quantized already")
     assert_refusal(cli("quantize", "./nowhere", "-o", tmp_path / "out"), "./nowhere")
     target = tmp_path / "no" / "parent"
     assert_refusal(cli("quantize", tiny_model_dir("llama"), "-o", target), target, "does not exist")
@@ -355,9 +355,9 @@ def test_a_model_without_a_tokenizer(cli: Cli, model_copy: ModelCopy, tmp_path: 
 
 MOMENTS = (
     "pathlib.Path.mkdir",
-    "quicksilver.families.nesting.quantize",
-    "quicksilver.loading.nested.TensorWriter.write",
-    "quicksilver.loading.nested.TensorWriter.__exit__",
+    "quicksilver.families.quantize.quantize",
+    "quicksilver.loading.quantized.TensorWriter.write",
+    "quicksilver.loading.quantized.TensorWriter.__exit__",
     "transformers.GenerationConfig.to_json_file",
 )
 
@@ -389,7 +389,7 @@ def test_a_killed_run_leaves_nothing_that_loads(
         real_rmtree(*args, **kwargs)
 
     real_rmtree = shutil.rmtree
-    monkeypatch.setattr("quicksilver.loading.nested.shutil.rmtree", impatient)
+    monkeypatch.setattr("quicksilver.loading.quantized.shutil.rmtree", impatient)
     monkeypatch.setattr(moment, strike)
     arguments = ("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out")
     if sent is not signal.SIGKILL:

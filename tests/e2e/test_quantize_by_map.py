@@ -1,4 +1,4 @@
-"""Weights nested and written map by map: the same files as from memory, and never more than one map of it."""
+"""Weights quantized and written map by map: the same files as from memory, and never more than one map of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quicksilver.families.nesting import nested_names
+from quicksilver.families.quantize import quantized_names
 from quicksilver.loading.load import load_plain
-from quicksilver.loading.nested import nest_and_save, save_nested
-from quicksilver.quant import NestedLinear
+from quicksilver.loading.quantized import quantize_and_save, save_quantized
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
 from tests import tiny
 from tests.e2e.conftest import assert_refusal
-from tests.e2e.test_quantize import ALL, NAMES, Cli, ModelCopy, nested
+from tests.e2e.test_quantize import ALL, NAMES, Cli, ModelCopy, quantized
 
 OPTIONS = (["--head", "--embeddings"], [], ["--head"], ["--group-size", "64"])
 BEYOND = 3e38 * (torch.arange(48) % 2 * 2.0 - 1.0)
@@ -41,7 +41,7 @@ def test_a_model_written_map_by_map_is_the_one_nested_in_memory(
         copy.deepcopy(tiny.model(name)).to(dtype).save_pretrained(source, max_shard_size="20KB")
         outcome = cli("quantize", source, "-o", made, "--method", "nearest", *options)
         assert outcome.status == 0, outcome.err
-        save_nested(nested(name, dtype, group_size=size, **chosen), expected)
+        save_quantized(quantized(name, dtype, group_size=size, **chosen), expected)
         tensors, wanted = (load_file(folder / "model.safetensors") for folder in (made, expected))
         assert tensors.keys() == wanted.keys()
         for key, tensor in wanted.items():
@@ -63,7 +63,7 @@ def test_the_codes_of_one_map_are_in_memory_at_a_time(
         made.append(weakref.ref(codes.planes[0]))
         return codes
 
-    monkeypatch.setattr("quicksilver.families.nesting.quantize", watched)
+    monkeypatch.setattr("quicksilver.families.quantize.quantize", watched)
     assert cli("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out", "--head").status == 0
     assert len(alive) == 4 * 7 + 1
     assert max(alive) <= 1
@@ -73,12 +73,12 @@ def test_shards_written_map_by_map_are_those_of_a_model_in_memory(tmp_path: Path
     tiny.model("gpt2").save_pretrained(tmp_path / "plain")
     model, config = load_plain(tmp_path / "plain"), QuantizationConfig(**ALL)
     counted: list[int] = []
-    nest_and_save(model, config, tmp_path / "made", max_shard_size="20KB", on_map=lambda: counted.append(1))
-    assert len(counted) == len(nested_names(tiny.model("gpt2"), config)) + 1
+    quantize_and_save(model, config, tmp_path / "made", max_shard_size="20KB", on_map=lambda: counted.append(1))
+    assert len(counted) == len(quantized_names(tiny.model("gpt2"), config)) + 1
     assert all(
-        tensor.is_meta for part in model.modules() if isinstance(part, NestedLinear) for tensor in part.buffers()
+        tensor.is_meta for part in model.modules() if isinstance(part, AnyPrecisionLinear) for tensor in part.buffers()
     )
-    save_nested(nested("gpt2", **ALL), tmp_path / "expected", max_shard_size="20KB")
+    save_quantized(quantized("gpt2", **ALL), tmp_path / "expected", max_shard_size="20KB")
     names = sorted(path.name for path in (tmp_path / "expected").iterdir())
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == names
     assert len(names) > 4
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     message: str,
 ) -> None:
     folder = model_copy("llama").edit_weights(edit)
-    monkeypatch.setattr("quicksilver.loading.nested.TensorWriter.write", None)
+    monkeypatch.setattr("quicksilver.loading.quantized.TensorWriter.write", None)
     assert_refusal(cli("quantize", folder, "-o", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))

@@ -22,7 +22,7 @@ TinyModelDir = Callable[[str], Path]
 
 @pytest.fixture
 def fitted(cli: Cli, tiny_model_dir: TinyModelDir, text_file: Path, tmp_path: Path) -> Path:
-    """A plan fitted to the tiny Llama with its weights nested in memory."""
+    """A plan fitted to the tiny Llama with its weights quantized in memory."""
     path = tmp_path / "fitted.json"
     outcome = cli("plan", "fit", tiny_model_dir("llama"), "channel-5bit", "--calibration", text_file, "-o", path)
     assert (outcome.status, outcome.said) == (0, [])
@@ -74,9 +74,9 @@ def test_another_model_is_warned_of(
     for part in ("quicksilver: WARNING: plan 'channel-5bit'", "another model", tiny_model_dir("llama").name):
         assert part in other.err
     for family in ("llama", "mistral"):
-        nested = tmp_path / family
-        assert cli("quantize", tiny_model_dir(family), "-o", nested).status == 0
-        outcome = cli("generate", nested, "The river", "--max-new-tokens", 3, "--plan", fitted)
+        quantized = tmp_path / family
+        assert cli("quantize", tiny_model_dir(family), "-o", quantized).status == 0
+        outcome = cli("generate", quantized, "The river", "--max-new-tokens", 3, "--plan", fitted)
         assert outcome.status == 0
         assert ("WARNING" in outcome.err) == (family == "mistral")
 
@@ -85,7 +85,7 @@ def test_a_model_of_another_family_is_refused_without_a_warning_besides(
     cli: Cli, fitted: Path, tiny_model_dir: TinyModelDir, text_file: Path
 ) -> None:
     outcome = cli("eval", tiny_model_dir("gpt2"), "--text", text_file, "--plan", fitted, "--context", 32)
-    assert outcome.out.startswith("weights nested in memory")
+    assert outcome.out.startswith("weights quantized in memory")
     assert len(outcome.said) == 1
     assert "sets of thresholds" in outcome.err
     assert f"fitted to {tiny_model_dir('llama').name}" in outcome.err

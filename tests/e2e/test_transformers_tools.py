@@ -14,18 +14,18 @@ from transformers.quantizers import AutoQuantizationConfig, auto
 
 import quicksilver
 from quicksilver.errors import UnsupportedFeatureError
-from quicksilver.families.nesting import nest
-from quicksilver.loading.nested import save_nested
+from quicksilver.families.quantize import quantize_model
+from quicksilver.loading.quantized import save_quantized
 from quicksilver.quant.config import QUANT_METHOD, QuantizationConfig
 from tests import HANGS, tiny
 from tests.e2e.prompts import PROMPT
 
 
 @pytest.fixture(scope="module")
-def nested_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny nested model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("nested") / "llama"
-    save_nested(tiny.nested("llama"), folder, tiny.tokenizer())
+def quantized_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantized model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("quantized") / "llama"
+    save_quantized(tiny.quantized("llama"), folder, tiny.tokenizer())
     return folder
 
 
@@ -47,16 +47,16 @@ def test_facts_are_those_of_the_wrapped_model(tiny_model_dir: Callable[[str], Pa
     assert model.eval() is model
 
 
-def test_nested_weights_are_counted(nested_dir: Path) -> None:
-    plain, model = tiny.model("llama"), quicksilver.load(nested_dir)
+def test_nested_weights_are_counted(quantized_dir: Path) -> None:
+    plain, model = tiny.model("llama"), quicksilver.load(quantized_dir)
     assert model.num_parameters() == plain.num_parameters()
     assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
     assert model.num_parameters(only_trainable=True) < plain.num_parameters()
     assert 0.2 < model.get_memory_footprint() / plain.get_memory_footprint() < 0.8
-    assert model.name_or_path == str(nested_dir)
+    assert model.name_or_path == str(quantized_dir)
     both = tiny.from_config(tiny.CONFIGS["qwen2"]())
     before = {exclude: both.num_parameters(exclude_embeddings=exclude) for exclude in (True, False)}
-    nest(both, QuantizationConfig(head=True, embeddings=True))
+    quantize_model(both, QuantizationConfig(head=True, embeddings=True))
     assert {each: quicksilver.accelerate(both).num_parameters(exclude_embeddings=each) for each in before} == before
 
 
@@ -70,12 +70,12 @@ def test_tying_weights_changes_nothing(name: str) -> None:
     assert tied == model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("kind", ["plain", "nested"])
+@pytest.mark.parametrize("kind", ["plain", "quantized"])
 def test_pipelines_generate(
-    tiny_model_dir: Callable[[str], Path], nested_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Callable[[str], Path], quantized_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.pipelines.base.logger.error", lambda _: None)  # not one of its own models
-    model = quicksilver.load(nested_dir if kind == "nested" else tiny_model_dir("llama"))
+    model = quicksilver.load(quantized_dir if kind == "quantized" else tiny_model_dir("llama"))
     tokenizer = copy.deepcopy(tiny.tokenizer())
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     prompts = ["The river", "Bends"]
@@ -99,18 +99,18 @@ def test_an_iterating_streamer_gives_the_text(model: Any) -> None:
     thread.join()
 
 
-def test_transformers_knows_the_method_of_nested_models(nested_dir: Path) -> None:
-    stored = quicksilver.load(nested_dir).config.quantization_config
+def test_transformers_knows_the_method_of_nested_models(quantized_dir: Path) -> None:
+    stored = quicksilver.load(quantized_dir).config.quantization_config
     assert AutoQuantizationConfig.from_dict(stored).to_dict() == stored
-    assert AutoConfig.from_pretrained(nested_dir).quantization_config == stored
+    assert AutoConfig.from_pretrained(quantized_dir).quantization_config == stored
     with pytest.raises(UnsupportedFeatureError, match=r"load the folder with quicksilver\.load"):
-        AutoModelForCausalLM.from_pretrained(nested_dir)
+        AutoModelForCausalLM.from_pretrained(quantized_dir)
 
 
 def test_without_us_transformers_finds_no_weights_rather_than_making_some_up(
-    nested_dir: Path, monkeypatch: pytest.MonkeyPatch
+    quantized_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for known in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(known, QUANT_METHOD, raising=False)
     with pytest.raises(OSError, match="load-with-quicksilver"):
-        AutoModelForCausalLM.from_pretrained(nested_dir)
+        AutoModelForCausalLM.from_pretrained(quantized_dir)

@@ -193,7 +193,7 @@ def test_a_tensor_that_the_index_has_and_the_shard_has_not(refused: Refused, sha
 
 
 def test_a_nested_folder_refuses_what_it_does_not_know(cli: Callable[..., Outcome], folder: Path) -> None:
-    made = folder.with_name("nested")
+    made = folder.with_name("quantized")
     assert cli("quantize", folder, "-o", made).status == 0
     path = made / "model.safetensors"
     save_file({**load_file(path), "extra": torch.zeros(2)}, path, {"format": "pt"})

@@ -7,40 +7,40 @@ import torch
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import expand, prepared
-from quicksilver.quant import NestedLinear
-from quicksilver.quant.codes import Grid, NestedCodes, centres
-from tests.ops.nested import INSTRUCTION_SETS, random_codes, using
+from quicksilver.ops.any_precision_linear import expand, prepared
+from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.quant.codes import AnyPrecisionCodes, QuantGrid, centres
+from tests.ops.any_precision import INSTRUCTION_SETS, random_codes, using
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 ISAS = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 OUTPUTS = 293  # whole vectors of every instruction set, and some left over
 
 
-def of_scale(largest: float) -> NestedLinear:
+def of_scale(largest: float) -> AnyPrecisionLinear:
     """Return a map whose weights are all codes from 0 to 255, and less, times one scale."""
     codes = (torch.arange(3 * OUTPUTS) % 256).to(torch.uint8).view(3, OUTPUTS)
     groups = -(-OUTPUTS // 32)
     zeros = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None].expand(3, groups).contiguous()
-    grid = Grid(torch.zeros(3, groups, dtype=torch.uint8), zeros, torch.tensor(largest), 32)
-    tables = {width: centres(width).round().clamp(0, 255) for width in (4, 2)}
-    return NestedLinear(NestedCodes.pack(codes, grid, tables), None)
+    grid = QuantGrid(torch.zeros(3, groups, dtype=torch.uint8), zeros, torch.tensor(largest), 32)
+    tables = {bits: centres(bits).round().clamp(0, 255) for bits in (4, 2)}
+    return AnyPrecisionLinear(AnyPrecisionCodes.pack(codes, grid, tables), None)
 
 
-def assert_rounded(linear: NestedLinear, width: int = 8) -> torch.Tensor:
+def assert_rounded(linear: AnyPrecisionLinear, bits: int = 8) -> torch.Tensor:
     """Fail where an expansion to bfloat16 is not the one to float32, rounded; return the latter."""
     matrix = prepared(linear.stored)
-    exact, rounded = (expand(matrix, width, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (expand(matrix, bits, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded, exact.to(torch.bfloat16), atol=0, rtol=0, equal_nan=True)
     return exact
 
 
 @ISAS
-@pytest.mark.parametrize("width", WEIGHT_BITS)
-def test_weights_of_every_width_are_rounded(isa: str, width: int) -> None:
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_weights_of_every_width_are_rounded(isa: str, bits: int) -> None:
     with using(isa):
-        assert_rounded(random_codes(70, 300), width)
+        assert_rounded(random_codes(70, 300), bits)
 
 
 @ISAS

@@ -29,7 +29,7 @@ def test_every_count_of_the_kernels_has_a_place_in_a_trace() -> None:
 
 @pytest.mark.parametrize("role", get_args(MapRole))
 def test_maps_are_known_by_their_roles(role: str) -> None:
-    with pytest.raises(ValueError, match="not laid out for widths by channel"):
+    with pytest.raises(ValueError, match="not laid out for bits by channel"):
         native.extension().Layer().grade_map(role, [], [8], 0)
 
 

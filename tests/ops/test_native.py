@@ -12,11 +12,11 @@ import torch
 
 from quicksilver.errors import InputError, KernelsMissingWarning, KernelsUnavailableError
 from quicksilver.families import kernels
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import accelerate, load
 from quicksilver.ops import native
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny
 
@@ -54,17 +54,17 @@ def test_kernels_read_nested_models_in_float32(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv(native.CHOICE_VARIABLE, raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KernelsMissingWarning)
-        assert adapt(tiny.nested("llama")).kernels == "native"
-        assert adapt(tiny.nested("llama"), "torch").kernels == "torch"
+        assert adapt(tiny.quantized("llama")).kernels == "native"
+        assert adapt(tiny.quantized("llama"), "torch").kernels == "torch"
         assert adapt(tiny.model("llama")).kernels == "torch"
         assert adapt(tiny.model("llama"), "native").kernels == "torch"
-    model = accelerate(tiny.nested("gpt2"), kernels="torch")
+    model = accelerate(tiny.quantized("gpt2"), kernels="torch")
     assert (model.kernels, model.adapter.kernels) == ("torch", "torch")
 
 
 @needs_kernels
 def test_other_types_are_said_once_and_refused_where_kernels_were_asked_for() -> None:
-    model = tiny.nested("llama", torch.float64)
+    model = tiny.quantized("llama", torch.float64)
     with pytest.raises(KernelsUnavailableError, match=r"they read float32 on the CPU.*float64 on cpu"):
         adapt(model, "native")
     with pytest.warns(KernelsMissingWarning, match="float64"):
@@ -77,12 +77,12 @@ def test_other_types_are_said_once_and_refused_where_kernels_were_asked_for() ->
 @needs_kernels
 def test_a_model_nested_by_an_earlier_version_is_read_map_by_map() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    nest(model, QuantizationConfig())
-    odd = next(module for module in model.modules() if isinstance(module, NestedLinear))
+    quantize_model(model, QuantizationConfig())
+    odd = next(module for module in model.modules() if isinstance(module, AnyPrecisionLinear))
     odd.get_buffer("constants").view(torch.float32)[3] += 0.5
     with pytest.raises(KernelsUnavailableError, match=r"'model.layers.0.self_attn.q_proj' are not whole codes"):
         adapt(model, "native")
-    with pytest.warns(KernelsMissingWarning, match="nest the model again"):
+    with pytest.warns(KernelsMissingWarning, match="quantize the model again"):
         assert adapt(model).kernels == "native"
 
 
@@ -90,11 +90,11 @@ def test_a_model_nested_by_an_earlier_version_is_read_map_by_map() -> None:
 def test_a_pure_python_installation_works_and_says_once_what_it_lacks() -> None:
     assert not native.is_available()
     with pytest.warns(KernelsMissingWarning, match="no compiled kernels"):
-        assert adapt(tiny.nested("llama")).kernels == "torch"
+        assert adapt(tiny.quantized("llama")).kernels == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert adapt(tiny.nested("gpt2")).kernels == "torch"
-        assert adapt(tiny.nested("llama"), "torch").kernels == "torch"
+        assert adapt(tiny.quantized("gpt2")).kernels == "torch"
+        assert adapt(tiny.quantized("llama"), "torch").kernels == "torch"
         assert adapt(tiny.model("llama")).kernels == "torch"
     for asked in (lambda: adapt(tiny.model("llama"), "native"), lambda: load("ref-llama", kernels="native")):
         with pytest.raises(KernelsUnavailableError, match="no compiled kernels"):

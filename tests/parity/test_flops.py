@@ -32,7 +32,7 @@ from tests.engines import decoder, fusion_plan, halting_plan, run_steps, run_who
 
 PAST = (Shortcut(0, "mlp"), Shortcut(1, "attention"), Shortcut(2, "attention"), Shortcut(2, "mlp"))
 HALTING = HaltingConfig(ForcedRule((2, 1, 4, 3, 4)), min_layer=1, protect_first=0, protect_special=False)
-NESTED = fusion_plan(
+QUANTIZED = fusion_plan(
     ForcedFusionRule((False, True, True, False, True)), ForcedRule((4, 4, 2)), PropagateFill(), layers=(1, 2, 3)
 )
 PLANS = {
@@ -44,9 +44,9 @@ PLANS = {
     "fusion": fusion_plan(ForcedFusionRule((False, True, True))),
     "shortcuts": shortcut_plan(*PAST, protection={"protect_first": 3}),
     "low-rank shortcuts and halting": shortcut_plan(*PAST, rank=3, halting=HALTING, kv=KVConfig(PropagateFill())),
-    "nested fusion and halting": NESTED,
+    "quantized fusion and halting": QUANTIZED,
     "maps": with_maps(halting_plan(ForcedRule((1, 3, 5, 2))), tiny.fitted()),
-    "maps of low rank, fusion": with_maps(NESTED, tiny.fitted(rank=3)),
+    "maps of low rank, fusion": with_maps(QUANTIZED, tiny.fitted(rank=3)),
 }
 
 

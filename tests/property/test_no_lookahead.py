@@ -111,7 +111,7 @@ def test_in_one_pass_later_tokens_decide_only_who_is_absorbed_at_the_end(
 def test_later_tokens_change_nothing_where_widths_are_chosen(
     plan: Plan, family: str, length: int, data: st.DataObject
 ) -> None:
-    engine = decoder(tiny.nested(family, torch.float64), plan, special_ids=[7])
+    engine = decoder(tiny.quantized(family, torch.float64), plan, special_ids=[7])
     ids, keep = tiny.token_ids(length, seed=length), data.draw(st.integers(1, length - 1))
     assert_blind(engine, ids, torch.cat((ids[:keep], tiny.token_ids(length - keep, seed=1000))), keep)
 

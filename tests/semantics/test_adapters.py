@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quicksilver
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import DropFill, ForcedRule, PropagateFill, Shortcut, ZeroFill
@@ -170,7 +170,7 @@ def test_hooks_on_the_wrapper_are_refused_by_name() -> None:
 def test_a_model_is_not_nested_past_its_adapters(family: str) -> None:
     model = adapted(family).base_model.model
     with pytest.raises(ModelError, match="merge adapters"):
-        nest(model, QuantizationConfig())
+        quantize_model(model, QuantizationConfig())
 
 
 def test_plain_and_adapted_models_cost_the_same_multiply_adds() -> None:

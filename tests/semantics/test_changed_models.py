@@ -17,12 +17,12 @@ from torch import nn
 import quicksilver
 from quicksilver.errors import InputError, UnsupportedModelError
 from quicksilver.families.cost import executed_cost
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import ChannelBitsRule, KVConfig
 from tests import tiny, tolerances
@@ -36,16 +36,16 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def nested(family: str = "llama", seed: int = 0) -> Any:
-    """Return a nested model that a test may change."""
+def quantized(family: str = "llama", seed: int = 0) -> Any:
+    """Return a quantized model that a test may change."""
     model = tiny.from_config(tiny.CONFIGS[family](), seed)
-    nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
     return model
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_converted_underneath_is_read_anew(family: str) -> None:
-    model, ids = nested(family), tiny.token_ids(9)[None]
+    model, ids = quantized(family), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model)
     cache, engine = accelerated(ids).past_key_values, accelerated.decoder
     model.bfloat16()
@@ -59,7 +59,7 @@ def test_a_model_converted_underneath_is_read_anew(family: str) -> None:
 
 def test_rotations_of_another_size_are_not_read_as_heads() -> None:
     """PyTorch refuses them; the kernels would read past their end."""
-    engine = decoder(nested(), Plan.dense(), kernels="native")
+    engine = decoder(quantized(), Plan.dense(), kernels="native")
     (rotate,) = engine.adapter.rotations
 
     def halved(positions: torch.Tensor) -> Rotation:
@@ -80,7 +80,7 @@ def parts(model: Any) -> dict[str, nn.Module]:
 def test_models_of_several_dtypes_are_run_as_they_are_defined(name: str) -> None:
     ids, logits = tiny.token_ids(9)[None], []
     for kernels in ("torch", "native"):
-        model = nested()
+        model = quantized()
         accelerated = quicksilver.accelerate(model, kernels=kernels)
         parts(model)[name].bfloat16()
         logits.append(accelerated(ids).logits)
@@ -92,7 +92,7 @@ CHANNEL = precision_plan(ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2,
 
 def write_codes(model: Any) -> None:
     for module in model.modules():
-        if isinstance(module, NestedLinear):
+        if isinstance(module, AnyPrecisionLinear):
             module.get_buffer("plane_0")[::3] ^= 0b01
 
 
@@ -112,8 +112,8 @@ def convert_layers(model: Any) -> None:
 CHANGES: dict[str, Callable[[Any], object]] = {
     "codes": write_codes,
     "norms": write_norms,
-    "all": lambda model: model.load_state_dict(nested(model.config.model_type, seed=1).state_dict()),
-    "assigned": lambda model: model.load_state_dict(nested(model.config.model_type, 1).state_dict(), assign=True),
+    "all": lambda model: model.load_state_dict(quantized(model.config.model_type, seed=1).state_dict()),
+    "assigned": lambda model: model.load_state_dict(quantized(model.config.model_type, 1).state_dict(), assign=True),
     "converted": convert_layers,
 }
 
@@ -122,7 +122,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("plan", [Plan.dense(), CHANNEL], ids=["dense", "channel"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, plan: Plan, name: str) -> None:
-    model, ids = nested(family), tiny.token_ids(9)[None]
+    model, ids = quantized(family), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model, plan, kernels="native")
     before = accelerated(ids).logits
     CHANGES[name](model)
@@ -132,7 +132,7 @@ def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, pla
 
 
 def test_weights_that_have_not_changed_are_not_packed_again() -> None:
-    engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
+    engine = decoder(tiny.quantized("llama"), Plan.dense(), kernels="native")
     backend = engine.backend
     run_steps(engine, tiny.token_ids(4))
     assert engine.backend is backend
@@ -141,7 +141,7 @@ def test_weights_that_have_not_changed_are_not_packed_again() -> None:
 @pytest.mark.parametrize("entry_bits", [None, 16, 8])
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copied_cache_goes_a_way_of_its_own(copied: str, entry_bits: int | None) -> None:
-    engine = decoder(tiny.nested("llama"), Plan("test", kv=KVConfig(bits=entry_bits)), kernels="native")
+    engine = decoder(tiny.quantized("llama"), Plan("test", kv=KVConfig(bits=entry_bits)), kernels="native")
     shared, ways = tiny.token_ids(6), (tiny.token_ids(5, seed=1), tiny.token_ids(5, seed=2))
     wanted = [run_steps(engine, torch.cat((shared, way))).logits[6:] for way in ways]
     first, trace = run_steps(engine, shared).cache, engine.new_trace()
@@ -155,7 +155,7 @@ def test_a_copied_cache_goes_a_way_of_its_own(copied: str, entry_bits: int | Non
 
 
 def test_what_ran_in_inference_mode_is_counted_outside() -> None:
-    accelerated, ids = quicksilver.accelerate(tiny.nested("llama"), kernels="native"), tiny.token_ids(9)[None]
+    accelerated, ids = quicksilver.accelerate(tiny.quantized("llama"), kernels="native"), tiny.token_ids(9)[None]
     with torch.no_grad():
         accelerated(ids)
         wanted = accelerated.stats
@@ -167,7 +167,7 @@ def test_what_ran_in_inference_mode_is_counted_outside() -> None:
 
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copied_trace_has_what_was_counted_and_counts_on_alone(copied: str) -> None:
-    engine, ids = decoder(tiny.nested("llama"), Plan.dense(), kernels="native"), tiny.token_ids(8)
+    engine, ids = decoder(tiny.quantized("llama"), Plan.dense(), kernels="native"), tiny.token_ids(8)
     run = run_steps(engine, ids)
     second = COPIES[copied](run.trace)
     engine.run(ids[:1], [1], run.cache, run.trace)
@@ -177,7 +177,7 @@ def test_a_copied_trace_has_what_was_counted_and_counts_on_alone(copied: str) ->
 
 
 def test_a_trace_keeps_no_backend() -> None:
-    engine = decoder(tiny.nested("llama"), Plan.dense(), kernels="native")
+    engine = decoder(tiny.quantized("llama"), Plan.dense(), kernels="native")
     trace, backend = run_steps(engine, tiny.token_ids(8)).trace, weakref.ref(engine.backend)
     del engine
     gc.collect()
@@ -189,7 +189,7 @@ def test_a_trace_keeps_no_backend() -> None:
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_copied_model_is_the_same_and_reads_its_own_weights(family: str, kernels: KernelChoice, copied: str) -> None:
-    accelerated, ids = quicksilver.accelerate(nested(family), CHANNEL, kernels=kernels), tiny.token_ids(9)[None]
+    accelerated, ids = quicksilver.accelerate(quantized(family), CHANNEL, kernels=kernels), tiny.token_ids(9)[None]
     wanted = accelerated(ids).logits
     second = COPIES[copied](accelerated)
     with torch.no_grad():

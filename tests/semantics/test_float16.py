@@ -15,11 +15,11 @@ from torch import Tensor
 
 from quicksilver import rules
 from quicksilver.core.decisions import LayerView, PairView
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import Screen, ragged_attention
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.rounding import quantize
 from tests import tiny, tolerances
@@ -53,23 +53,23 @@ MECHANISMS = {
 
 
 @cache
-def model(name: str, nested: bool = False) -> tuple[Any, Any]:
+def model(name: str, quantized: bool = False) -> tuple[Any, Any]:
     """Return a tiny model in float16, and one of the same weights in float32.
 
     In the two components of each head that turn slowest, queries and keys are their bias, so that rounding them to
-    float16 changes nothing and the two models can be compared. Nested weights are not changed so: at narrow widths they
-    do not hold zeros.
+    float16 changes nothing and the two models can be compared. Any-precision weights are not changed so: at fewer bits
+    they do not hold zeros.
     """
     config = (tiny.CONFIGS.get(name) or tiny.VARIANTS[name])()
     if "gpt2" not in name:
         config.rope_parameters["rope_theta"] = 1e30
     made = tiny.from_config(config)
-    for weight, bias in () if nested else _projections(made):
+    for weight, bias in () if quantized else _projections(made):
         slowest = torch.arange(len(bias)) % 4 == 3
         weight[slowest], bias[slowest] = 0.0, BIAS
     narrow = made.half()
-    if nested:
-        nest(narrow, QuantizationConfig())
+    if quantized:
+        quantize_model(narrow, QuantizationConfig())
     return narrow, copy.deepcopy(narrow).float()
 
 
@@ -84,8 +84,8 @@ def _projections(made: Any) -> list[tuple[Tensor, Tensor]]:
     return [(part.weight.data, part.bias.data) for a in attentions for part in (a.q_proj, a.k_proj)]
 
 
-def assert_same(name: str, plan: Plan, nested: bool = False, **options: Any) -> None:
-    narrow, wide = (decoder(each, plan, **options) for each in model(name, nested))
+def assert_same(name: str, plan: Plan, quantized: bool = False, **options: Any) -> None:
+    narrow, wide = (decoder(each, plan, **options) for each in model(name, quantized))
     ids = tiny.token_ids(24, 3)
     for feed in (run_whole, run_steps):
         one, other = feed(narrow, ids).logits.float(), feed(wide, ids).logits
@@ -109,7 +109,7 @@ def test_both_backends_are_the_same_as_in_float32(name: str, backend: str, plan:
 @pytest.mark.parametrize("rule", [rules.UniformBitsRule(6), rules.ChannelBitsRule((0.5,), (8, 6))], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_nested_weights_are_the_same_as_in_float32(name: str, rule: rules.PrecisionRule) -> None:
-    assert_same(name, skipping_plan(FEW, precision_plan(rule)), nested=True)
+    assert_same(name, skipping_plan(FEW, precision_plan(rule)), quantized=True)
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
@@ -207,9 +207,9 @@ def test_fitted_maps_of_large_states_are_those_of_float32(rank: int | None) -> N
 def test_parts_of_a_sum_over_channels_need_not_fit_float16() -> None:
     weight = torch.full((64, 32), 40.0)
     weight[32:] = -40.0
-    module = NestedLinear(quantize(weight, 32), None)
-    x, widths = torch.full((3, 64), 60.0), torch.full((3, 64), 8, dtype=torch.uint8)
-    x[:, 0], widths[:, 32:] = 61.0, 6
-    expected = module(x, widths)
+    module = AnyPrecisionLinear(quantize(weight, 32), None)
+    x, bits = torch.full((3, 64), 60.0), torch.full((3, 64), 8, dtype=torch.uint8)
+    x[:, 0], bits[:, 32:] = 61.0, 6
+    expected = module(x, bits)
     assert 60.0 * 40.0 * 32 > torch.finfo(torch.float16).max > expected.abs().max()
-    torch.testing.assert_close(module(x.half(), widths).float(), expected, atol=0, rtol=1e-3)
+    torch.testing.assert_close(module(x.half(), bits).float(), expected, atol=0, rtol=1e-3)

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 import quicksilver
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import native
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
@@ -59,11 +59,11 @@ HANGERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def fresh(family: str, nested: bool = False) -> Any:
+def fresh(family: str, quantized: bool = False) -> Any:
     """Return a model that a test may change."""
     model = tiny.from_config(tiny.CONFIGS[family]())
-    if nested:
-        nest(model, QuantizationConfig(head=True))
+    if quantized:
+        quantize_model(model, QuantizationConfig(head=True))
     return model
 
 
@@ -95,11 +95,11 @@ def test_what_would_not_run_is_refused_when_a_model_is_taken_and_later(
     assert_as_transformers(accelerated, model)
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("hang", HANGERS.values(), ids=HANGERS)
 @pytest.mark.parametrize(("family", "path"), ALL_CALLED)
-def test_what_hangs_on_called_modules_runs(family: str, path: str, hang: Callable[[Any], Any], nested: bool) -> None:
-    model, atol = fresh(family, nested), tolerances.KERNEL_LOGITS if nested else tolerances.LOGITS[torch.float32]
+def test_what_hangs_on_called_modules_runs(family: str, path: str, hang: Callable[[Any], Any], quantized: bool) -> None:
+    model, atol = fresh(family, quantized), tolerances.KERNEL_LOGITS if quantized else tolerances.LOGITS[torch.float32]
     accelerated, before = quicksilver.accelerate(model), logits(model)
     assert_as_transformers(accelerated, model, atol)
     hang(model.get_submodule(path))
@@ -114,9 +114,9 @@ def test_what_hangs_on_called_modules_runs(family: str, path: str, hang: Callabl
 
 @pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 def test_kernels_run_whole_layers_again_once_a_hook_is_gone() -> None:
-    engine = decoder(fresh("llama", nested=True), Plan.dense(), kernels="native")
+    engine = decoder(fresh("llama", quantized=True), Plan.dense(), kernels="native")
     wanted, calls = run_steps(engine, IDS[0]).logits, []
-    hook = engine.adapter.layers[1].nested[0].register_forward_hook(lambda *_: calls.append(1))
+    hook = engine.adapter.layers[1].quantized[0].register_forward_hook(lambda *_: calls.append(1))
     run_steps(engine, IDS[0])
     assert len(calls) == IDS.shape[1]
     hook.remove()
@@ -125,7 +125,7 @@ def test_kernels_run_whole_layers_again_once_a_hook_is_gone() -> None:
 
 
 def test_a_hook_on_a_projection_that_nested_weights_have_split_is_refused() -> None:
-    model = fresh("gpt2", nested=True)
+    model = fresh("gpt2", quantized=True)
     HANGERS["hook"](model.transformer.h[2].attn.c_attn)
     with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.2\.attn\.c_attn"):
         quicksilver.accelerate(model)
@@ -257,13 +257,13 @@ def test_classes_and_functions_of_transformers_patched_are_refused_by_name(
             run()
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_a_norm_whose_class_is_patched_runs(monkeypatch: pytest.MonkeyPatch, nested: bool) -> None:
-    model = fresh("llama", nested)
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nested"])
+def test_a_norm_whose_class_is_patched_runs(monkeypatch: pytest.MonkeyPatch, quantized: bool) -> None:
+    model = fresh("llama", quantized)
     accelerated = quicksilver.accelerate(model)
     accelerated(IDS)
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", more(modeling_llama.LlamaRMSNorm.forward))
-    atol = tolerances.KERNEL_LOGITS if nested else tolerances.LOGITS[torch.float32]
+    atol = tolerances.KERNEL_LOGITS if quantized else tolerances.LOGITS[torch.float32]
     for each in (accelerated, quicksilver.accelerate(model)):
         assert_as_transformers(each, model, atol)
 
@@ -316,11 +316,11 @@ def test_a_model_is_not_nested_past_what_hangs_on_its_maps() -> None:
     model = fresh("llama")
     HANGERS["hook"](model.model.layers[1].mlp.up_proj)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        nest(model, QuantizationConfig())
+        quantize_model(model, QuantizationConfig())
 
 
 def test_a_map_that_is_not_nested_among_nested_ones_is_refused_by_name() -> None:
-    model = fresh("llama", nested=True)
+    model = fresh("llama", quantized=True)
     model.model.layers[2].mlp.up_proj = with_bias(32, 48)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2\.mlp\.up_proj"):
         quicksilver.accelerate(model)

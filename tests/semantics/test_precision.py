@@ -1,4 +1,4 @@
-"""Widths chosen in the layer loop equal their definition, however tokens are fed and whatever else is on."""
+"""BitsChoice chosen in the layer loop equal their definition, however tokens are fed and whatever else is on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def rule_for(name: str, family: str) -> rules.PrecisionRule:
 class Definition:
     """What each rule means, row by row; caps are decided as layers go by."""
 
-    def __init__(self, model, rule: rules.PrecisionRule, exempt: Callable[[int], bool] = lambda t: False) -> None:
-        self.model, self.rule, self.exempt = model, rule, exempt
+    def __init__(self, model, rule: rules.PrecisionRule, protected: Callable[[int], bool] = lambda t: False) -> None:
+        self.model, self.rule, self.protected = model, rule, protected
         self.caps: list[int] | None = None
 
     def after_layer(self, layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
@@ -67,8 +67,8 @@ class Definition:
     def grade(rule: rules.GradedBitsRule, score: float, thresholds) -> int:
         return next((w for w, limit in zip(rule.bits, thresholds, strict=False) if score >= limit), rule.bits[-1])
 
-    def width(self, rule: rules.PrecisionRule, t: int, score: float, thresholds) -> int:
-        if self.exempt(t):
+    def bits(self, rule: rules.PrecisionRule, t: int, score: float, thresholds) -> int:
+        if self.protected(t):
             return 8
         if isinstance(rule, UniformBitsRule):
             return rule.bits
@@ -86,31 +86,31 @@ class Definition:
                 maps = linear_maps(self.model, layer_idx)
                 thresholds = thresholds[layer_idx * of_layer + next(i for i, m in enumerate(maps) if m is module)]
         scores = (x.abs() * module.codes.dequantize().norm(dim=1)).tolist()
-        chosen = torch.tensor([[self.width(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
+        chosen = torch.tensor([[self.bits(self.rule, t, s, thresholds) for s in row] for t, row in enumerate(scores)])
         y = torch.zeros(len(x), module.num_outputs, dtype=x.dtype)
-        for width in WEIGHT_BITS:
-            y += torch.where(chosen == width, x, 0.0) @ module.codes.dequantize(width).to(x.dtype)
+        for bits in WEIGHT_BITS:
+            y += torch.where(chosen == bits, x, 0.0) @ module.codes.dequantize(bits).to(x.dtype)
         return y if module.bias is None else y + module.bias
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("family", [*GPT2_AND_LLAMA, "mistral-window", "gemma3_text", "phi3"])
 def test_widths_equal_their_definition(name: str, family: str) -> None:
-    model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
+    model, ids, rule = tiny.quantized(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
     run = run_whole(decoder(model, precision_plan(rule)), ids)
     meaning = Definition(model, rule)
     expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=meaning.read)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
-    used = sum(count > 0 for count in run.trace.macs_by_width)
+    used = sum(count > 0 for count in run.trace.macs_by_bits)
     assert used == 1 if name.startswith("uniform") else used > 1
 
 
-@pytest.mark.parametrize("widths", [(8, 0), (8, 4, 2, 0)])
+@pytest.mark.parametrize("bits", [(8, 0), (8, 4, 2, 0)])
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
-def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ...]) -> None:
-    """What differs from the mean is read at the width that it deserves; the mean's own product is added."""
-    model, ids = tiny.nested(family, torch.float64), tiny.token_ids(9)
-    rule = ChannelBitsRule((0.3, 0.1, 0.03)[: len(widths) - 1], widths, centred=True)
+def test_centred_channels_stand_at_their_mean(family: str, bits: tuple[int, ...]) -> None:
+    """What differs from the mean is read at the bits that it deserves; the mean's own product is added."""
+    model, ids = tiny.quantized(family, torch.float64), tiny.token_ids(9)
+    rule = ChannelBitsRule((0.3, 0.1, 0.03)[: len(bits) - 1], bits, centred=True)
     meaning = Definition(model, rule)
     generator = torch.Generator().manual_seed(0)
     means = {
@@ -128,7 +128,7 @@ def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ..
     run = run_whole(decoder(model, precision_plan(rule, tensors=tensors)), ids)
     expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=read)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
-    assert sum(count > 0 for count in run.trace.macs_by_width) > 1
+    assert sum(count > 0 for count in run.trace.macs_by_bits) > 1
     plain = run_whole(decoder(model, precision_plan(replace(rule, centred=False))), ids)
     assert not torch.allclose(run.logits, plain.logits, atol=ATOL, rtol=0)
 
@@ -137,24 +137,24 @@ def test_centred_channels_stand_at_their_mean(family: str, widths: tuple[int, ..
 def test_means_that_do_not_fit_the_model_are_refused(tensors: dict[str, Tensor]) -> None:
     rule = ChannelBitsRule((0.1,), (8, 0), centred=True)
     with pytest.raises(PlanError, match=r"mean\.0\.0"):
-        decoder(tiny.nested("llama"), precision_plan(rule, tensors=PlanTensors(tensors)))
+        decoder(tiny.quantized("llama"), precision_plan(rule, tensors=PlanTensors(tensors)))
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
 def test_protected_tokens_read_everything(name: str, family: str) -> None:
-    model, ids, rule = tiny.nested(family, torch.float64), tiny.token_ids(8), rule_for(name, family)
+    model, ids, rule = tiny.quantized(family, torch.float64), tiny.token_ids(8), rule_for(name, family)
     ids[5] = 7
     config = rules.PrecisionConfig(rule, protect_first=2, protect_special=True)
     run = run_whole(decoder(model, Plan("test", precision=config), special_ids=[7]), ids)
-    meaning = Definition(model, rule, exempt=lambda t: t in (0, 1, 5))
+    meaning = Definition(model, rule, protected=lambda t: t in (0, 1, 5))
     expected = oracle.run(model, ids, rules.DropFill(), meaning.after_layer, read=meaning.read)
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
 
 
 def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
     for family in tiny.FAMILIES:
-        model, ids = tiny.nested(family), tiny.token_ids(20)
+        model, ids = tiny.quantized(family), tiny.token_ids(20)
         dense, uniform = (
             run_whole(decoder(model, plan), ids) for plan in (Plan.dense(), precision_plan(UniformBitsRule(8)))
         )
@@ -187,11 +187,11 @@ def same(one: Run, other: Run) -> None:
 @pytest.mark.parametrize("fill", [rules.DropFill(), rules.PropagateFill()], ids=lambda fill: type(fill).__name__)
 def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str, fill: rules.FillRule) -> None:
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.KVConfig(fill))
-    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(14)
+    engine, ids = decoder(tiny.quantized(family, torch.float64), plan), tiny.token_ids(14)
     whole = run_whole(engine, ids)
     for fed in (run_steps(engine, ids), run_chunks(engine, ids, [4, 1, 9])):
         same(whole, fed)
-        assert fed.trace.macs_by_width == whole.trace.macs_by_width
+        assert fed.trace.macs_by_bits == whole.trace.macs_by_bits
         assert executed_cost(engine.spec, fed.trace) == executed_cost(engine.spec, whole.trace)
     sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 12)]
     alone = torch.cat([run_whole(engine, each).logits for each in sequences])
@@ -210,7 +210,7 @@ def same_cache(one: Run, other: Run) -> None:
 @pytest.mark.parametrize("family", GPT2_AND_LLAMA)
 def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family: str) -> None:
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=PROPAGATE, fusion=FUSING)
-    engine, ids = decoder(tiny.nested(family, torch.float64), plan), tiny.token_ids(17)
+    engine, ids = decoder(tiny.quantized(family, torch.float64), plan), tiny.token_ids(17)
     whole, steps = run_whole(engine, ids), run_steps(engine, ids)
     torch.testing.assert_close(whole.logits[-1], steps.logits[-1], atol=ATOL, rtol=0)
     same_cache(whole, steps)
@@ -221,30 +221,30 @@ def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
     """Token by token nothing is multiplied that is not counted, so PyTorch's counter agrees to the last FLOP."""
     ids = tiny.token_ids(3)
     for rule in (CHANNEL, UniformBitsRule(4)):
-        engine = decoder(tiny.nested(family), precision_plan(rule), attention="eager")
+        engine = decoder(tiny.quantized(family), precision_plan(rule), attention="eager")
         run = run_steps(engine, ids)
         cost, dense = executed_cost(engine.spec, run.trace), dense_cost(engine.spec, run.trace)
         with FlopCounterMode(display=False) as counter:
             run_steps(engine, ids)
         scores = sum(layer.signal_rows["score"] for layer in run.trace.layers)
         assert cost.flops - 2 * scores == counter.get_total_flops()
-        assert cost.flops - 2 * scores == dense.flops - 2 * run.trace.macs_by_width[0]
+        assert cost.flops - 2 * scores == dense.flops - 2 * run.trace.macs_by_bits[0]
 
 
 def test_bitops_and_bytes_follow_what_is_read() -> None:
-    model, ids = tiny.nested("llama"), tiny.token_ids(6)
+    model, ids = tiny.quantized("llama"), tiny.token_ids(6)
     costs, spec = {}, decoder(model, Plan.dense()).spec
-    for width in (8, 6, 4, 2):
-        engine = decoder(model, precision_plan(UniformBitsRule(width)))
-        costs[width] = executed_cost(spec, run_whole(engine, ids).trace)
+    for bits in (8, 6, 4, 2):
+        engine = decoder(model, precision_plan(UniformBitsRule(bits)))
+        costs[bits] = executed_cost(spec, run_whole(engine, ids).trace)
     linear = 6 * spec.macs
     assert costs[8].bitops - costs[4].bitops == linear * 4 * 32
     assert costs[8].bitops - costs[6].bitops == linear * 2 * 32
     assert {cost.flops for cost in costs.values()} == {costs[8].flops}
     assert costs[8] == dense_cost(spec, run_whole(decoder(model, Plan.dense()), ids).trace)
-    planes = {width: 6 * spec.macs * bits // 8 for width, bits in ((6, 2), (4, 4), (2, 6))}
-    for width, saved in planes.items():
-        assert costs[8].weight_bytes - costs[width].weight_bytes == saved
+    planes = {bits: 6 * spec.macs * left // 8 for bits, left in ((6, 2), (4, 4), (2, 6))}
+    for bits, saved in planes.items():
+        assert costs[8].weight_bytes - costs[bits].weight_bytes == saved
 
 
 PAIRS = 4 * 21 * 2 * 4 * 8 * 32 * 32  # 4 layers, 6 * 7 / 2 pairs, score and value, 4 heads of 8, float32 both sides
@@ -276,6 +276,6 @@ def test_bitops_and_bytes_are_those_counted_by_hand(
 ) -> None:
     """Six tokens of the tiny Llama; a channel's run is its codes, and two bytes for each group of 32 outputs."""
     plan = Plan.dense() if rule is None else precision_plan(rule)
-    engine = decoder(tiny.nested("llama"), plan)
+    engine = decoder(tiny.quantized("llama"), plan)
     cost = executed_cost(engine.spec, run_whole(engine, tiny.token_ids(6)).trace)
     assert (cost.weight_bytes, cost.bitops) == (weight_bytes, bitops)

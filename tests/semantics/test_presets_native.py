@@ -40,7 +40,7 @@ SEED = 10  # of tokens whose coded entries leave that distance
 TIE = 0.2  # of a step between two codes, how far from the middle either of the two is right after layers of rounding
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 FAMILIES = ("gpt2", "llama")
-WIDTHS = {"centred": (8, 0), "graded": (8, 6, 4, 2, 0), "uniform": (4,)}
+BITS = {"centred": (8, 0), "graded": (8, 6, 4, 2, 0), "uniform": (4,)}
 HALTING = ("fitted", "settled", "drift")
 CALIBRATED = ("centred", "shortcuts", "fitted", "values", "queries", "screening", "entries")
 
@@ -89,9 +89,9 @@ class Meaning:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def bits(self) -> tuple[int, ...]:
         """Bits that channels are read at; none where all are read at 8."""
-        return next((widths for name, widths in WIDTHS.items() if name in self.mechanisms), ())
+        return next((bits for name, bits in BITS.items() if name in self.mechanisms), ())
 
     def run(self, ids: Tensor, keep: oracle.Keep | None = None) -> oracle.OracleRun:
         """Return what the mechanisms give; thresholds that are not known yet are found on the way."""
@@ -108,7 +108,7 @@ class Meaning:
             self.fill,
             self.halts if chosen & {*HALTING} else oracle.never,
             oracle.Fusion((1,), 2, "last", self.alike) if "fusion" in chosen else None,
-            self.read if self.widths else oracle.whole,
+            self.read if self.bits else oracle.whole,
             self.bypass if "shortcuts" in chosen else oracle.through,
             limits("values", most=1.0),
             limits("queries"),
@@ -125,15 +125,15 @@ class Meaning:
         if "centred" in self.mechanisms:  # what calibration on these very tokens would give
             mean = self.tensors.setdefault(mean_name(layer_idx, map_idx), x.mean(0))
         scores = (x - mean).abs() * module.codes.dequantize().norm(dim=1)
-        chosen = torch.full(scores.shape, self.widths[-1])
-        for step in range(len(self.widths) - 2, -1, -1):  # from the least to the most bits
-            share = 0.8 - 0.15 * step if len(self.widths) > 2 else 0.3
-            limit = self.limits.at(("widths", layer_idx, map_idx, step), scores, (share - 0.1, share))
-            chosen[scores >= limit] = self.widths[step]
+        chosen = torch.full(scores.shape, self.bits[-1])
+        for step in range(len(self.bits) - 2, -1, -1):  # from the least to the most bits
+            share = 0.8 - 0.15 * step if len(self.bits) > 2 else 0.3
+            limit = self.limits.at(("bits", layer_idx, map_idx, step), scores, (share - 0.1, share))
+            chosen[scores >= limit] = self.bits[step]
         chosen[PROTECTED] = 8
         y = mean @ module.codes.dequantize()
-        for width in {8, *self.widths} - {0}:
-            y = y + torch.where(chosen == width, x - mean, 0.0) @ module.codes.dequantize(width)
+        for bits in {8, *self.bits} - {0}:
+            y = y + torch.where(chosen == bits, x - mean, 0.0) @ module.codes.dequantize(bits)
         return y if module.bias is None else y + module.bias
 
     def bypass(self, layer_idx: int, part: Part, normed: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,13 +179,13 @@ class Meaning:
         return bool(later < PROMPT and allowed[earlier] and allowed[later] and distances[earlier] < limit)
 
     @property
-    def width_rule(self) -> rules.PrecisionRule:
-        """The rule of the plan that chooses widths."""
+    def bits_rule(self) -> rules.PrecisionRule:
+        """The rule of the plan that chooses bits."""
         if "uniform" in self.mechanisms:
-            return rules.UniformBitsRule(*self.widths)
-        maps, steps, found = range(len(linear_maps(self.model, 0))), range(len(self.widths) - 1), self.limits.found
-        limits = tuple(tuple(found["widths", i, j, k] for k in steps) for i in LAYERS for j in maps)
-        return rules.ChannelBitsRule(limits, bits=self.widths, centred="centred" in self.mechanisms)
+            return rules.UniformBitsRule(*self.bits)
+        maps, steps, found = range(len(linear_maps(self.model, 0))), range(len(self.bits) - 1), self.limits.found
+        limits = tuple(tuple(found["bits", i, j, k] for k in steps) for i in LAYERS for j in maps)
+        return rules.ChannelBitsRule(limits, bits=self.bits, centred="centred" in self.mechanisms)
 
     @property
     def halting_rule(self) -> rules.HaltingRule:
@@ -200,8 +200,8 @@ class Meaning:
         """The plan, with the presets' protection."""
         chosen, found, parts = self.mechanisms, self.limits.found, dict[str, Any]()
         halting, kv = dict[str, Any](), dict[str, Any]()
-        if self.widths:
-            parts["precision"] = rules.PrecisionConfig(self.width_rule)
+        if self.bits:
+            parts["precision"] = rules.PrecisionConfig(self.bits_rule)
         if "shortcuts" in chosen:
             places = [(layer_idx, part) for layer_idx in LAYERS for part in get_args(Part)]
             halting["shortcuts"] = tuple(rules.Shortcut(*place, found[place]) for place in places)
@@ -264,7 +264,7 @@ def kept_in(cache: RaggedKVCache) -> oracle.Keep:
 
 def check(family: str, mechanisms: Iterable[str], fill: rules.FillRule) -> Trace:
     """Compare decisions and logits; return what ran."""
-    model, ids = tiny.nested(family), tiny.token_ids(LENGTH, SEED)
+    model, ids = tiny.quantized(family), tiny.token_ids(LENGTH, SEED)
     ids[[t for t in PROTECTED if t > 3]] = SPECIAL
     meaning = Meaning(model, frozenset(mechanisms), fill)
     expected = meaning.run(ids)

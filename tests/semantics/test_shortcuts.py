@@ -128,7 +128,7 @@ def test_with_fusion(family: str, name: str, halting: rules.HaltingConfig | None
 @pytest.mark.parametrize("name", ["a whole layer", "everything, gated"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_widths(family: str, name: str, others: str, rule: rules.PrecisionRule) -> None:
-    model, ids = tiny.nested(family, torch.float64), tiny.token_ids(9)
+    model, ids = tiny.quantized(family, torch.float64), tiny.token_ids(9)
     precision = rules.PrecisionConfig(rule, protect_first=0, protect_special=False)
     halting, fusion = HALTING if "halting" in others else None, fusing() if "fusion" in others else None
     plan = shortcut_plan(*SETS[name], precision=precision, halting=halting, fusion=fusion, kv=PROPAGATE)
@@ -139,7 +139,7 @@ def test_with_widths(family: str, name: str, others: str, rule: rules.PrecisionR
         return decided if halting is None else decided | halts(layer_idx, before)
 
     if halting is not None and isinstance(rule, rules.EntropyBitsRule):
-        plan = replace(plan, kv=rules.KVConfig())  # what halted before has decided no width of its own
+        plan = replace(plan, kv=rules.KVConfig())  # what halted before has decided no number of bits of its own
     check(model, plan, ids, meaning.read, stops)
 
 
@@ -257,7 +257,7 @@ def test_prefill_equals_decode_in_bfloat16(family: str, rank: int | None) -> Non
 @pytest.mark.parametrize("family", FAMILIES)
 def test_widths_are_counted_only_where_weights_are_read(family: str) -> None:
     precision = rules.PrecisionConfig(UniformBitsRule(4), protect_first=0, protect_special=False)
-    engine = decoder(tiny.nested(family), shortcut_plan(*ALL, precision=precision))
+    engine = decoder(tiny.quantized(family), shortcut_plan(*ALL, precision=precision))
     trace, spec = run_whole(engine, tiny.token_ids(LENGTH)).trace, engine.spec
     for layer in trace.layers:
         past = layer.shortcut_rows

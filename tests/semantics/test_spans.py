@@ -13,8 +13,8 @@ import torch
 
 from quicksilver.backends.native import span_ends
 from quicksilver.families.cost import Cost, executed_cost
-from quicksilver.families.nesting import nest
-from quicksilver.ops import native, nested_linear
+from quicksilver.families.quantize import quantize_model
+from quicksilver.ops import any_precision_linear, native
 from quicksilver.plan import Plan
 from quicksilver.quant.config import QuantizationConfig
 from quicksilver.quant.linear import keeping_expanded
@@ -48,7 +48,7 @@ from tests.engines import (
     skipping_plan,
     with_kv,
 )
-from tests.ops.nested import threads
+from tests.ops.any_precision import threads
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
@@ -90,7 +90,7 @@ def sets() -> Iterator[None]:
 
 
 def engines(family: str, plan: Plan) -> tuple[Decoder, Decoder]:
-    model = tiny.nested(family)
+    model = tiny.quantized(family)
     return decoder(model, plan), decoder(model, plan, kernels="native")
 
 
@@ -101,8 +101,8 @@ def entries(run: Run, engine: Decoder) -> list[Any]:
 @pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.VARIANTS])
 def test_all_that_families_have_is_run_by_the_kernels(name: str) -> None:
     """ReLU, which a variant has, they do not know."""
-    obstacle = decoder(tiny.nested(name), Plan.dense(), kernels="native").backend.reason
-    assert (obstacle is None) == (name != "gpt2-unscaled-relu-untied")
+    reason = decoder(tiny.quantized(name), Plan.dense(), kernels="native").backend.reason
+    assert (reason is None) == (name != "gpt2-unscaled-relu-untied")
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -166,7 +166,7 @@ def bfloat16_step(numbers: torch.Tensor) -> torch.Tensor:
 
 def test_entries_of_16_bits_keep_what_is_no_number() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
     engine = decoder(model, ROUGH["entries of 16 bits"], kernels="native")
     model.model.embed_tokens.weight.data[7] = float("nan")
     kept = entries(run_steps(engine, torch.tensor([1, 7, 2])), engine)
@@ -239,19 +239,19 @@ def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is(
 
 
 def test_weights_are_packed_when_a_span_first_runs() -> None:
-    packed = nested_linear._entries
-    plan, model = precision_plan(CHANNEL), copy.deepcopy(tiny.nested("llama"))  # of tensors that nobody has packed
+    packed = any_precision_linear._entries
+    plan, model = precision_plan(CHANNEL), copy.deepcopy(tiny.quantized("llama"))  # of tensors that nobody has packed
     before = set(packed)
     engine = decoder(model, plan, kernels="native")
     assert set(packed) <= before
     run_steps(engine, tiny.token_ids(3))
     layers = set(packed) - before
-    assert len(layers) == sum(len(layer.nested) for layer in engine.adapter.layers)
+    assert len(layers) == sum(len(layer.quantized) for layer in engine.adapter.layers)
     assert all(list(packed[key].layouts or ()) == [True] for key in layers)
 
 
 def test_kept_floats_come_first() -> None:
-    model = tiny.nested("llama")
+    model = tiny.quantized("llama")
     engine, ids = decoder(model, Plan.dense(), kernels="native"), tiny.token_ids(6)
     with keeping_expanded(model):
         kept = run_steps(engine, ids).logits
@@ -260,7 +260,7 @@ def test_kept_floats_come_first() -> None:
 
 def test_a_state_that_is_no_number_stays_none() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
     engine = decoder(model, Plan.dense(), kernels="native")
     model.model.embed_tokens.weight.data[7] = float("nan")
     logits = run_steps(engine, torch.tensor([1, 7, 2])).logits
@@ -272,7 +272,7 @@ def test_a_state_that_is_no_number_stays_none() -> None:
 def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
     """Scaling by layer, other activations, biases and rotary scaling: run by the kernels, or left to PyTorch."""
     model = tiny.from_config(tiny.VARIANTS[name]())
-    nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
     engines = (decoder(model, Plan.dense(), kernels=kernels) for kernels in ("torch", "native"))
     one, other = (run_steps(engine, tiny.token_ids(9)).logits for engine in engines)
     torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)

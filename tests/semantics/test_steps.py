@@ -37,11 +37,11 @@ SEVERAL = fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2, 3), max
 
 
 def engines(plan: Plan) -> dict[str, Decoder]:
-    nested = tiny.nested("llama")
+    quantized = tiny.quantized("llama")
     return {
         "plain": decoder(tiny.model("llama"), plan),
-        "nested": decoder(nested, plan),
-        "native": decoder(nested, plan, "native"),
+        "quantized": decoder(quantized, plan),
+        "native": decoder(quantized, plan, "native"),
     }
 
 
@@ -64,7 +64,7 @@ def assert_same(one: SequenceCache, other: SequenceCache, atol: float = 0.0) -> 
         torch.testing.assert_close(first.values, second.values, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("kernels", ["plain", "nested", "native"])
+@pytest.mark.parametrize("kernels", ["plain", "quantized", "native"])
 @pytest.mark.parametrize("name", PLANS)
 def test_sequences_join_and_leave_between_steps(name: str, kernels: str) -> None:
     """To the bit where the native kernels run all; PyTorch's products are others for another number of rows."""

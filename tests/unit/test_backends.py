@@ -17,8 +17,8 @@ from tests import tiny
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 REASONS = {
-    "plain": (lambda: (tiny.model("llama"), "auto"), "its weights are plain; the kernels read nested ones"),
-    "asked": (lambda: (tiny.nested("llama"), "torch"), "the kernels do not read its weights"),
+    "plain": (lambda: (tiny.model("llama"), "auto"), "its weights are plain; the kernels read quantized ones"),
+    "asked": (lambda: (tiny.quantized("llama"), "torch"), "the kernels do not read its weights"),
 }
 
 
@@ -34,7 +34,7 @@ def test_pytorch_says_why_the_kernels_do_not_run(name: str) -> None:
 
 @needs_kernels
 def test_kernels_need_no_reason() -> None:
-    accelerated = quicksilver.accelerate(tiny.nested("llama"), kernels="native")
+    accelerated = quicksilver.accelerate(tiny.quantized("llama"), kernels="native")
     assert (accelerated.backend.name, accelerated.backend.reason) == ("native", None)
     accelerated(tiny.token_ids(4)[None])
     assert accelerated.stats.summary().endswith("layers run by   compiled kernels")

@@ -45,14 +45,14 @@ def defined(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     levels = weight.float() / spread[0] + spread[1]
     codes = levels.round().clamp(0, 255).to(torch.uint8)
     found = {"exponents": exponents.to(torch.uint8), "zeros": zeros.to(torch.uint8), "largest": largest, "codes": codes}
-    for width in (4, 2):
-        prefixes, squares = (codes >> (8 - width)).flatten().long(), spread[0].flatten().double().square()
+    for bits in (4, 2):
+        prefixes, squares = (codes >> (8 - bits)).flatten().long(), spread[0].flatten().double().square()
         total, summed = (
-            torch.zeros(2**width, dtype=torch.float64).index_add_(0, prefixes, values)
+            torch.zeros(2**bits, dtype=torch.float64).index_add_(0, prefixes, values)
             for values in (squares, squares * levels.flatten().double())
         )
-        level = torch.where(total > 0, summed / total, centres(width).double())
-        found[f"levels of {width} bits"] = level.round().clamp(0, 255).float()
+        level = torch.where(total > 0, summed / total, centres(bits).double())
+        found[f"levels of {bits} bits"] = level.round().clamp(0, 255).float()
     padded = torch.nn.functional.pad(codes, (0, -num_outputs % 4)).view(num_inputs, -1, 4).int()
     for i, shift in enumerate((6, 4, 2, 0)):
         two = (padded >> shift) & 3
@@ -68,7 +68,7 @@ def test_blocks_give_what_the_whole_matrix_gives(kind: str, group_size: int, dty
         weight = KINDS[kind](draw(shape)).to(dtype)
         got = quantize(weight, group_size)
         found = {"exponents": got.grid.exponents, "zeros": got.grid.zeros, "largest": got.grid.largest}
-        found |= {"codes": got.codes()} | {f"levels of {width} bits": table for width, table in got.tables.items()}
+        found |= {"codes": got.codes()} | {f"levels of {bits} bits": table for bits, table in got.tables.items()}
         found |= {f"plane {i}": plane for i, plane in enumerate(got.planes)}
         expected = defined(weight, group_size)
         assert found.keys() == expected.keys()

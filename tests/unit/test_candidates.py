@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from quicksilver.calibrate.candidates import Fits, Knobs, build, shortcuts_at, static_exit
+from quicksilver.calibrate.candidates import CalibrationData, Candidate, build, shortcuts_at, static_exit
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import OBJECTIVES, Objective, UnitCosts, unit_costs
 from quicksilver.calibrate.sensitivity import THRESHOLDS
@@ -31,7 +31,7 @@ from tests import tiny
 from tests.engines import decoder, run_whole
 
 ALL = ("halting", "shortcuts", "values", "screening", "channels")
-WIDTHS = (8, 4, 2, 0)
+BITS = (8, 4, 2, 0)
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(4)]
 PRICES = (1e-3, 0.1, 0.5, 2.0, 10.0, 50.0)
 
@@ -47,111 +47,113 @@ def units_of(model: Any, objective: Objective) -> UnitCosts:
 
 
 @pytest.fixture(scope="module")
-def fits() -> Fits:
-    model = tiny.nested("llama")
-    return fit(adapt(model), ALL, units_of(model, "flops"), WINDOWS, WIDTHS)
+def data() -> CalibrationData:
+    model = tiny.quantized("llama")
+    return fit(adapt(model), ALL, units_of(model, "flops"), WINDOWS, BITS)
 
 
-def make(fits: Fits, price: float, mechanisms: Sequence[Any] = ALL, **others: Any) -> Plan:
-    return build(Knobs(price, dict.fromkeys(mechanisms, 1.0), **others), fits, "mine", WIDTHS)
+def make(data: CalibrationData, nats_per_work: float, mechanisms: Sequence[Any] = ALL, **others: Any) -> Plan:
+    return build(Candidate(nats_per_work, dict.fromkeys(mechanisms, 1.0), **others), data, "mine", BITS)
 
 
 def flops(plan: Plan) -> int:
-    spec = adapt(tiny.nested("llama")).spec
-    return executed_cost(spec, run_whole(decoder(tiny.nested("llama"), plan), WINDOWS[1]).trace).flops
+    spec = adapt(tiny.quantized("llama")).spec
+    return executed_cost(spec, run_whole(decoder(tiny.quantized("llama"), plan), WINDOWS[1]).trace).flops
 
 
-def test_limits_of_halting_grow_with_the_price_and_with_what_is_left_to_run(fits: Fits) -> None:
+def test_limits_of_halting_grow_with_the_price_and_with_what_is_left_to_run(data: CalibrationData) -> None:
     limits = []
-    for price in PRICES:
-        plan = make(fits, price, ["halting"])
+    for nats_per_work in PRICES:
+        plan = make(data, nats_per_work, ["halting"])
         assert plan.halting is not None
         assert isinstance(plan.halting.rule, FittedRule)
         limits.append(plan.halting.rule.threshold)
         assert limits[-1][1] == pytest.approx(2 * limits[-1][2])  # twice the layers are saved
         assert limits[-1][0] == limits[-1][3] == 0.0
-        assert limits[-1][2] == pytest.approx(price * fits.units.layer)
+        assert limits[-1][2] == pytest.approx(nats_per_work * data.units.layer)
     assert limits == sorted(limits)
 
 
-def test_limits_of_shortcuts_grow_with_the_price(fits: Fits) -> None:
+def test_limits_of_shortcuts_grow_with_the_price(data: CalibrationData) -> None:
     before: dict[str, float] = {}
-    for price in PRICES:
-        found = {each.name: each.threshold or 0.0 for each in shortcuts_at(price, fits)}
+    for nats_per_work in PRICES:
+        found = {each.name: each.threshold or 0.0 for each in shortcuts_at(nats_per_work, data)}
         assert set(found) >= set(before)
         assert all(found[name] > before[name] for name in before)
         before = found
     assert len(before) == 2 * tiny.NUM_LAYERS
-    assert shortcuts_at(1e-9, fits) == ()
+    assert shortcuts_at(1e-9, data) == ()
 
 
 @pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
-def test_limits_of_channels_grow_with_the_price(fits: Fits, objective: Objective) -> None:
-    priced = replace(fits, units=units_of(tiny.nested("llama"), objective))
+def test_limits_of_channels_grow_with_the_price(data: CalibrationData, objective: Objective) -> None:
+    priced = replace(data, units=units_of(tiny.quantized("llama"), objective))
     limits = []
-    for price in PRICES:
-        precision = make(priced, price, ["channels"]).precision
+    for nats_per_work in PRICES:
+        precision = make(priced, nats_per_work, ["channels"]).precision
         assert precision is not None
         assert isinstance(precision.rule, ChannelBitsRule)
         limits.append(torch.tensor(precision.rule.thresholds))
-    assert limits[0].shape == (tiny.NUM_LAYERS * 7, len(WIDTHS) - 1)
+    assert limits[0].shape == (tiny.NUM_LAYERS * 7, len(BITS) - 1)
     for low, high in pairwise(limits):
         assert bool((high > low).all())
 
 
-def test_the_threshold_of_values_grows_with_the_price(fits: Fits) -> None:
-    found = [make(fits, price, ["values"]).kv for price in (1e-6, *PRICES, 1e6)]
+def test_the_threshold_of_values_grows_with_the_price(data: CalibrationData) -> None:
+    found = [make(data, nats_per_work, ["values"]).kv for nats_per_work in (1e-6, *PRICES, 1e6)]
     thresholds = [threshold_at(each.skip_values_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
     assert thresholds[0] < 0.01
     assert thresholds[-1] == 1.0
 
 
-def test_the_threshold_of_screening_grows_with_the_price(fits: Fits) -> None:
-    found = [make(fits, price, ["screening"]).kv for price in (*PRICES, 1e6)]
+def test_the_threshold_of_screening_grows_with_the_price(data: CalibrationData) -> None:
+    found = [make(data, nats_per_work, ["screening"]).kv for nats_per_work in (*PRICES, 1e6)]
     thresholds = [threshold_at(each.screen_keys_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
     assert thresholds[-1] == THRESHOLDS["screening"][-1]
 
 
-def test_entries_are_on_or_off_and_make_products_with_them_cheaper(fits: Fits) -> None:
+def test_entries_are_on_or_off_and_make_products_with_them_cheaper(data: CalibrationData) -> None:
     """In bit operations: a product with a code is worth a quarter, and so leaving it out is."""
-    priced = replace(fits, units=units_of(tiny.nested("llama"), "bitops"))
+    priced = replace(data, units=units_of(tiny.quantized("llama"), "bitops"))
     assert priced.units.pair == pytest.approx(4 * priced.units.entry)
-    on, off = (make(priced, price, names) for price, names in ((2.0, ["values", "entries"]), (0.5, ["values"])))
+    on, off = (
+        make(priced, nats_per_work, names) for nats_per_work, names in ((2.0, ["values", "entries"]), (0.5, ["values"]))
+    )
     assert on.kv == replace(off.kv, bits=8)
     assert off.kv.bits is None
-    assert make(fits, 2.0, ["values", "entries"]).kv == replace(make(fits, 2.0, ["values"]).kv, bits=8)  # as many FLOPs
-    assert make(fits, 1e-9, ["entries"]).kv.bits == 8
+    assert make(data, 2.0, ["values", "entries"]).kv == replace(make(data, 2.0, ["values"]).kv, bits=8)  # as many FLOPs
+    assert make(data, 1e-9, ["entries"]).kv.bits == 8
 
 
-def test_fusion_has_a_cosine_instead_of_a_price(fits: Fits) -> None:
-    plans = [build(Knobs(price, {"fusion": 0.7}), fits, "mine", WIDTHS) for price in PRICES]
+def test_fusion_has_a_cosine_instead_of_a_price(data: CalibrationData) -> None:
+    plans = [build(Candidate(nats_per_work, {"fusion": 0.7}), data, "mine", BITS) for nats_per_work in PRICES]
     assert all(plan == plans[0] for plan in plans)
     assert plans[0].fusion is not None
     assert plans[0].fusion.rule == CosineFusionRule(0.7)
 
 
-def test_the_higher_the_price_the_less_work(fits: Fits) -> None:
-    spent = [flops(make(fits, price)) for price in (1e-9, 0.3, 2.0, 10.0, 100.0)]
+def test_the_higher_the_price_the_less_work(data: CalibrationData) -> None:
+    spent = [flops(make(data, nats_per_work)) for nats_per_work in (1e-9, 0.3, 2.0, 10.0, 100.0)]
     assert spent == sorted(spent, reverse=True)
     assert spent[-1] < 0.6 * spent[0]
 
 
-def test_a_price_of_nothing_saves_nothing(fits: Fits) -> None:
-    dense, plan = Plan.dense(), make(fits, 1e-9)
-    trace = run_whole(decoder(tiny.nested("llama"), plan), WINDOWS[1]).trace
+def test_a_price_of_nothing_saves_nothing(data: CalibrationData) -> None:
+    dense, plan = Plan.dense(), make(data, 1e-9)
+    trace = run_whole(decoder(tiny.quantized("llama"), plan), WINDOWS[1]).trace
     assert trace.mean_depth == tiny.NUM_LAYERS
     assert all(not layer.shortcut_rows["mlp"] and not layer.shortcut_rows["attention"] for layer in trace.layers)
-    assert trace.macs_by_width[8] >= 0.999 * sum(trace.macs_by_width)
+    assert trace.macs_by_bits[8] >= 0.999 * sum(trace.macs_by_bits)
     assert trace.values_read(4) > 0.999
     assert flops(plan) >= 0.999 * flops(dense)
 
 
 @pytest.mark.parametrize("mechanism", ALL)
-def test_a_mechanism_left_out_is_off_and_nothing_else_changes(fits: Fits, mechanism: Any) -> None:
-    knobs = Knobs(5.0, {**dict.fromkeys(ALL, 1.0), "fusion": 0.9})
-    whole, plan = (build(each, fits, "mine", WIDTHS) for each in (knobs, knobs.without(mechanism)))
+def test_a_mechanism_left_out_is_off_and_nothing_else_changes(data: CalibrationData, mechanism: Any) -> None:
+    candidate = Candidate(5.0, {**dict.fromkeys(ALL, 1.0), "fusion": 0.9})
+    whole, plan = (build(each, data, "mine", BITS) for each in (candidate, candidate.without(mechanism)))
     parts = {
         "halting": lambda each: each.halting.rule,
         "shortcuts": lambda each: each.shortcuts or None,
@@ -165,37 +167,39 @@ def test_a_mechanism_left_out_is_off_and_nothing_else_changes(fits: Fits, mechan
         assert part(plan) == (None if name == mechanism else part(whole))
 
 
-def test_a_factor_multiplies_the_price_of_its_mechanism_alone(fits: Fits) -> None:
-    base, other = (build(Knobs(2.0, {"halting": 1.0, "values": f}), fits, "mine", WIDTHS) for f in (1.0, 1e-7))
+def test_a_factor_multiplies_the_price_of_its_mechanism_alone(data: CalibrationData) -> None:
+    base, other = (build(Candidate(2.0, {"halting": 1.0, "values": f}), data, "mine", BITS) for f in (1.0, 1e-7))
     assert base.halting == other.halting
     assert base.kv.skip_values_below != other.kv.skip_values_below
-    dearer = build(Knobs(0.5, {"halting": 4.0}), fits, "mine", WIDTHS)
+    dearer = build(Candidate(0.5, {"halting": 4.0}), data, "mine", BITS)
     assert dearer.halting == base.halting
 
 
 @pytest.mark.parametrize(("fill", "kind"), [("propagate", PropagateFill), ("drop", DropFill)])
-def test_fills(fits: Fits, fill: str, kind: type) -> None:
-    assert isinstance(make(fits, 5.0, fill=fill).kv.fill, kind)
+def test_fills(data: CalibrationData, fill: str, kind: type) -> None:
+    assert isinstance(make(data, 5.0, fill=fill).kv.fill, kind)
 
 
-def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(fits: Fits) -> None:
-    assert make(fits, 5.0, ["values"]).tensors is None
+def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(data: CalibrationData) -> None:
+    assert make(data, 5.0, ["values"]).tensors is None
     for centred in (False, True):
-        means = make(replace(fits, centred=centred), 5.0, ["channels"]).tensors or {}
+        means = make(replace(data, centred=centred), 5.0, ["channels"]).tensors or {}
         assert bool(means) == centred
         assert all(name.startswith("mean.") for name in means)
-    halting = make(fits, 5.0, ["halting"]).tensors
+    halting = make(data, 5.0, ["halting"]).tensors
     assert halting is not None
     assert {name.rsplit(".", 1)[0] for name in halting} == {"output.1", "output.2", "gate.1", "gate.2"}
-    plan = make(fits, 0.5, ["shortcuts"])
+    plan = make(data, 0.5, ["shortcuts"])
     assert plan.tensors is not None
     assert {name.rsplit(".", 1)[0] for name in plan.tensors} == {each.name for each in plan.shortcuts}
 
 
 @pytest.mark.parametrize("layer_idx", [1, 2])
-def test_an_exit_halts_all_tokens_at_its_layer(fits: Fits, layer_idx: int) -> None:
-    plan = static_exit(layer_idx, fits)
-    run = run_whole(decoder(tiny.nested("llama"), plan, special_ids=(0,)), torch.cat((torch.tensor([0]), WINDOWS[0])))
+def test_an_exit_halts_all_tokens_at_its_layer(data: CalibrationData, layer_idx: int) -> None:
+    plan = static_exit(layer_idx, data)
+    run = run_whole(
+        decoder(tiny.quantized("llama"), plan, special_ids=(0,)), torch.cat((torch.tensor([0]), WINDOWS[0]))
+    )
     halted = [layer.halted for layer in run.trace.layers]
     assert halted == [61 if i == layer_idx else 0 for i in range(tiny.NUM_LAYERS)]
     assert run.trace.mean_depth == layer_idx + 1
@@ -206,8 +210,8 @@ def test_an_exit_halts_all_tokens_at_its_layer(fits: Fits, layer_idx: int) -> No
 def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
     config = tiny.CONFIGS["llama"]().to_dict() | {"num_hidden_layers": 1, "layer_types": None}
     model = tiny.from_config(LlamaConfig(**config))
-    fits = fit(adapt(model), ("halting", "shortcuts", "values"), units_of(model, "flops"), WINDOWS, (8, 0))
-    plan = make(fits, 5.0, ["halting", "shortcuts", "values"])
+    data = fit(adapt(model), ("halting", "shortcuts", "values"), units_of(model, "flops"), WINDOWS, (8, 0))
+    plan = make(data, 5.0, ["halting", "shortcuts", "values"])
     assert plan.halting is not None
     assert plan.halting.rule is None
     assert plan.shortcuts
@@ -215,13 +219,13 @@ def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
     run_whole(decoder(model, plan), WINDOWS[0])
 
 
-NESTED = [(family, nested) for family in ("gpt2", "llama") for nested in (False, True)]
+QUANTIZED = [(family, quantized) for family in ("gpt2", "llama") for quantized in (False, True)]
 
 
-@pytest.mark.parametrize(("family", "nested"), NESTED)
+@pytest.mark.parametrize(("family", "quantized"), QUANTIZED)
 @pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
-def test_dense_work_in_units_adds_up_to_one(family: str, nested: bool, objective: Objective) -> None:
-    model = tiny.nested(family) if nested else tiny.model(family)
+def test_dense_work_in_units_adds_up_to_one(family: str, quantized: bool, objective: Objective) -> None:
+    model = tiny.quantized(family) if quantized else tiny.model(family)
     spec, units, trace = adapt(model).spec, units_of(model, objective), dense_trace(model)
     tokens = trace.tokens
     linear = spec.macs * units.weight(spec.weight_bits)
@@ -237,8 +241,8 @@ def test_dense_work_in_units_adds_up_to_one(family: str, nested: bool, objective
 
 
 def test_what_has_no_units_is_guided_by_flops() -> None:
-    flops_units = units_of(tiny.nested("llama"), "flops")
-    assert [units_of(tiny.nested("llama"), each) == flops_units for each in OBJECTIVES] == [
+    flops_units = units_of(tiny.quantized("llama"), "flops")
+    assert [units_of(tiny.quantized("llama"), each) == flops_units for each in OBJECTIVES] == [
         True,
         False,
         False,
@@ -247,15 +251,17 @@ def test_what_has_no_units_is_guided_by_flops() -> None:
     ]
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("objective", ["flops", "bitops", "weight_bytes"])
-def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(nested: bool, objective: Objective) -> None:
-    """The limit is what the sublayer's work is worth, at the width of the model's weights, less its float32 map's."""
-    model = tiny.nested("llama") if nested else tiny.model("llama")
+def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(
+    quantized: bool, objective: Objective
+) -> None:
+    """The limit is what the sublayer's work is worth, at the bits of the model's weights, less its float32 map's."""
+    model = tiny.quantized("llama") if quantized else tiny.model("llama")
     spec, units = adapt(model).spec, units_of(model, objective)
     tensors = {"shortcut.1.mlp.down": torch.zeros(32, 3), "shortcut.1.mlp.up": torch.zeros(3, 32)}
-    fits = Fits(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
-    (shortcut,) = shortcuts_at(0.3, fits)
+    data = CalibrationData(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
+    (shortcut,) = shortcuts_at(0.3, data)
     if objective == "flops":
         saved = (spec.layers[0].mlp_macs - 6 * 32) * units.mac
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quicksilver.families.fingerprint import fingerprint
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.families.registry import adapt
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny
@@ -18,15 +18,15 @@ def taken(model: Any) -> str:
     return fingerprint(model, adapt(model).spec)
 
 
-def nested(name: str, **options: Any) -> Any:
+def quantized(name: str, **options: Any) -> Any:
     model = copy.deepcopy(tiny.model(name))
-    nest(model, QuantizationConfig(**options))
+    quantize_model(model, QuantizationConfig(**options))
     return model
 
 
 def test_models_are_told_apart() -> None:
-    models = [tiny.model("gpt2"), tiny.model("llama"), tiny.model("mistral"), nested("llama")]
-    models.append(nested("llama", group_size=64))
+    models = [tiny.model("gpt2"), tiny.model("llama"), tiny.model("mistral"), quantized("llama")]
+    models.append(quantized("llama", group_size=64))
     assert len({taken(model) for model in models}) == len(models)
 
 
@@ -36,7 +36,7 @@ def test_weights_count() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.1)
     assert taken(model) != taken(tiny.model("llama"))
-    nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.plane_0.bitwise_not_()
     changed = taken(model)
@@ -48,5 +48,5 @@ def test_weights_count() -> None:
 def test_the_dtype_it_is_loaded_in_does_not_count() -> None:
     model = copy.deepcopy(tiny.model("gpt2")).bfloat16()
     assert taken(copy.deepcopy(model).float()) == taken(model)
-    narrow = nested("qwen2")
+    narrow = quantized("qwen2")
     assert taken(copy.deepcopy(narrow).half()) == taken(copy.deepcopy(narrow).bfloat16()) == taken(narrow)

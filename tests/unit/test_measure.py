@@ -12,15 +12,15 @@ import quicksilver
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.scoring import MIN_TIMINGS, run_windows
 from quicksilver.measure.statistics import paired_delta
-from quicksilver.measure.windows import Protocol, WindowedText, slide
+from quicksilver.measure.windows import WindowConfig, WindowedText, slide
 from quicksilver.plan import Plan
 from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, ZeroFill
 from tests import tiny, tolerances
 from tests.engines import decoder, fusion_plan, halting_plan, skipping_plan
 
-PROTOCOL = Protocol(20, 10, bos_id=0)
+WINDOW_CONFIG = WindowConfig(20, 10, bos_id=0)
 IDS = tiny.token_ids(75).tolist()
-TEXT = WindowedText("random ids", tuple(slide(IDS, PROTOCOL)), scored_bytes=300)
+TEXT = WindowedText("random ids", tuple(slide(IDS, WINDOW_CONFIG)), scored_bytes=300)
 
 
 def reference_nll(model) -> float:
@@ -39,7 +39,7 @@ def reference_nll(model) -> float:
 def test_dense_loss_is_transformers(family: str, mode: str) -> None:
     model = tiny.model(family)
     plan = halting_plan(RandomRule(0.3))
-    (result,) = evaluate(quicksilver.accelerate(model), [plan], TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+    (result,) = evaluate(quicksilver.accelerate(model), [plan], TEXT, WINDOW_CONFIG, mode)  # type: ignore[arg-type]
     assert result["dense"]["nll"] == pytest.approx(reference_nll(model), abs=tolerances.LOSS)
     assert result["tokens_scored"] == 75
     assert result["dense"]["bits_per_byte"] == pytest.approx(result["dense"]["nll"] * 75 / math.log(2) / 300)
@@ -49,17 +49,17 @@ def test_dense_loss_is_transformers(family: str, mode: str) -> None:
 
 def test_score_and_decode_agree_on_everything_but_cost() -> None:
     model, plans = quicksilver.accelerate(tiny.model("llama")), [halting_plan(RandomRule(0.3), ZeroFill())]
-    (score,), (decode,) = (evaluate(model, plans, TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
+    (score,), (decode,) = (evaluate(model, plans, TEXT, WINDOW_CONFIG, mode) for mode in ("score", "decode"))
     for key in ("nll", "kl", "top1_agreement"):
         assert score["delta"][key] == pytest.approx(decode["delta"][key], abs=tolerances.LOSS), key
 
 
 def test_score_and_decode_agree_after_a_fused_prompt() -> None:
-    protocol = Protocol(20, 6, bos_id=0, prompt=12)
-    text = WindowedText("random ids", tuple(slide(IDS, protocol)), scored_bytes=300)
+    window_config = WindowConfig(20, 6, bos_id=0, prompt=12)
+    text = WindowedText("random ids", tuple(slide(IDS, window_config)), scored_bytes=300)
     plan = fusion_plan(RandomFusionRule(0.7), RandomRule(0.1), scope="prompt", layers=(1, 2))
     model = quicksilver.accelerate(tiny.model("llama"))
-    (score,), (decode,) = (evaluate(model, [plan], text, protocol, mode) for mode in ("score", "decode"))
+    (score,), (decode,) = (evaluate(model, [plan], text, window_config, mode) for mode in ("score", "decode"))
     for result in (score, decode):
         assert result["accelerated"]["prompt"].pop("speedup") > 0.0
     assert score["accelerated"]["prompt"] == decode["accelerated"]["prompt"]
@@ -72,7 +72,7 @@ def test_score_and_decode_agree_after_a_fused_prompt() -> None:
 def test_without_a_prompt_only_decode_fuses_in_prompt_scope() -> None:
     """In `score` every token's prediction is asked for or might be; in `decode` what is not scored is a prompt."""
     model, plan = quicksilver.accelerate(tiny.model("gpt2")), fusion_plan(RandomFusionRule(0.7), scope="prompt")
-    (score,), (decode,) = (evaluate(model, [plan], TEXT, PROTOCOL, mode) for mode in ("score", "decode"))
+    (score,), (decode,) = (evaluate(model, [plan], TEXT, WINDOW_CONFIG, mode) for mode in ("score", "decode"))
     assert score["accelerated"]["fused_fraction"] == 0.0
     assert score["delta"]["nll"] == 0.0
     assert score["accelerated"]["prompt"] is None
@@ -81,7 +81,7 @@ def test_without_a_prompt_only_decode_fuses_in_prompt_scope() -> None:
 
 
 def test_a_dense_plan_changes_nothing_and_saves_nothing() -> None:
-    (result,) = evaluate(quicksilver.accelerate(tiny.model("gpt2")), [Plan.dense()], TEXT, PROTOCOL)
+    (result,) = evaluate(quicksilver.accelerate(tiny.model("gpt2")), [Plan.dense()], TEXT, WINDOW_CONFIG)
     delta = {k: v for k, v in result["delta"].items() if k not in ("speedup", "top1_agreement")}
     assert all(value in (0.0, [0.0, 0.0]) for value in delta.values()), delta
     assert result["delta"]["top1_agreement"] == 1.0
@@ -91,7 +91,7 @@ def test_forced_halting_costs_what_arithmetic_says() -> None:
     """Half of the layers for every token: body FLOPs halve exactly, the head stays."""
     model = quicksilver.accelerate(tiny.model("llama"))
     for mode in ("score", "decode"):
-        (result,) = evaluate(model, [halting_plan(ForcedRule((2,)))], TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        (result,) = evaluate(model, [halting_plan(ForcedRule((2,)))], TEXT, WINDOW_CONFIG, mode)  # type: ignore[arg-type]
         assert result["delta"]["flops_body_reduction"] == pytest.approx(0.5)
         assert 0.0 < result["delta"]["flops_reduction"] < 0.5
         assert result["delta"]["kv_bytes_reduction"] == pytest.approx(0.5)
@@ -102,7 +102,7 @@ def test_skipped_values_are_reported_and_save_attention_alone() -> None:
     model, plans = tiny.model("llama", torch.float64), [Plan.dense(), skipping_plan(0.5)]
     spec = decoder(model, Plan.dense()).spec
     for mode in ("score", "decode"):
-        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, WINDOW_CONFIG, mode)  # type: ignore[arg-type]
         assert dense["accelerated"]["values_read"] == 1.0
         assert 0.1 < (share := skipping["accelerated"]["values_read"]) < 0.9
         flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]
@@ -114,7 +114,7 @@ def test_components_of_queries_left_out_are_reported_and_save_attention_alone() 
     model, plans = tiny.model("llama", torch.float64), [Plan.dense(), skipping_plan(0.0, query_threshold=0.5)]
     spec = decoder(model, Plan.dense()).spec
     for mode in ("score", "decode"):
-        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, PROTOCOL, mode)  # type: ignore[arg-type]
+        dense, skipping = evaluate(quicksilver.accelerate(model), plans, TEXT, WINDOW_CONFIG, mode)  # type: ignore[arg-type]
         assert dense["accelerated"]["query_components_read"] == skipping["accelerated"]["values_read"] == 1.0
         assert 0.1 < (share := skipping["accelerated"]["query_components_read"]) < 0.9
         flops = [skipping[side]["flops_body_per_token"] for side in ("dense", "accelerated")]

@@ -18,11 +18,11 @@ from tests.engines import shortcut_plan
 
 IDS = tiny.token_ids(40)
 CLOSE = tolerances.LOGITS[torch.float32]
-MODELS = [(family, nested) for family in ("gpt2", "llama") for nested in (False, True)]
+MODELS = [(family, quantized) for family in ("gpt2", "llama") for quantized in (False, True)]
 
 
-def made(family: str, nested: bool) -> Any:
-    return tiny.nested(family) if nested else tiny.model(family)
+def made(family: str, quantized: bool) -> Any:
+    return tiny.quantized(family) if quantized else tiny.model(family)
 
 
 def parts_of(model: Any) -> list[dict[str, tuple[Any, Any]]]:
@@ -59,9 +59,9 @@ def hooked(model: Any) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize(("family", "nested"), MODELS)
-def test_states_are_transformers_hidden_states(family: str, nested: bool) -> None:
-    model = made(family, nested)
+@pytest.mark.parametrize(("family", "quantized"), MODELS)
+def test_states_are_transformers_hidden_states(family: str, quantized: bool) -> None:
+    model = made(family, quantized)
     adapter = adapt(model)
     states = layer_states(adapter, IDS)
     with torch.no_grad():
@@ -72,9 +72,9 @@ def test_states_are_transformers_hidden_states(family: str, nested: bool) -> Non
         torch.testing.assert_close(one, other[0], atol=CLOSE, rtol=CLOSE)
 
 
-@pytest.mark.parametrize(("family", "nested"), MODELS)
-def test_sublayers_are_seen_as_hooks_see_them(family: str, nested: bool) -> None:
-    model = made(family, nested)
+@pytest.mark.parametrize(("family", "quantized"), MODELS)
+def test_sublayers_are_seen_as_hooks_see_them(family: str, quantized: bool) -> None:
+    model = made(family, quantized)
     adapter = adapt(model)
     wanted, seen = hooked(model), {}
     watch_sublayers(adapter, units(adapter), IDS, Plan.dense(), seen.__setitem__)

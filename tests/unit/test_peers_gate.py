@@ -17,7 +17,7 @@ from benchmarks.peers import files, ours
 from benchmarks.peers.engines import HUGGINGFACE, Q8, TorchEngine
 from benchmarks.peers.measuring import References, Settings, check
 from benchmarks.peers.subjects import Subject
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import native
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
@@ -83,7 +83,7 @@ def test_right_logits_after_the_prompt_do_not_excuse_the_others(references: Refe
 
 
 def test_what_is_compared_is_what_the_timed_call_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine(ours.UNIFORM_8, Q8, quicksilver.accelerate(tiny.nested("gpt2"), "uniform-8bit"))
+    engine = TorchEngine(ours.UNIFORM_8, Q8, quicksilver.accelerate(tiny.quantized("gpt2"), "uniform-8bit"))
     returned = []
     call = type(engine.model).forward
 
@@ -121,7 +121,7 @@ def test_the_reference_of_a_prompt_is_the_float_models_last_row(tmp_path: Path) 
 def test_a_prompt_gives_the_logits_of_its_last_token_among_those_of_every_token() -> None:
     """So that what is compared is what is timed."""
     model = tiny.from_config(GPT2Config(**{**tiny.CONFIGS["gpt2"]().to_dict(), "n_positions": 256}))
-    nest(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(head=True))
     engine = TorchEngine(ours.UNIFORM_8, Q8, quicksilver.accelerate(model, "uniform-8bit"))
     prompt = _IDS * 5
     engine.prefill(prompt)

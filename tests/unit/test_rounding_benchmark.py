@@ -40,7 +40,7 @@ def test_lower_edges_lie_below_the_middles(bits: int) -> None:
     assert (middle - weight).square().sum() < (lower - weight).square().sum()
 
 
-@pytest.mark.parametrize("bits", rounding.WIDTHS)
+@pytest.mark.parametrize("bits", rounding.BITS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_plain_levels_are_within_half_a_step(bits: int, group_size: int) -> None:
     weight = matrix(5, 150)
@@ -79,10 +79,10 @@ def test_gains_are_least_squares() -> None:
 def test_copies_are_filled_and_the_model_stays(family: str) -> None:
     model = tiny.model(family)
     before = copy.deepcopy(model.state_dict())
-    copies = {bits: copy.deepcopy(model) for bits in rounding.WIDTHS}
+    copies = {bits: copy.deepcopy(model) for bits in rounding.BITS}
     hessians = {name: torch.eye(len(weight)) for name, weight in rounding.matrices(model)}
     stored = rounding.fill(copies, model, rounding.METHODS[1], 32, hessians)
-    assert set(stored) == set(rounding.WIDTHS)
+    assert set(stored) == set(rounding.BITS)
     assert stored[2] < stored[4] < stored[8]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for bits, each in copies.items():

@@ -298,28 +298,28 @@ class Filling(rules.FillRule):
 
 @pytest.mark.parametrize(("answer", "said"), [(name, said) for name, (_, said) in BAD_BITS.items()], ids=list(BAD_BITS))
 def test_what_is_no_choice_of_bits_is_refused(answer: str, said: str) -> None:
-    engine = decoder(tiny.nested("gpt2"), precision_plan(Bits(answer)), kernels="auto")
+    engine = decoder(tiny.quantized("gpt2"), precision_plan(Bits(answer)), kernels="auto")
     with pytest.raises(PlanError, match=rf"Bits\.decide .*{said}"):
         run_whole(engine, tiny.token_ids(10))
 
 
 def test_bits_for_all_tokens_are_none_for_each() -> None:
     with pytest.raises(PlanError, match=r"Granting\.decide must give torch.uint8 bits of shape \[10\], got 4"):
-        run_whole(decoder(tiny.nested("gpt2"), precision_plan(Granting("four"))), tiny.token_ids(10))
+        run_whole(decoder(tiny.quantized("gpt2"), precision_plan(Granting("four"))), tiny.token_ids(10))
 
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
 def test_a_precision_rule_that_kernels_do_not_know_runs_map_by_map(kernels: Any) -> None:
     plan, ids = precision_plan(Bits("four")), tiny.token_ids(10)
     assert Plan.from_dict(plan.to_dict()) == plan
-    ours = run_whole(decoder(tiny.nested("llama"), precision_plan(rules.UniformBitsRule(4)), "torch"), ids)
-    run = run_whole(decoder(tiny.nested("llama"), plan, kernels), ids)
+    ours = run_whole(decoder(tiny.quantized("llama"), precision_plan(rules.UniformBitsRule(4)), "torch"), ids)
+    run = run_whole(decoder(tiny.quantized("llama"), plan, kernels), ids)
     torch.testing.assert_close(run.logits, ours.logits, atol=tolerances.LOGITS[torch.float32] * 100, rtol=0)
-    assert run.trace.macs_by_width == ours.trace.macs_by_width
+    assert run.trace.macs_by_bits == ours.trace.macs_by_bits
 
 
 def test_bits_that_a_rule_grants_to_tokens_are_read_from_the_next_layer_on() -> None:
-    engine = decoder(tiny.nested("llama"), precision_plan(Granting("granted")))
+    engine = decoder(tiny.quantized("llama"), precision_plan(Granting("granted")))
     layers = run_whole(engine, tiny.token_ids(10)).trace.layers
     assert layers[0].macs_by_bits[4] == 0
     assert all(layer.macs_by_bits[4] == layer.macs_by_bits[8] > 0 for layer in layers[1:])
@@ -329,7 +329,7 @@ def test_bits_that_a_rule_grants_to_tokens_are_read_from_the_next_layer_on() -> 
 def test_multiply_adds_of_a_choice_of_bits_are_counted() -> None:
     costs = []
     for answer in ("four", "four, for 70 each"):
-        engine = decoder(tiny.nested("gpt2"), precision_plan(Bits(answer)))
+        engine = decoder(tiny.quantized("gpt2"), precision_plan(Bits(answer)))
         costs.append(executed_cost(engine.spec, run_whole(engine, tiny.token_ids(10)).trace))
     assert costs[1].body_macs - costs[0].body_macs == 70 * 10 * 4 * 6  # four layers of six maps
 
@@ -338,7 +338,7 @@ def test_multiply_adds_of_a_choice_of_bits_are_counted() -> None:
 def test_a_fill_of_ones_own_may_differ_from_layer_to_layer(kernels: Any) -> None:
     plan = halting_plan(rules.ForcedRule((1, 4)), Alternating())
     assert Plan.from_dict(plan.to_dict()) == plan
-    cache = run_whole(decoder(tiny.nested("llama"), plan, kernels), tiny.token_ids(10)).cache
+    cache = run_whole(decoder(tiny.quantized("llama"), plan, kernels), tiny.token_ids(10)).cache
     assert [len(cache.entries(i, 0).positions) for i in range(4)] == [10, 10, 5, 10]
 
 

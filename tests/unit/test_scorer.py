@@ -12,7 +12,7 @@ from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget, Scorer
 from quicksilver.calibrate.splits import Part
 from quicksilver.measure.report import evaluate
-from quicksilver.measure.windows import Protocol, WindowedText, slide
+from quicksilver.measure.windows import WindowConfig, WindowedText, slide
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
 from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, Shortcut, UniformBitsRule
@@ -20,8 +20,8 @@ from tests import tiny
 from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan, with_maps
 
 IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 400)).tolist()  # what the model says itself
-PLAIN = Protocol(32, 16, bos_id=0)
-PROMPTS = Protocol(32, 10, bos_id=0, prompt=20)
+PLAIN = WindowConfig(32, 16, bos_id=0)
+PROMPTS = WindowConfig(32, 10, bos_id=0, prompt=20)
 TIMES = ("seconds", "tokens_per_second", "speedup")
 PLANS = {
     "dense": Plan.dense(),
@@ -30,16 +30,16 @@ PLANS = {
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention", 1.0)),
     "values": skipping_plan(0.8),
     "fusion": fusion_plan(RandomFusionRule(0.5), scope="prompt"),
-    "widths": precision_plan(UniformBitsRule(2)),
+    "bits": precision_plan(UniformBitsRule(2)),
 }
 
 
-def text(protocol: Protocol) -> WindowedText:
-    return WindowedText("random ids", tuple(slide(IDS, protocol)), scored_bytes=4 * len(IDS))
+def text(window_config: WindowConfig) -> WindowedText:
+    return WindowedText("random ids", tuple(slide(IDS, window_config)), scored_bytes=4 * len(IDS))
 
 
-def part(protocol: Protocol) -> Part:
-    return Part(text(protocol), (("random ids", len(text(protocol).windows)),))
+def part(window_config: WindowConfig) -> Part:
+    return Part(text(window_config), (("random ids", len(text(window_config).windows)),))
 
 
 def timeless(value: Any) -> Any:
@@ -53,27 +53,27 @@ def timeless(value: Any) -> Any:
     }
 
 
-def models(nested: bool) -> tuple[Any, Any]:
+def models(quantized: bool) -> tuple[Any, Any]:
     model = quicksilver.accelerate(tiny.model("llama"))
-    return model, quicksilver.accelerate(tiny.nested("llama")) if nested else model
+    return model, quicksilver.accelerate(tiny.quantized("llama")) if quantized else model
 
 
-@pytest.mark.parametrize("protocol", [PLAIN, PROMPTS], ids=["windows", "prompts"])
+@pytest.mark.parametrize("window_config", [PLAIN, PROMPTS], ids=["windows", "prompts"])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_figures_are_those_of_eval(protocol: Protocol, interleaved: bool) -> None:
-    model, runner = models(nested=False)
-    plans = [plan for name, plan in PLANS.items() if name != "widths"]
-    scorer = Scorer(model, runner, part(protocol), protocol, "tiny", interleaved)
-    wanted = evaluate(model, plans, text(protocol), protocol, "score", "tiny")
+def test_figures_are_those_of_eval(window_config: WindowConfig, interleaved: bool) -> None:
+    model, runner = models(quantized=False)
+    plans = [plan for name, plan in PLANS.items() if name != "bits"]
+    scorer = Scorer(model, runner, part(window_config), window_config, "tiny", interleaved)
+    wanted = evaluate(model, plans, text(window_config), window_config, "score", "tiny")
     for plan, row in zip(plans, wanted, strict=True):
         assert timeless(scorer.score(plan)) == timeless(row)
 
 
 def test_figures_of_nested_weights_are_those_of_eval() -> None:
-    model, runner = models(nested=True)
-    (wanted,) = evaluate(model, [PLANS["widths"]], text(PLAIN), PLAIN, "score", "tiny", nested=runner)
+    model, runner = models(quantized=True)
+    (wanted,) = evaluate(model, [PLANS["bits"]], text(PLAIN), PLAIN, "score", "tiny", quantized=runner)
     scorer = Scorer(model, runner, part(PLAIN), PLAIN, "tiny")
-    row = scorer.score(PLANS["widths"])
+    row = scorer.score(PLANS["bits"])
     assert row is not None
     assert timeless(row) == timeless(wanted)
     delta = row["delta"]
@@ -86,7 +86,7 @@ def test_figures_of_nested_weights_are_those_of_eval() -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_nothing_is_left_over_from_one_candidate_to_the_next(interleaved: bool) -> None:
-    model, runner = models(nested=True)
+    model, runner = models(quantized=True)
     scorer = Scorer(model, runner, part(PROMPTS), PROMPTS, "tiny", interleaved)
     cost = scorer.dense_cost(runner.adapter)
     with keeping_expanded(runner.model):
@@ -99,7 +99,7 @@ def test_nothing_is_left_over_from_one_candidate_to_the_next(interleaved: bool) 
 
 def test_clocks_do_not_go_on_with_the_candidates() -> None:
     """The dense side's seconds are of the one run that was timed, and of the head on each occasion."""
-    model, runner = models(nested=False)
+    model, runner = models(quantized=False)
     scorer = Scorer(model, runner, part(PROMPTS), PROMPTS, "tiny")
     before = [(fed.clock.seconds, fed.prompt_clock.seconds) for fed in scorer._fed]
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_clocks_do_not_go_on_with_the_candidates() -> None:
 
 
 def test_the_hopeless_are_given_up_early_and_leave_no_trace() -> None:
-    model, runner = models(nested=False)
+    model, runner = models(quantized=False)
     scorer = Scorer(model, runner, part(PLAIN), PLAIN, "tiny")
     before, counted = timeless(scorer.score(PLANS["halting"])), []
     poor = halting_plan(ForcedRule((1,)))

@@ -35,12 +35,12 @@ def row(nll: float, flops: float, upper: float | None = None, **others: Any) -> 
 
 
 def made_up(search: Search, trials: Trials) -> Score:
-    """Return figures that depend on the knobs smoothly; what loses far too much is given up."""
+    """Return figures that depend on the candidate smoothly; what loses far too much is given up."""
 
     def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-        knobs = search.knobs(parameters, trials.finished)
-        strength = sum(knobs.price * factor for factor in knobs.factors.values())
-        lost = 0.2 * strength**1.5 / max(len(knobs.factors), 1)
+        candidate = search.candidate(parameters, trials.finished)
+        strength = sum(candidate.nats_per_work * factor for factor in candidate.factors.values())
+        lost = 0.2 * strength**1.5 / max(len(candidate.factors), 1)
         return None if lost > 0.35 else row(lost, 1.0 - math.exp(-strength))
 
     return score
@@ -121,8 +121,8 @@ def test_a_mechanism_that_saves_more_for_a_nat_gets_a_higher_price(tmp_path: Pat
     worth = {"halting": 0.05, "channels": 0.2}  # saved at a strength that loses as much
 
     def score(parameters: dict[str, Any]) -> dict[str, Any]:
-        knobs = search.knobs(parameters, trials.finished)
-        strengths = {name: knobs.price * factor for name, factor in knobs.factors.items()}
+        candidate = search.candidate(parameters, trials.finished)
+        strengths = {name: candidate.nats_per_work * factor for name, factor in candidate.factors.items()}
         return row(0.2 * sum(strengths.values()), sum(worth[name] * strength for name, strength in strengths.items()))
 
     trials.run(search.propose, score, GUIDED + NEAR)
@@ -240,7 +240,11 @@ def test_a_switch_is_not_tried_alone_nor_at_prices(tmp_path: Path) -> None:
     alone, near = found.parameters[: len(MECHANISMS) * len(ALONE)], found.parameters[GUIDED : GUIDED + NEAR]
     assert not any(each["use_entries"] for each in alone)
     assert all(each["use_entries"] for each in near)
-    assert all("entries" in each.knobs.factors for each in found.scored if each.knobs and each.knobs.price == 0.05)
+    assert all(
+        "entries" in each.candidate.factors
+        for each in found.scored
+        if each.candidate and each.candidate.nats_per_work == 0.05
+    )
 
 
 def test_what_is_always_on_is_so_in_candidates_of_several_mechanisms(tmp_path: Path) -> None:
@@ -249,8 +253,8 @@ def test_what_is_always_on_is_so_in_candidates_of_several_mechanisms(tmp_path: P
     score = made_up(search, trials)
     trials.run(search.propose, score, COUNT)
     for each in search.scored(trials.finished):
-        assert each.knobs is not None
-        assert ("entries" in each.knobs.factors) == (set(MECHANISMS) <= set(each.knobs.factors))
+        assert each.candidate is not None
+        assert ("entries" in each.candidate.factors) == (set(MECHANISMS) <= set(each.candidate.factors))
 
 
 @pytest.mark.parametrize("mechanisms", [("halting",), ("fusion",), ("channels",), ("values", "fusion")])
@@ -259,9 +263,9 @@ def test_few_mechanisms_are_searched_too(tmp_path: Path, mechanisms: Any) -> Non
     found = search_in(tmp_path, count=count, mechanisms=mechanisms)
     assert len(found.parameters) == count
     for each in found.scored:
-        assert each.knobs is not None
-        assert set(each.knobs.factors) <= set(mechanisms)
-        assert each.group == (next(iter(each.knobs.factors)) if len(each.knobs.factors) == 1 else "together")
+        assert each.candidate is not None
+        assert set(each.candidate.factors) <= set(mechanisms)
+        assert each.group == (next(iter(each.candidate.factors)) if len(each.candidate.factors) == 1 else "together")
         assert ("fill" in found.parameters[0]) == ("halting" in mechanisms)
 
 

@@ -88,15 +88,23 @@ def test_thresholds_grow_with_the_price(known: list[tuple[float, float]], one: f
 
 def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:
     known = [(0.1, 1.0), (0.2, 1.0), (0.5, 3.0), (1.0, 7.0)]
-    for price, threshold in ((0.0, 0.0), (0.5, 0.05), (1.0, 0.2), (2.0, 0.35), (3.0, 0.5), (5.0, 0.75), (7.0, 1.0)):
-        assert threshold_at_price(known, price) == pytest.approx(threshold)
+    for nats_per_work, threshold in (
+        (0.0, 0.0),
+        (0.5, 0.05),
+        (1.0, 0.2),
+        (2.0, 0.35),
+        (3.0, 0.5),
+        (5.0, 0.75),
+        (7.0, 1.0),
+    ):
+        assert threshold_at_price(known, nats_per_work) == pytest.approx(threshold)
     assert threshold_at_price(known, 100.0) == 1.0
     assert threshold_at_price([], 1.0) == 0.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_weights_of_maps_are_positive_and_leave_no_hook(family: str) -> None:
-    model = tiny.nested(family)
+    model = tiny.quantized(family)
     scores, before, counted = scores_of(model), hooks_of(model), []
     probe = Probe(adapt(model), WINDOWS)
     weights = map_weights(probe, scores, on_map=lambda: counted.append(None))
@@ -107,7 +115,7 @@ def test_weights_of_maps_are_positive_and_leave_no_hook(family: str) -> None:
 
 
 def test_an_error_leaves_no_hook_either() -> None:
-    model = tiny.nested("llama")
+    model = tiny.quantized("llama")
     probe, scores, before = Probe(adapt(model), WINDOWS), scores_of(model), hooks_of(model)
     calls: list[None] = []
 
@@ -129,10 +137,10 @@ def test_an_error_leaves_no_hook_either() -> None:
 
 def test_a_map_that_matters_more_weighs_more() -> None:
     """A unit of relative error of a map counts as much as its share of the state: doubled outputs, heavier map."""
-    light, heavy = tiny.nested("llama"), copy.deepcopy(tiny.nested("llama"))
+    light, heavy = tiny.quantized("llama"), copy.deepcopy(tiny.quantized("llama"))
     o_proj = heavy.model.layers[2].self_attn.o_proj
     o_proj.register_forward_hook(lambda module, args, output: 4.0 * output)
-    names = [name for name, m in light.model.layers[2].named_modules() if m.__class__.__name__ == "NestedLinear"]
+    names = [name for name, m in light.model.layers[2].named_modules() if m.__class__.__name__ == "AnyPrecisionLinear"]
     i = 2 * len(names) + names.index("self_attn.o_proj")
     weights = [map_weights(Probe(adapt(model), WINDOWS), scores_of(model))[i] for model in (light, heavy)]
     assert weights[1] > 2.0 * weights[0]

@@ -12,7 +12,7 @@ import pytest
 
 from quicksilver.errors import ByteOrderMarkWarning, InputError
 from quicksilver.measure.texts import Corpus, read_documents, read_text
-from quicksilver.measure.windows import Protocol, cut
+from quicksilver.measure.windows import WindowConfig, cut
 from tests import tiny
 from training import common as training
 from training.bits_per_byte import read_scored_documents
@@ -32,13 +32,13 @@ def test_no_character_of_a_text_is_changed(file: Path) -> None:
         warnings.simplefilter("error")
         corpus = read_text(file)
     assert corpus.texts == (TEXT,)
-    windowed = cut(corpus, tiny.tokenizer(), Protocol(16, 7, bos_id=0))
+    windowed = cut(corpus, tiny.tokenizer(), WindowConfig(16, 7, bos_id=0))
     assert windowed.scored_bytes == file.stat().st_size
 
 
 @pytest.mark.parametrize("limit", range(2, 40, 3))
 def test_bytes_of_the_first_tokens_are_those_of_their_characters(limit: int) -> None:
-    windowed = cut(Corpus("t", (TEXT,), separate=True), tiny.tokenizer(), Protocol(16, 7, 0, max_tokens=limit))
+    windowed = cut(Corpus("t", (TEXT,), separate=True), tiny.tokenizer(), WindowConfig(16, 7, 0, max_tokens=limit))
     whole = TEXT.encode()[:limit].decode(errors="ignore")  # a token of the tiny tokenizer is a byte
     cut_through = "" if len(whole.encode()) == limit else TEXT[len(whole)]
     assert windowed.scored_bytes == len((whole + cut_through).encode())
@@ -52,8 +52,8 @@ def test_bytes_in_proportion_where_a_tokenizer_cannot_tell() -> None:
             return tiny.tokenizer()(text)
 
     corpus, size = Corpus("t", (TEXT,), separate=True), len(TEXT.encode())
-    assert cut(corpus, Slow(), Protocol(16, 7, 0)).scored_bytes == size
-    assert cut(corpus, Slow(), Protocol(16, 7, 0, max_tokens=20)).scored_bytes == 20
+    assert cut(corpus, Slow(), WindowConfig(16, 7, 0)).scored_bytes == size
+    assert cut(corpus, Slow(), WindowConfig(16, 7, 0, max_tokens=20)).scored_bytes == 20
 
 
 @pytest.mark.parametrize("rest", [TEXT, "\ufeff" + TEXT], ids=["one mark", "two"])

@@ -1,4 +1,4 @@
-"""Nested maps by PyTorch or map by map by the kernels: ask the rule how many bits are read, read them, count them.
+"""Quantized maps by PyTorch or map by map by the kernels: ask the rule how many bits are read, read them, count them.
 
 The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'s.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from quicksilver.backends.resolved import ResolvedPlan
 from quicksilver.backends.state import PassContext
-from quicksilver.core.bits import MAX_WIDTH, WEIGHT_BITS
+from quicksilver.core.bits import MAX_BITS, WEIGHT_BITS
 from quicksilver.core.decisions import ChannelView
 from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
 from quicksilver.families.spec import Adapter, Apply
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 
 
 class _Rows(NamedTuple):
@@ -31,7 +31,7 @@ class _Rows(NamedTuple):
 
 
 class MapReader:
-    """A plan's precision bound to a model's nested maps.
+    """A plan's precision bound to a model's quantized maps.
 
     Args:
         adapter: the model.
@@ -40,8 +40,8 @@ class MapReader:
 
     def __init__(self, adapter: Adapter, plan: ResolvedPlan) -> None:
         self._plan, self._rule, self._kernels = plan.layers, plan.bits, adapter.kernels
-        self._num_maps = len(adapter.layers[0].nested)
-        self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.nested)}
+        self._num_maps = len(adapter.layers[0].quantized)
+        self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.quantized)}
 
     def bound(self, layer_idx: int, origins: Tensor, max_bits: Tensor | None, context: PassContext) -> Apply:
         """Return the function that applies a layer's maps to rows.
@@ -58,7 +58,7 @@ class MapReader:
         given = (None if t is None else t.index_select(0, origins) for t in (max_bits, protected))
         return partial(self._apply, _Rows(layer_idx, context.trace, *given))
 
-    def _apply(self, rows: _Rows, module: NestedLinear, x: Tensor) -> Tensor:
+    def _apply(self, rows: _Rows, module: AnyPrecisionLinear, x: Tensor) -> Tensor:
         centre, product = self._plan[rows.layer_idx].centres.get(id(module)), None
         if centre is not None:
             mean, product = centre.bind(x)
@@ -70,28 +70,28 @@ class MapReader:
         present = [each for each, count in enumerate(counts) if each and count]
         if not set(present) <= set(WEIGHT_BITS):
             raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
-        y = module(x, widths=bits, present=present, kernels=self._kernels)
+        y = module(x, bits=bits, present=present, kernels=self._kernels)
         return y if product is None else y + product
 
-    def _choose(self, rows: _Rows, module: NestedLinear, x: Tensor) -> int | Tensor:
+    def _choose(self, rows: _Rows, module: AnyPrecisionLinear, x: Tensor) -> int | Tensor:
         """Return how many bits are read: one number, [N] uint8 for each row, or [N, in] for each of its channels."""
         if self._rule is None:
-            return MAX_WIDTH
+            return MAX_BITS
         map_idx, protected = self._map_idx[id(module)], rows.protected
         view = ChannelView(rows.layer_idx, map_idx, self._num_maps, x, lambda: module.channel_norms, rows.max_bits)
         choice = self._rule.ask(view)
         rows.trace.add_signals(rows.layer_idx, choice.signal_rows, choice.macs)
         bits = choice.bits
-        if protected is None or (isinstance(bits, int) and bits == MAX_WIDTH):
+        if protected is None or (isinstance(bits, int) and bits == MAX_BITS):
             return bits
         if isinstance(bits, int):
             bits = torch.full((x.shape[0],), bits, dtype=torch.uint8, device=x.device)
-        return bits.masked_fill(protected if bits.dim() == 1 else protected[:, None], MAX_WIDTH)
+        return bits.masked_fill(protected if bits.dim() == 1 else protected[:, None], MAX_BITS)
 
 
 def _channels_by_bits(bits: int | Tensor, x: Tensor) -> list[int]:
     """Return how many input channels of x ([M, in]), over all rows, are read in 0, 1, ... 8 bits."""
     if isinstance(bits, int):
-        return [x.numel() if each == bits else 0 for each in range(MAX_WIDTH + 1)]
-    counts = torch.bincount(bits.flatten().int(), minlength=MAX_WIDTH + 1)
+        return [x.numel() if each == bits else 0 for each in range(MAX_BITS + 1)]
+    counts = torch.bincount(bits.flatten().int(), minlength=MAX_BITS + 1)
     return (counts * x.shape[1] if bits.dim() == 1 else counts).tolist()

@@ -1,4 +1,4 @@
-"""Compiled kernels: whole layers of a nested model on the CPU, several at once where nobody need be asked in between.
+"""Compiled kernels: a quantized model's layers on the CPU, several at once where nobody need be asked in between.
 
 What a layer is, is `torch.py`'s; this makes the same happen in one call.
 """
@@ -16,7 +16,7 @@ from quicksilver.backends.resolved import BoundShortcut, LayerPlan, ResolvedPlan
 from quicksilver.backends.state import PassContext, State
 from quicksilver.backends.torch import TorchBackend
 from quicksilver.cache import extend
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.decisions import Fill, KernelBits
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import COUNT
@@ -24,21 +24,21 @@ from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
 from quicksilver.families.spec import Adapter, LayerOps, Leaves
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import has_whole_levels, prepared
-from quicksilver.quant import NestedLinear
+from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
+from quicksilver.quant import AnyPrecisionLinear
 
 
 def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
     """Return why the kernels cannot run a model's layers under a plan, None where they can."""
-    if not adapter.spec.is_nested:
-        return "its weights are plain; the kernels read nested ones"
+    if not adapter.spec.is_quantized:
+        return "its weights are plain; the kernels read quantized ones"
     if adapter.kernels != "native":
         return "the kernels do not read its weights"
     if any(_unknown(layer.leaves) for layer in adapter.layers):
         return "it has norms or an activation that the kernels do not know"
-    if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.nested):
-        return "levels of its narrow widths are not whole codes"
-    if plan.bits is not None and plan.bits.kernel_bits(0, 0, len(adapter.layers[0].nested)) is None:
+    if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.quantized):
+        return "levels of fewer bits are not whole codes"
+    if plan.bits is not None and plan.bits.kernel_bits(0, 0, len(adapter.layers[0].quantized)) is None:
         return f"the kernels do not know how {type(plan.bits).__name__} chooses bits"
     if len({layer.fill for layer in plan.layers}) > 1:
         return "halted tokens leave something else in each layer"
@@ -113,7 +113,7 @@ class NativeBackend:
         if (
             (not state.num_running and self._fill is not Fill.PROJECT)
             or (self._modules is not None and self._modules.is_observed)
-            or self._layers[0].nested[0].is_expanded
+            or self._layers[0].quantized[0].is_expanded
             or state.masses is not None
             or state.present is not state.chunk
             or any(context.fuses)
@@ -133,7 +133,7 @@ class NativeBackend:
         return state.frozen.clone().index_copy_(0, state.layout.origin, state.hidden)
 
     def _new_runner(self) -> Any:
-        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].nested[-1]
+        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].quantized[-1]
         return native.extension().LayerRunner(
             [self._layer(*each) for each in zip(range(spec.num_layers), self._layers, self._plan.layers, strict=True)],
             spec.hidden_size,
@@ -150,7 +150,7 @@ class NativeBackend:
         for name, norm in leaves.norms.items():
             layer.set_norm(name, *self._norm(norm))
         layer.set_sublayers(leaves.norms_projections, leaves.residual_scale or 1.0)
-        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.nested, strict=True)):
+        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.quantized, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for shortcut in (plan.attention, plan.mlp):
             if shortcut is not None:
@@ -172,14 +172,14 @@ class NativeBackend:
         assert operands is not None  # see `_unknown`
         return self._address(operands.weight), self._address(operands.bias), operands.epsilon
 
-    def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: NestedLinear) -> None:
+    def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: AnyPrecisionLinear) -> None:
         mean, bias, rule = None, module.bias, self._plan.bits
         centre = self._plan.layers[layer_idx].centres.get(id(module))
         if centre is not None:
             mean, product = centre.bind(module.channel_norms)
             bias = product if bias is None else bias + product
-        num_maps = len(self._layers[0].nested)
-        chosen = KernelBits((MAX_WIDTH,)) if rule is None else rule.kernel_bits(layer_idx, map_idx, num_maps)
+        num_maps = len(self._layers[0].quantized)
+        chosen = KernelBits((MAX_BITS,)) if rule is None else rule.kernel_bits(layer_idx, map_idx, num_maps)
         assert chosen is not None  # see `unsupported_reason`
         matrix = prepared(module.stored, by_channel=bool(chosen.thresholds))
         self._kept.append(matrix)
@@ -225,18 +225,17 @@ def _marks(
     layout: RaggedLayout, halted: Tensor | None, state: State, context: PassContext
 ) -> list[tuple[bool, bool, bool, int]]:
     """Return for each row whether it has halted, reads all bits, and runs all sublayers, and its bits at most."""
-    protected = context.protected
-    given = protected.bits, protected.shortcuts, state.max_bits
+    given = context.protected.bits, context.protected.shortcuts, state.max_bits
     if halted is None and all(tensor is None for tensor in given):
-        return [(False, False, False, MAX_WIDTH)] * sum(layout.lengths)
+        return [(False, False, False, MAX_BITS)] * sum(layout.lengths)
     stopped = set() if halted is None else set(halted.tolist())
-    all_bits, unshortened, most = (None if tensor is None else tensor.tolist() for tensor in given)
+    bits, shortcuts, most = (None if tensor is None else tensor.tolist() for tensor in given)
     return [
         (
             origin in stopped,
-            all_bits is not None and all_bits[origin],
-            unshortened is not None and unshortened[origin],
-            MAX_WIDTH if most is None else most[origin],
+            bits is not None and bits[origin],
+            shortcuts is not None and shortcuts[origin],
+            MAX_BITS if most is None else most[origin],
         )
         for origin in layout.origin.tolist()
     ]

@@ -18,7 +18,7 @@ from quicksilver.ops import Screen
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
 from quicksilver.plan.tensors import named_vector
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import Part, PrecisionRule, Shortcut, threshold_at
 from quicksilver.rules.precision.base import mean_name
 
@@ -50,7 +50,7 @@ class Centre:
         mean: as the plan holds it.
     """
 
-    def __init__(self, module: NestedLinear, mean: Tensor) -> None:
+    def __init__(self, module: AnyPrecisionLinear, mean: Tensor) -> None:
         self._module, self._mean = module, mean
         self._bound: tuple[Tensor, Tensor] | None = None
 
@@ -122,7 +122,7 @@ def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
         PlanError: the plan does not fit the model, or a tensor of it is missing or of another shape.
     """
     spec = adapter.spec
-    plan.check_model(spec.num_layers, len(adapter.layers[0].nested), spec.hidden_size)
+    plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
     maps = plan.fitted_maps(spec.num_layers, spec.hidden_size)
     bound = {name: fitted.to(spec.device, spec.dtype) for name, fitted in maps.items()}
     gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
@@ -165,11 +165,11 @@ def _shortcuts(plan: Plan, adapter: Adapter, maps: Mapping[str, AffineMap]) -> d
 
 
 def _centres(plan: Plan, adapter: Adapter, layer_idx: int) -> dict[int, Centre]:
-    """Return the means of the inputs of a layer's nested maps, where the plan's rule subtracts them."""
+    """Return the means of the inputs of a layer's quantized maps, where the plan's rule subtracts them."""
     if plan.precision is None or not plan.precision.rule.reads_means:
         return {}
     centres = {}
-    for map_idx, module in enumerate(adapter.layers[layer_idx].nested):
+    for map_idx, module in enumerate(adapter.layers[layer_idx].quantized):
         name = mean_name(layer_idx, map_idx)
         centres[id(module)] = Centre(module, named_vector(plan.tensors or {}, name, module.num_inputs))
     return centres

@@ -67,7 +67,7 @@ class TorchBackend:
     ) -> None:
         self._layers, self._plan, self.reason = adapter.layers, plan, reason
         self._attention: AttentionBackend = attention
-        self._maps = MapReader(adapter, plan) if adapter.spec.is_nested else None
+        self._maps = MapReader(adapter, plan) if adapter.spec.is_quantized else None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         """Give one layer after another, up to where nothing is left to do."""

@@ -88,7 +88,7 @@ class SequenceCache:
         self._joined = bytearray()  # by position: the token joined the one before it; False behind the end
         self._joinable = bytearray()  # by position: a token of a later pass could have joined it
 
-    def obstacle(self, shape: CacheShape, owner: ModelIdentity) -> str | None:
+    def unsupported_reason(self, shape: CacheShape, owner: ModelIdentity) -> str | None:
         """Return why a model cannot go on with this cache in a shape, None where it can."""
         if not self._layers:
             return "the cache was dropped"

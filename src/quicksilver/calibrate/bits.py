@@ -21,7 +21,7 @@ from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig, PrecisionRule
 from quicksilver.rules.precision.graded import Thresholds
 from quicksilver.runtime.loop import Decoder
@@ -45,14 +45,14 @@ def fit(
     count: they read all bits whatever the thresholds are.
 
     Args:
-        adapter: a model with nested weights.
+        adapter: a model with any-precision weights.
         plan: what to fit; its other mechanisms are off while scores are collected.
         windows: token ids [T] of calibration text, each run on its own.
         on_window: called after each window.
         special_ids: token ids that a plan with `protect_special` protects, as given to the decoder.
 
     Raises:
-        PlanError: the model's weights are not nested, or the plan would not fit the model once fitted.
+        PlanError: the model's weights are not quantized, or the plan would not fit the model once fitted.
         InputError: no window holds a token that is not protected.
     """
     if plan.precision is None or plan.precision.rule.is_fitted:
@@ -71,9 +71,9 @@ def fit(
 
 def _check(adapter: Adapter, plan: Plan, precision: PrecisionConfig) -> None:
     """Raise PlanError where the plan could not be run with any thresholds."""
-    spec, num_maps = adapter.spec, len(adapter.layers[0].nested)
-    if not spec.is_nested:
-        raise PlanError(f"plan {plan.name!r}: bits are fitted to nested weights, the model's are plain")
+    spec, num_maps = adapter.spec, len(adapter.layers[0].quantized)
+    if not spec.is_quantized:
+        raise PlanError(f"plan {plan.name!r}: bits are fitted to any-precision weights, the model's are plain")
     if precision.rule.reads_means:
         raise PlanError(f"plan {plan.name!r}: a rule that centres inputs is made by `quicksilver calibrate`")
     try:
@@ -190,16 +190,16 @@ def collect_scores(
 
     Args:
         rule: says what a score is, and which bits there are.
-        adapter: a model with nested weights.
+        adapter: a model with any-precision weights.
         text: calibration text, each piece run on its own.
         on_window: called after each piece.
         means: of each map's inputs, where the rule is centred.
     """
-    modules = [module for layer in adapter.layers for module in layer.nested]
+    modules = [module for layer in adapter.layers for module in layer.quantized]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)
 
-    def observe(i: int, module: NestedLinear, inputs: Tensor, output: Tensor) -> None:
+    def observe(i: int, module: AnyPrecisionLinear, inputs: Tensor, output: Tensor) -> None:
         inputs = inputs if means is None else inputs - means[i].to(inputs)
         view = ChannelView(0, i, len(modules), inputs, lambda: module.channel_norms, None)
         counts[i] += histogram(rule.score(view)[0])
@@ -214,17 +214,17 @@ def collect_scores(
 
 
 def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[], None] = lambda: None) -> list[Tensor]:
-    """Return the mean of each nested map's inputs, [in] float32, layer after layer, from one pass of the dense model.
+    """Return the mean of each map's inputs, [in] float32, layer after layer, from one pass of the dense model.
 
     Args:
-        adapter: a model with nested weights.
+        adapter: a model with any-precision weights.
         text: calibration text, each piece run on its own.
         on_window: called after each piece.
     """
-    modules = [module for layer in adapter.layers for module in layer.nested]
+    modules = [module for layer in adapter.layers for module in layer.quantized]
     sums = [torch.zeros(module.num_inputs, dtype=torch.float64, device=adapter.spec.device) for module in modules]
 
-    def observe(i: int, module: NestedLinear, inputs: Tensor, output: Tensor) -> None:
+    def observe(i: int, module: AnyPrecisionLinear, inputs: Tensor, output: Tensor) -> None:
         sums[i] += inputs.double().sum(0)
 
     num_rows = _watch_maps(adapter, modules, text, observe, on_window)
@@ -233,14 +233,14 @@ def collect_means(adapter: Adapter, text: Sequence[Text], on_window: Callable[[]
 
 def _watch_maps(
     adapter: Adapter,
-    modules: Sequence[NestedLinear],
+    modules: Sequence[AnyPrecisionLinear],
     text: Sequence[Text],
-    see: Callable[[int, NestedLinear, Tensor, Tensor], None],
+    see: Callable[[int, AnyPrecisionLinear, Tensor, Tensor], None],
     on_window: Callable[[], None],
 ) -> int:
     """Run the dense model over text, and show each map's inputs and outputs, of unprotected rows; return how many."""
 
-    def observe(i: int, module: NestedLinear, args: tuple[Any, ...], output: Tensor) -> None:
+    def observe(i: int, module: AnyPrecisionLinear, args: tuple[Any, ...], output: Tensor) -> None:
         see(i, module, args[0][rows], output[rows])
 
     with observing(modules, observe):
@@ -252,7 +252,7 @@ def _watch_maps(
     return sum(len(window.rows) for window in text)
 
 
-def _map_scores(rule: ChannelBitsRule, module: NestedLinear, counts: Tensor, power: float) -> MapScores:
+def _map_scores(rule: ChannelBitsRule, module: AnyPrecisionLinear, counts: Tensor, power: float) -> MapScores:
     weight = module.codes.dequantize()
     total = max(float(weight.double().square().sum()), 1e-30)
     lost = tuple(
@@ -266,12 +266,12 @@ def _balance(maps: Sequence[MapScores], bits: tuple[int, ...], target: float) ->
     """Return each map's thresholds at the price of a bit at which `target` bits are read on average."""
     low, high, total = -200.0, 200.0, sum(each.cost for each in maps)  # log2 of the price
     for _ in range(_BISECTIONS):
-        price = (low + high) / 2
-        spent = sum(each.cost * _mean_bits(each, bits, thresholds(each, bits, 2.0**price)) for each in maps)
+        nats_per_work = (low + high) / 2
+        spent = sum(each.cost * _mean_bits(each, bits, thresholds(each, bits, 2.0**nats_per_work)) for each in maps)
         if spent > target * total:
-            low = price
+            low = nats_per_work
         else:
-            high = price
+            high = nats_per_work
     return tuple(thresholds(each, bits, 2.0**high) for each in maps)
 
 

@@ -39,27 +39,27 @@ FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Candidate:
     """A candidate before it is a plan.
 
     Attributes:
-        price: nats that the whole of a dense token's work is worth.
+        nats_per_work: nats that the whole of a dense token's work is worth.
         factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead;
             for entries, which have no price, anything.
         fill: what a halted token leaves in deeper layers.
     """
 
-    price: float
+    nats_per_work: float
     factors: Mapping[Mechanism, float]
     fill: str = "propagate"
 
-    def without(self, mechanism: Mechanism) -> Knobs:
-        """Return the knobs with a mechanism off."""
+    def without(self, mechanism: Mechanism) -> Candidate:
+        """Return the candidate with a mechanism off."""
         return replace(self, factors={name: each for name, each in self.factors.items() if name != mechanism})
 
 
 @dataclass
-class Fits:
+class CalibrationData:
     """All that is known of a model before the search.
 
     Attributes:
@@ -70,7 +70,7 @@ class Fits:
         halt_layers: layers after which tokens may halt, contiguous up to the last but one; empty for none.
         shortcuts: for each sublayer the nats that one unit of its map's relative error costs, and the mean nats where
             every token takes it.
-        map_scores: of the nested maps; empty for plain weights.
+        map_scores: of the quantized maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
         centred: channels that are left out stand at their mean.
         prices: of what attention need not read.
@@ -90,66 +90,66 @@ class Fits:
     entry_nats: float = 0.0
 
 
-def build(knobs: Knobs, fits: Fits, name: str, bits: tuple[int, ...]) -> Plan:
-    """Return the plan of some knobs.
+def build(candidate: Candidate, data: CalibrationData, name: str, bits: tuple[int, ...]) -> Plan:
+    """Return the plan of some candidate.
 
     Args:
-        knobs: the candidate.
-        fits: of the model.
+        candidate: the candidate.
+        data: of the model.
         name: of the plan.
         bits: that channels may be read at.
     """
     halting: dict[str, Any] = {}
     kv: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    product = fits.units.entry if "entries" in knobs.factors else fits.units.pair
-    for mechanism, factor in knobs.factors.items():
-        price = knobs.price * factor
-        if mechanism == "halting" and fits.halt_layers:
-            halting |= _halting(price, fits)
-            kv["fill"] = FILLS[knobs.fill]
+    product = data.units.entry if "entries" in candidate.factors else data.units.pair
+    for mechanism, factor in candidate.factors.items():
+        nats_per_work = candidate.nats_per_work * factor
+        if mechanism == "halting" and data.halt_layers:
+            halting |= _halting(nats_per_work, data)
+            kv["fill"] = FILLS[candidate.fill]
         elif mechanism == "shortcuts":
-            halting["shortcuts"] = shortcuts_at(price, fits)
+            halting["shortcuts"] = shortcuts_at(nats_per_work, data)
         elif mechanism in KNOBS:
-            limits = fits.prices.get(mechanism, AttentionPrices()).thresholds(price * product)
+            limits = data.prices.get(mechanism, AttentionPrices()).thresholds(nats_per_work * product)
             kv[KNOBS[mechanism]] = limits if any(limits) else 0.0
         elif mechanism == "entries":
             kv["bits"] = 8
         elif mechanism == "fusion":
             parts["fusion"] = FusionConfig(CosineFusionRule(factor))
         elif mechanism == "channels":
-            parts["precision"] = _channels(price, fits, bits)
+            parts["precision"] = _channels(nats_per_work, data, bits)
     if any(halting.values()):
         parts["halting"] = HaltingConfig(**halting)
     plan = Plan(name, kv=KVConfig(**kv), **parts)
-    tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith(prefixes(plan, fits))}
+    tensors = {key: tensor for key, tensor in data.tensors.items() if key.startswith(prefixes(plan, data))}
     return replace(plan, tensors=PlanTensors(tensors)) if tensors else plan
 
 
-def prefixes(plan: Plan, fits: Fits) -> tuple[str, ...]:
+def prefixes(plan: Plan, data: CalibrationData) -> tuple[str, ...]:
     """Return what the names of the tensors begin with that a plan uses."""
     names = [f"{shortcut.name}." for shortcut in plan.shortcuts]
     if plan.halting is not None and plan.halting.rule is not None:
-        names += [f"{kind}.{i}." for i in fits.halt_layers for kind in ("output", "gate")]
-    if plan.precision is not None and fits.centred:
+        names += [f"{kind}.{i}." for i in data.halt_layers for kind in ("output", "gate")]
+    if plan.precision is not None and data.centred:
         names.append("mean.")
     return tuple(names)
 
 
-def static_exit(layer_idx: int, fits: Fits) -> Plan:
+def static_exit(layer_idx: int, data: CalibrationData) -> Plan:
     """Return the plan under which every token halts after one layer, and predicts through its map."""
     depth = layer_idx + 1
     rule = ForcedRule((depth,))
     config = HaltingConfig(rule, min_layer=depth, protect_first=0, protect_special=False, output_maps=True)
-    tensors = {key: tensor for key, tensor in fits.tensors.items() if key.startswith("output.")}
+    tensors = {key: tensor for key, tensor in data.tensors.items() if key.startswith("output.")}
     return Plan(f"exit-{depth}", config, KVConfig(PropagateFill()), tensors=PlanTensors(tensors))
 
 
-def shortcuts_at(price: float, fits: Fits) -> tuple[Shortcut, ...]:
+def shortcuts_at(nats_per_work: float, data: CalibrationData) -> tuple[Shortcut, ...]:
     """Return the shortcuts whose gates let tokens skip at a price; none where nobody would."""
     taken = []
-    for (layer_idx, part), (weight, nats) in sorted(fits.shortcuts.items()):
-        limit = price * _unit_work((layer_idx, part), fits)
+    for (layer_idx, part), (weight, nats) in sorted(data.shortcuts.items()):
+        limit = nats_per_work * _unit_work((layer_idx, part), data)
         if nats < _HOPE * limit:
             taken.append(Shortcut(layer_idx, part, limit / max(weight, 1e-30)))
     return tuple(taken)
@@ -158,30 +158,32 @@ def shortcuts_at(price: float, fits: Fits) -> tuple[Shortcut, ...]:
 _HOPE = 8.0  # where all tokens together lose more than this many times what they may, the gate would let too few past
 
 
-def _unit_work(unit: Unit, fits: Fits) -> float:
+def _unit_work(unit: Unit, data: CalibrationData) -> float:
     """Return what a sublayer does for a token beyond its map, as a share of the dense model's work."""
-    spec, layer_idx, part = fits.spec, *unit
+    spec, layer_idx, part = data.spec, *unit
     layer = spec.layers[layer_idx]
     name = f"shortcut.{layer_idx}.{part}"
-    of_map = sum(t.numel() for key, t in fits.tensors.items() if key.startswith(name) and t.dim() == 2)
-    weight, fitted = fits.units.weight(spec.weight_bits), fits.units.weight(8 * spec.dtype.itemsize)
+    of_map = sum(t.numel() for key, t in data.tensors.items() if key.startswith(name) and t.dim() == 2)
+    weight, fitted = data.units.weight(spec.weight_bits), data.units.weight(8 * spec.dtype.itemsize)
     if part == "mlp":
         return layer.mlp_macs * weight - of_map * fitted
-    seen = fits.context / 4 if layer.window is None else min(fits.context / 4, layer.window)
+    seen = data.context / 4 if layer.window is None else min(data.context / 4, layer.window)
     pairs = seen * spec.attention_macs_per_pair  # about; values that are not read already left out
-    return layer.query_macs * weight + pairs * fits.units.pair - of_map * fitted
+    return layer.query_macs * weight + pairs * data.units.pair - of_map * fitted
 
 
-def _halting(price: float, fits: Fits) -> dict[str, Any]:
-    layers = fits.spec.num_layers
-    limits = tuple(price * (layers - 1 - i) * fits.units.layer if i in fits.halt_layers else 0.0 for i in range(layers))
-    return {"rule": FittedRule(limits), "min_layer": fits.halt_layers[0] + 1, "output_maps": True}
+def _halting(nats_per_work: float, data: CalibrationData) -> dict[str, Any]:
+    layers = data.spec.num_layers
+    limits = tuple(
+        nats_per_work * (layers - 1 - i) * data.units.layer if i in data.halt_layers else 0.0 for i in range(layers)
+    )
+    return {"rule": FittedRule(limits), "min_layer": data.halt_layers[0] + 1, "output_maps": True}
 
 
-def _channels(price: float, fits: Fits, bits: tuple[int, ...]) -> PrecisionConfig:
+def _channels(nats_per_work: float, data: CalibrationData, bits: tuple[int, ...]) -> PrecisionConfig:
     """Return channels' bits at a price, a set of thresholds for each map."""
     limits = tuple(
-        thresholds(scores, bits, price * fits.units.bit, price * fits.units.mac, weight)
-        for scores, weight in zip(fits.map_scores, fits.map_weights, strict=True)
+        thresholds(scores, bits, nats_per_work * data.units.bit, nats_per_work * data.units.mac, weight)
+        for scores, weight in zip(data.map_scores, data.map_weights, strict=True)
     )
-    return PrecisionConfig(ChannelBitsRule(limits, bits, centred=fits.centred))
+    return PrecisionConfig(ChannelBitsRule(limits, bits, centred=data.centred))

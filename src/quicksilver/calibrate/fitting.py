@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quicksilver.calibrate import outputs, sensitivity, shortcuts
 from quicksilver.calibrate.bits import Text, collect_means, collect_scores, unprotected
-from quicksilver.calibrate.candidates import Fits, shortcuts_at
+from quicksilver.calibrate.candidates import CalibrationData, shortcuts_at
 from quicksilver.calibrate.histograms import quantiles
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
@@ -37,7 +37,7 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
     if "entries" in mechanisms:
         total += 1
     if "channels" in mechanisms:
-        total += 3 * num_windows + sum(len(layer.nested) for layer in adapter.layers)
+        total += 3 * num_windows + sum(len(layer.quantized) for layer in adapter.layers)
     return total
 
 
@@ -49,7 +49,7 @@ def fit(
     bits: tuple[int, ...],
     special_ids: Sequence[int] = (),
     on_step: Callable[[], None] = lambda: None,
-) -> Fits:
+) -> CalibrationData:
     """Fit maps and gates, and measure what each unit of work is worth.
 
     Args:
@@ -62,29 +62,29 @@ def fit(
         on_step: called after each of `steps`.
     """
     spec = adapter.spec
-    fits = Fits(spec, units, max(map(len, windows)))
+    data = CalibrationData(spec, units, max(map(len, windows)))
     probe = sensitivity.Probe(adapter, windows[:: max(len(windows) // _PROBED, 1)][:_PROBED])
     if "halting" in mechanisms and spec.num_layers > 1:
         first = min(max(int(spec.num_layers * _FIRST_EXIT), 1), spec.num_layers - 1) - 1
-        fits.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
-        fits.tensors |= outputs.fit_maps(adapter, fits.halt_layers, windows, on_step)
-        fits.tensors |= outputs.fit_gates(adapter, fits.tensors, fits.halt_layers, windows, on_step)
+        data.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
+        data.tensors |= outputs.fit_maps(adapter, data.halt_layers, windows, on_step)
+        data.tensors |= outputs.fit_gates(adapter, data.tensors, data.halt_layers, windows, on_step)
     for mechanism in sensitivity.THRESHOLDS:
         if mechanism in mechanisms:
-            fits.prices[mechanism] = sensitivity.attention_prices(probe, mechanism, on_step)
+            data.prices[mechanism] = sensitivity.attention_prices(probe, mechanism, on_step)
     if "entries" in mechanisms:
-        fits.entry_nats = probe.nats(Plan("entries", kv=KVConfig(bits=8)))
+        data.entry_nats = probe.nats(Plan("entries", kv=KVConfig(bits=8)))
         on_step()
     if "channels" in mechanisms:
         text = unprotected(adapter, PrecisionConfig(ChannelBitsRule(target=8.0)), windows, special_ids)
-        _fit_channels(fits, adapter, probe, text, bits, on_step)
+        _fit_channels(data, adapter, probe, text, bits, on_step)
     if "shortcuts" in mechanisms:
-        _fit_shortcuts(fits, adapter, probe, windows, on_step)
-    return fits
+        _fit_shortcuts(data, adapter, probe, windows, on_step)
+    return data
 
 
 def _fit_channels(
-    fits: Fits,
+    data: CalibrationData,
     adapter: Adapter,
     probe: sensitivity.Probe,
     text: Sequence[Text],
@@ -93,7 +93,7 @@ def _fit_channels(
 ) -> None:
     """Learn what channels contribute, plain or less their mean, whichever lets more of them be left out."""
     means = collect_means(adapter, text, on_step)
-    tensors = {mean_name(*divmod(i, len(adapter.layers[0].nested))): mean for i, mean in enumerate(means)}
+    tensors = {mean_name(*divmod(i, len(adapter.layers[0].quantized))): mean for i, mean in enumerate(means)}
     found = []
     for centred in (False, True):
         rule = ChannelBitsRule(target=8.0, bits=bits, centred=centred)
@@ -102,14 +102,14 @@ def _fit_channels(
         config = PrecisionConfig(ChannelBitsRule(limits, (8, 0), centred=centred))
         nats = probe.nats(Plan("channels", precision=config, tensors=PlanTensors(tensors) if centred else None))
         found.append((nats, centred, scores))
-    _, fits.centred, fits.map_scores = min(found, key=lambda each: each[0])
-    if fits.centred:
-        fits.tensors |= tensors
-    fits.map_weights = sensitivity.map_weights(probe, fits.map_scores, means if fits.centred else None, on_step)
+    _, data.centred, data.map_scores = min(found, key=lambda each: each[0])
+    if data.centred:
+        data.tensors |= tensors
+    data.map_weights = sensitivity.map_weights(probe, data.map_scores, means if data.centred else None, on_step)
 
 
 def _fit_shortcuts(
-    fits: Fits,
+    data: CalibrationData,
     adapter: Adapter,
     probe: sensitivity.Probe,
     windows: Sequence[Tensor],
@@ -122,7 +122,7 @@ def _fit_shortcuts(
         shortcut = Shortcut(*unit)
         own = PlanTensors({key: t for key, t in tensors.items() if key.startswith(f"{shortcut.name}.")})
         nats = probe.nats(Plan("one", HaltingConfig(shortcuts=(shortcut,)), tensors=own))
-        fits.shortcuts[unit] = (nats / max(errors[unit], 1e-30), nats)
+        data.shortcuts[unit] = (nats / max(errors[unit], 1e-30), nats)
         on_step()
-    fits.tensors |= tensors
-    fits.tensors |= shortcuts.fit_in_order(adapter, shortcuts_at(_REFIT_PRICE, fits), windows)
+    data.tensors |= tensors
+    data.tensors |= shortcuts.fit_in_order(adapter, shortcuts_at(_REFIT_PRICE, data), windows)

@@ -14,7 +14,7 @@ from torch import Tensor
 from quicksilver.calibrate.hooks import observing
 from quicksilver.errors import InputError, ModelError
 from quicksilver.families.family import family_of
-from quicksilver.families.nesting import HEAD, input_groups
+from quicksilver.families.quantize import HEAD, input_groups
 
 
 @torch.no_grad()

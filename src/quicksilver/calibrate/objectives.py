@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quicksilver.core.bits import ENTRY_BITS, MAX_WIDTH
+from quicksilver.core.bits import ENTRY_BITS, MAX_BITS
 from quicksilver.families.cost import Cost
 from quicksilver.families.spec import ModelSpec
 
@@ -31,7 +31,7 @@ class UnitCosts:
     entry: float
     layer: float
 
-    def weight(self, bits: int = MAX_WIDTH) -> float:
+    def weight(self, bits: int = MAX_BITS) -> float:
         """Return what a multiply-add with a weight of so many bits is."""
         return self.mac + bits * self.bit
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from typing import Protocol as Shape
 
-from quicksilver.calibrate import choosing, fits_file, fitting
-from quicksilver.calibrate.candidates import FILLS, Fits, Knobs, build, static_exit
+from quicksilver.calibrate import choosing, data_file, fitting
+from quicksilver.calibrate.candidates import FILLS, CalibrationData, Candidate, build, static_exit
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import Objective, unit_costs
 from quicksilver.calibrate.paper import PaperSearch
@@ -21,7 +21,7 @@ from quicksilver.calibrate.search import ROUGH, Scored, Search
 from quicksilver.calibrate.splits import Split
 from quicksilver.calibrate.trials import Trials
 from quicksilver.core.files import write_atomically
-from quicksilver.measure.windows import Protocol
+from quicksilver.measure.windows import WindowConfig
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.quant.linear import keeping_expanded
@@ -90,9 +90,9 @@ class Calibrator:
 
     Args:
         model: as it is, the baseline.
-        runner: that runs candidates: the same, or its copy with nested weights.
+        runner: that runs candidates: the same, or its copy with any-precision weights.
         parts: of the text.
-        protocol: that cut it.
+        window_config: that cut it.
         settings: what is asked for.
         folder: where what was found is kept, and found again.
         fingerprint: of the model's weights and of the text.
@@ -105,7 +105,7 @@ class Calibrator:
         model: QuickSilverForCausalLM,
         runner: QuickSilverForCausalLM,
         parts: Split,
-        protocol: Protocol,
+        window_config: WindowConfig,
         settings: Settings,
         folder: Path,
         fingerprint: str,
@@ -117,9 +117,9 @@ class Calibrator:
         self._ends: float | None = None
         interleaved = settings.objective == "seconds"
         self._scorers = [
-            Scorer(model, runner, part, protocol, name, interleaved) for part in (parts.search, parts.held_out)
+            Scorer(model, runner, part, window_config, name, interleaved) for part in (parts.search, parts.held_out)
         ]
-        self._rough = Scorer(model, runner, parts.search.thinned(_ROUGH_STEP), protocol, name, interleaved)
+        self._rough = Scorer(model, runner, parts.search.thinned(_ROUGH_STEP), window_config, name, interleaved)
 
     def run(self) -> Calibration:
         """Fit, search, choose and verify."""
@@ -127,40 +127,40 @@ class Calibrator:
             return self._run()
 
     def _run(self) -> Calibration:
-        fits = self._fit()
-        candidates = [*self._baselines(fits), *self._search(fits)]
+        data = self._fit()
+        candidates = [*self._baselines(data), *self._search(data)]
         settings, score = self._settings, self._scorers[1].score
         eligible = choosing.eligible(candidates, settings.objective, settings.budget)
         with self._progress("verifying on held-out text", 1) as advance:
             verified = choosing.verify(
-                eligible, settings.budget, lambda each: self._kept("held-out", self._plan(each, fits), score)
+                eligible, settings.budget, lambda each: self._kept("held-out", self._plan(each, data), score)
             )
             advance()
         if verified.chosen is None:
             return Calibration(Plan.dense(), candidates, verified, {})
         return Calibration(
-            self._plan(verified.chosen, fits), candidates, verified, self._leave_one_out(verified.chosen, fits)
+            self._plan(verified.chosen, data), candidates, verified, self._leave_one_out(verified.chosen, data)
         )
 
-    def _fit(self) -> Fits:
+    def _fit(self) -> CalibrationData:
         path, adapter, settings = self._folder / "fits.safetensors", self._runner.adapter, self._settings
         key = self._key(settings.mechanisms, settings.objective, settings.bits, len(self._parts.fit))
-        fits = fits_file.read(path, key, adapter.spec)
-        if fits is not None:
-            return fits
+        data = data_file.read(path, key, adapter.spec)
+        if data is not None:
+            return data
         units = unit_costs(settings.objective, adapter.spec, *self._scorers[0].dense_cost(adapter))
         special_ids = self._runner.special_ids
         total = fitting.steps(adapter, settings.mechanisms, len(self._parts.fit))
         with self._progress("fitting", total) as advance:
-            fits = fitting.fit(
+            data = fitting.fit(
                 adapter, settings.mechanisms, units, self._parts.fit, settings.bits, special_ids, advance
             )
-        fits_file.write(path, key, fits)
-        return fits
+        data_file.write(path, key, data)
+        return data
 
-    def _search(self, fits: Fits) -> Iterator[Scored]:
+    def _search(self, data: CalibrationData) -> Iterator[Scored]:
         settings = self._settings
-        searched, always = self._switches(fits)
+        searched, always = self._switches(data)
         search = Search(searched, settings.budget, settings.objective, settings.fills, settings.trials, always)
         key = self._key(
             "together",
@@ -172,20 +172,20 @@ class Calibrator:
             tuple(FILLS) if settings.fills else (),
         )
         if "entries" in settings.mechanisms:
-            alone = Knobs(0.0, {"entries": 1.0})
-            plan = build(alone, fits, "entries", settings.bits)
+            alone = Candidate(0.0, {"entries": 1.0})
+            plan = build(alone, data, "entries", settings.bits)
             yield Scored("entries", self._kept("search", plan, self._scorers[0].score), alone)
         trials = Trials(self._folder / "study.log", key, settings.objective, settings.seed)
 
         def score(parameters: dict[str, Any]) -> dict[str, Any] | None:
-            plan = build(search.knobs(parameters, trials.finished), fits, "candidate", settings.bits)
+            plan = build(search.candidate(parameters, trials.finished), data, "candidate", settings.bits)
             return self._kept("rough", plan, self._rough.score) if ROUGH in parameters else self._searched(plan)
 
         with self._progress("searching", settings.trials) as advance:
             trials.run(search.propose, score, settings.trials, self._deadline(), advance)
         yield from search.scored(trials.finished)
 
-    def _switches(self, fits: Fits) -> tuple[list[Mechanism], list[Mechanism]]:
+    def _switches(self, data: CalibrationData) -> tuple[list[Mechanism], list[Mechanism]]:
         """Return the mechanisms to search, and those that every candidate has.
 
         Coded entries are searched where they save what is asked for. Elsewhere they are taken where they cost next to
@@ -197,10 +197,10 @@ class Calibrator:
             return searched, []
         if settings.objective in ("bitops", "kv_bytes"):
             return [*searched, "entries"], []
-        free = fits.entry_nats <= _FREE * settings.budget.nats(self._scorers[0].dense_nll)
+        free = data.entry_nats <= _FREE * settings.budget.nats(self._scorers[0].dense_nll)
         return searched, ["entries"] if free else []
 
-    def _baselines(self, fits: Fits) -> Iterator[Scored]:
+    def _baselines(self, data: CalibrationData) -> Iterator[Scored]:
         """Score the published rules with tuned thresholds, and every token's exit at one layer."""
         settings, score = self._settings, self._scorers[0].score
         paper = PaperSearch(self._runner.adapter, self._parts.fit[0])
@@ -218,31 +218,31 @@ class Calibrator:
         for trial in trials.finished:
             if trial.user_attrs:
                 yield Scored("paper", trial.user_attrs["row"])
-        with self._progress("static exits", len(fits.halt_layers)) as advance:
-            for layer_idx in reversed(fits.halt_layers):
-                row = self._kept("search", static_exit(layer_idx, fits), score)
+        with self._progress("static exits", len(data.halt_layers)) as advance:
+            for layer_idx in reversed(data.halt_layers):
+                row = self._kept("search", static_exit(layer_idx, data), score)
                 yield Scored("exit", row)
                 advance()
                 if settings.budget.upper(row) > _EXITS_TO * settings.budget.limit:
                     break
 
-    def _leave_one_out(self, chosen: Scored, fits: Fits) -> dict[str, dict[str, Any]]:
-        if chosen.knobs is None or len(chosen.knobs.factors) < 2:
+    def _leave_one_out(self, chosen: Scored, data: CalibrationData) -> dict[str, dict[str, Any]]:
+        if chosen.candidate is None or len(chosen.candidate.factors) < 2:
             return {}
-        without = {name: chosen.knobs.without(name) for name in chosen.knobs.factors}
+        without = {name: chosen.candidate.without(name) for name in chosen.candidate.factors}
         with self._progress("leaving each mechanism out", len(without)) as advance:
             rows = {}
-            for name, knobs in without.items():
-                plan = build(knobs, fits, f"without {name}", self._settings.bits)
+            for name, candidate in without.items():
+                plan = build(candidate, data, f"without {name}", self._settings.bits)
                 rows[name] = self._kept("search", plan, self._scorers[0].score)
                 advance()
         return rows
 
-    def _plan(self, candidate: Scored, fits: Fits) -> Plan:
-        if candidate.knobs is not None:
-            return build(candidate.knobs, fits, "calibrated", self._settings.bits)
+    def _plan(self, candidate: Scored, data: CalibrationData) -> Plan:
+        if candidate.candidate is not None:
+            return build(candidate.candidate, data, "calibrated", self._settings.bits)
         depth = candidate.row["plan"]["halting"]["min_layer"] if candidate.group == "exit" else None
-        return static_exit(depth - 1, fits) if depth else Plan.from_dict(candidate.row["plan"])
+        return static_exit(depth - 1, data) if depth else Plan.from_dict(candidate.row["plan"])
 
     def _searched(self, plan: Plan) -> dict[str, Any] | None:
         """Return a candidate's figures on the searched part, None where it is given up; other budgets may know it."""

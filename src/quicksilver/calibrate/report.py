@@ -42,7 +42,7 @@ def frontier(result: Calibration, settings: Settings, facts: dict[str, Any]) -> 
         "candidates": [
             {
                 "group": each.group,
-                "knobs": None if each.knobs is None else asdict(each.knobs),
+                "candidate": None if each.candidate is None else asdict(each.candidate),
                 "on_frontier": id(each) in best,
                 "within_budget": id(each) in holding,
                 **summary(each.row, settings),

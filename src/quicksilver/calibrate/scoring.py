@@ -15,7 +15,7 @@ from quicksilver.families.spec import Adapter
 from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import EngineRecord, Fed, compare, feed, new_record
 from quicksilver.measure.statistics import PairedDelta, paired_delta
-from quicksilver.measure.windows import Protocol
+from quicksilver.measure.windows import WindowConfig
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.runtime.loop import Decoder
@@ -67,9 +67,9 @@ class Scorer:
 
     Args:
         model: the model as it is, the baseline.
-        runner: the model that runs candidates that choose bits: the same, or its copy with nested weights.
+        runner: the model that runs candidates that choose bits: the same, or its copy with any-precision weights.
         part: windows of each text, of which several are needed for intervals.
-        protocol: that cut them.
+        window_config: that cut them.
         name: of the model.
         interleaved: run the dense model again beside every candidate, so that seconds can be compared.
     """
@@ -79,11 +79,11 @@ class Scorer:
         model: QuickSilverForCausalLM,
         runner: QuickSilverForCausalLM,
         part: Part,
-        protocol: Protocol,
+        window_config: WindowConfig,
         name: str,
         interleaved: bool = False,
     ) -> None:
-        self._text, self._sections, self._protocol, self._name = part.text, part.sections, protocol, name
+        self._text, self._sections, self._protocol, self._name = part.text, part.sections, window_config, name
         self._model, self._runner, self._interleaved = model, runner, interleaved
         self._dense = new_record(Decoder(model.adapter, Plan.dense(), model.special_ids))
         self._fed = [feed(self._dense, window, "score") for window in self._text.windows]

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from quicksilver.calibrate.candidates import FILLS, Knobs
+from quicksilver.calibrate.candidates import FILLS, Candidate
 from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import Objective
 from quicksilver.calibrate.scoring import Budget, saved
@@ -45,12 +45,12 @@ class Scored:
     Attributes:
         group: "together", the mechanism that it tries alone, or the baseline that it is.
         row: figures as `eval --json` has them, its plan included.
-        knobs: what its plan was made of; None for a baseline.
+        candidate: what its plan was made of; None for a baseline.
     """
 
     group: str
     row: dict[str, Any]
-    knobs: Knobs | None = None
+    candidate: Candidate | None = None
 
 
 class Search:
@@ -90,24 +90,24 @@ class Search:
             space[ROUGH] = CategoricalDistribution((True,))
         return space, self._parameters(guided)
 
-    def knobs(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Knobs:
-        """Return the knobs of a trial's parameters, given at least the guided trials before it."""
+    def candidate(self, parameters: dict[str, Any], finished: Sequence[FrozenTrial]) -> Candidate:
+        """Return the candidate of a trial's parameters, given at least the guided trials before it."""
         factors: dict[Mechanism, float] = {
             name: parameters.get(name, 1.0) for name in self._mechanisms if parameters[f"use_{name}"]
         }
         if len(factors) > 1:
             factors |= dict.fromkeys(self._always, 1.0)
         level = parameters.get("level")
-        price = parameters["price"] if level is None else level * self._base_price(finished)
-        return Knobs(price, factors, parameters.get("fill", "propagate"))
+        nats_per_work = parameters["price"] if level is None else level * self._base_price(finished)
+        return Candidate(nats_per_work, factors, parameters.get("fill", "propagate"))
 
     def scored(self, finished: Sequence[FrozenTrial]) -> Iterator[Scored]:
         """Return all candidates that were scored in full, on all windows, in the order of the trials."""
         for trial in finished:
             if trial.state == TrialState.COMPLETE and ROUGH not in trial.params:
-                knobs = self.knobs(trial.params, finished)
-                group = next(iter(knobs.factors), "together") if len(knobs.factors) == 1 else "together"
-                yield Scored(group, trial.user_attrs["row"], knobs)
+                candidate = self.candidate(trial.params, finished)
+                group = next(iter(candidate.factors), "together") if len(candidate.factors) == 1 else "together"
+                yield Scored(group, trial.user_attrs["row"], candidate)
 
     @property
     def _priced(self) -> list[Mechanism]:
@@ -119,7 +119,7 @@ class Search:
         first = len(self._alone) * len(ALONE) + len(TOGETHER)
         return range(first, first + len(_STEPS) * len(self._priced)) if len(self._mechanisms) > 1 else range(0)
 
-    def _guided(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
+    def _guided(self, finished: Sequence[FrozenTrial]) -> Candidate | None:
         """Return what is tried next before Optuna chooses, None where it may.
 
         First each mechanism alone, then all together at a few prices; then, at the price that meets the budget, each
@@ -128,21 +128,21 @@ class Search:
         """
         whole: dict[Mechanism, float] = {name: 0.9 if name == "fusion" else 1.0 for name in self._mechanisms}
         candidates = [
-            Knobs(price, {mechanism: _cosine_at(i) if mechanism == "fusion" else 1.0})
+            Candidate(nats_per_work, {mechanism: _cosine_at(i) if mechanism == "fusion" else 1.0})
             for mechanism in self._alone
-            for i, price in enumerate(ALONE)
+            for i, nats_per_work in enumerate(ALONE)
         ]
         if len(whole) > 1:
-            candidates += [Knobs(price, whole) for price in TOGETHER]
+            candidates += [Candidate(nats_per_work, whole) for nats_per_work in TOGETHER]
         if len(finished) >= len(candidates) and len(whole) > 1:
-            base = Knobs(self._base_price(finished), whole)
+            base = Candidate(self._base_price(finished), whole)
             candidates += [replace(base, factors=whole | {name: step}) for name in self._priced for step in _STEPS]
             if len(finished) >= len(candidates):
                 factors = whole | self._balanced(finished[self._steps.start : self._steps.stop])
-                prices = [base.price * level for level in _BALANCED]
-                candidates += [Knobs(price, factors) for price in prices]
+                prices = [base.nats_per_work * level for level in _BALANCED]
+                candidates += [Candidate(nats_per_work, factors) for nats_per_work in prices]
                 if len(finished) >= len(candidates):
-                    candidates.append(Knobs(self._meeting(finished[self._steps.stop :], prices), factors))
+                    candidates.append(Candidate(self._meeting(finished[self._steps.stop :], prices), factors))
         return candidates[len(finished)] if len(finished) < len(candidates) else None
 
     def _balanced(self, stepped: Sequence[FrozenTrial]) -> dict[Mechanism, float]:
@@ -164,18 +164,22 @@ class Search:
         low, high = _STEPS
         return {name: min(max(gained[name] / lost[name] / mean, low), high) for name in gained}
 
-    def _polished(self, finished: Sequence[FrozenTrial]) -> Knobs | None:
+    def _polished(self, finished: Sequence[FrozenTrial]) -> Candidate | None:
         """Return the best candidate so far at a price nearby, or without one of its mechanisms; None before the end."""
         step = len(finished) - (self._trials - len(self._mechanisms) - len(_NEARBY))
-        inside = [each for each in self.scored(finished) if self._budget.holds(each.row) and each.knobs is not None]
+        inside = [each for each in self.scored(finished) if self._budget.holds(each.row) and each.candidate is not None]
         if step < 0 or not inside:
             return None
-        best = max(inside, key=lambda each: saved(each.row, self._objective)).knobs
+        best = max(inside, key=lambda each: saved(each.row, self._objective)).candidate
         assert best is not None
         if step < len(_NEARBY):
-            return replace(best, price=best.price * _NEARBY[step])
+            return replace(best, nats_per_work=best.nats_per_work * _NEARBY[step])
         without = best.without(self._mechanisms[min(step - len(_NEARBY), len(self._mechanisms) - 1)])
-        return without if without.factors and without != best else replace(best, price=best.price * _NEARBY[-1] ** 2)
+        return (
+            without
+            if without.factors and without != best
+            else replace(best, nats_per_work=best.nats_per_work * _NEARBY[-1] ** 2)
+        )
 
     def _base_price(self, finished: Sequence[FrozenTrial]) -> float:
         """Return the price at which all mechanisms together meet the budget, between the guided trials' prices."""
@@ -186,13 +190,13 @@ class Search:
     def _meeting(self, trials: Sequence[FrozenTrial], prices: Sequence[float]) -> float:
         """Return the price at which the budget is met, between ascending prices that were tried one after another."""
         below, at_below = prices[0] / 2, 0.0
-        for trial, price in zip(trials, prices, strict=False):
+        for trial, nats_per_work in zip(trials, prices, strict=False):
             row = trial.user_attrs.get("row")
             lost = _GIVEN_UP * self._budget.limit if row is None else self._budget.upper(row)
             if lost > self._budget.limit:
                 share = (self._budget.limit - at_below) / (lost - at_below)
-                return below * (price / below) ** min(max(share, 0.0), 1.0)
-            below, at_below = price, lost
+                return below * (nats_per_work / below) ** min(max(share, 0.0), 1.0)
+            below, at_below = nats_per_work, lost
         return below
 
     def _space(self) -> Space:
@@ -206,14 +210,14 @@ class Search:
             space["fill"] = CategoricalDistribution(tuple(FILLS))
         return space
 
-    def _parameters(self, knobs: Knobs) -> dict[str, Any]:
-        parameters: dict[str, Any] = {"price": knobs.price}
+    def _parameters(self, candidate: Candidate) -> dict[str, Any]:
+        parameters: dict[str, Any] = {"price": candidate.nats_per_work}
         for mechanism in self._mechanisms:
-            parameters[f"use_{mechanism}"] = mechanism in knobs.factors
+            parameters[f"use_{mechanism}"] = mechanism in candidate.factors
             if mechanism not in SWITCHES:
-                parameters[mechanism] = knobs.factors.get(mechanism, 0.9 if mechanism == "fusion" else 1.0)
+                parameters[mechanism] = candidate.factors.get(mechanism, 0.9 if mechanism == "fusion" else 1.0)
         if self._fills:
-            parameters["fill"] = knobs.fill
+            parameters["fill"] = candidate.fill
         return parameters
 
 

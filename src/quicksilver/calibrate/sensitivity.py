@@ -21,7 +21,7 @@ from quicksilver.calibrate.outputs import divergence
 from quicksilver.families.cost import executed_cost
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import KVConfig, Threshold
 from quicksilver.runtime.loop import Decoder
 
@@ -76,15 +76,15 @@ def map_weights(
     means: Sequence[Tensor] | None = None,
     on_map: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Return for each nested map the nats that one unit of its relative squared error costs, layer after layer.
+    """Return for each quantized map the nats that one unit of its relative squared error costs, layer after layer.
 
     Args:
-        probe: on a model with nested weights.
+        probe: on a model with any-precision weights.
         scores: of its maps, weighted by the norms of their channels' weights.
         means: of the maps' inputs, where channels that are left out stand at their mean.
         on_map: called after each map.
     """
-    modules = [module for layer in probe.adapter.layers for module in layer.nested]
+    modules = [module for layer in probe.adapter.layers for module in layer.quantized]
     weights = []
     for i, (module, each) in enumerate(zip(modules, scores, strict=True)):
         (limit,) = quantiles(each.counts, (1.0 - SKIPPED, SKIPPED))
@@ -96,7 +96,7 @@ def map_weights(
 
 
 @contextmanager
-def _skipping(module: NestedLinear, limit: float, mean: Tensor | None) -> Iterator[list[Tensor]]:
+def _skipping(module: AnyPrecisionLinear, limit: float, mean: Tensor | None) -> Iterator[list[Tensor]]:
     """Leave out a map's channels of small score; gather the squared scores left out, of each call."""
     skipped: list[Tensor] = []
     norms = module.channel_norms
@@ -128,9 +128,9 @@ class AttentionPrices:
     points: tuple[tuple[float, float], ...] = ()
     layers: tuple[float, ...] = ()
 
-    def thresholds(self, price: float) -> tuple[float, ...]:
+    def thresholds(self, nats_per_work: float) -> tuple[float, ...]:
         """Return for each layer the largest threshold at which one more multiply-add saved costs at most a price."""
-        return tuple(threshold_at_price(self.points, price / max(dearness, 1e-9)) for dearness in self.layers)
+        return tuple(threshold_at_price(self.points, nats_per_work / max(dearness, 1e-9)) for dearness in self.layers)
 
 
 def attention_prices(
@@ -158,22 +158,22 @@ def attention_prices(
     saved_before = nats_before = 0.0
     for threshold in thresholds:
         saved, nats = measure(threshold)
-        price = max(nats - nats_before, 0.0) / max(saved - saved_before, 1e-9)
-        points.append((threshold, max(price, points[-1][1] if points else 0.0)))
+        nats_per_work = max(nats - nats_before, 0.0) / max(saved - saved_before, 1e-9)
+        points.append((threshold, max(nats_per_work, points[-1][1] if points else 0.0)))
         saved_before, nats_before = saved, nats
     num_layers, middle = probe.adapter.spec.num_layers, thresholds[len(thresholds) // 2]
     alone = [measure(tuple(middle if i == layer else 0.0 for i in range(num_layers))) for layer in range(num_layers)]
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
-    return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
+    return AttentionPrices(tuple(points), tuple(nats_per_work / max(mean, 1e-30) for nats_per_work in prices))
 
 
-def threshold_at_price(prices: Sequence[tuple[float, float]], price: float) -> float:
+def threshold_at_price(prices: Sequence[tuple[float, float]], nats_per_work: float) -> float:
     """Return the largest threshold at which one more multiply-add saved costs at most a price, 0 where none does."""
     below, at_below = 0.0, 0.0
     for threshold, of_threshold in prices:
-        if of_threshold > price:
-            share = (price - at_below) / max(of_threshold - at_below, 1e-30)
+        if of_threshold > nats_per_work:
+            share = (nats_per_work - at_below) / max(of_threshold - at_below, 1e-30)
             return below + share * (threshold - below)
         below, at_below = threshold, of_threshold
     return below

@@ -17,12 +17,12 @@ from quicksilver.calibrate.samples import sample_windows
 from quicksilver.calibrate.scoring import Budget
 from quicksilver.calibrate.splits import SHARES, Split, split_all
 from quicksilver.cli.common import progress, window_protocol
-from quicksilver.cli.recipes import nested_copy
+from quicksilver.cli.recipes import quantized_copy
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import InputError
 from quicksilver.families.fingerprint import fingerprint as model_fingerprint
 from quicksilver.measure import environment
-from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos, slide
+from quicksilver.measure.windows import WindowConfig, WindowedText, cut, default_bos, slide
 from quicksilver.plan.provenance import FittedTo
 from quicksilver.version import __version__
 
@@ -40,8 +40,8 @@ _COLUMNS = (
 )
 _ONE_BASELINE = "saved: of the model as given"
 _TWO_BASELINES = (
-    "saved: of the model as given; bitops and weights: of it nested, all 8 bits read,\n"
-    "so that plans which choose no bits are far below zero there"
+    "saved: of the model as given; bitops and weights: of it quantized, all 8 bits\n"
+    "read, so that plans which choose no bits are far below zero there"
 )
 
 
@@ -56,11 +56,11 @@ def run(
     output: Path,
 ) -> bool:
     """Calibrate, write the plan and all that belongs to it; return whether a plan held the budget."""
-    texts, protocol = _texts(model, tokenizer, corpora, options)
+    texts, window_config = _texts(model, tokenizer, corpora, options)
     search_tokens = options["search_tokens"]
     parts = split_all(texts, _FIT_TOKENS, search_tokens, _held_out(options))
     folder = _folder(output, options["work"])
-    runner = nested_copy(model) if "precision" in mechanisms else model
+    runner = quantized_copy(model) if "precision" in mechanisms else model
     settings = Settings(
         Budget(*budget),
         options["minimise"],
@@ -70,9 +70,9 @@ def run(
         options["time_limit"],
         options["seed"],
     )
-    fingerprint = _fingerprint(runner, protocol, parts)
-    result = Calibrator(model, runner, parts, protocol, settings, folder, fingerprint, name, progress).run()
-    facts = _facts(name, protocol, parts, model.device)
+    fingerprint = _fingerprint(runner, window_config, parts)
+    result = Calibrator(model, runner, parts, window_config, settings, folder, fingerprint, name, progress).run()
+    facts = _facts(name, window_config, parts, model.device)
     if result.verified.chosen is not None:
         record = FittedTo(name, model_fingerprint(runner.model, runner.adapter.spec), facts["text"], _tokens(parts))
         result = replace(result, plan=replace(result.plan, fitted_to=record))
@@ -93,22 +93,22 @@ def _folder(output: Path, work: str | None) -> Path:
 
 def _texts(
     model: Any, tokenizer: Any, corpora: Sequence[Any], options: dict[str, Any]
-) -> tuple[list[WindowedText], Protocol]:
+) -> tuple[list[WindowedText], WindowConfig]:
     """Return the windows of the user's texts, or of one sampled from the model."""
     limit, context, prompt = model.adapter.spec.max_positions, options["context"], options["prompt"]
-    protocol = window_protocol(limit, default_bos(tokenizer), context, prompt=prompt)
+    window_config = window_protocol(limit, default_bos(tokenizer), context, prompt=prompt)
     if corpora:
-        return [cut(corpus, tokenizer, protocol) for corpus in corpora], protocol
-    protocol = window_protocol(limit, None, min(protocol.context, _SAMPLED_CONTEXT), prompt=prompt)
-    return [_sampled(model, tokenizer, protocol, options)], protocol
+        return [cut(corpus, tokenizer, window_config) for corpus in corpora], window_config
+    window_config = window_protocol(limit, None, min(window_config.context, _SAMPLED_CONTEXT), prompt=prompt)
+    return [_sampled(model, tokenizer, window_config, options)], window_config
 
 
-def _sampled(model: Any, tokenizer: Any, protocol: Protocol, options: dict[str, Any]) -> WindowedText:
+def _sampled(model: Any, tokenizer: Any, window_config: WindowConfig, options: dict[str, Any]) -> WindowedText:
     seed, tokens = options["seed"], options["search_tokens"]
     wanted = tokens + _held_out(options) + _FIT_TOKENS
     print(f"no text was given: {wanted} tokens are sampled from the model (seed {seed})", file=sys.stderr)
     sequences = [window.tolist() for window in sample_windows(model, wanted, seed)]
-    windows = [window for ids in sequences for window in slide(ids[: protocol.context], protocol)]
+    windows = [window for ids in sequences for window in slide(ids[: window_config.context], window_config)]
     size = sum(len(tokenizer.decode(each.token_ids[each.first_scored :]).encode()) for each in windows)
     return WindowedText(f"text sampled from the model (seed {seed})", tuple(windows), size)
 
@@ -123,10 +123,10 @@ def _tokens(parts: Split) -> int:
     return sum(map(len, parts.fit)) + parts.search.tokens
 
 
-def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
+def _fingerprint(runner: Any, window_config: WindowConfig, parts: Split) -> str:
     """Return a digest of all that figures depend on but for the settings of the search."""
     spec = runner.adapter.spec
-    total = hashlib.sha256(repr((spec, protocol, model_fingerprint(runner.model, spec), __version__)).encode())
+    total = hashlib.sha256(repr((spec, window_config, model_fingerprint(runner.model, spec), __version__)).encode())
     for ids in parts.fit:
         total.update(ids.numpy().tobytes())
     for part in (parts.search, parts.held_out):
@@ -135,16 +135,16 @@ def _fingerprint(runner: Any, protocol: Protocol, parts: Split) -> str:
     return total.hexdigest()[:16]
 
 
-def _facts(name: str, protocol: Protocol, parts: Split, device: Any) -> dict[str, Any]:
+def _facts(name: str, window_config: WindowConfig, parts: Split, device: Any) -> dict[str, Any]:
     return {
         "command": "quicksilver " + " ".join(sys.argv[1:]),
         "model": name,
         "text": " and ".join(section for section, _ in parts.search.sections),
         "protocol": {
-            "context": protocol.context,
-            "stride": protocol.stride,
-            "bos": protocol.bos_id is not None,
-            "prompt": protocol.prompt,
+            "context": window_config.context,
+            "stride": window_config.stride,
+            "bos": window_config.bos_id is not None,
+            "prompt": window_config.prompt,
         },
         "parts": {
             "shares": list(SHARES),

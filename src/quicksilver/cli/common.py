@@ -40,7 +40,7 @@ def kernels_option(function: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(["auto", "native", "torch"]),
         default="auto",
         show_default=True,
-        help="What reads nested weights: compiled kernels where they can, these or nothing, or PyTorch.",
+        help="What reads any-precision weights: compiled kernels where they can, these or nothing, or PyTorch.",
     )(function)
 
 
@@ -82,13 +82,13 @@ def window_protocol(
     Raises:
         InputError: a context longer than the model's, or numbers that do not fit one another.
     """
-    from quicksilver.measure.windows import Protocol
+    from quicksilver.measure.windows import WindowConfig
 
     if context is not None and context > limit:
         raise InputError(f"--context {context} is longer than the model's context of {limit}")
     context = context or min(limit, _DEFAULT_CONTEXT)
     stride = stride or max(context // 2 if prompt is None else context - (bos_id is not None) - prompt, 1)
-    return Protocol(context, stride, bos_id, max_tokens, prompt)
+    return WindowConfig(context, stride, bos_id, max_tokens, prompt)
 
 
 def check_window_options(
@@ -153,7 +153,7 @@ def announce(model: str) -> None:
 
 
 def check_kernels(kernels: str, model: str, *runs: Any) -> None:
-    """Refuse --kernels native where no model that runs has nested weights for them to read.
+    """Refuse --kernels native where no model that runs has any-precision weights for them to read.
 
     Args:
         kernels: as given.
@@ -163,10 +163,10 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
     Raises:
         InputError: they would do nothing.
     """
-    if kernels == "native" and not any(run is not None and run.adapter.spec.is_nested for run in runs):
+    if kernels == "native" and not any(run is not None and run.adapter.spec.is_quantized for run in runs):
         raise InputError(
-            f"--kernels native: {model} has no nested weights, which are all that these kernels read; nest them with"
-            " `quicksilver quantize`, or name a plan that chooses bits"
+            f"--kernels native: {model} is not quantized, and these kernels read quantized weights only; quantize it"
+            " with `quicksilver quantize`, or name a plan that chooses bits"
         )
 
 
@@ -238,12 +238,12 @@ def calibration_windows(
     Raises:
         InputError: fewer than two tokens of text.
     """
-    from quicksilver.measure.windows import Protocol, cut, default_bos
+    from quicksilver.measure.windows import WindowConfig, cut, default_bos
 
     bos_id, context = default_bos(tokenizer), min(max_positions, context)
-    protocol = Protocol(context, max(context - (bos_id is not None), 1), bos_id, max_tokens)
+    window_config = WindowConfig(context, max(context - (bos_id is not None), 1), bos_id, max_tokens)
     try:
-        windows = cut(replace(corpus, separate=True), tokenizer, protocol).windows
+        windows = cut(replace(corpus, separate=True), tokenizer, window_config).windows
     except InputError:
         raise InputError(f"--calibration: {corpus.name} holds fewer than 2 tokens") from None
     return [w.token_ids for w in windows], sum(len(w.token_ids) - (bos_id is not None) for w in windows)

@@ -62,18 +62,18 @@ def _measure(name: str, folder: Path, max_tokens: int, threads: int | None) -> N
     except OSError as error:
         raise InputError(f"--output {folder}: cannot make the folder: {error.strerror or error}") from None
     calibrated = [resolve_plan(plan, name) for plan in calibrated_plans() if plan.startswith(f"{name}/")]
-    plans = [*calibrated, *map(Plan.preset, demo.WIDTH_PLANS), *halting.plans]
-    nested, fitted = ready(model, display_name(name), plans, tokenizer, None)
+    plans = [*calibrated, *map(Plan.preset, demo.BITS_PLANS), *halting.plans]
+    quantized, fitted = ready(model, display_name(name), plans, tokenizer, None)
     measured = (replace(halting, plans=tuple(fitted)), fusing)
     with progress(name, sum(num_runs(len(part.text.windows)) for part in measured)) as advance:
-        results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, nested)
+        results, picture = demo.run(model, tokenizer, display_name(name), measured, folder, advance, quantized)
     for rows in results:
         print_table(rows, legend=rows is results[-1])
     print(_TIME)
     if calibrated:
         print(_CALIBRATED)
     strongest = [plan for plan in fitted if plan in calibrated][-1:]
-    runner, plan = (nested, strongest[0]) if nested and strongest else (model, demo.shallowest(results[0]))
+    runner, plan = (quantized, strongest[0]) if quantized and strongest else (model, demo.shallowest(results[0]))
     sample = demo.sample(runner, tokenizer, plan)
     saved = f"{sample.stats.flops_reduction:.1%} of the FLOPs saved"
     print(f"\nGenerated under plan '{sample.plan}' ({saved}):\n  {sample.text}\n")

@@ -110,12 +110,12 @@ def command(
     from quicksilver.measure.scoring import num_runs
 
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
-    protocol = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
-    windowed, name = cut(corpus, tokenizer, protocol), display_name(model)
-    nested, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
-    check_kernels(kernels, model, loaded, nested)
+    window_config = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
+    windowed, name = cut(corpus, tokenizer, window_config), display_name(model)
+    quantized, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
+    check_kernels(kernels, model, loaded, quantized)
     with progress("windows", num_runs(len(windowed.windows))) as advance:
-        results = evaluate(loaded, chosen, windowed, protocol, mode, name, advance, nested)
+        results = evaluate(loaded, chosen, windowed, window_config, mode, name, advance, quantized)
     print_table(results)
     if json_path is not None:
         write_atomically(Path(json_path), json.dumps(results, indent=2) + "\n")

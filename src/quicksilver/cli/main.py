@@ -18,7 +18,7 @@ from quicksilver.version import __version__
 _COMMANDS = {
     "eval": "Measure plans against the dense model: perplexity, FLOPs, bytes, seconds.",
     "generate": "Continue a prompt under a plan.",
-    "quantize": "Nest a model's weights in 8-bit codes, to be read at fewer bits where a plan says so.",
+    "quantize": "Quantize a model's weights in 8-bit codes, to be read at fewer bits where a plan says so.",
     "calibrate": "Find the cheapest plan inside a budget of perplexity; verify it on text it has not seen.",
     "plan": "List, show, validate and fit plans.",
     "models": "List the model families and the embedded models.",

@@ -94,7 +94,7 @@ def fit(
     \b
     Examples:
       quicksilver plan fit ref-llama channel-5bit -o mine.json
-      quicksilver plan fit ./nested channel-5bit --calibration book.txt -o mine.json
+      quicksilver plan fit ./quantized channel-5bit --calibration book.txt -o mine.json
     """
     from quicksilver.core.files import check_target
     from quicksilver.errors import InputError, PlanError

@@ -1,4 +1,4 @@
-"""`quicksilver quantize`: nest a model's weights, so that 0 to 8 bits of one copy can be read."""
+"""`quicksilver quantize`: quantize a model's weights, so that 0 to 8 bits of one copy can be read."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ _CALIBRATION_TOKENS = 32768
     show_default=str(_CALIBRATION_TOKENS),
     help="Use only the first N tokens of it.",
 )
-@click.option("--head", is_flag=True, help="Nest the head too.")
-@click.option("--embeddings", is_flag=True, help="Nest the token embedding too; with --head where the head shares it.")
+@click.option("--head", is_flag=True, help="Quantize the head too.")
+@click.option(
+    "--embeddings", is_flag=True, help="Quantize the token embedding too; with --head where the head shares it."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads (default: PyTorch's).")
 def command(
@@ -61,16 +63,16 @@ def command(
     device: str,
     threads: int | None,
 ) -> None:
-    """Nest the weights of MODEL in 8-bit codes, and write it to a new folder.
+    """Quantize the weights of MODEL in 8-bit codes, and write it to a new folder.
 
     MODEL is an embedded model's name, a local folder, or an id on the hub. Weights are read at 8 bits unless a
     plan says otherwise.
 
     \b
     Examples:
-      quicksilver quantize ref-llama -o ref-llama-nested
-      quicksilver quantize ./my-gpt2 -o my-gpt2-nested --calibration book.txt
-      quicksilver quantize ./my-qwen -o my-qwen-nested --group-size 64 --head --embeddings
+      quicksilver quantize ref-llama -o ref-llama-quantized
+      quicksilver quantize ./my-gpt2 -o my-gpt2-quantized --calibration book.txt
+      quicksilver quantize ./my-qwen -o my-qwen-quantized --group-size 64 --head --embeddings
     """
     from quicksilver.core.files import check_new_folder
 
@@ -82,9 +84,9 @@ def command(
     quiet_transformers()
     import torch
 
-    from quicksilver.families.nesting import check, nest, nested_names
+    from quicksilver.families.quantize import check, quantize_model, quantized_names
     from quicksilver.loading.load import load_plain
-    from quicksilver.loading.nested import nest_and_save, save_nested
+    from quicksilver.loading.quantized import quantize_and_save, save_quantized
     from quicksilver.quant.config import QuantizationConfig
 
     if threads is not None:
@@ -94,12 +96,12 @@ def command(
         loaded, tokenizer = load_plain(model, device), _tokenizer(model, required=corpus is not None)
     check(loaded, config)
     hessians = None if corpus is None else _hessians(loaded, tokenizer, corpus, calibration_tokens, head)
-    with progress("maps", len(nested_names(loaded, config)) + embeddings) as advance:
+    with progress("maps", len(quantized_names(loaded, config)) + embeddings) as advance:
         if hessians is None:
-            nest_and_save(loaded, config, output, tokenizer, on_map=advance)
+            quantize_and_save(loaded, config, output, tokenizer, on_map=advance)
         else:
-            nest(loaded, config, hessians, advance)
-            save_nested(loaded, output, tokenizer)
+            quantize_model(loaded, config, hessians, advance)
+            save_quantized(loaded, output, tokenizer)
     _print_summary(loaded, output, config)
 
 
@@ -139,13 +141,15 @@ def _hessians(model: Any, tokenizer: Any, corpus: Any, max_tokens: int | None, h
 
 
 def _print_summary(model: Any, output: str, config: Any) -> None:
-    from quicksilver.quant import NestedWeight
+    from quicksilver.quant import AnyPrecisionWeight
 
-    nested = [module for module in model.modules() if isinstance(module, NestedWeight)]
-    weights = sum(module.num_inputs * module.num_outputs for module in nested)
-    bits = 8 * sum(module.code_bytes for module in nested) / weights
+    quantized = [module for module in model.modules() if isinstance(module, AnyPrecisionWeight)]
+    weights = sum(module.num_inputs * module.num_outputs for module in quantized)
+    bits = 8 * sum(module.code_bytes for module in quantized) / weights
     size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-    print(f"nested     {len(nested)} matrices, {weights:,} weights; {config.method}, group size {config.group_size}")
-    print(f"codes      {bits:.2f} bits per nested weight, scales included")
+    print(
+        f"quantized     {len(quantized)} matrices, {weights:,} weights; {config.method}, group size {config.group_size}"
+    )
+    print(f"codes      {bits:.2f} bits per any-precision weight, scales included")
     print(f"file size  {size / 1e6:.1f} MB with the weights that stay as they were")
     print(f"written to {output}")

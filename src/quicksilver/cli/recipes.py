@@ -1,4 +1,4 @@
-"""Plans that choose bits, made ready for a model: its weights nested, their thresholds fitted."""
+"""Plans that choose bits, made ready for a model: its weights quantized, their thresholds fitted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
 
 
 def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: Any) -> tuple[Any, list[Any]]:
-    """Return a model with nested weights, or None where no plan needs one, and the plans with thresholds.
+    """Return a model with any-precision weights, or None where no plan needs one, and the plans with thresholds.
 
     Args:
         model: a `QuickSilverForCausalLM`.
@@ -41,49 +41,49 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
     for plan in plans:  # what does not fit is found before the slow part
         replace(plan, precision=None).check_model(spec.num_layers, 0, spec.hidden_size)
     windows, source, tokens = _windows(model, tokenizer, corpus) if recipes else ([], "", 0)
-    nested = None if all(plan.precision is None for plan in plans) else nested_copy(model)
+    quantized = None if all(plan.precision is None for plan in plans) else quantized_copy(model)
     for plan in plans:  # an error about a plan stands alone, without the warning that explains it
-        if nested is not None and not plan.is_recipe:
-            plan.check_model(spec.num_layers, len(nested.adapter.layers[0].nested), spec.hidden_size)
+        if quantized is not None and not plan.is_recipe:
+            plan.check_model(spec.num_layers, len(quantized.adapter.layers[0].quantized), spec.hidden_size)
     for plan in plans:
-        warn_fitted_elsewhere(plan, model if nested is None or plan.precision is None else nested)
-    if nested is None or not recipes:
-        return nested, list(plans)
-    fitted = _fit(nested, name, plans, windows, source, tokens)
+        warn_fitted_elsewhere(plan, model if quantized is None or plan.precision is None else quantized)
+    if quantized is None or not recipes:
+        return quantized, list(plans)
+    fitted = _fit(quantized, name, plans, windows, source, tokens)
     print(f"thresholds of {', '.join(plan.name for plan in recipes)}: fitted to {tokens} tokens {source}")
-    return nested, fitted
+    return quantized, fitted
 
 
-def _fit(nested: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
+def _fit(quantized: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
     from quicksilver.calibrate.bits import fit
     from quicksilver.families.fingerprint import fingerprint
     from quicksilver.plan.provenance import FittedTo
 
-    record = FittedTo(name, fingerprint(nested.model, nested.adapter.spec), source.removeprefix("of "), tokens)
+    record = FittedTo(name, fingerprint(quantized.model, quantized.adapter.spec), source.removeprefix("of "), tokens)
     with progress("fitting bits", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:
         return [
-            replace(fit(nested.adapter, plan, windows, advance, nested.special_ids), fitted_to=record)
+            replace(fit(quantized.adapter, plan, windows, advance, quantized.special_ids), fitted_to=record)
             if plan.is_recipe
             else plan
             for plan in plans
         ]
 
 
-def nested_copy(model: Any) -> Any:
-    """Return a copy of a model with weights nested in memory, or the model itself where they are nested already."""
-    if model.adapter.spec.is_nested:
+def quantized_copy(model: Any) -> Any:
+    """Return a copy of a model, quantized in memory, or the model itself where it is quantized already."""
+    if model.adapter.spec.is_quantized:
         return model
     import copy
 
-    from quicksilver.families.nesting import nest, nested_names
+    from quicksilver.families.quantize import quantize_model, quantized_names
     from quicksilver.loading.load import accelerate
     from quicksilver.quant.config import QuantizationConfig
 
     config, plain = QuantizationConfig(), copy.deepcopy(model.model)
-    with progress("nesting weights", len(nested_names(plain, config))) as advance:
-        nest(plain, config, on_map=advance)
+    with progress("quantizing weights", len(quantized_names(plain, config))) as advance:
+        quantize_model(plain, config, on_map=advance)
     print(
-        f"weights nested in memory ({config.method}, groups of {config.group_size}) for plans that choose bits;\n"
+        f"weights quantized in memory ({config.method}, groups of {config.group_size}) for plans that choose bits;\n"
         "`quicksilver quantize` with --calibration does better"
     )
     with own_lines():

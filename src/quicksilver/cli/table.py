@@ -48,7 +48,9 @@ _COST = ("KL\n[nats]", "top-1\nsame", "bitops\nsaved", "weights\nsaved", "KV cac
 _RAN = ("layers\nrun", "tokens\nfused", "weight\nbits")
 _PROMPTS = ("tokens", "tokens\nfused", "FLOPs\nsaved", "speed\n[x dense]")
 _PARTS_RAN = ("scores\ndone", "values\nread", "MLP, attn.\nskipped", "cache\nbits")
-_NESTED_BASELINE = "dense is the nested weights ({}), all 8 bits of them read, not the model they were made of"
+_QUANTIZED_BASELINE = (
+    "dense is the any-precision weights ({}), all 8 bits of them read, not the model they were made of"
+)
 _PLAIN_BASELINE = "dense is the {} weights as loaded"
 
 
@@ -131,12 +133,12 @@ def _heading(results: Sequence[dict[str, Any]]) -> list[str]:
 def _baseline(results: Sequence[dict[str, Any]]) -> str:
     """Say which weights the dense row has read, and which the plans that choose bits."""
     settings = [result["settings"] for result in results]
-    nesting = next((each["nesting"] for each in settings if each["nesting"] is not None), None)
-    how = "" if nesting is None else f"{nesting['method']}, groups of {nesting['group_size']}"
+    quantizing = next((each["nesting"] for each in settings if each["nesting"] is not None), None)
+    how = "" if quantizing is None else f"{quantizing['method']}, groups of {quantizing['group_size']}"
     if settings[0]["baseline"] == "nested":
-        return _NESTED_BASELINE.format(how)
+        return _QUANTIZED_BASELINE.format(how)
     line = _PLAIN_BASELINE.format(results[0]["model"]["dtype"])
-    return line if nesting is None else f"{line}; plans that choose bits read them nested in memory ({how})"
+    return line if quantizing is None else f"{line}; plans that choose bits read them quantized in memory ({how})"
 
 
 def _dense_loss(result: dict[str, Any]) -> list[str]:

@@ -140,7 +140,7 @@ class ChannelView:
 
     Attributes:
         layer_idx: index of the layer.
-        map_idx: which of the layer's nested maps this is.
+        map_idx: which of the layer's quantized maps this is.
         num_maps: how many it has.
         inputs: [N, in] what the map is applied to.
         norms: gives [in] float32, the norm of each input channel's weights.

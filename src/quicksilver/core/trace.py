@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.ragged import RaggedLayout
 
 SIGNALS = ("norm", "cosine", "softmax", "head", "mean", "entry", "score", "query")
@@ -29,7 +29,7 @@ _NAMES = (
     "fitted_macs",
     "fitted_bytes",
     "weight_bytes",
-    *(f"macs_at_{bits}" for bits in range(MAX_WIDTH + 1)),
+    *(f"macs_at_{bits}" for bits in range(MAX_BITS + 1)),
     *(f"signal_{name}" for name in SIGNALS),
     "halted",
     "fusion_rows",
@@ -49,8 +49,8 @@ COUNT = {name: place for place, name in enumerate(_NAMES)}
     skipped_mlp, skipped_attention: of the rows that ran the layer, those that took a shortcut past each sublayer.
     fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
     fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
-    weight_bytes: bytes of nested weights read, each row for itself.
-    macs_at_0 ... macs_at_8: multiply-adds of nested weights read in so many bits; those at 0 were not done.
+    weight_bytes: bytes of any-precision weights read, each row for itself.
+    macs_at_0 ... macs_at_8: multiply-adds of any-precision weights read in so many bits; those at 0 were not done.
     signal_...: rows for which each signal was computed after this layer; of "score", channels in it, for each of which
         one norm is read too; of "query", queries in it whose components' mean square was taken; of "entry", keys and
         values that were turned into codes.
@@ -60,7 +60,7 @@ COUNT = {name: place for place, name in enumerate(_NAMES)}
     rule_macs: multiply-adds that rules report beside their signals.
 """
 
-_MACS = slice(COUNT["macs_at_0"], COUNT["macs_at_0"] + MAX_WIDTH + 1)
+_MACS = slice(COUNT["macs_at_0"], COUNT["macs_at_0"] + MAX_BITS + 1)
 _WEIGHT_BYTES, _FITTED_MACS, _FITTED_BYTES = COUNT["weight_bytes"], COUNT["fitted_macs"], COUNT["fitted_bytes"]
 _LIMIT = 512  # counts on a device that are kept before they are asked for
 
@@ -89,7 +89,7 @@ class LayerCounts:
 
     @property
     def macs_by_bits(self) -> list[int]:
-        """[9] multiply-adds of nested weights read in 0, 1, ... 8 bits; those at 0 were not done."""
+        """[9] multiply-adds of any-precision weights read in 0, 1, ... 8 bits; those at 0 were not done."""
         return list(self._counts[_MACS])
 
     @property
@@ -162,7 +162,7 @@ class Trace:
     def add_channels(
         self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
-        """Count one application of a nested map.
+        """Count one application of a quantized map.
 
         Args:
             layer_idx: the layer.
@@ -250,12 +250,12 @@ class Trace:
         return 1.0 - self.total("values_skipped") / max(num_heads * self.total("attended"), 1)
 
     def query_components_read(self, num_heads: int, head_dim: int) -> float:
-        """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of width `head_dim`."""
+        """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of bits `head_dim`."""
         return 1.0 - self.total("scores_skipped") / max(num_heads * head_dim * self.total("attended"), 1)
 
     @property
-    def macs_by_width(self) -> list[int]:
-        """[9] multiply-adds of nested weights read at 0, 1, ... 8 bits, over all layers; those at 0 were not done."""
+    def macs_by_bits(self) -> list[int]:
+        """[9] multiply-adds of any-precision weights read at 0, 1, ... 8 bits, over all layers; those at 0 not done."""
         self._read_device()
         return self.counts[:, _MACS].sum(0).tolist()
 

@@ -27,7 +27,7 @@ class Cost:
         body_macs: multiply-adds of the layers, of signals, of fitted maps and of merging.
         head_macs: multiply-adds of the head for logits.
         weight_bytes: weight bytes that the tokens would read were each decoded alone, the norms of weights that a
-            width rule's score reads among them.
+            bits rule's score reads among them.
         bitops: multiply-adds x weight bits x activation bits; where both sides are activations, their bits twice.
     """
 
@@ -71,10 +71,10 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     for layer, of_layer in zip(trace.layers, spec.layers, strict=True):
         linear = layer.query_rows * of_layer.macs + layer.fill_rows * of_layer.kv_macs
         linear -= layer.skipped_mlp * of_layer.mlp_macs + layer.skipped_attention * of_layer.query_macs
-        by_width = layer.macs_by_bits
-        linear -= by_width[0]
+        by_bits = layer.macs_by_bits
+        linear -= by_bits[0]
         read = (
-            sum(width * count for width, count in enumerate(by_width)) if spec.is_nested else linear * spec.weight_bits
+            sum(bits * count for bits, count in enumerate(by_bits)) if spec.is_quantized else linear * spec.weight_bits
         )
         signals = {signal: rows * signal_macs(spec, signal) for signal, rows in layer.signal_rows.items()}
         of_head = signals.get("head", 0)

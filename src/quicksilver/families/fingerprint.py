@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.families.spec import ModelSpec
-from quicksilver.quant import NestedWeight
+from quicksilver.quant import AnyPrecisionWeight
 
 _SAMPLES = 64
 _FACTS = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
@@ -21,13 +21,13 @@ _FACTS = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "h
 def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
     """Return the first 16 hexadecimal digits of SHA-256 over a model's shape and a sample of its weights.
 
-    Of every tensor 64 values, evenly spaced, are read, so that it costs milliseconds whatever the model's size. Nested
-    weights are sampled as the integers they are stored in, and the plain ones of a nested model are passed over: the
-    digest does not depend on the dtype it is loaded in. A plain model is sampled in bfloat16, so that bfloat16 and the
-    float32 made of it are the same model; float16 may not be.
+    Of every tensor 64 values, evenly spaced, are read, so that it costs milliseconds whatever the model's size.
+    Quantized weights are sampled as the integers they are stored in, and the plain ones of a quantized model are passed
+    over: the digest does not depend on the dtype it is loaded in. A plain model is sampled in bfloat16, so that
+    bfloat16 and the float32 made of it are the same model; float16 may not be.
 
     Args:
-        model: a transformers model, plain or nested.
+        model: a transformers model, plain or quantized.
         spec: its declared facts.
     """
     digest = hashlib.sha256(repr([getattr(spec, name) for name in _FACTS]).encode())
@@ -38,18 +38,18 @@ def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return codes and scales of nested weights, or all parameters where there are none, by name.
+    """Return codes and scales of any-precision weights, or all parameters where there are none, by name.
 
-    The levels of nested weights are left out: their last digits depend on the machine that fitted them.
+    The levels of any-precision weights are left out: their last digits depend on the machine that fitted them.
     """
-    nested: list[tuple[str, Any]] = [
+    quantized: list[tuple[str, Any]] = [
         (f"{path}.{name}", buffer)
         for path, module in model.named_modules()
-        if isinstance(module, NestedWeight)
+        if isinstance(module, AnyPrecisionWeight)
         for name, buffer in module.named_buffers()
         if name != "constants"
     ]
-    return sorted(nested or [(name, p.detach()) for name, p in model.named_parameters()], key=lambda pair: pair[0])
+    return sorted(quantized or [(name, p.detach()) for name, p in model.named_parameters()], key=lambda pair: pair[0])
 
 
 def _sample(tensor: Tensor) -> Tensor:

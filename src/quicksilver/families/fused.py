@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quicksilver.families.modules import runs_only
-from quicksilver.quant import NestedSplit
+from quicksilver.quant import AnyPrecisionSplit
 
 Parts = tuple[Tensor, ...]
 
@@ -21,7 +21,7 @@ def apply_parts(module: Any, sizes: Sequence[int], first: int, last: int, x: Ten
     With a hook or an adapter on the module it is called whole: what that makes of some, only the whole map knows.
 
     Args:
-        module: the map, plain or a `NestedSplit`.
+        module: the map, plain or a `AnyPrecisionSplit`.
         sizes: outputs of all of its maps.
         first: the first that is needed.
         last: behind the last.
@@ -31,7 +31,7 @@ def apply_parts(module: Any, sizes: Sequence[int], first: int, last: int, x: Ten
     Returns:
         [N, out] of each.
     """
-    if isinstance(module, NestedSplit):
+    if isinstance(module, AnyPrecisionSplit):
         return tuple(apply(part, x) for part in tuple(module.parts)[first:last])
     begin, end = sum(sizes[:first]), sum(sizes[:last])
     some = last - first < len(sizes)

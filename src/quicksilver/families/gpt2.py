@@ -24,8 +24,8 @@ from quicksilver.families.spec import (
     head_bits,
     layer_spec,
     nested_bytes,
-    nested_maps,
     num_parameters,
+    quantized_maps,
     weight_bytes,
 )
 from quicksilver.families.windows import layer_windows
@@ -139,7 +139,7 @@ def _layer_ops(block: Any, spec: LayerSpec) -> LayerOps:
         attn_output=partial(_attn_output, attention),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp),
-        nested=nested_maps(block, FAMILY.maps),
+        quantized=quantized_maps(block, FAMILY.maps),
         leaves=Leaves(block.ln_1, block.ln_2, FAMILY.roles, block.mlp.act),
     )
 

@@ -1,6 +1,6 @@
-"""Whether the compiled kernels read a model's nested weights: what was asked for, what is possible; and the head's way.
+"""Whether the compiled kernels read a model's weights: what was asked for, what is possible; and the head's way.
 
-Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/nested_linear.py`'s.
+Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/any_precision_linear.py`'s.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from quicksilver.families.modules import defined_in, is_observed
 from quicksilver.families.names import FAMILIES
 from quicksilver.families.spec import ModelSpec
 from quicksilver.ops import native
+from quicksilver.ops.any_precision_linear import NormOperands, accepts, has_whole_levels, multiply, prepared
 from quicksilver.ops.native import KernelChoice, Kernels
-from quicksilver.ops.nested_linear import NormOperands, accepts, has_whole_levels, multiply, prepared
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -33,7 +33,7 @@ _ACTIVATIONS = {
 
 
 def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
-    """Return which kernels read a model's nested weights.
+    """Return which kernels read a model's any-precision weights.
 
     Args:
         choice: "native" wants the compiled kernels or an error; "auto" uses them where they are there, map by map.
@@ -48,7 +48,7 @@ def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
         KernelsMissingWarning: once for each reason why "auto" does not use the compiled kernels.
     """
     choice = native.check_choice(choice)
-    if choice == "torch" or not spec.is_nested:
+    if choice == "torch" or not spec.is_quantized:
         if choice == "native":
             native.extension()
         return "torch"
@@ -93,8 +93,8 @@ def activation_name(module: nn.Module) -> str | None:
     return _ACTIVATIONS.get(type(module).__name__) if known else None
 
 
-def head(module: NestedLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
-    """Apply a nested head to states [M, d], normed first; rows go to the compiled kernels by the shortest way.
+def head(module: AnyPrecisionLinear, hidden: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """Apply a quantized head to states [M, d], normed first; rows go to the compiled kernels by the shortest way.
 
     A decoded token's head is short beside PyTorch's dispatcher. Where states, weights or the norm are not the kernels',
     where states or the norm want a gradient, where hooks are on either, and for more rows, both are called as modules.
@@ -134,21 +134,21 @@ def _unfit(spec: ModelSpec) -> str | None:
 
 
 def _unreadable(model: nn.Module) -> str | None:
-    """Return which nested maps the kernels cannot read, and why; None where they read all."""
+    """Return which quantized maps the kernels cannot read, and why; None where they read all."""
     odd = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, NestedLinear) and not has_whole_levels(module.stored)
+        if isinstance(module, AnyPrecisionLinear) and not has_whole_levels(module.stored)
     ]
     if not odd:
         return None
     more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
     return (
-        f"the levels of 4 or 2 bits of {odd[0]!r}{more} are not whole codes (nested by an earlier version);"
-        " nest the model again"
+        f"the levels of 4 or 2 bits of {odd[0]!r}{more} are not whole codes (quantized by an earlier version);"
+        " quantize the model again"
     )
 
 
 @cache
 def _warn_once(problem: str) -> None:
-    warnings.warn(f"PyTorch reads nested weights here, slowly: {problem}", KernelsMissingWarning, stacklevel=4)
+    warnings.warn(f"PyTorch reads any-precision weights here, slowly: {problem}", KernelsMissingWarning, stacklevel=4)

@@ -26,8 +26,8 @@ from quicksilver.families.spec import (
     head_bits,
     layer_spec,
     nested_bytes,
-    nested_maps,
     num_parameters,
+    quantized_maps,
     weight_bytes,
 )
 from quicksilver.families.windows import Windows, kinds_of, layer_windows
@@ -276,7 +276,7 @@ def _layer_ops(
         attn_output=partial(_attn_output, attention, norms[2], residual_scale),
         mlp_norm=norms[1] or _identity,
         mlp=partial(_mlp, mlp, activation, fused[4:6], norms[3], residual_scale),
-        nested=nested_maps(layer, maps),
+        quantized=quantized_maps(layer, maps),
         leaves=Leaves(
             attn_norm=norms[0],
             mlp_norm=norms[1],

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from quicksilver.errors import UnsupportedModelError
 from quicksilver.families.family import Family, family_of, modeling_module
 from quicksilver.families.weights import WeightPlaces
-from quicksilver.quant import NestedLinear, NestedSplit
+from quicksilver.quant import AnyPrecisionLinear, AnyPrecisionSplit
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 _LIBRARIES = ("torch", "transformers", "peft", "quicksilver")
@@ -226,20 +226,22 @@ def _places(model: nn.Module, base: nn.Module, family: Family) -> Iterator[_Plac
         path, full = _INDEX.sub(".*", name), (prefix + name).removesuffix(".") or "the model"
         if path in family.run:
             yield _Place(full, module, family.run[path])
-        elif isinstance(module, NestedSplit):  # its parts are called
+        elif isinstance(module, AnyPrecisionSplit):  # its parts are called
             yield _Place(full, module, "")
             yield from (_Place(f"{full}.parts.{i}", part, None) for i, part in enumerate(module.parts))
         elif path in called:
             yield _Place(full, module, None)
 
 
-def check_nested_maps(base: nn.Module, family: Family) -> None:
-    """Raise UnsupportedModelError naming the first map of a layer that is not nested, where others are."""
+def check_quantized_maps(base: nn.Module, family: Family) -> None:
+    """Raise UnsupportedModelError naming the first map of a layer that is not quantized, where others are."""
     for name, module in base.named_modules():
-        if _INDEX.sub(".*", name) in family.map_paths and not isinstance(module, (NestedLinear, NestedSplit)):
+        if _INDEX.sub(".*", name) in family.map_paths and not isinstance(
+            module, (AnyPrecisionLinear, AnyPrecisionSplit)
+        ):
             raise UnsupportedModelError(
-                f"{name!r} is {type(module).__name__} where the model's other maps are nested; merge adapters and put"
-                " back replaced modules before a model is nested"
+                f"{name!r} is {type(module).__name__} where the model's other maps are quantized; merge adapters and"
+                " put back replaced modules before a model is quantized"
             )
 
 

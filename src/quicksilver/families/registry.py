@@ -9,11 +9,11 @@ from typing import Any
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.families.family import family_of
 from quicksilver.families.kernels import head, resolve
-from quicksilver.families.modules import ModuleWatch, causal_lm, check_nested_maps
+from quicksilver.families.modules import ModuleWatch, causal_lm, check_quantized_maps
 from quicksilver.families.spec import Adapter
 from quicksilver.families.weights import check_weights
 from quicksilver.ops.native import KernelChoice
-from quicksilver.quant import NestedLinear
+from quicksilver.quant import AnyPrecisionLinear
 
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
@@ -21,7 +21,7 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
 
     Args:
         model: the model, or PEFT's wrapper of it.
-        kernels: which kernels read its nested weights.
+        kernels: which kernels read its any-precision weights.
 
     Raises:
         UnsupportedModelError: the family, an option of its configuration, where or in what form its weights are, or
@@ -41,10 +41,10 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
             f"{base.config.model_type}: the model has {found} layers, and its configuration says {declared}"
         )
     adapter = family.adapt(base)
-    if adapter.spec.is_nested:
-        check_nested_maps(base, family)
+    if adapter.spec.is_quantized:
+        check_quantized_maps(base, family)
     resolved = resolve(kernels, base, adapter.spec)
-    if resolved == "native" and isinstance(base.lm_head, NestedLinear):
+    if resolved == "native" and isinstance(base.lm_head, AnyPrecisionLinear):
         by_kernels = partial(head, base.lm_head)
         adapter = replace(adapter, head=by_kernels, normed_head=partial(by_kernels, norm=adapter.final_norm))
     return replace(adapter, kernels=resolved, modules=ModuleWatch(model, resolved == "native"))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape, ModelIdentity
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.families.family import MapRole, MapShape
 from quicksilver.families.modules import ModuleWatch
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops.native import Kernels
-from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
+from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
 
 Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]
@@ -36,9 +36,9 @@ class LayerSpec:
         scaling: factor of the attention scores.
         softcap: scores `s` are `softcap * tanh(s / softcap)`; None where they are taken as they are.
         maps: sizes of its linear maps by role, in the order in which it applies them.
-        map_bytes: bytes of each map's weights, but for nested ones: what is read of those, a trace says.
+        map_bytes: bytes of each map's weights, but for quantized ones: what is read of those, a trace says.
         weight_bytes: of all of its weights, likewise.
-        nested_weight_bytes: bytes of its nested weights, at eight bits.
+        nested_weight_bytes: bytes of its any-precision weights, at eight bits.
     """
 
     window: int | None
@@ -131,14 +131,14 @@ class ModelSpec:
         return sum(layer.macs for layer in self.layers)
 
     @property
-    def is_nested(self) -> bool:
-        """Whether the layers' weights are nested codes."""
+    def is_quantized(self) -> bool:
+        """Whether the layers' weights are any-precision codes."""
         return self.layers[0].nested_weight_bytes > 0
 
     @property
     def weight_bits(self) -> int:
         """Bits of one of the layers' weights, all of them read."""
-        return MAX_WIDTH if self.is_nested else 8 * self.dtype.itemsize
+        return MAX_BITS if self.is_quantized else 8 * self.dtype.itemsize
 
     @property
     def attention_macs_per_pair(self) -> int:
@@ -160,12 +160,12 @@ class QKV(NamedTuple):
 
 @dataclass(frozen=True)
 class Leaves:
-    """A nested layer's modules by role, for kernels that run the whole layer.
+    """A quantized layer's modules by role, for kernels that run the whole layer.
 
     Attributes:
         attn_norm: norm before attention, None where there is none.
         mlp_norm: norm before the MLP, likewise.
-        roles: of `LayerOps.nested`, in its order; a plain MLP has no gate.
+        roles: of `LayerOps.quantized`, in its order; a plain MLP has no gate.
         activation: of the MLP.
         query_norm: of each query head, None where there is none.
         key_norm: likewise.
@@ -216,7 +216,7 @@ class LayerOps:
         attn_output: what attention adds to the states, from attended values [N, H * D].
         mlp_norm: norm before the MLP, likewise.
         mlp: what the MLP adds to the states, from normed ones.
-        nested: the layer's nested maps in the order in which it applies them; none where its weights are plain.
+        quantized: the layer's quantized maps in the order in which it applies them; none where its weights are plain.
         leaves: the layer's modules by role.
     """
 
@@ -228,7 +228,7 @@ class LayerOps:
     attn_output: Callable[[Tensor, Apply], Tensor]
     mlp_norm: Map
     mlp: Callable[[Tensor, Apply], Tensor]
-    nested: tuple[NestedLinear, ...]
+    quantized: tuple[AnyPrecisionLinear, ...]
     leaves: Leaves
 
 
@@ -247,7 +247,7 @@ class Adapter:
         head: normed states [N, d] to scores of tokens [N, vocab].
         normed_head: states [N, d] to scores, both in one; None where they are two.
         finish: scores to logits, None where they are the same.
-        kernels: which kernels read nested weights.
+        kernels: which kernels read any-precision weights.
         modules: says whether the model's modules are still those that this was made of.
         identity: of the model, by which its caches know it; a copy has another.
     """
@@ -289,32 +289,32 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the parameters of a model, nested weights included."""
-    return sum(p.numel() for p in model.parameters()) + num_nested(model)
+    """Return the parameters of a model, any-precision weights included."""
+    return sum(p.numel() for p in model.parameters()) + num_quantized(model)
 
 
-def num_nested(model: nn.Module, exclude_embeddings: bool = False) -> int:
-    """Return the nested weights of a model, those of its token embedding included unless it says otherwise."""
-    nested = (m for m in model.modules() if isinstance(m, NestedWeight))
-    counted = (m for m in nested if not (exclude_embeddings and isinstance(m, NestedEmbedding)))
+def num_quantized(model: nn.Module, exclude_embeddings: bool = False) -> int:
+    """Return the any-precision weights of a model, those of its token embedding included unless it says otherwise."""
+    quantized = (m for m in model.modules() if isinstance(m, AnyPrecisionWeight))
+    counted = (m for m in quantized if not (exclude_embeddings and isinstance(m, AnyPrecisionEmbedding)))
     return sum(m.num_inputs * m.num_outputs for m in counted)
 
 
 def nested_bytes(*modules: nn.Module) -> int:
-    """Return the bytes of all nested weights of the modules, read at eight bits."""
+    """Return the bytes of all any-precision weights of the modules, read at eight bits."""
     return sum(
-        m.num_inputs * m.channel_bytes[MAX_WIDTH]
+        m.num_inputs * m.channel_bytes[MAX_BITS]
         for module in modules
         for m in module.modules()
-        if isinstance(m, NestedWeight)
+        if isinstance(m, AnyPrecisionWeight)
     )
 
 
-def nested_maps(layer: nn.Module, maps: Iterable[str]) -> tuple[NestedLinear, ...]:
-    """Return a layer's nested maps by their paths, in that order; a map that is several as those."""
+def quantized_maps(layer: nn.Module, maps: Iterable[str]) -> tuple[AnyPrecisionLinear, ...]:
+    """Return a layer's quantized maps by their paths, in that order; a map that is several as those."""
     found = (layer.get_submodule(path) for path in maps)
-    parts = chain.from_iterable(map_.parts if isinstance(map_, NestedSplit) else [map_] for map_ in found)
-    return tuple(part for part in parts if isinstance(part, NestedLinear))
+    parts = chain.from_iterable(map_.parts if isinstance(map_, AnyPrecisionSplit) else [map_] for map_ in found)
+    return tuple(part for part in parts if isinstance(part, AnyPrecisionLinear))
 
 
 def layer_spec(
@@ -344,4 +344,4 @@ def layer_spec(
 
 def head_bits(head: nn.Module, dtype: torch.dtype) -> int:
     """Return the bits of one of the head's weights."""
-    return MAX_WIDTH if isinstance(head, NestedWeight) else 8 * dtype.itemsize
+    return MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * dtype.itemsize

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.quant.config import is_nested
+from quicksilver.quant.config import is_quantized
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -21,7 +21,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_weights(model: Any) -> None:
     """Raise UnsupportedModelError naming the first weight that is elsewhere, or is no tensor of floats."""
     family = model.config.model_type
-    if getattr(model.config, "quantization_config", None) is not None and not is_nested(model.config):
+    if getattr(model.config, "quantization_config", None) is not None and not is_quantized(model.config):
         raise UnsupportedModelError(f"{family}: weights quantized by another package are not supported")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:

@@ -68,12 +68,12 @@ class QuickSilverLM(_HarnessLM):
     """A model under a plan, for the harness: its requests are those of `HFLM`, batch by batch.
 
     Args:
-        pretrained: an embedded model's name, a folder, plain or nested, an id on the hub, or a model that
+        pretrained: an embedded model's name, a folder, plain or quantized, an id on the hub, or a model that
             `quicksilver.load` or `quicksilver.accelerate` gave; the plan, dtype, device and kernels are its own then.
         plan: a `Plan`, a preset's name, or the path of a plan file.
         dtype: as `quicksilver.load` takes it.
         device: "cpu", "cuda", "cuda:1", ..., or "auto".
-        kernels: which kernels read nested weights: "auto", "native" or "torch".
+        kernels: which kernels read any-precision weights: "auto", "native" or "torch".
         tokenizer: of another model, or a tokenizer (default: the model's).
         batch_size: sequences of a batch, or "auto" or "auto:N" for the most that memory holds.
         max_length: tokens of a request at most (default: the model's context).
@@ -122,9 +122,9 @@ class QuickSilverLM(_HarnessLM):
             add_bos_token=add_bos_token,
             **others,
         )
-        if kernels == "native" and not self.model.adapter.spec.is_nested:
+        if kernels == "native" and not self.model.adapter.spec.is_quantized:
             raise InputError(
-                f"kernels=native: {pretrained} has no nested weights, which are all that these kernels read"
+                f"kernels=native: {pretrained} has no any-precision weights, which are all that these kernels read"
             )
         limit = self.model.adapter.spec.max_positions
         if max_length is not None and max_length > limit:

@@ -19,7 +19,7 @@ from quicksilver.families import registry
 from quicksilver.families.fingerprint import fingerprint
 from quicksilver.families.modules import causal_lm
 from quicksilver.families.names import check_family
-from quicksilver.families.nesting import nest
+from quicksilver.families.quantize import quantize_model
 from quicksilver.families.spec import Adapter
 from quicksilver.loading.plain import read_plain
 from quicksilver.loading.tokenizers import read_tokenizer
@@ -28,7 +28,7 @@ from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
 from quicksilver.plan.presets import resolve_plan
-from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant.config import QuantizationConfig, is_quantized
 from quicksilver.quant.storage import give_back
 
 
@@ -40,7 +40,7 @@ def accelerate(
 ) -> QuickSilverForCausalLM:
     """Run a transformers model that is already loaded under a plan; no weight is changed.
 
-    Weights are used in place; compiled kernels pack those that are nested for themselves, and anew where they find them
+    Weights are used in place; compiled kernels pack quantized ones for themselves, and anew where they find them
     changed when a sequence begins. Linear maps, norms, activations, embeddings and the head are called as modules, on
     rows [N, d]: hooks on them run, and so do modules in their place, adapters for one. What is on a layer, on its
     attention or MLP, or on what is around them would not run, and is refused; so it is at the next pass where it came
@@ -51,8 +51,8 @@ def accelerate(
         plan: a `Plan`, a preset's name, or the path of a plan file.
         special_ids: token ids never halted or fused where the plan protects them (default: the configuration's
             BOS, EOS and padding ids).
-        kernels: which kernels read nested weights: the compiled ones where they can be used ("auto"), these or an error
-            ("native"), or PyTorch's own ("torch").
+        kernels: which kernels read quantized weights: the compiled ones where they can be used ("auto"), these or an
+            error ("native"), or PyTorch's own ("torch").
 
     Raises:
         UnsupportedModelError: the family or an option of it is not supported, or hooks, a `forward`, attention or
@@ -86,7 +86,7 @@ def load(
 ) -> QuickSilverForCausalLM:
     """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
 
-    Where the plan chooses bits and the weights are plain, they are nested in memory.
+    Where the plan chooses bits and the weights are plain, they are quantized in memory.
 
     Args:
         path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.
@@ -95,8 +95,8 @@ def load(
         device: "cpu", "cuda", "cuda:1", ...
         special_ids: token ids never halted where the plan protects them (default: the configuration's BOS, EOS
             and padding ids, and the special tokens of the tokenizer where there is one).
-        kernels: which kernels read nested weights: the compiled ones where they can be used ("auto"), these or an error
-            ("native"), or PyTorch's own ("torch").
+        kernels: which kernels read quantized weights: the compiled ones where they can be used ("auto"), these or an
+            error ("native"), or PyTorch's own ("torch").
 
     Raises:
         ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
@@ -115,8 +115,8 @@ def load(
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = is_local(source)
     model = _read_model(source, resolve_dtype(dtype, target), local)
-    if resolved.precision is not None and not is_nested(model.config):
-        nest(model, QuantizationConfig())
+    if resolved.precision is not None and not is_quantized(model.config):
+        quantize_model(model, QuantizationConfig())
     try:
         if special_ids is None:
             special_ids = list({*configured_special_ids(model), *_tokenizer_special_ids(source, local)})
@@ -130,7 +130,7 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
 
     Raises:
         ModelError: the model cannot be found or read, its weights are corrupt, missing or not finite, or they are
-            nested already.
+            quantized already.
         UnsupportedModelError: the family or an option of it is not supported.
 
     Warns:
@@ -139,8 +139,8 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = is_local(source)
     config = _read_config(source, local)
-    if is_nested(config):
-        raise ModelError(f"{source}: the model's weights are nested already")
+    if is_quantized(config):
+        raise ModelError(f"{source}: the model's weights are quantized already")
     model = read_plain(source, config, "auto", local)
     try:
         registry.adapt(model)
@@ -230,13 +230,13 @@ def check_finite(model: Any, after: Callable[[Tensor], None] = lambda weight: No
 
 
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read configuration and safetensors weights, plain or nested."""
+    """Read configuration and safetensors weights, plain or quantized."""
     config = _read_config(source, local)
-    if not is_nested(config):
+    if not is_quantized(config):
         return read_plain(source, config, dtype, local)
-    from quicksilver.loading.nested import load_nested
+    from quicksilver.loading.quantized import load_quantized
 
-    return load_nested(_folder(source, local), config, dtype)
+    return load_quantized(_folder(source, local), config, dtype)
 
 
 def _read_config(source: str, local: bool) -> Any:
@@ -252,7 +252,7 @@ def _read_config(source: str, local: bool) -> Any:
     if config is None:
         raise ModelError(f"{source}: config.json: quantization_config must be an object, got {type(stored).__name__}")
     check_family(config)
-    if getattr(config, "quantization_config", None) is not None and not is_nested(config):
+    if getattr(config, "quantization_config", None) is not None and not is_quantized(config):
         raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
     return config
 

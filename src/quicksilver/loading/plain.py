@@ -1,6 +1,6 @@
 """Plain weights, read through transformers: what is missing is refused by name, what is not used is said.
 
-Nested weights are `nested.py`'s; which model to read, `loading.py`'s.
+Any-precision weights are `quantized.py`'s; which model to read, `loading.py`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quicksilver.errors import ModelError, WeightFilesWarning, first_line
-from quicksilver.families.nesting import is_tied
+from quicksilver.families.quantize import is_tied
 from quicksilver.quant.storage import INDEX, list_shards
 
 GENERATION_CONFIG = "generation_config.json"

@@ -17,7 +17,7 @@ from quicksilver.core.files import write_atomically
 from quicksilver.measure.picture import TokenPanel, draw_summary
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
-from quicksilver.measure.windows import Protocol, WindowedText, cut, default_bos
+from quicksilver.measure.windows import WindowConfig, WindowedText, cut, default_bos
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
 from quicksilver.rules import RelativeDriftRule
@@ -26,7 +26,7 @@ from quicksilver.runtime.stats import RunStats
 
 ARTICLES = Path(__file__).parent.parent / "data" / "demo"
 PLANS = ("paper", "relative", "settled")
-WIDTH_PLANS = ("uniform-8bit",)
+BITS_PLANS = ("uniform-8bit",)
 PROMPT_PLANS = ("fused-prompt",)
 LOOSER = (0.2, 0.25, 0.3, 0.4, 0.6, 1.0, 2.0)  # thresholds for `relative` where its own stops next to no token
 STOPPED = 0.1  # share of the tokens shown that should stop early
@@ -53,7 +53,7 @@ class Part:
     """Plans to compare with dense, and the windows on which that is done."""
 
     plans: tuple[Plan, ...]
-    protocol: Protocol
+    window_config: WindowConfig
     text: WindowedText
 
 
@@ -62,13 +62,13 @@ def parts(tokenizer: Any, max_positions: int, max_tokens: int) -> tuple[Part, Pa
     context, bos = min(max_positions, 512, max_tokens), default_bos(tokenizer)
     prompt = 3 * context // 4
     protocols = (
-        Protocol(context, context // 2, bos, max_tokens),
-        Protocol(context, context - (bos is not None) - prompt, bos, max_tokens, prompt),
+        WindowConfig(context, context // 2, bos, max_tokens),
+        WindowConfig(context, context - (bos is not None) - prompt, bos, max_tokens, prompt),
     )
     corpus = demo_corpus()
     first, second = (
-        Part(tuple(Plan.preset(name) for name in names), protocol, cut(corpus, tokenizer, protocol))
-        for names, protocol in zip((PLANS, PROMPT_PLANS), protocols, strict=True)
+        Part(tuple(Plan.preset(name) for name in names), window_config, cut(corpus, tokenizer, window_config))
+        for names, window_config in zip((PLANS, PROMPT_PLANS), protocols, strict=True)
     )
     return first, second
 
@@ -138,14 +138,15 @@ def run(
     measured: Sequence[Part],
     folder: Path,
     on_window: Callable[[], None] = lambda: None,
-    nested: QuickSilverForCausalLM | None = None,
+    quantized: QuickSilverForCausalLM | None = None,
 ) -> tuple[list[list[dict[str, Any]]], Path]:
     """Evaluate one model, write `NAME.json` and `NAME.png` into `folder`; return the parts' results and the picture.
 
-    `nested` is the model with nested weights, for plans that choose bits.
+    `quantized` is the model with any-precision weights, for plans that choose bits.
     """
     results = [
-        evaluate(model, part.plans, part.text, part.protocol, "score", name, on_window, nested) for part in measured
+        evaluate(model, part.plans, part.text, part.window_config, "score", name, on_window, quantized)
+        for part in measured
     ]
     token_ids = measured[0].text.windows[0].token_ids
     tokens = [tokenizer.decode([token]) for token in token_ids]

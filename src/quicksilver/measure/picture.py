@@ -80,12 +80,12 @@ def _settings(results: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line for each protocol under which something was measured."""
     lines = {}
     for result in results:
-        protocol = result["protocol"]
-        after = "" if protocol["prompt"] is None else f", after prompts of {protocol['prompt']}"
+        window_config = result["protocol"]
+        after = "" if window_config["prompt"] is None else f", after prompts of {window_config['prompt']}"
         line = (
             f"{result['model']['name']}: {result['dense']['bits_per_byte']:.3f} bits per byte dense on"
-            f" {protocol['text']}, {result['tokens_scored']} tokens, context {protocol['context']},"
-            f" stride {protocol['stride']}{after}"
+            f" {window_config['text']}, {result['tokens_scored']} tokens, context {window_config['context']},"
+            f" stride {window_config['stride']}{after}"
         )
         lines[line] = None
     return list(lines)

@@ -13,7 +13,7 @@ from quicksilver.families.spec import ModelSpec
 from quicksilver.measure import environment
 from quicksilver.measure.scoring import EngineRecord, Mode, run_windows
 from quicksilver.measure.statistics import paired_delta, perplexity
-from quicksilver.measure.windows import Protocol, WindowedText
+from quicksilver.measure.windows import WindowConfig, WindowedText
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.plan import Plan
@@ -27,33 +27,33 @@ def evaluate(
     model: QuickSilverForCausalLM,
     plans: Sequence[Plan],
     text: WindowedText,
-    protocol: Protocol,
+    window_config: WindowConfig,
     mode: Mode = "score",
     name: str = "",
     on_window: Callable[[], None] = lambda: None,
-    nested: QuickSilverForCausalLM | None = None,
+    quantized: QuickSilverForCausalLM | None = None,
 ) -> list[dict[str, Any]]:
     """Score plans against the dense model on the same windows, interleaved.
 
     Args:
         model: the model; the plan it carries plays no part.
         plans: what to compare with dense.
-        text: windows to score, cut by `protocol`.
-        protocol: recorded with the results.
+        text: windows to score, cut by `window_config`.
+        window_config: recorded with the results.
         mode: "score" (one pass) or "decode" (token by token).
         name: of the model, for the report.
         on_window: called after each window that is run, `scoring.num_runs` times.
-        nested: the model with nested weights, on which plans that choose bits are run; by default `model`.
+        quantized: the model with any-precision weights, on which plans that choose bits are run; by default `model`.
 
     Returns:
         One JSON-ready object per plan, in order.
     """
-    chosen = [model if plan.precision is None or nested is None else nested for plan in plans]
+    chosen = [model if plan.precision is None or quantized is None else quantized for plan in plans]
     decoders = [
         Decoder(each.adapter, plan, each.special_ids)
         for each, plan in zip((model, *chosen), (Plan.dense(), *plans), strict=True)
     ]
-    rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, protocol, mode, name)
+    rows = build_rows(run_windows(decoders, text.windows, mode, on_window), text, window_config, mode, name)
     return [
         {**row, "settings": {**_settings(model, each, decoder.plan), "backend": _backend(decoder)}}
         for row, each, decoder in zip(rows, chosen, decoders[1:], strict=True)
@@ -66,13 +66,13 @@ def _backend(decoder: Decoder) -> dict[str, str | None]:
 
 
 def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan: Plan) -> dict[str, Any]:
-    """Return which weights dense and plan read, how they were nested, by what, and what thresholds were fitted to."""
+    """Return which weights dense and plan read, how they were quantized, and what thresholds were fitted to."""
     stored = getattr(model.model.config, "quantization_config", None)
-    nesting = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
+    quantizing = stored and {name: stored[name] for name in ("method", "group_size", "head", "embeddings")}
     fitted = plan.fitted_to
     return {
-        "baseline": "nested" if dense.adapter.spec.is_nested else "plain",
-        "nesting": nesting and {**nesting, "in_memory": model is not dense},
+        "baseline": "nested" if dense.adapter.spec.is_quantized else "plain",
+        "nesting": quantizing and {**quantizing, "in_memory": model is not dense},
         "kernels": model.adapter.kernels,
         "instruction_set": native.instruction_set() if model.adapter.kernels == "native" else None,
         "calibration": fitted and {"source": fitted.calibration, "tokens": fitted.tokens, "model": fitted.model},
@@ -80,7 +80,7 @@ def _settings(dense: QuickSilverForCausalLM, model: QuickSilverForCausalLM, plan
 
 
 def build_rows(
-    records: Sequence[EngineRecord], text: WindowedText, protocol: Protocol, mode: Mode, name: str
+    records: Sequence[EngineRecord], text: WindowedText, window_config: WindowConfig, mode: Mode, name: str
 ) -> list[dict[str, Any]]:
     """Lay out what `run_windows` recorded, the dense baseline first; return one object per plan after it."""
     dense, *accelerated = records
@@ -89,13 +89,13 @@ def build_rows(
     shared = {
         "model": _describe_model(spec, name),
         "protocol": {
-            "context": protocol.context,
-            "stride": protocol.stride,
-            "bos": protocol.bos_id is not None,
+            "context": window_config.context,
+            "stride": window_config.stride,
+            "bos": window_config.bos_id is not None,
             "mode": mode,
             "text": text.name,
-            "prompt": protocol.prompt,
-            "max_tokens": protocol.max_tokens,
+            "prompt": window_config.prompt,
+            "max_tokens": window_config.max_tokens,
             "windows": len(text.windows),
             "scored_bytes": text.scored_bytes,
         },
@@ -159,18 +159,18 @@ def _mechanisms(dense: EngineRecord, record: EngineRecord) -> dict[str, Any]:
         **_what_ran(spec, record.trace),
         "fused_fraction": sum(trace.fused_fraction * trace.tokens for trace in traces) / fed,
         "prompt": _prompt(dense, record),
-        **_widths(spec, record.trace),
+        **_bits_read(spec, record.trace),
     }
 
 
-def _widths(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
-    """Return how many bits of the layers' weights were read: the share of multiply-adds at each width, the mean."""
-    shares = {str(8 * spec.dtype.itemsize): 1.0} if not spec.is_nested else {}
-    macs, total = trace.macs_by_width, max(sum(trace.macs_by_width), 1)
-    for width in range(len(macs) - 1, -1, -1):
-        if macs[width] or width in (8, 4, 2, 0):
-            shares[str(width)] = macs[width] / total
-    return {"width_histogram": shares, "mean_bits": sum(int(width) * share for width, share in shares.items())}
+def _bits_read(spec: ModelSpec, trace: Trace) -> dict[str, Any]:
+    """Return how many bits of the layers' weights were read: the share of multiply-adds at each, the mean."""
+    shares = {str(8 * spec.dtype.itemsize): 1.0} if not spec.is_quantized else {}
+    macs, total = trace.macs_by_bits, max(sum(trace.macs_by_bits), 1)
+    for bits in range(len(macs) - 1, -1, -1):
+        if macs[bits] or bits in (8, 4, 2, 0):
+            shares[str(bits)] = macs[bits] / total
+    return {"width_histogram": shares, "mean_bits": sum(int(bits) * share for bits, share in shares.items())}
 
 
 def _what_ran(spec: ModelSpec, trace: Trace) -> dict[str, Any]:

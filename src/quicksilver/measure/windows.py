@@ -10,7 +10,7 @@ from quicksilver.measure.texts import Corpus
 
 
 @dataclass(frozen=True)
-class Protocol:
+class WindowConfig:
     """How a text is cut.
 
     Attributes:
@@ -86,28 +86,30 @@ def default_bos(tokenizer: Any) -> int | None:
     return bos if bos is not None and ids and ids[0] == bos else None
 
 
-def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
+def cut(corpus: Corpus, tokenizer: Any, window_config: WindowConfig) -> WindowedText:
     """Tokenize a corpus and cut it into windows.
 
     Raises:
         InputError: a text shorter than one window (documents may be), or nothing to score.
     """
     windows: list[Window] = []
-    scored_bytes, left = 0, protocol.max_tokens
+    scored_bytes, left = 0, window_config.max_tokens
     for text in corpus.texts:
         if left is not None and left < 2:
             break
         all_ids, offsets = _tokenize(tokenizer, text)
         ids = all_ids[:left]
-        room = protocol.room
+        room = window_config.room
         if not corpus.separate and len(ids) < room:
-            limit = "" if protocol.max_tokens is None else f" (max_tokens {protocol.max_tokens})"
+            limit = "" if window_config.max_tokens is None else f" (max_tokens {window_config.max_tokens})"
             raise InputError(
-                f"{corpus.name}: {len(ids)} tokens{limit} are fewer than one window of {protocol.context};"
+                f"{corpus.name}: {len(ids)} tokens{limit} are fewer than one window of {window_config.context};"
                 " choose a shorter context, or more tokens where there are more"
             )
-        fresh = slide(ids, protocol)
-        if left is not None and (fresh or not protocol.prompt):  # a document no longer than the prompt costs nothing
+        fresh = slide(ids, window_config)
+        if left is not None and (
+            fresh or not window_config.prompt
+        ):  # a document no longer than the prompt costs nothing
             left -= len(ids)
         windows += fresh
         scored_bytes += sum(_scored_bytes(text, len(all_ids), offsets, window) for window in fresh)
@@ -116,14 +118,14 @@ def cut(corpus: Corpus, tokenizer: Any, protocol: Protocol) -> WindowedText:
     return WindowedText(corpus.name, tuple(windows), scored_bytes)
 
 
-def slide(token_ids: list[int], protocol: Protocol) -> list[Window]:
+def slide(token_ids: list[int], window_config: WindowConfig) -> list[Window]:
     """Cut token ids into windows; a token with nothing before it in its window cannot be scored."""
-    bos = () if protocol.bos_id is None else (protocol.bos_id,)
-    if protocol.prompt is not None:
-        return _slide_prompts(token_ids, bos, protocol.prompt, protocol.stride)
-    room = protocol.room
+    bos = () if window_config.bos_id is None else (window_config.bos_id,)
+    if window_config.prompt is not None:
+        return _slide_prompts(token_ids, bos, window_config.prompt, window_config.stride)
+    room = window_config.room
     windows, done = [], 0
-    for start in range(0, len(token_ids), protocol.stride):
+    for start in range(0, len(token_ids), window_config.stride):
         end = min(start + room, len(token_ids))
         first = max(done, start if bos else start + 1)
         if end > first:

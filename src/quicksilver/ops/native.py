@@ -1,6 +1,6 @@
 """The compiled kernels: whether this installation has them, whether they are wanted, which instructions they use.
 
-They are loaded when they are first asked about. What they compute is `nested_linear.py`'s business.
+They are loaded when they are first asked about. What they compute is `any_precision_linear.py`'s business.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Read = Callable[[object, str], Array]
 _RULES: tuple[RuleTypes[Any], ...] = (HALTING_RULES, FILL_RULES, FUSION_RULES, PRECISION_RULES)
 _MAX_NESTING = 16
 _SHORT = 8  # numbers of a list that stay in the JSON
-_WIDTH = 100  # columns of a line of JSON
+_BITS = 100  # columns of a line of JSON
 
 
 def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
@@ -151,13 +151,13 @@ def text(value: Any, indent: int = 0, used: int = 0) -> str:
         used: columns of its first line that are taken.
     """
     line = json.dumps(value)
-    if not value or not isinstance(value, (dict, list)) or used + len(line) <= _WIDTH:
+    if not value or not isinstance(value, (dict, list)) or used + len(line) <= _BITS:
         return line
     pad, lines, packs = " " * (indent + 2), list[str](), False
     for key, each in value.items() if isinstance(value, dict) else enumerate(value):
         start = f"{pad}{json.dumps(key)}: " if isinstance(value, dict) else pad
         item, plain = start + text(each, indent + 2, len(start)), not isinstance(each, (dict, list))
-        if plain and packs and len(lines[-1]) + len(item) - len(pad) + 2 < _WIDTH:
+        if plain and packs and len(lines[-1]) + len(item) - len(pad) + 2 < _BITS:
             lines[-1] += f", {item.strip()}"
         else:
             lines.append(item)

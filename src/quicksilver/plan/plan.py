@@ -61,7 +61,7 @@ class Plan:
         halting: which tokens stop early or skip sublayers, or None for none.
         kv: what halted tokens leave in the cache, its bits, and what of it is not read.
         fusion: which adjacent tokens become one, or None for none.
-        precision: how many bits of nested weights are read, or None for all.
+        precision: how many bits of any-precision weights are read, or None for all.
         tensors: maps, gates and means that were fitted, or None for nothing.
         fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
             the hash, which is of what the plan does.
@@ -224,7 +224,7 @@ class Plan:
 
         Args:
             num_layers: its layers.
-            num_maps: nested linear maps of each; 0 where its weights are plain.
+            num_maps: quantized linear maps of each; 0 where its weights are plain.
             hidden_size: of its states.
         """
         try:
@@ -313,8 +313,8 @@ class Plan:
             )
         if num_maps == 0:
             raise PlanError(
-                "it chooses bits of nested weights, the model's are plain: quicksilver.load(FOLDER, plan=...) nests"
-                " them in memory, the shell command `quicksilver quantize FOLDER -o NESTED` once and for all"
+                "it chooses bits of weights that are not quantized: quicksilver.load(FOLDER, plan=...) quantizes"
+                " them in memory, the shell command `quicksilver quantize FOLDER -o QUANTIZED` once and for all"
             )
         precision.rule.check_maps(num_layers, num_maps)
 

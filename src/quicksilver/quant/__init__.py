@@ -1,5 +1,5 @@
-"""Nested weights: 8-bit codes whose leading bits are the narrower versions, and linear maps that read them."""
+"""Any-precision weights: 8-bit codes whose leading bits are the narrower versions, and linear maps that read them."""
 
-from quicksilver.quant.linear import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
+from quicksilver.quant.linear import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
 
-__all__ = ["NestedEmbedding", "NestedLinear", "NestedSplit", "NestedWeight"]
+__all__ = ["AnyPrecisionEmbedding", "AnyPrecisionLinear", "AnyPrecisionSplit", "AnyPrecisionWeight"]

@@ -1,4 +1,4 @@
-"""Nested codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions.
+"""Any-precision codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions.
 
 How codes are chosen is in `rounding.py`; how they are packed in `planes.py`.
 """
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.errors import ModelError
 from quicksilver.quant import planes
 from quicksilver.quant.blocks import Block, blocks
@@ -21,10 +21,10 @@ from quicksilver.rules.checks import is_whole
 
 GROUP_SIZES = (32, 64, 128)
 STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs
-MAX_CODE = 2**MAX_WIDTH - 1
+MAX_CODE = 2**MAX_BITS - 1
 _ROUNDING = 1.5 * 2**23  # added to a small float32 and taken away again, it rounds to whole numbers, ties to even
-TABLE_WIDTHS = (4, 2)
-"""Widths whose levels are fitted by least squares and kept with the codes, in this order."""
+TABLE_BITS = (4, 2)
+"""BitsChoice whose levels are fitted by least squares and kept with the codes, in this order."""
 
 
 def check_group_size(group_size: object) -> int:
@@ -35,11 +35,11 @@ def check_group_size(group_size: object) -> int:
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantGrid:
     """Where the levels of each group lie: code c of group (i, g) means `scales[i, g] * (c - zeros[i, g])`.
 
     A group is `group_size` adjacent outputs of one input channel; the last of a channel may be shorter. One channel
-    has its own scales, so that widths can be chosen channel by channel and scales folded into the activation.
+    has its own scales, so that bits can be chosen channel by channel and scales folded into the activation.
 
     Attributes:
         exponents: [in, groups] uint8, `scales = largest * 2 ** (-exponents / 16)`.
@@ -54,7 +54,7 @@ class Grid:
     group_size: int
 
     @classmethod
-    def fit(cls, weight: Tensor, group_size: int) -> Grid:
+    def fit(cls, weight: Tensor, group_size: int) -> QuantGrid:
         """Fit levels to the range of each group of a matrix [in, out], of any float type.
 
         Raises:
@@ -83,10 +83,10 @@ class Grid:
         """Return the distance between two levels where an exponent is one of these, float32 of their shape."""
         return _scales(exponents, self.largest)
 
-    def select(self, channels: Tensor) -> Grid:
+    def select(self, channels: Tensor) -> QuantGrid:
         """Return the grid of the given channels ([M])."""
         exponents, zeros = (t.index_select(0, channels) for t in (self.exponents, self.zeros))
-        return Grid(exponents, zeros, self.largest, self.group_size)
+        return QuantGrid(exponents, zeros, self.largest, self.group_size)
 
     def spread(self, values: Tensor, num_outputs: int) -> Tensor:
         """Repeat each group's value over its outputs: [..., groups] to [..., out]."""
@@ -139,60 +139,60 @@ def _factors(device: torch.device) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32, device=device)
 
 
-def centres(width: int) -> Tensor:
-    """Return the middle of the 8-bit codes that begin with each prefix of `width` bits, [2 ** width] float32.
+def centres(bits: int) -> Tensor:
+    """Return the middle of the 8-bit codes that begin with each prefix of `bits` bits, [2 ** bits] float32.
 
     Cutting a code off and reading it as it stands would shift every weight down by half a step of the narrower
     grid; its cell's middle does not.
     """
-    cell = 2 ** (MAX_WIDTH - width)
-    return torch.arange(2**width, dtype=torch.float32) * cell + (cell - 1) / 2
+    cell = 2 ** (MAX_BITS - bits)
+    return torch.arange(2**bits, dtype=torch.float32) * cell + (cell - 1) / 2
 
 
 @dataclass(frozen=True)
-class NestedCodes:
-    """A matrix [in, out] in nested codes.
+class AnyPrecisionCodes:
+    """A matrix [in, out] in any-precision codes.
 
     Attributes:
         planes: the codes' bits.
         grid: where their levels lie.
         num_outputs: out.
-        tables: for widths that have one, the level that each prefix stands for, [2 ** width] float32 in units of
-            8-bit codes; other widths read the middle of the cell.
+        tables: for bits that have one, the level that each prefix stands for, [2 ** bits] float32 in units of
+            8-bit codes; other bits read the middle of the cell.
     """
 
     planes: Planes
-    grid: Grid
+    grid: QuantGrid
     num_outputs: int
     tables: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def outline(cls, num_inputs: int, num_outputs: int, group_size: int) -> NestedCodes:
+    def outline(cls, num_inputs: int, num_outputs: int, group_size: int) -> AnyPrecisionCodes:
         """Return a matrix without content, on "meta"."""
         of_groups = (num_inputs, -(-num_outputs // group_size))
         exponents, zeros = (torch.empty(of_groups, dtype=torch.uint8, device="meta") for _ in range(2))
-        grid = Grid(exponents, zeros, torch.empty((), device="meta"), group_size)
+        grid = QuantGrid(exponents, zeros, torch.empty((), device="meta"), group_size)
         return cls(planes.empty(num_inputs, num_outputs, "meta"), grid, num_outputs)
 
     @classmethod
-    def pack(cls, codes: Tensor, grid: Grid, tables: Mapping[int, Tensor] | None = None) -> NestedCodes:
+    def pack(cls, codes: Tensor, grid: QuantGrid, tables: Mapping[int, Tensor] | None = None) -> AnyPrecisionCodes:
         """Pack codes [in, out], uint8."""
         return cls(planes.split(codes), grid, codes.shape[1], tables or {})
 
-    def codes(self, width: int = MAX_WIDTH) -> Tensor:
-        """Return the leading `width` bits of every code, [in, out] uint8."""
-        return planes.join(self.planes, self.num_outputs, width)
+    def codes(self, bits: int = MAX_BITS) -> Tensor:
+        """Return the leading `bits` bits of every code, [in, out] uint8."""
+        return planes.join(self.planes, self.num_outputs, bits)
 
-    def select(self, channels: Tensor, width: int = MAX_WIDTH) -> NestedCodes:
-        """Return the codes of the given channels ([M]) as far as `width` bits need them."""
-        needed = self.planes[: planes.num_planes(width)]
+    def select(self, channels: Tensor, bits: int = MAX_BITS) -> AnyPrecisionCodes:
+        """Return the codes of the given channels ([M]) as far as `bits` bits need them."""
+        needed = self.planes[: planes.num_planes(bits)]
         kept = tuple(plane.index_select(0, channels) for plane in needed)
-        return NestedCodes(kept, self.grid.select(channels), self.num_outputs, self.tables)
+        return AnyPrecisionCodes(kept, self.grid.select(channels), self.num_outputs, self.tables)
 
-    def dequantize(self, width: int = MAX_WIDTH) -> Tensor:
-        """Return the matrix as `width` bits tell it, [in, out] float32."""
-        codes = self.codes(width)
-        if width == MAX_WIDTH:
+    def dequantize(self, bits: int = MAX_BITS) -> Tensor:
+        """Return the matrix as `bits` bits tell it, [in, out] float32."""
+        codes = self.codes(bits)
+        if bits == MAX_BITS:
             return self.grid.weights_of(codes.float())
-        table = self.tables[width] if width in self.tables else centres(width)
+        table = self.tables[bits] if bits in self.tables else centres(bits)
         return self.grid.weights_of(table.to(codes.device)[codes.int()])

@@ -1,6 +1,6 @@
-"""What a model's nested weights were made with: the `quantization_config` of its config.json.
+"""What a model's any-precision weights were made with: the `quantization_config` of its config.json.
 
-Which of a model's maps that means is `families/nesting.py`'s business.
+Which of a model's maps that means is `families/quantize.py`'s business.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How weights are nested.
+    """How weights are quantized.
 
     Attributes:
         group_size: outputs that share a scale.
         method: every weight rounded on its own, or so that errors make up for one another on calibration text.
-        head: the head is nested too; it no longer shares the embedding's table then.
-        embeddings: the token embedding is nested too.
+        head: the head is quantized too; it no longer shares the embedding's table then.
+        embeddings: the token embedding is quantized too.
 
     Raises:
         ModelError: a value that is none of these.
@@ -75,7 +75,7 @@ class QuantizationConfig:
             raise ModelError(f"{where}: {error}") from None
 
 
-def is_nested(config: Any) -> bool:
-    """Whether a transformers configuration says that its model's weights are nested."""
+def is_quantized(config: Any) -> bool:
+    """Whether a transformers configuration says that its model's weights are quantized."""
     stored = getattr(config, "quantization_config", None)
     return isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD

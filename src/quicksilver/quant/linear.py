@@ -1,7 +1,7 @@
-"""Modules whose weights are nested codes: linear maps read at any width, and embeddings read at eight bits.
+"""Modules with any-precision weights: linear maps read at any number of bits, and embeddings read at eight.
 
-Which widths are read is the caller's to say. PyTorch's path is the definition: weights are expanded to floats before
-they are multiplied. Where the caller asks for compiled kernels, rows go through `ops/nested_linear.py` instead.
+Which bits are read is the caller's to say. PyTorch's path is the definition: weights are expanded to floats before
+they are multiplied. Where the caller asks for compiled kernels, rows go through `ops/any_precision_linear.py` instead.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
+from quicksilver.ops.any_precision_linear import StoredMatrix, accepts, check_rows, multiply, prepared
 from quicksilver.ops.native import Kernels
-from quicksilver.ops.nested_linear import StoredMatrix, accepts, check_rows, multiply, prepared
-from quicksilver.quant.codes import TABLE_WIDTHS, Grid, NestedCodes, centres
+from quicksilver.quant.codes import TABLE_BITS, AnyPrecisionCodes, QuantGrid, centres
 from quicksilver.quant.planes import PLANE_BITS, run_bytes
 
 _NUM_PLANES = len(PLANE_BITS)
 BY_CHANNEL = (*(f"plane_{i}" for i in range(_NUM_PLANES)), "exponents", "zeros")
-"""Buffers of a `NestedWeight` that hold something of each input channel, [in, ...] uint8."""
+"""Buffers of a `AnyPrecisionWeight` that hold something of each input channel, [in, ...] uint8."""
 
 
-class NestedWeight(nn.Module):
-    """A matrix [in, out] in nested codes, kept as integer buffers so that no change of dtype touches them.
+class AnyPrecisionWeight(nn.Module):
+    """A matrix [in, out] in any-precision codes, kept as integer buffers so that no change of dtype touches them.
 
     Args:
         codes: the matrix.
@@ -34,7 +34,7 @@ class NestedWeight(nn.Module):
         channel_bytes: bytes read of one input channel at 0, 1, ... 8 bits: its planes, and its scales unless skipped.
     """
 
-    def __init__(self, codes: NestedCodes) -> None:
+    def __init__(self, codes: AnyPrecisionCodes) -> None:
         super().__init__()
         self.num_inputs, self.num_outputs = codes.planes[0].shape[0], codes.num_outputs
         self.group_size = codes.grid.group_size
@@ -45,17 +45,17 @@ class NestedWeight(nn.Module):
         self.register_buffer("constants", _pack_constants(codes))
         scale_bytes = 2 * codes.grid.zeros.shape[1]
         self.channel_bytes = tuple(
-            run_bytes(self.num_outputs, width) + (scale_bytes if width else 0) for width in range(MAX_WIDTH + 1)
+            run_bytes(self.num_outputs, bits) + (scale_bytes if bits else 0) for bits in range(MAX_BITS + 1)
         )
         self._norms: Tensor | None = None
 
     @property
-    def codes(self) -> NestedCodes:
+    def codes(self) -> AnyPrecisionCodes:
         """The matrix."""
         largest, tables = _unpack_constants(self.get_buffer("constants"))
-        grid = Grid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
+        grid = QuantGrid(self.get_buffer("exponents"), self.get_buffer("zeros"), largest, self.group_size)
         planes = tuple(self.get_buffer(f"plane_{i}") for i in range(_NUM_PLANES))
-        return NestedCodes(planes, grid, self.num_outputs, tables)
+        return AnyPrecisionCodes(planes, grid, self.num_outputs, tables)
 
     @property
     def stored(self) -> StoredMatrix:
@@ -101,15 +101,15 @@ class NestedWeight(nn.Module):
         return f"in={self.num_inputs}, out={self.num_outputs}, group_size={self.group_size}"
 
 
-class NestedLinear(NestedWeight):
-    """`y = x W + b`, where W [in, out] is read at a width chosen for everything, or per row and input channel.
+class AnyPrecisionLinear(AnyPrecisionWeight):
+    """`y = x W + b`, where W [in, out] is read at a number of bits chosen for everything, or per row and input channel.
 
     Args:
         codes: W.
         bias: [out] or None.
     """
 
-    def __init__(self, codes: NestedCodes, bias: Tensor | None) -> None:
+    def __init__(self, codes: AnyPrecisionCodes, bias: Tensor | None) -> None:
         super().__init__(codes)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._expanded: dict[tuple[int, torch.dtype], Tensor] | None = None
@@ -122,17 +122,17 @@ class NestedLinear(NestedWeight):
     def forward(
         self,
         x: Tensor,
-        widths: int | Tensor = MAX_WIDTH,
-        present: Sequence[int] = range(1, MAX_WIDTH + 1),
+        bits: int | Tensor = MAX_BITS,
+        present: Sequence[int] = range(1, MAX_BITS + 1),
         kernels: Kernels = "torch",
     ) -> Tensor:
         """Apply the map to rows.
 
         Args:
             x: [..., in].
-            widths: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
+            bits: bits to read: one number, [N] uint8 for the N rows of x, or [N, in] uint8 for their channels; 0
                 leaves a channel out.
-            present: widths above 0 that may be among them.
+            present: bits above 0 that may be among them.
             kernels: "native" reads the codes themselves where that is possible: in float32 on the CPU, without
                 gradients and outside of `keeping_expanded`.
 
@@ -143,69 +143,69 @@ class NestedLinear(NestedWeight):
             KernelsUnavailableError: "native" is asked for, and there are no kernels.
         """
         rows = x.reshape(-1, self.num_inputs)
-        by_channel = isinstance(widths, Tensor) and widths.dim() == 2
+        by_channel = isinstance(bits, Tensor) and bits.dim() == 2
         read = kernels == "native" and self._expanded is None and accepts(rows)
         matrix = prepared(self.stored, by_channel) if read else None
-        y = self._by_width(rows, widths, present) if matrix is None else self._by_kernels(rows, matrix, widths)
+        y = self._by_bits(rows, bits, present) if matrix is None else self._by_kernels(rows, matrix, bits)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.num_outputs)
 
-    def _by_kernels(self, rows: Tensor, matrix: Any, widths: int | Tensor) -> Tensor:
+    def _by_kernels(self, rows: Tensor, matrix: Any, bits: int | Tensor) -> Tensor:
         """Return [N, out], by the kernels, past PyTorch's dispatcher."""
-        each, uniform = (None, widths) if isinstance(widths, int) else (widths, MAX_WIDTH)
+        each, uniform = (None, bits) if isinstance(bits, int) else (bits, MAX_BITS)
         check_rows(rows, self.stored, each, uniform)
         return multiply(rows, matrix, each, uniform)
 
-    def _by_width(self, rows: Tensor, widths: int | Tensor, present: Sequence[int]) -> Tensor:
+    def _by_bits(self, rows: Tensor, bits: int | Tensor, present: Sequence[int]) -> Tensor:
         """Return [N, out], by products with weights expanded to floats."""
-        if isinstance(widths, int):
-            return rows @ self._weight(widths, rows.dtype) if widths else rows.new_zeros((len(rows), self.num_outputs))
-        by_part = self._by_row if widths.dim() == 1 else self._by_channel
-        return by_part(rows, widths, present)
+        if isinstance(bits, int):
+            return rows @ self._weight(bits, rows.dtype) if bits else rows.new_zeros((len(rows), self.num_outputs))
+        by_part = self._by_row if bits.dim() == 1 else self._by_channel
+        return by_part(rows, bits, present)
 
-    def _weight(self, width: int, dtype: torch.dtype, channels: Tensor | None = None) -> Tensor:
+    def _weight(self, bits: int, dtype: torch.dtype, channels: Tensor | None = None) -> Tensor:
         """Return the weights of all channels, or of the given ones, [M, out]."""
         if self._expanded is not None:
-            if (width, dtype) not in self._expanded:
-                self._expanded[width, dtype] = self.codes.dequantize(width).to(dtype)
-            whole = self._expanded[width, dtype]
+            if (bits, dtype) not in self._expanded:
+                self._expanded[bits, dtype] = self.codes.dequantize(bits).to(dtype)
+            whole = self._expanded[bits, dtype]
             return whole if channels is None or len(channels) == len(whole) else whole.index_select(0, channels)
-        codes = self.codes if channels is None else self.codes.select(channels, width)
-        return codes.dequantize(width).to(dtype)
+        codes = self.codes if channels is None else self.codes.select(channels, bits)
+        return codes.dequantize(bits).to(dtype)
 
-    def _by_row(self, x: Tensor, widths: Tensor, present: Sequence[int]) -> Tensor:
-        """Return [N, out]: for each width one product, over the rows that read it."""
+    def _by_row(self, x: Tensor, bits: Tensor, present: Sequence[int]) -> Tensor:
+        """Return [N, out]: for each number of bits one product, over the rows that read it."""
         y = x.new_zeros((x.shape[0], self.num_outputs))
-        for width in present:
-            rows = (widths == width).nonzero().squeeze(-1)
+        for value in present:
+            rows = (bits == value).nonzero().squeeze(-1)
             if len(rows):
-                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(width, x.dtype))
+                y.index_copy_(0, rows, x.index_select(0, rows) @ self._weight(value, x.dtype))
         return y
 
-    def _by_channel(self, x: Tensor, widths: Tensor, present: Sequence[int]) -> Tensor:
-        """Return [N, out]: for each width one product, over the channels that any row reads at it.
+    def _by_channel(self, x: Tensor, bits: Tensor, present: Sequence[int]) -> Tensor:
+        """Return [N, out]: for each number of bits one product, over the channels that any row reads at it.
 
         Parts are products in float32 at least: float16 may not hold parts of a sum that it holds.
         """
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         y = x.new_zeros((x.shape[0], self.num_outputs))
-        for width in present:
-            chosen = widths == width
+        for value in present:
+            chosen = bits == value
             channels = chosen.any(0).nonzero().squeeze(-1)
             if len(channels):
                 part = torch.where(chosen, x, 0.0)
                 part = part if len(channels) == self.num_inputs else part.index_select(1, channels)
-                y += part @ self._weight(width, x.dtype, channels)
+                y += part @ self._weight(value, x.dtype, channels)
         return y.to(dtype)
 
 
 @contextmanager
 def keeping_expanded(model: nn.Module) -> Iterator[None]:
-    """Keep the floats that weights are expanded to, at every width read, as long as the context lasts.
+    """Keep the floats that weights are expanded to, at every number of bits read, as long as the context lasts.
 
-    Results are the same, several times as fast; it takes the memory of a float model for each width.
+    Results are the same, several times as fast; it takes the memory of a float model for each number of bits.
     """
-    modules = [module for module in model.modules() if isinstance(module, NestedLinear)]
+    modules = [module for module in model.modules() if isinstance(module, AnyPrecisionLinear)]
     try:
         for module in modules:
             module._expanded = {}
@@ -215,14 +215,14 @@ def keeping_expanded(model: nn.Module) -> Iterator[None]:
             module._expanded = None
 
 
-class NestedSplit(nn.Module):
+class AnyPrecisionSplit(nn.Module):
     """Several linear maps of one input, their outputs end to end, as in a fused projection.
 
     Args:
         parts: the maps.
     """
 
-    def __init__(self, parts: Sequence[NestedLinear]) -> None:
+    def __init__(self, parts: Sequence[AnyPrecisionLinear]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
@@ -231,8 +231,8 @@ class NestedSplit(nn.Module):
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
-class NestedEmbedding(NestedWeight):
-    """A table of embeddings [vocab, d] in nested codes, read at eight bits.
+class AnyPrecisionEmbedding(AnyPrecisionWeight):
+    """A table of embeddings [vocab, d] in any-precision codes, read at eight bits.
 
     Args:
         codes: the table; its "input channels" are tokens.
@@ -241,7 +241,7 @@ class NestedEmbedding(NestedWeight):
             by the attribute's name.
     """
 
-    def __init__(self, codes: NestedCodes, dtype: torch.dtype, scale: float | None = None) -> None:
+    def __init__(self, codes: AnyPrecisionCodes, dtype: torch.dtype, scale: float | None = None) -> None:
         super().__init__(codes)
         if scale is not None:
             self.scalar_embed_scale = scale
@@ -255,14 +255,14 @@ class NestedEmbedding(NestedWeight):
         return embeddings if scale is None else embeddings * torch.tensor(scale, dtype=embeddings.dtype)
 
 
-def _pack_constants(codes: NestedCodes) -> Tensor:
+def _pack_constants(codes: AnyPrecisionCodes) -> Tensor:
     """Return the largest scale and the levels of narrow prefixes as the bits of float32, [21] int32."""
     device = codes.planes[0].device
-    tables = [codes.tables.get(width, centres(width)).to(device) for width in TABLE_WIDTHS]
+    tables = [codes.tables.get(bits, centres(bits)).to(device) for bits in TABLE_BITS]
     return torch.cat((codes.grid.largest[None], *tables)).view(torch.int32)
 
 
 def _unpack_constants(constants: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
     values = constants.view(torch.float32)
-    tables = values[1:].split([2**width for width in TABLE_WIDTHS])
-    return values[0], dict(zip(TABLE_WIDTHS, tables, strict=True))
+    tables = values[1:].split([2**bits for bits in TABLE_BITS])
+    return values[0], dict(zip(TABLE_BITS, tables, strict=True))

@@ -1,4 +1,4 @@
-"""The quantization method of nested weights, made known to transformers, so that what cannot load them says what can.
+"""The method of any-precision weights, made known to transformers, so that what cannot load them says what can.
 
 Importing this module registers nothing.
 """
@@ -19,22 +19,22 @@ from quicksilver.errors import UnsupportedFeatureError
 from quicksilver.quant.config import QUANT_METHOD
 
 
-class NestedMethodConfig(QuantizationConfigMixin):
-    """A nested model's `quantization_config` as transformers hands it around; `QuantizationConfig` is what it means."""
+class AnyPrecisionMethodConfig(QuantizationConfigMixin):
+    """A model's `quantization_config` as transformers hands it around; `QuantizationConfig` is what it means."""
 
     def __init__(self, **stored: Any) -> None:
         self.__dict__.update(stored)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
 
 
-class NestedQuantizer(HfQuantizer):
+class AnyPrecisionQuantizer(HfQuantizer):
     """Refuses to load what transformers would fill with random weights."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raise UnsupportedFeatureError; transformers asks before it reads weights."""
         raise UnsupportedFeatureError(
-            "transformers' from_pretrained cannot load weights that quicksilver has nested, and nests none; load the"
-            " folder with quicksilver.load, which gives transformers' model as .model"
+            "transformers' from_pretrained cannot load weights that quicksilver has quantized, and quantizes none; load"
+            " the folder with quicksilver.load, which gives transformers' model as .model"
         )
 
     def is_serializable(self) -> None:
@@ -48,5 +48,5 @@ class NestedQuantizer(HfQuantizer):
 def register_method() -> None:
     """Make the method known to transformers, where it is not yet."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(NestedMethodConfig)
-        register_quantizer(QUANT_METHOD)(NestedQuantizer)
+        register_quantization_config(QUANT_METHOD)(AnyPrecisionMethodConfig)
+        register_quantizer(QUANT_METHOD)(AnyPrecisionQuantizer)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quicksilver.errors import ModelError
 from quicksilver.quant.blocks import blocks
-from quicksilver.quant.codes import MAX_CODE, TABLE_WIDTHS, Grid, NestedCodes, centres
+from quicksilver.quant.codes import MAX_CODE, TABLE_BITS, AnyPrecisionCodes, QuantGrid, centres
 
 REACH = 2.0
 """How far, in steps of 8-bit codes, a weight may lie outside the cell that its 4-bit version chooses."""
@@ -25,8 +25,8 @@ _PREFIXES = 2**4
 
 def quantize(
     weight: Tensor, group_size: int, hessian: Tensor | None = None, refit: bool = True, reach: float = REACH
-) -> NestedCodes:
-    """Return a matrix in nested codes.
+) -> AnyPrecisionCodes:
+    """Return a matrix in any-precision codes.
 
     Args:
         weight: [in, out], any float type.
@@ -40,16 +40,16 @@ def quantize(
             definite, or an unknown group size.
     """
     weight = weight.detach()
-    grid = Grid.fit(weight, group_size)
+    grid = QuantGrid.fit(weight, group_size)
     codes = grid.nearest(weight) if hessian is None else _compensated(weight.float(), grid, hessian, reach)
-    return NestedCodes.pack(codes, grid, fit_tables(weight, codes, grid) if refit else None)
+    return AnyPrecisionCodes.pack(codes, grid, fit_tables(weight, codes, grid) if refit else None)
 
 
-def fit_tables(weight: Tensor, codes: Tensor, grid: Grid) -> dict[int, Tensor]:
-    """Return for each of `TABLE_WIDTHS` the best level of each prefix among the 8-bit codes.
+def fit_tables(weight: Tensor, codes: Tensor, grid: QuantGrid) -> dict[int, Tensor]:
+    """Return for each of `TABLE_BITS` the best level of each prefix among the 8-bit codes.
 
     That is its weights' mean, each by its scale squared, rounded. A whole level fits a byte, so that kernels look
-    narrow codes up as bytes and multiply integers at every width. It costs next to nothing: a level moves by half a
+    narrow codes up as bytes and multiply integers whatever the bits. It costs next to nothing: a level moves by half a
     step of 8-bit codes at most, one thirty-second of the distance between two levels of 4 bits.
 
     Args:
@@ -58,20 +58,20 @@ def fit_tables(weight: Tensor, codes: Tensor, grid: Grid) -> dict[int, Tensor]:
         grid: where the codes' levels lie.
 
     Returns:
-        [2 ** width] float32 by width, whole numbers.
+        [2 ** bits] float32 by bits, whole numbers.
     """
     counts, sums = _by_exponent(weight, codes, grid)
     squares = grid.scale_of(torch.arange(len(counts), device=counts.device)).double().square()
     total, summed = squares @ counts.double(), squares @ sums  # [16] each
     tables = {}
-    for width in TABLE_WIDTHS:
-        of_prefix = [values.view(2**width, -1).sum(1) for values in (total, summed)]
-        fitted = torch.where(of_prefix[0] > 0, of_prefix[1] / of_prefix[0], centres(width).to(total))
-        tables[width] = fitted.round().clamp(0, MAX_CODE).float()
+    for bits in TABLE_BITS:
+        of_prefix = [values.view(2**bits, -1).sum(1) for values in (total, summed)]
+        fitted = torch.where(of_prefix[0] > 0, of_prefix[1] / of_prefix[0], centres(bits).to(total))
+        tables[bits] = fitted.round().clamp(0, MAX_CODE).float()
     return tables
 
 
-def _by_exponent(weight: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _by_exponent(weight: Tensor, codes: Tensor, grid: QuantGrid) -> tuple[Tensor, Tensor]:
     """Return how many weights there are of each exponent and 4-bit prefix, and the sums of their levels, [256, 16]."""
     size = 256 * _PREFIXES
     counts = torch.zeros(size, dtype=torch.int64, device=weight.device)
@@ -101,7 +101,7 @@ def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, _inverse_factor(hessian[order][:, order])
 
 
-def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> Tensor:
+def _compensated(weight: Tensor, grid: QuantGrid, hessian: Tensor, reach: float) -> Tensor:
     """Return codes [in, out] whose errors make up for one another, in the 4-bit version and in the 8-bit one.
 
     First the leading four bits: channel by channel, those still to come make up for the error so far (Frantar et
@@ -127,7 +127,7 @@ def _compensated(weight: Tensor, grid: Grid, hessian: Tensor, reach: float) -> T
     return torch.empty_like(codes).index_copy_(0, order, codes).to(torch.uint8)
 
 
-def _walk(weight: Tensor, grid: Grid, inverse: Tensor, choose: Callable[[slice, Tensor], Tensor]) -> Tensor:
+def _walk(weight: Tensor, grid: QuantGrid, inverse: Tensor, choose: Callable[[slice, Tensor], Tensor]) -> Tensor:
     """Choose levels channel by channel, letting the channels to come make up for the error; return them [in, out].
 
     `choose` maps a channel, and the levels [1, out] that would be right for it now, to levels.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quicksilver.families.spec import num_nested
+from quicksilver.families.spec import num_quantized
 
 
 class ModelFacts(nn.Module):
@@ -41,12 +41,12 @@ class ModelFacts(nn.Module):
         return self.model.name_or_path
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, nested weights among them as transformers' own count leaves them out."""
+        """Return the number of parameters, quantized ones among them as transformers' own count leaves them out."""
         plain = self.model.num_parameters(only_trainable, exclude_embeddings)
-        return plain + (0 if only_trainable else num_nested(self.model, exclude_embeddings))
+        return plain + (0 if only_trainable else num_quantized(self.model, exclude_embeddings))
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of parameters and of buffers, which nested weights are."""
+        """Return the bytes of parameters and of buffers, which any-precision weights are."""
         return self.model.get_memory_footprint(return_buffers)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -32,10 +32,10 @@ from quicksilver.cache import RaggedKVCache
 from quicksilver.core.trace import Trace
 from quicksilver.errors import InputError
 from quicksilver.runtime.continuation import check_beginning, leave_some_to_feed
-from quicksilver.runtime.grids import check_positions, real_tokens
 from quicksilver.runtime.processors import PrefixFunction, of_rows, warpers, without
 from quicksilver.runtime.sampling import Draw, Ending, Rows, TokenChoice
 from quicksilver.runtime.settings import Settings
+from quicksilver.runtime.unpadded import check_positions, real_tokens
 
 if TYPE_CHECKING:
     from quicksilver.model import QuickSilverForCausalLM

@@ -172,7 +172,7 @@ class Decoder:
         if self._versions is None or not self._versions.have_changed():
             return
         for layer in self.adapter.layers:
-            for module in layer.nested:
+            for module in layer.quantized:
                 module.forget_norms()
         self._bind_weights()
 
@@ -209,9 +209,9 @@ class Decoder:
         if count != len(caches):
             raise InputError(f"{count} sequences were given to a cache of {len(caches)}")
         for index, cache in enumerate(caches):
-            obstacle = cache.obstacle(self._cache_shape, self.adapter.identity)
-            if obstacle is not None:
-                raise InputError(f"{_sequence(index, count)}{obstacle}; start a new one")
+            reason = cache.unsupported_reason(self._cache_shape, self.adapter.identity)
+            if reason is not None:
+                raise InputError(f"{_sequence(index, count)}{reason}; start a new one")
         if count > 1 and len(set(map(id, caches))) < count:
             first = next(index for index, cache in enumerate(caches) if any(cache is other for other in caches[:index]))
             raise InputError(f"{_sequence(first, count)}its cache is another's too; give each a copy")

@@ -16,7 +16,7 @@ _version_of = attrgetter("_version")
 
 
 class WeightVersions:
-    """Remembers the tensors of layers' nested maps and norms, and how often each was written to.
+    """Remembers the tensors of layers' quantized maps and norms, and how often each was written to.
 
     Not noticed: writes that PyTorch does not count, that is through `.data` or to inference tensors. Modules replaced
     by others are `ModuleWatch`'s business.
@@ -27,7 +27,7 @@ class WeightVersions:
 
     def __init__(self, layers: Sequence[LayerOps]) -> None:
         norms = [norm for ops in layers for norm in ops.leaves.norms.values()]
-        modules = [*(module for ops in layers for module in ops.nested), *norms]
+        modules = [*(module for ops in layers for module in ops.quantized), *norms]
         held = [tensors for module in modules for tensors in (module._buffers, module._parameters)]
         self._places = [(tensors, name) for tensors in held for name in tensors]
         self._tensors = self._find()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits, TokenBitsView
 from quicksilver.errors import PlanError
 from quicksilver.rules.checks import check_layers_run, layers_run
@@ -46,7 +46,7 @@ class EntropyBitsRule(GradedBitsRule):
 
     def decide(self, view: ChannelView) -> BitsChoice:
         """Read what the token was granted; everything before that was decided."""
-        return BitsChoice(MAX_WIDTH if view.max_bits is None else view.max_bits)
+        return BitsChoice(MAX_BITS if view.max_bits is None else view.max_bits)
 
     def decide_tokens(self, view: TokenBitsView) -> BitsChoice:
         """Grant each token bits by its entropy."""
@@ -67,7 +67,7 @@ class EntropyBitsRule(GradedBitsRule):
 
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits:
         """Return all bits: kernels read no more of them than each token was granted."""
-        return KernelBits((MAX_WIDTH,))
+        return KernelBits((MAX_BITS,))
 
     def check_maps(self, num_layers: int, num_maps: int) -> None:
         """Raise PlanError where the layer is beyond the model's depth."""

@@ -46,7 +46,7 @@ class PrecisionRule(DecidingRule[ChannelView, BitsChoice]):
 
         Args:
             layer_idx: the layer.
-            map_idx: which of its nested maps.
+            map_idx: which of its quantized maps.
             num_maps: how many it has.
         """
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quicksilver.backends.state import PassContext, State
-from quicksilver.core.bits import MAX_WIDTH
+from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.decisions import TokenBitsView
 from quicksilver.families.spec import Adapter
 from quicksilver.rules import PrecisionRule
@@ -34,5 +34,5 @@ class BitsStep:
         most = state.max_bits
         if most is None:
             count = state.chunk.num_tokens
-            most = torch.full((count,), MAX_WIDTH, dtype=torch.uint8, device=state.hidden.device)
+            most = torch.full((count,), MAX_BITS, dtype=torch.uint8, device=state.hidden.device)
         state.max_bits = most.index_copy(0, state.layout.origin, choice.bits)  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_a_plan_that_was_fitted_runs(
     tmp_path: Path,
     family: str,
 ) -> None:
-    folder, target = tmp_path / "nested", tmp_path / "mine.json"
+    folder, target = tmp_path / "quantized", tmp_path / "mine.json"
     assert cli("quantize", tiny_model_dir(family), "-o", folder).status == 0
     made = cli("plan", "fit", folder, "channel-5bit", "--calibration", text_file, "-o", target)
     assert (made.status, made.said) == (0, [])
@@ -87,7 +87,7 @@ def test_a_recipe_that_could_not_run_is_not_fitted(
 ) -> None:
     rule = {"type": "entropy", "target": [0.5, 0.3, 0.2], "layer": 4}
     recipe, target = plan_file("late.json", name="late", precision={"rule": rule}), tmp_path / "mine.json"
-    folder = tmp_path / "nested"
+    folder = tmp_path / "quantized"
     assert cli("quantize", tiny_model_dir("llama"), "-o", folder).status == 0
     refusal = cli("plan", "fit", folder, recipe, "--calibration", text_file, "-o", target)
     assert_refusal(refusal, "late", "save nothing, the model has 4")

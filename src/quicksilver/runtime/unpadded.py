@@ -16,7 +16,7 @@ from quicksilver.errors import InputError, UnsupportedFeatureError
 
 
 @dataclass(frozen=True)
-class Grid:
+class UnpaddedBatch:
     """The real tokens of a padded grid [B, T].
 
     Attributes:
@@ -58,33 +58,33 @@ def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int)
     return before, visible[:, visible.shape[1] - columns :]
 
 
-def real_tokens(input_ids: Tensor, real: Tensor | None) -> Grid:
+def real_tokens(input_ids: Tensor, real: Tensor | None) -> UnpaddedBatch:
     """Take the real tokens, where `real` [B, T] is True, out of a padded grid [B, T]; None is for all of them."""
     batch, columns = input_ids.shape
     if real is None:
-        return Grid(input_ids.reshape(-1), [columns] * batch, (batch, columns))
+        return UnpaddedBatch(input_ids.reshape(-1), [columns] * batch, (batch, columns))
     lengths = real.sum(1).tolist()
     if sum(lengths) == batch * columns:
-        return Grid(input_ids.reshape(-1), lengths, (batch, columns))
+        return UnpaddedBatch(input_ids.reshape(-1), lengths, (batch, columns))
     places = real.flatten().nonzero().squeeze(-1)
-    return Grid(input_ids.reshape(-1)[places], lengths, (batch, columns), real, places)
+    return UnpaddedBatch(input_ids.reshape(-1)[places], lengths, (batch, columns), real, places)
 
 
-def check_positions(position_ids: Tensor, grid: Grid, seen: Sequence[int]) -> None:
+def check_positions(position_ids: Tensor, unpadded: UnpaddedBatch, seen: Sequence[int]) -> None:
     """Raise UnsupportedFeatureError where tokens are given other positions than they have.
 
     Args:
         position_ids: [B, T] or [1, T]; what they say of padding does not matter.
-        grid: the tokens.
+        unpadded: the tokens.
         seen: tokens before each row's.
     """
-    batch, columns = grid.shape
+    batch, columns = unpadded.shape
     position_ids = torch.as_tensor(position_ids)
     if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
-        raise InputError(f"position_ids of shape {tuple(position_ids.shape)} do not fit input_ids {grid.shape}")
+        raise InputError(f"position_ids of shape {tuple(position_ids.shape)} do not fit input_ids {unpadded.shape}")
     given = position_ids.expand(batch, columns).reshape(-1)
-    given = given if grid.places is None else given[grid.places.to(given.device)]
-    own = [first + i for first, length in zip(seen, grid.lengths, strict=True) for i in range(length)]
+    given = given if unpadded.places is None else given[unpadded.places.to(given.device)]
+    own = [first + i for first, length in zip(seen, unpadded.lengths, strict=True) for i in range(length)]
     if given.tolist() != own:
         raise UnsupportedFeatureError(
             "position_ids other than those that attention_mask and cache imply are not supported: a row's tokens are"
@@ -121,25 +121,27 @@ def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | 
         raise InputError(f"logits_to_keep does not choose among {columns} columns: {error}") from None
 
 
-def grid_logits(hidden: Tensor, grid: Grid, kept: Tensor | None, head: Callable[[Tensor], Tensor]) -> Tensor:
+def padded_logits(
+    hidden: Tensor, unpadded: UnpaddedBatch, kept: Tensor | None, head: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return logits [B, K, vocab] of some columns; only real tokens pass through the head, padding gets zeros.
 
     Args:
         hidden: [N, d] states of the grid's real tokens.
-        grid: where they stand.
+        unpadded: where they stand.
         kept: [K] columns, None for all.
         head: [M, d] to [M, vocab].
     """
-    batch, columns = grid.shape
-    if kept is None and grid.places is None:
+    batch, columns = unpadded.shape
+    if kept is None and unpadded.places is None:
         return head(hidden).view(batch, columns, -1)
     kept = torch.arange(columns, device=hidden.device) if kept is None else kept
-    if grid.places is None:
+    if unpadded.places is None:
         rows = kept + columns * torch.arange(batch, device=hidden.device)[:, None]  # [B, K]
         logits = head(hidden[rows.flatten()])
         return logits.view(batch, len(kept), logits.shape[-1])
     row_of = torch.full((batch * columns,), -1, device=hidden.device)
-    row_of[grid.places] = torch.arange(hidden.shape[0], device=hidden.device)
+    row_of[unpadded.places] = torch.arange(hidden.shape[0], device=hidden.device)
     rows = row_of.view(batch, columns)[:, kept].flatten()  # [B * K], -1 at padding
     real = rows >= 0
     logits = head(hidden[rows[real]])
@@ -148,9 +150,9 @@ def grid_logits(hidden: Tensor, grid: Grid, kept: Tensor | None, head: Callable[
     return padded.view(batch, len(kept), padded.shape[-1])
 
 
-def shifted_loss(logits: Tensor, labels: Tensor, grid: Grid) -> Tensor:
+def shifted_loss(logits: Tensor, labels: Tensor, unpadded: UnpaddedBatch) -> Tensor:
     """Mean cross-entropy of each real token's prediction against the next label [B, T]; -100 is ignored."""
     targets = labels[:, 1:].to(logits.device)
-    if grid.real is not None:
-        targets = targets.masked_fill(~grid.real[:, :-1], -100)  # padding predicts nothing
+    if unpadded.real is not None:
+        targets = targets.masked_fill(~unpadded.real[:, :-1], -100)  # padding predicts nothing
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)

@@ -1,4 +1,4 @@
-"""Products with nested weights as the tests of the kernels need them: matrices, what they should give, how far off."""
+"""Products with any-precision weights for the kernels' tests: matrices, what they should give, how far off."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.nested_linear import StoredMatrix
-from quicksilver.quant import NestedLinear
-from quicksilver.quant.codes import Grid, NestedCodes, centres
+from quicksilver.ops.any_precision_linear import StoredMatrix
+from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.quant.codes import AnyPrecisionCodes, QuantGrid, centres
 from quicksilver.quant.rounding import quantize
 
 INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
@@ -27,18 +27,20 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draw_widths(*shape: int, seed: int = 0) -> Tensor:
-    """Return widths from 0 to 8, even, uint8."""
+def draw_bits(*shape: int, seed: int = 0) -> Tensor:
+    """Return bits from 0 to 8, even, uint8."""
     return 2 * torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def module(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 1, spread: float = 1.0) -> NestedLinear:
+def module(
+    num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 1, spread: float = 1.0
+) -> AnyPrecisionLinear:
     """Return a map without bias whose channels differ in size by up to `spread`, so that its scales do too."""
     weight = draw(num_inputs, num_outputs, seed=seed) * torch.logspace(0.0, spread, num_inputs)[:, None]
-    return NestedLinear(quantize(weight, group_size), None)
+    return AnyPrecisionLinear(quantize(weight, group_size), None)
 
 
-def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 0) -> NestedLinear:
+def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 0) -> AnyPrecisionLinear:
     """Return a map of random codes, scales and zeros, extremes among them; no matrix was rounded to it."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,20 +50,20 @@ def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: 
         return torch.where(torch.rand(shape, generator=generator) < 0.2, extremes, drawn)
 
     groups = -(-num_outputs // group_size)
-    grid = Grid(bytes_of(num_inputs, groups), bytes_of(num_inputs, groups), torch.tensor(0.37), group_size)
-    tables = {width: centres(width).round().clamp(0, 255) for width in (4, 2)}
-    return NestedLinear(NestedCodes.pack(bytes_of(num_inputs, num_outputs), grid, tables), None)
+    grid = QuantGrid(bytes_of(num_inputs, groups), bytes_of(num_inputs, groups), torch.tensor(0.37), group_size)
+    tables = {bits: centres(bits).round().clamp(0, 255) for bits in (4, 2)}
+    return AnyPrecisionLinear(AnyPrecisionCodes.pack(bytes_of(num_inputs, num_outputs), grid, tables), None)
 
 
-def expected(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
+def expected(linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> Tensor:
     """Return the product that defines the operator, [N, out] float64."""
     y = torch.zeros(x.shape[0], linear.num_outputs, dtype=torch.float64)
-    for width in WEIGHT_BITS:
-        y += torch.where(widths == width, x, 0.0).double() @ linear.codes.dequantize(width).double()
+    for value in WEIGHT_BITS:
+        y += torch.where(bits == value, x, 0.0).double() @ linear.codes.dequantize(value).double()
     return y
 
 
-def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
+def bounds(linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> Tensor:
     """Return how far the kernels may be from the definition, [N, out] float64.
 
     A coefficient, activation times scale, is off by two units at most: half a unit for the activation, half for the
@@ -71,11 +73,11 @@ def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     scales, zeros = (grid.spread(t, out).double() for t in (grid.scales, grid.zeros.float()))
     limit = torch.zeros(x.shape[0], out, dtype=torch.float64)
     for row in range(x.shape[0]):
-        magnitudes = x[row].double().abs() * (widths[row] > 0)
+        magnitudes = x[row].double().abs() * (bits[row] > 0)
         reach = torch.zeros_like(scales)
-        for width in WEIGHT_BITS:
-            levels = linear.codes.dequantize(width).double() / scales + zeros
-            reach += (levels - zeros).abs() * (widths[row] == width)[:, None]
+        for value in WEIGHT_BITS:
+            levels = linear.codes.dequantize(value).double() / scales + zeros
+            reach += (levels - zeros).abs() * (bits[row] == value)[:, None]
         blocks = zip(*(t.split(_CHUNK) for t in (magnitudes, scales, reach)), strict=True)
         for activation, scale, multiplied in blocks:
             unit = (activation * scale.amax(1)).amax() / _STEPS
@@ -83,9 +85,9 @@ def bounds(linear: NestedLinear, x: Tensor, widths: Tensor) -> Tensor:
     return limit
 
 
-def assert_close(y: Tensor, linear: NestedLinear, x: Tensor, widths: Tensor) -> None:
+def assert_close(y: Tensor, linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> None:
     """Fail where a product is further from its definition than the kernels' rounding explains."""
-    excess = (y.double() - expected(linear, x, widths)).abs() - bounds(linear, x, widths)
+    excess = (y.double() - expected(linear, x, bits)).abs() - bounds(linear, x, bits)
     assert bool((excess <= 0).all()), f"beyond the bound by up to {float(excess.nan_to_num(float('inf')).max()):.3g}"
 
 
@@ -111,6 +113,6 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def arguments(stored: StoredMatrix, x: Tensor, widths: Tensor | None = None, uniform: int = 8) -> tuple[object, ...]:
+def arguments(stored: StoredMatrix, x: Tensor, bits: Tensor | None = None, uniform: int = 8) -> tuple[object, ...]:
     """Return the operator's arguments in its order."""
-    return x, list(stored.planes), *stored[1:4], widths, uniform, *stored[4:]
+    return x, list(stored.planes), *stored[1:4], bits, uniform, *stored[4:]

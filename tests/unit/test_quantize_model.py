@@ -1,4 +1,4 @@
-"""Nesting a model in memory, and the Hessians that make up for errors."""
+"""Quantizing a model in memory, and the Hessians that make up for errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.errors import InputError, ModelError, UnsupportedModelError
-from quicksilver.families.nesting import nest, nested_names
-from quicksilver.quant import NestedLinear
+from quicksilver.families.quantize import quantize_model, quantized_names
+from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.quant.config import QuantizationConfig
 from tests import tiny, tolerances
 
@@ -27,7 +27,7 @@ def hooks(model: Any) -> int:
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_hessians_are_the_second_moments_of_the_inputs(name: str) -> None:
     model = tiny.model(name)
-    names = nested_names(model, COMPENSATED)
+    names = quantized_names(model, COMPENSATED)
     seen: dict[str, list[torch.Tensor]] = {path: [] for path in names}
     watchers = [
         model.get_submodule(path).register_forward_pre_hook(lambda m, inputs, p=path: seen[p].append(inputs[0][0]))
@@ -75,7 +75,7 @@ def test_errors_are_made_up_for(name: str) -> None:
     hessians = collect_hessians(plain, WINDOWS, head=True)
     models = {method: copy.deepcopy(plain) for method in ("nearest", "compensated")}
     for method, model in models.items():
-        nest(model, QuantizationConfig(method=method, head=True), hessians)  # type: ignore[arg-type]
+        quantize_model(model, QuantizationConfig(method=method, head=True), hessians)  # type: ignore[arg-type]
     errors = {
         method: sum(float(_error(model.get_submodule(path), plain, path, hessians)) for path in _whole(plain))
         for method, model in models.items()
@@ -84,11 +84,11 @@ def test_errors_are_made_up_for(name: str) -> None:
 
 
 def _whole(model: Any) -> list[str]:
-    return [path for path in nested_names(model, COMPENSATED) if not path.endswith("c_attn")]
+    return [path for path in quantized_names(model, COMPENSATED) if not path.endswith("c_attn")]
 
 
 @torch.no_grad()
-def _error(module: NestedLinear, plain: Any, path: str, hessians: Any) -> torch.Tensor:
+def _error(module: AnyPrecisionLinear, plain: Any, path: str, hessians: Any) -> torch.Tensor:
     original = plain.get_submodule(path)
     weight = original.weight.T if isinstance(original, torch.nn.Linear) else original.weight
     difference = module.codes.dequantize(4) - weight
@@ -109,8 +109,8 @@ def test_hessians_must_fit() -> None:
     for match, given in cases.items():
         model = copy.deepcopy(plain)
         with pytest.raises(ModelError, match=match):
-            nest(model, QuantizationConfig(method="compensated", head=match == "lm_head"), given)
-        assert not any(isinstance(module, NestedLinear) for module in model.modules())
+            quantize_model(model, QuantizationConfig(method="compensated", head=match == "lm_head"), given)
+        assert not any(isinstance(module, AnyPrecisionLinear) for module in model.modules())
 
 
 def test_weights_beyond_the_range_of_float32_are_refused_before_any_is_replaced() -> None:
@@ -122,31 +122,31 @@ def test_weights_beyond_the_range_of_float32_are_refused_before_any_is_replaced(
         with torch.no_grad():
             model.model.layers[3].mlp.down_proj.weight[1, :2] = torch.tensor(values, dtype=dtype)
         with pytest.raises(ModelError, match=rf"'model\.layers\.3\.mlp\.down_proj\.weight' {message}"):
-            nest(model, QuantizationConfig())
-        assert not any(isinstance(module, NestedLinear) for module in model.modules())
+            quantize_model(model, QuantizationConfig())
+        assert not any(isinstance(module, AnyPrecisionLinear) for module in model.modules())
 
 
 def test_a_model_is_nested_once_and_of_a_known_family() -> None:
     model = copy.deepcopy(tiny.model("llama"))
-    nest(model, QuantizationConfig())
-    with pytest.raises(ModelError, match="nested already"):
-        nest(model, QuantizationConfig())
+    quantize_model(model, QuantizationConfig())
+    with pytest.raises(ModelError, match="quantized already"):
+        quantize_model(model, QuantizationConfig())
     other = copy.deepcopy(tiny.model("llama"))
     other.config.model_type = "mamba"
     with pytest.raises(UnsupportedModelError, match="mamba"):
-        nest(other, QuantizationConfig())
+        quantize_model(other, QuantizationConfig())
 
 
 def test_a_tied_head_is_nested_with_the_embedding_or_not_at_all() -> None:
     model = copy.deepcopy(tiny.model("gpt2"))
     with pytest.raises(ModelError, match="head shares the embedding"):
-        nest(model, QuantizationConfig(embeddings=True))
-    nest(model, QuantizationConfig(head=True))
+        quantize_model(model, QuantizationConfig(embeddings=True))
+    quantize_model(model, QuantizationConfig(head=True))
     assert model.transformer.wte.weight.dtype == torch.float32
-    assert isinstance(model.lm_head, NestedLinear)
+    assert isinstance(model.lm_head, AnyPrecisionLinear)
 
 
 def test_progress_is_told_after_every_map() -> None:
     model, calls = copy.deepcopy(tiny.model("gpt2")), []
-    nest(model, QuantizationConfig(head=True), on_map=lambda: calls.append(len(calls)))
-    assert len(calls) == len(nested_names(model, COMPENSATED)) == 4 * 4 + 1
+    quantize_model(model, QuantizationConfig(head=True), on_map=lambda: calls.append(len(calls)))
+    assert len(calls) == len(quantized_names(model, COMPENSATED)) == 4 * 4 + 1

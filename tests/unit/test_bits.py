@@ -1,4 +1,4 @@
-"""Width rules: thresholds to widths, what is refused, and thresholds fitted to what they were asked for."""
+"""Bits rules: thresholds to bits, what is refused, and thresholds fitted to what they were asked for."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def test_malformed_rules_are_refused_by_name(rule: dict[str, Any], message: str)
 
 
 def test_a_plan_must_fit_the_model() -> None:
-    nested, plain = tiny.nested("llama"), tiny.model("llama")
+    quantized, plain = tiny.quantized("llama"), tiny.model("llama")
     for plan, model, message in (
-        (precision_plan(UniformBitsRule(4)), plain, "the model's are plain"),
-        (precision_plan(ChannelBitsRule(target=5.0)), nested, "still to be fitted"),
-        (precision_plan(ChannelBitsRule(((4.0,) * 4,) * 24)), nested, "24 sets of thresholds, the model has 4 x 7"),
-        (precision_plan(EntropyBitsRule((2.0, 1.0), layer=4)), nested, "save nothing, the model has 4"),
+        (precision_plan(UniformBitsRule(4)), plain, "weights that are not quantized"),
+        (precision_plan(ChannelBitsRule(target=5.0)), quantized, "still to be fitted"),
+        (precision_plan(ChannelBitsRule(((4.0,) * 4,) * 24)), quantized, "24 sets of thresholds, the model has 4 x 7"),
+        (precision_plan(EntropyBitsRule((2.0, 1.0), layer=4)), quantized, "save nothing, the model has 4"),
     ):
         with pytest.raises(PlanError, match=message):
             decoder(model, plan)
-    with pytest.raises(PlanError, match="fitted to nested weights"):
+    with pytest.raises(PlanError, match="fitted to any-precision weights"):
         fit(adapt(plain), Plan.preset("channel-5bit"), WINDOWS)
 
 
@@ -124,12 +124,12 @@ LATE = EntropyBitsRule(target=(0.5, 0.3, 0.2), layer=4)
 )
 def test_nothing_is_fitted_that_could_not_run(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError, match=f"plan 'test': .*{message}"):
-        fit(adapt(tiny.nested("llama")), plan, WINDOWS, lambda: pytest.fail("a window was run"))
+        fit(adapt(tiny.quantized("llama")), plan, WINDOWS, lambda: pytest.fail("a window was run"))
 
 
 @pytest.mark.parametrize("rule", [ChannelBitsRule(target=5.0), EntropyBitsRule(target=(0.5, 0.3, 0.2))])
 def test_there_must_be_something_to_fit_to(rule: Any) -> None:
-    adapter, plan = adapt(tiny.nested("llama")), Plan("mine", precision=PrecisionConfig(rule, protect_first=4))
+    adapter, plan = adapt(tiny.quantized("llama")), Plan("mine", precision=PrecisionConfig(rule, protect_first=4))
     with pytest.raises(InputError, match="plan 'mine': nothing to fit bits to: no calibration text"):
         fit(adapter, plan, [])
     with pytest.raises(InputError, match="holds no tokens but protected ones"):
@@ -152,7 +152,7 @@ def test_protected_tokens_do_not_count(rule: Any) -> None:
     windows = [window.clone() for window in WINDOWS]
     for window in windows:
         window[::2] = special
-    model = copy.deepcopy(tiny.nested("llama"))
+    model = copy.deepcopy(tiny.quantized("llama"))
     with torch.no_grad():
         model.model.embed_tokens.weight[special] = 100.0 * torch.eye(32)[3]  # one channel is all they have
     recipe = Plan("mine", precision=PrecisionConfig(rule, protect_first=0, protect_special=True))
@@ -160,13 +160,13 @@ def test_protected_tokens_do_not_count(rule: Any) -> None:
     traces = [run_whole(decoder(model, plan, special_ids=[special]), window).trace for window in windows]
     first = 2 if isinstance(rule, EntropyBitsRule) else 0
     counts = [layer.macs_by_bits for trace in traces for layer in trace.layers[first:]]
-    macs = [sum(of_width) for of_width in zip(*counts, strict=True)]
+    macs = [sum(of_bits) for of_bits in zip(*counts, strict=True)]
     shares = [2 * count / sum(macs) for count in macs]
     shares[8] -= 1.0
     if isinstance(rule.target, float):
-        assert abs(sum(width * share for width, share in enumerate(shares)) - rule.target) < 0.1
+        assert abs(sum(bits * share for bits, share in enumerate(shares)) - rule.target) < 0.1
     else:
-        assert [shares[width] for width in rule.bits] == pytest.approx(rule.target, abs=0.03)
+        assert [shares[bits] for bits in rule.bits] == pytest.approx(rule.target, abs=0.03)
 
 
 @settings(max_examples=30)
@@ -184,22 +184,22 @@ def test_quantiles_of_a_histogram_are_those_of_the_scores(seed: int, parts: list
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("target", [7.0, 5.0, 3.5, (0.3, 0.3, 0.2, 0.1, 0.1)])
 def test_channel_thresholds_give_what_was_asked_for(family: str, target: Any) -> None:
-    model = tiny.nested(family)
+    model = tiny.quantized(family)
     plan = fit(adapt(model), precision_plan(ChannelBitsRule(target=target)), WINDOWS)
     assert not plan.is_recipe
     macs = [0] * 9
     for window in WINDOWS:
         trace = run_whole(decoder(model, plan), window).trace
-        macs = [a + b for a, b in zip(macs, trace.macs_by_width, strict=True)]
+        macs = [a + b for a, b in zip(macs, trace.macs_by_bits, strict=True)]
     shares = [count / sum(macs) for count in macs]
     if isinstance(target, float):
-        assert abs(sum(width * share for width, share in enumerate(shares)) - target) < 0.15
+        assert abs(sum(bits * share for bits, share in enumerate(shares)) - target) < 0.15
     else:
-        assert [shares[width] for width in (8, 6, 4, 2, 0)] == pytest.approx(target, abs=0.03)
+        assert [shares[bits] for bits in (8, 6, 4, 2, 0)] == pytest.approx(target, abs=0.03)
 
 
 def test_entropy_thresholds_give_the_shares_asked_for() -> None:
-    model, target = tiny.nested("llama"), (0.3, 0.5, 0.2)
+    model, target = tiny.quantized("llama"), (0.3, 0.5, 0.2)
     plan = fit(adapt(model), precision_plan(EntropyBitsRule(target=target)), WINDOWS)
     assert not plan.is_recipe
     macs = [0] * 9
@@ -207,11 +207,11 @@ def test_entropy_thresholds_give_the_shares_asked_for() -> None:
         trace = run_whole(decoder(model, plan), window).trace
         deeper = (layer.macs_by_bits for layer in trace.layers[2:])
         macs = [sum(counts) for counts in zip(macs, *deeper, strict=True)]
-    assert [macs[width] / sum(macs) for width in (8, 4, 2)] == pytest.approx(target, abs=0.03)
+    assert [macs[bits] / sum(macs) for bits in (8, 4, 2)] == pytest.approx(target, abs=0.03)
 
 
 def test_fitting_leaves_everything_else_alone() -> None:
-    model = tiny.nested("llama")
+    model = tiny.quantized("llama")
     fitted = precision_plan(UniformBitsRule(4))
     assert fit(adapt(model), fitted, WINDOWS) is fitted
     assert fit(adapt(model), Plan.dense(), WINDOWS) == Plan.dense()

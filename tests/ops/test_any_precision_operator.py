@@ -11,57 +11,57 @@ import pytest
 import torch
 from torch import Tensor
 
-from quicksilver.ops import native, nested_linear
-from quicksilver.ops.nested_linear import StoredMatrix
-from quicksilver.quant import NestedLinear
-from quicksilver.quant.codes import NestedCodes
+from quicksilver.ops import any_precision_linear, native
+from quicksilver.ops.any_precision_linear import StoredMatrix
+from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.quant.codes import AnyPrecisionCodes
 from quicksilver.quant.linear import keeping_expanded
 from tests import HANGS
-from tests.ops.nested import arguments, assert_close, draw, draw_widths, module
+from tests.ops.any_precision import arguments, assert_close, draw, draw_bits, module
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
 
 def operator() -> torch._ops.OpOverload:
-    return torch.ops.quicksilver.nested_linear.default
+    return torch.ops.quicksilver.any_precision_linear.default
 
 
-@pytest.mark.parametrize("each", [True, False], ids=["widths", "uniform"])
+@pytest.mark.parametrize("each", [True, False], ids=["bits", "uniform"])
 def test_opcheck_accepts_the_operator(each: bool) -> None:
     linear, x = module(70, 100), draw(3, 70)
-    widths = draw_widths(3, 70) if each else None
-    torch.library.opcheck(operator(), arguments(linear.stored, x, widths, 6))
+    bits = draw_bits(3, 70) if each else None
+    torch.library.opcheck(operator(), arguments(linear.stored, x, bits, 6))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_it_gives_the_same(backend: str) -> None:
-    linear, x, widths = module(70, 100), draw(3, 70), draw_widths(3, 70)
+    linear, x, bits = module(70, 100), draw(3, 70), draw_bits(3, 70)
     stored = linear.stored
 
-    def doubled(x: Tensor, widths: Tensor) -> Tensor:
-        return 2 * operator()(*arguments(stored, x, widths))
+    def doubled(x: Tensor, bits: Tensor) -> Tensor:
+        return 2 * operator()(*arguments(stored, x, bits))
 
     compiled = torch.compile(doubled, fullgraph=True, backend=backend)
     with torch.no_grad():
-        assert torch.equal(compiled(x, widths), doubled(x, widths))
-        assert torch.equal(compiled(x + 1, widths), doubled(x + 1, widths))
+        assert torch.equal(compiled(x, bits), doubled(x, bits))
+        assert torch.equal(compiled(x + 1, bits), doubled(x + 1, bits))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     linear, x = module(70, 100), draw(3, 70)
-    stored, widths = linear.stored, draw_widths(3, 70)
+    stored, bits = linear.stored, draw_bits(3, 70)
     wrong = {
-        "rows": (x[:, :69], widths),
-        "rows must be": (x.double(), widths),
-        "widths must be": (x, widths[:2]),
-        "uint8": (x, widths.int()),
+        "rows": (x[:, :69], bits),
+        "rows must be": (x.double(), bits),
+        "bits must be": (x, bits[:2]),
+        "uint8": (x, bits.int()),
         "not 9": (x, 9),
-        "2 or 0 bits, not 200": (x, widths.masked_fill(widths == 4, 200)),
-        "2 or 0 bits, not 3": (x, widths.masked_fill(widths == 4, 3)),
+        "2 or 0 bits, not 200": (x, bits.masked_fill(bits == 4, 200)),
+        "2 or 0 bits, not 3": (x, bits.masked_fill(bits == 4, 3)),
     }
     for message, (rows, given) in wrong.items():
         with pytest.raises(ValueError, match=message):
-            nested_linear.nested_linear(rows, stored, given)
+            any_precision_linear.any_precision_linear(rows, stored, given)
 
 
 def malformed() -> dict[str, tuple[str, StoredMatrix]]:
@@ -100,22 +100,22 @@ def test_a_matrix_that_is_none_is_refused(name: str) -> None:
     message, stored = malformed()[name]
     x = draw(3, stored.exponents.shape[0] if stored.exponents.dim() else 70)
     with pytest.raises(ValueError, match=message):
-        nested_linear.nested_linear(x, stored, 8)
+        any_precision_linear.any_precision_linear(x, stored, 8)
 
 
 def test_gradients_are_refused_and_not_cut() -> None:
     linear, x = module(70, 100), draw(3, 70).requires_grad_()
-    y = nested_linear.nested_linear(x, linear.stored, 8)
-    with pytest.raises(RuntimeError, match="nested_linear has no gradient"):
+    y = any_precision_linear.any_precision_linear(x, linear.stored, 8)
+    with pytest.raises(RuntimeError, match="any_precision_linear has no gradient"):
         y.sum().backward()
     linear(x, kernels="native").sum().backward()  # PyTorch's way
     assert x.grad is not None
 
 
 def test_rows_need_not_be_contiguous() -> None:
-    linear, x, widths = module(70, 100), draw(3, 140)[:, ::2], draw_widths(70, 3).T
-    y = nested_linear.nested_linear(x, linear.stored, widths)
-    assert torch.equal(y, nested_linear.nested_linear(x.contiguous(), linear.stored, widths.contiguous()))
+    linear, x, bits = module(70, 100), draw(3, 140)[:, ::2], draw_bits(70, 3).T
+    y = any_precision_linear.any_precision_linear(x, linear.stored, bits)
+    assert torch.equal(y, any_precision_linear.any_precision_linear(x.contiguous(), linear.stored, bits.contiguous()))
 
 
 def test_inference_mode_is_no_obstacle() -> None:
@@ -124,35 +124,35 @@ def test_inference_mode_is_no_obstacle() -> None:
         assert_close(linear(x, kernels="native"), linear, x, torch.full(x.shape, 8))
 
 
-def with_tables(linear: NestedLinear, shift: float) -> NestedLinear:
+def with_tables(linear: AnyPrecisionLinear, shift: float) -> AnyPrecisionLinear:
     codes = linear.codes
-    tables = {width: table + shift for width, table in codes.tables.items()}
-    return NestedLinear(NestedCodes(codes.planes, codes.grid, codes.num_outputs, tables), None)
+    tables = {bits: table + shift for bits, table in codes.tables.items()}
+    return AnyPrecisionLinear(AnyPrecisionCodes(codes.planes, codes.grid, codes.num_outputs, tables), None)
 
 
 def test_a_matrix_whose_levels_are_not_whole_is_left_to_pytorch() -> None:
     linear, x = with_tables(module(70, 100), 0.25), draw(3, 70)
-    assert not nested_linear.has_whole_levels(linear.stored)
-    assert nested_linear.prepared(linear.stored) is None
+    assert not any_precision_linear.has_whole_levels(linear.stored)
+    assert any_precision_linear.prepared(linear.stored) is None
     with pytest.raises(ValueError, match="whole 8-bit code"):
-        nested_linear.nested_linear(x, linear.stored, 4)
+        any_precision_linear.any_precision_linear(x, linear.stored, 4)
     assert torch.equal(linear(x, 4, kernels="native"), linear(x, 4))
 
 
-def check(linear: NestedLinear) -> None:
-    x, widths = draw(3, linear.num_inputs), draw_widths(3, linear.num_inputs)
-    assert_close(linear(x, widths, kernels="native"), linear, x, widths)
+def check(linear: AnyPrecisionLinear) -> None:
+    x, bits = draw(3, linear.num_inputs), draw_bits(3, linear.num_inputs)
+    assert_close(linear(x, bits, kernels="native"), linear, x, bits)
 
 
 def test_a_matrix_is_packed_once_and_anew_where_its_tensors_change() -> None:
     linear, other = module(70, 100), module(70, 100, seed=9, spread=0.5)
     check(linear)
-    first = nested_linear.prepared(linear.stored)
+    first = any_precision_linear.prepared(linear.stored)
     check(linear)
-    assert nested_linear.prepared(linear.stored) is first
+    assert any_precision_linear.prepared(linear.stored) is first
     linear.load_state_dict(other.state_dict())  # in place
     check(linear)
-    assert nested_linear.prepared(linear.stored) is not first
+    assert any_precision_linear.prepared(linear.stored) is not first
     linear.load_state_dict(module(70, 100, seed=10).state_dict(), assign=True)
     check(linear)
     linear.plane_0 = torch.zeros_like(linear.get_buffer("plane_0"))
@@ -169,27 +169,27 @@ def test_a_view_of_a_packed_matrix_is_a_matrix_of_its_own() -> None:
     check(linear)
     planes, exponents, zeros, constants, *sizes = linear.stored
     first = StoredMatrix([p[:32] for p in planes], exponents[:32], zeros[:32], constants, *sizes)
-    y = nested_linear.nested_linear(x[:, :32], first, 8)
-    widths = torch.full(x.shape, 8).masked_fill(torch.arange(64) >= 32, 0)
-    assert_close(y, linear, x, widths)
+    y = any_precision_linear.any_precision_linear(x[:, :32], first, 8)
+    bits = torch.full(x.shape, 8).masked_fill(torch.arange(64) >= 32, 0)
+    assert_close(y, linear, x, bits)
 
 
 def test_a_packed_matrix_goes_when_any_of_its_tensors_goes() -> None:
-    linear, before = module(70, 100), len(nested_linear._entries)
+    linear, before = module(70, 100), len(any_precision_linear._entries)
     check(linear)
-    assert len(nested_linear._entries) == before + 1
+    assert len(any_precision_linear._entries) == before + 1
     linear.plane_3 = linear.get_buffer("plane_3").clone()
-    assert len(nested_linear._entries) == before
+    assert len(any_precision_linear._entries) == before
     check(linear)
     check(linear)
-    assert len(nested_linear._entries) == before + 1
+    assert len(any_precision_linear._entries) == before + 1
     del linear
-    assert len(nested_linear._entries) == before
+    assert len(any_precision_linear._entries) == before
 
 
 def test_the_kernels_take_rows_in_float32_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, calls = module(70, 100), []
-    run = nested_linear.multiply
+    run = any_precision_linear.multiply
     monkeypatch.setattr("quicksilver.quant.linear.multiply", lambda *args: calls.append(1) or run(*args))
 
     def uses_kernels(x: Tensor, kernels: native.Kernels = "native") -> bool:
@@ -212,10 +212,10 @@ def test_the_kernels_take_rows_in_float32_without_gradients(monkeypatch: pytest.
         assert not uses_kernels(draw(1, 70))
 
 
-@pytest.mark.parametrize("widths", ["one", "by row", "by channel"])
-def test_a_row_is_the_same_however_many_others_there_are(widths: str) -> None:
+@pytest.mark.parametrize("bits", ["one", "by row", "by channel"])
+def test_a_row_is_the_same_however_many_others_there_are(bits: str) -> None:
     linear, x = module(70, 100), draw(700, 70)
-    chosen = {"one": None, "by row": draw_widths(700, 1)[:, 0], "by channel": draw_widths(700, 70)}[widths]
+    chosen = {"one": None, "by row": draw_bits(700, 1)[:, 0], "by channel": draw_bits(700, 70)}[bits]
 
     def products(rows: slice) -> Tensor:
         return linear(x[rows], 6 if chosen is None else chosen[rows], kernels="native")
@@ -228,16 +228,16 @@ def test_a_row_is_the_same_however_many_others_there_are(widths: str) -> None:
 def test_widths_by_row_and_bias() -> None:
     linear, x = module(70, 100), draw(4, 70)
     linear.bias = torch.nn.Parameter(draw(100, seed=8), requires_grad=False)
-    widths = torch.tensor([8, 0, 2, 4], dtype=torch.uint8)
-    y = linear(x, widths, kernels="native") - linear.bias
-    assert_close(y, linear, x, widths[:, None].expand(4, 70))
+    bits = torch.tensor([8, 0, 2, 4], dtype=torch.uint8)
+    y = linear(x, bits, kernels="native") - linear.bias
+    assert_close(y, linear, x, bits[:, None].expand(4, 70))
     assert torch.equal(linear(x, 0, kernels="native"), linear(x, 0))
 
 
 def test_threads_of_python_do_not_disturb_one_another() -> None:
     linears = [module(90, 300, seed=seed) for seed in range(4)]
-    rows = [(draw(4, 90, seed=seed), draw_widths(4, 90, seed=seed)) for seed in range(4)]
-    alone = [linear(x, widths, kernels="native") for linear, (x, widths) in zip(linears, rows, strict=True)]
+    rows = [(draw(4, 90, seed=seed), draw_bits(4, 90, seed=seed)) for seed in range(4)]
+    alone = [linear(x, bits, kernels="native") for linear, (x, bits) in zip(linears, rows, strict=True)]
 
     def again(i: int) -> bool:
         torch.set_num_threads(1)
@@ -249,15 +249,15 @@ def test_threads_of_python_do_not_disturb_one_another() -> None:
 
 FORKED = """
 import os, torch
-from tests.ops.nested import draw, draw_widths, module
+from tests.ops.any_precision import draw, draw_bits, module
 torch.set_num_threads(2)
-linear, x, widths = module(130, 700), draw(4, 130), draw_widths(4, 130)
-before = linear(x, widths, kernels="native")  # the pool has threads now
+linear, x, bits = module(130, 700), draw(4, 130), draw_bits(4, 130)
+before = linear(x, bits, kernels="native")  # the pool has threads now
 child = os.fork()
 if child == 0:
-    same = all(torch.equal(linear(x, widths, kernels="native"), before) for _ in range(20))
+    same = all(torch.equal(linear(x, bits, kernels="native"), before) for _ in range(20))
     os._exit(0 if same else 1)
-assert all(torch.equal(linear(x, widths, kernels="native"), before) for _ in range(20))
+assert all(torch.equal(linear(x, bits, kernels="native"), before) for _ in range(20))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from quicksilver.calibrate.bits import MapScores
-from quicksilver.calibrate.candidates import Fits
+from quicksilver.calibrate.candidates import CalibrationData
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.core.files import write_atomically
@@ -21,32 +21,32 @@ from quicksilver.families.spec import ModelSpec
 _TENSOR, _COUNTS = "fitted.", "counts."
 
 
-def write(path: Path, key: str, fits: Fits) -> None:
+def write(path: Path, key: str, data: CalibrationData) -> None:
     """Write what was fitted; an interrupted write leaves nothing half-written.
 
     Args:
         path: of the file.
         key: of everything that the fits depend on.
-        fits: to be kept.
+        data: to be kept.
     """
     facts = {
-        "units": asdict(fits.units),
-        "context": fits.context,
-        "halt_layers": fits.halt_layers,
-        "shortcuts": [[*unit, *known] for unit, known in fits.shortcuts.items()],
-        "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in fits.map_scores],
-        "map_weights": fits.map_weights,
-        "centred": fits.centred,
-        "prices": {mechanism: asdict(prices) for mechanism, prices in fits.prices.items()},
-        "entry_nats": fits.entry_nats,
+        "units": asdict(data.units),
+        "context": data.context,
+        "halt_layers": data.halt_layers,
+        "shortcuts": [[*unit, *known] for unit, known in data.shortcuts.items()],
+        "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in data.map_scores],
+        "map_weights": data.map_weights,
+        "centred": data.centred,
+        "prices": {mechanism: asdict(prices) for mechanism, prices in data.prices.items()},
+        "entry_nats": data.entry_nats,
     }
-    tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in fits.tensors.items()}
-    tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(fits.map_scores)}
+    tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in data.tensors.items()}
+    tensors |= {f"{_COUNTS}{i}": scores.counts for i, scores in enumerate(data.map_scores)}
     tensors["none"] = torch.zeros(0)  # there may be nothing else
     write_atomically(path, save(tensors, metadata={"key": key, "facts": json.dumps(facts)}))
 
 
-def read(path: Path, key: str, spec: ModelSpec) -> Fits | None:
+def read(path: Path, key: str, spec: ModelSpec) -> CalibrationData | None:
     """Return what was fitted under a key, None where the file is missing, damaged or of another key."""
     try:
         with safe_open(path, "pt") as file:
@@ -59,8 +59,8 @@ def read(path: Path, key: str, spec: ModelSpec) -> Fits | None:
         return None
 
 
-def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec) -> Fits:
-    return Fits(
+def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec) -> CalibrationData:
+    return CalibrationData(
         spec,
         UnitCosts(**facts["units"]),
         facts["context"],

@@ -1,6 +1,6 @@
-"""Which linear maps of each family are nested, and replacing them in a model.
+"""Which linear maps of each family are quantized, and replacing them in a model.
 
-How codes are chosen is `quant/rounding.py`'s business; how a nested model is stored, `loading/nested.py`'s.
+How codes are chosen is `quant/rounding.py`'s business; how a quantized model is stored, `loading/quantized.py`'s.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from quicksilver.errors import ModelError
 from quicksilver.families.family import MapRole, family_of, modeling_module
 from quicksilver.families.modules import runs_only
-from quicksilver.quant import NestedEmbedding, NestedLinear, NestedSplit, NestedWeight
-from quicksilver.quant.codes import NestedCodes
-from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
+from quicksilver.quant.codes import AnyPrecisionCodes
+from quicksilver.quant.config import QuantizationConfig, is_quantized
 from quicksilver.quant.rounding import quantize, walk_order
 
 HEAD = "lm_head"
 _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.sparse", "transformers.pytorch_utils")
 """Where modules that are no more than their weight and bias are defined."""
 
-Encode = Callable[[str, Tensor], NestedCodes]
+Encode = Callable[[str, Tensor], AnyPrecisionCodes]
 """Maps a map's name and its weight [in, out], or the embedding's and its table [vocab, d], to codes."""
 
 
@@ -52,8 +52,8 @@ def input_groups(model: Any) -> list[tuple[str, ...]]:
     ]
 
 
-def nested_names(model: Any, config: QuantizationConfig | None = None) -> list[str]:
-    """Return the full paths of the maps that are nested: the layers', and the head where a configuration says so."""
+def quantized_names(model: Any, config: QuantizationConfig | None = None) -> list[str]:
+    """Return the full paths of the maps that are quantized: the layers', and the head where a configuration says so."""
     names = [name for group in input_groups(model) for name in group]
     return [*names, HEAD] if config is not None and config.head else names
 
@@ -64,46 +64,46 @@ def is_tied(model: Any) -> bool:
     return getattr(model.get_submodule(HEAD), "weight", None) is getattr(embedding, "weight", model)
 
 
-def nest(
+def quantize_model(
     model: Any,
     config: QuantizationConfig,
     hessians: Mapping[str, Tensor] | None = None,
     on_map: Callable[[], None] | None = None,
 ) -> None:
-    """Replace a model's linear maps by nested ones, in place and one by one; on an error nothing is replaced.
+    """Replace a model's linear maps by quantized ones, in place and one by one; on an error nothing is replaced.
 
     Args:
         model: a causal language model of transformers.
-        config: a head that shares the embedding's table gets one of its own where it is nested, and must be nested
-            where the embedding is.
+        config: a head that shares the embedding's table gets one of its own where it is quantized, and must be
+            quantized where the embedding is.
         hessians: [in, in] `X^T X` of each map's inputs by the map's name; `config.method` "compensated" needs them.
         on_map: called after each map.
 
     Raises:
-        ModelError: as `nest_each` does.
+        ModelError: as `quantize_each` does.
         UnsupportedModelError: the family is not supported.
     """
-    for _ in nest_each(model, config, hessians):
+    for _ in quantize_each(model, config, hessians):
         if on_map is not None:
             on_map()
 
 
-def nest_each(
+def quantize_each(
     model: Any,
     config: QuantizationConfig,
     hessians: Mapping[str, Tensor] | None = None,
     after: Callable[[Tensor], None] = lambda weight: None,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Do what `nest` does, and yield each map, and the embedding where it is nested, by full path once it is replaced.
+    """Do what `quantize_model` does; yield each map, and a quantized embedding, by full path once it is replaced.
 
     Args:
-        model: as for `nest`.
+        model: as for `quantize_model`.
         config: likewise.
         hessians: likewise.
         after: called with a weight that is not looked at again soon, or not at all.
 
     Raises:
-        ModelError: the model is nested already, a weight or Hessian is NaN or infinite, a weight's range is beyond
+        ModelError: the model is quantized already, a weight or Hessian is NaN or infinite, a weight's range is beyond
             that of float32, a Hessian is missing, of another size or not positive definite, or the configuration
             does not fit the model.
         UnsupportedModelError: the family is not supported.
@@ -113,7 +113,7 @@ def nest_each(
         raise ModelError("method compensated needs calibration text")
     check(model, config)
     family = family_of(model.config)
-    names = nested_names(model, config)
+    names = quantized_names(model, config)
     for name in [*names, family.embedding] if config.embeddings else names:
         _check_weight(model, name)
         after(model.get_submodule(name).weight)
@@ -123,7 +123,7 @@ def nest_each(
         for name in {id(hessians[name]): name for name in reversed(names)}.values():  # maps of one input share one
             _check_definite(name, hessians[name])
 
-    def encode(name: str, weight: Tensor) -> NestedCodes:
+    def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
         read_narrow = name != family.embedding
         codes = quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
         after(model.get_submodule(name).weight)
@@ -133,16 +133,16 @@ def nest_each(
 
 
 def outline(model: Any, config: QuantizationConfig) -> None:
-    """Replace a model's linear maps by nested ones without content, to load stored codes into (on "meta").
+    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta").
 
     Raises:
         ModelError: the configuration does not fit the model.
         UnsupportedModelError: the family is not supported.
     """
 
-    def encode(name: str, weight: Tensor) -> NestedCodes:
+    def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
         num_inputs, num_outputs = weight.shape
-        return NestedCodes.outline(num_inputs, num_outputs, config.group_size)
+        return AnyPrecisionCodes.outline(num_inputs, num_outputs, config.group_size)
 
     check(model, config)
     for _ in _replace_all(model, config, encode):
@@ -150,11 +150,11 @@ def outline(model: Any, config: QuantizationConfig) -> None:
 
 
 def check(model: Any, config: QuantizationConfig) -> None:
-    """Raise ModelError where a model cannot be nested as configured."""
-    if is_nested(model.config) or any(isinstance(module, NestedWeight) for module in model.modules()):
-        raise ModelError("the model's weights are nested already")
+    """Raise ModelError where a model cannot be quantized as configured."""
+    if is_quantized(model.config) or any(isinstance(module, AnyPrecisionWeight) for module in model.modules()):
+        raise ModelError("the model's weights are quantized already")
     if config.embeddings and not config.head and is_tied(model):
-        raise ModelError("the head shares the embedding's table: to nest embeddings, nest the head too")
+        raise ModelError("the head shares the embedding's table: to quantize embeddings, quantize the head too")
 
 
 def _check_weight(model: Any, name: str) -> None:
@@ -163,7 +163,7 @@ def _check_weight(model: Any, name: str) -> None:
     if not any(runs_only(module, source) for source in plain):
         raise ModelError(
             f"{name!r} ({type(module).__name__}) is more than its weight: merge adapters, remove hooks and put back"
-            " replaced modules before the model is nested"
+            " replaced modules before the model is quantized"
         )
     bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax()).float()
     if not bool(torch.isfinite(bounds).all()):
@@ -208,15 +208,15 @@ def _replace_all(model: Any, config: QuantizationConfig, encode: Encode) -> Iter
     register_method()  # the configuration will name it
     family = family_of(model.config)
     untied = config.head and is_tied(model)
-    for name in nested_names(model, config):
+    for name in quantized_names(model, config):
         bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name)
-        module = _nested(weight, bias, part_sizes(model, name), partial(encode, name))
+        module = _quantized(weight, bias, part_sizes(model, name), partial(encode, name))
         model.set_submodule(name, module)
         yield name, module
     if config.embeddings:
         plain = model.get_submodule(family.embedding)
         scale = getattr(plain, "scalar_embed_scale", None)
-        module = NestedEmbedding(encode(family.embedding, plain.weight), plain.weight.dtype, scale)
+        module = AnyPrecisionEmbedding(encode(family.embedding, plain.weight), plain.weight.dtype, scale)
         model.set_submodule(family.embedding, module)
         yield family.embedding, module
     if untied:
@@ -224,12 +224,12 @@ def _replace_all(model: Any, config: QuantizationConfig, encode: Encode) -> Iter
     model.config.quantization_config = config.to_dict()
 
 
-def _nested(
-    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], encode: Callable[[Tensor], NestedCodes]
+def _quantized(
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], encode: Callable[[Tensor], AnyPrecisionCodes]
 ) -> nn.Module:
-    """Return the nested map of a weight [in, out]; of parts of its outputs where it has several."""
+    """Return the quantized map of a weight [in, out]; of parts of its outputs where it has several."""
     if len(sizes) <= 1:
-        return NestedLinear(encode(weight), bias)
+        return AnyPrecisionLinear(encode(weight), bias)
     weights = weight.split(list(sizes), dim=1)
     biases = [None] * len(sizes) if bias is None else [part.clone() for part in bias.split(list(sizes))]
-    return NestedSplit([NestedLinear(encode(w), b) for w, b in zip(weights, biases, strict=True)])
+    return AnyPrecisionSplit([AnyPrecisionLinear(encode(w), b) for w, b in zip(weights, biases, strict=True)])

@@ -1,4 +1,4 @@
-"""The operator `torch.ops.quicksilver.nested_linear`: rows times a matrix in nested codes, by the compiled kernels.
+"""The operator `torch.ops.quicksilver.any_precision_linear`: rows times a quantized matrix, by the compiled kernels.
 
 Importing this module registers the operator. What codes mean, and the product that defines it, is `quicksilver.quant`.
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from quicksilver.ops import native
 
-_MAX_WIDTH, _WIDTHS = 8, (0, 2, 4, 6, 8)
+_MAX_BITS, _BITS = 8, (0, 2, 4, 6, 8)
 _NUM_PLANES = 4
 _GROUP_STEP = 32  # outputs that the kernels read with one scale
 _NUM_CONSTANTS = 21
 _LIBRARY = torch.library.Library("quicksilver", "DEF")
 _LIBRARY.define(
-    "nested_linear(Tensor x, Tensor[] planes, Tensor exponents, Tensor zeros, Tensor constants, Tensor? widths,"
+    "any_precision_linear(Tensor x, Tensor[] planes, Tensor exponents, Tensor zeros, Tensor constants, Tensor? bits,"
     " int uniform, int group_size, int num_outputs) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 class StoredMatrix(NamedTuple):
-    """A matrix [in, out] in nested codes, as modules keep it.
+    """A matrix [in, out] in any-precision codes, as modules keep it.
 
     Attributes:
         planes: four of [in, ceil(out / 4)] uint8, leading bits first, the first code of a byte in its lowest bits.
@@ -69,7 +69,7 @@ class _Prepared(NamedTuple):
     """A matrix as the kernels want it, what of, and what ends it.
 
     Attributes:
-        layouts: by whether they are for widths by channel; None where the kernels cannot read the matrix.
+        layouts: by whether they are for bits by channel; None where the kernels cannot read the matrix.
     """
 
     layouts: dict[bool, Any] | None
@@ -95,7 +95,7 @@ def accepts(rows: Tensor) -> bool:
 
 
 def has_whole_levels(stored: StoredMatrix) -> bool:
-    """Whether the levels of a matrix's narrow widths are whole 8-bit codes, which is what the kernels can read."""
+    """Whether the levels of a matrix at fewer bits are whole 8-bit codes, which is what the kernels can read."""
     levels = stored.constants.view(torch.float32)[1:]
     return bool(((levels == levels.round()) & (levels >= 0) & (levels <= 255)).all())
 
@@ -105,7 +105,7 @@ def prepared(stored: StoredMatrix, by_channel: bool | None = None) -> Any:
 
     Args:
         stored: the matrix.
-        by_channel: whether a row's channels may differ in width, for which it is laid out differently; None for
+        by_channel: whether a row's channels may differ in bits, for which it is laid out differently; None for
             either, whichever is there.
 
     Raises:
@@ -137,41 +137,41 @@ def readable(stored: StoredMatrix, by_channel: bool = False) -> Any:
     """
     matrix = prepared(stored, by_channel)
     if matrix is None:
-        raise ValueError("a level of the matrix's narrow widths is not a whole 8-bit code")
+        raise ValueError("a level of the matrix at fewer bits is not a whole 8-bit code")
     return matrix
 
 
-def expand(matrix: Any, width: int, dtype: torch.dtype) -> Tensor:
+def expand(matrix: Any, bits: int, dtype: torch.dtype) -> Tensor:
     """Expand a matrix to the floats that its codes mean.
 
     Args:
         matrix: [in, out], as `prepared` gave it.
-        width: bits to read, 2, 4, 6 or 8.
+        bits: bits to read, 2, 4, 6 or 8.
         dtype: float32, or bfloat16: the same numbers rounded to nearest, ties to even.
 
     Returns:
         [in, out] in that dtype.
 
     Raises:
-        ValueError: no such width.
+        ValueError: no such bits.
     """
-    _check_width(width)
+    _check_bits(bits)
     weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
-    native.extension().expand(matrix, width, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
+    native.extension().expand(matrix, bits, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
     return weight
 
 
 def multiply(
-    x: Tensor, matrix: Any, widths: Tensor | None = None, uniform: int = _MAX_WIDTH, norm: NormOperands | None = None
+    x: Tensor, matrix: Any, bits: Tensor | None = None, uniform: int = _MAX_BITS, norm: NormOperands | None = None
 ) -> Tensor:
     """Multiply rows [N, in] by a matrix that `prepared` gave, past PyTorch's dispatcher and the operator's checks.
 
-    Shapes, types and widths are not checked, and nothing is raised: a caller that did not make them calls `check_rows`.
+    Shapes, types and bits are not checked, and nothing is raised: a caller that did not make them calls `check_rows`.
 
     Args:
         x: [N, in] float32.
-        matrix: [in, out], as `prepared` gave it; for widths by channel where they are.
-        widths: uint8 bits to read, [N, in] by channel or [N] by row, or None where `uniform` are read throughout.
+        matrix: [in, out], as `prepared` gave it; for bits by channel where they are.
+        bits: uint8 bits to read, [N, in] by channel or [N] by row, or None where `uniform` are read throughout.
         uniform: 8, 6, 4, 2, or 0, which gives zeros.
         norm: applied to the rows before they are multiplied; None where they are multiplied as they come.
 
@@ -180,7 +180,7 @@ def multiply(
     """
     y = x.new_empty((x.shape[0], matrix.num_outputs))
     rows = x if x.is_contiguous() else x.contiguous()
-    each = None if widths is None else widths.contiguous()
+    each = None if bits is None else bits.contiguous()
     native.extension().multiply_rows(
         matrix,
         rows.data_ptr(),
@@ -195,8 +195,8 @@ def multiply(
     return y
 
 
-def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tensor:
-    """Multiply rows by a matrix in nested codes.
+def any_precision_linear(x: Tensor, stored: StoredMatrix, bits: int | Tensor) -> Tensor:
+    """Multiply rows by a matrix in any-precision codes.
 
     Activations are rounded to 16 bits for each block of 64 channels, so results differ from the float product by about
     4e-5 of the largest output. Rows do not depend on one another. A row with a NaN or an infinity gives NaN. There is
@@ -206,7 +206,7 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
         x: [N, in] float32 on the CPU.
         stored: the matrix; it is packed for the kernels when it is first met, and again when a tensor of it changes.
             What PyTorch does not count is not noticed: writes through `.data`, and writes to inference tensors.
-        widths: bits to read: one number, uint8 [N] for the rows, or uint8 [N, in] for the channels of each row; 0
+        bits: bits to read: one number, uint8 [N] for the rows, or uint8 [N, in] for the channels of each row; 0
             leaves a row or a channel out.
 
     Returns:
@@ -214,10 +214,12 @@ def nested_linear(x: Tensor, stored: StoredMatrix, widths: int | Tensor) -> Tens
 
     Raises:
         KernelsUnavailableError: there are no kernels.
-        ValueError: shapes, types or widths that do not fit, or a matrix that is not readable.
+        ValueError: shapes, types or bits that do not fit, or a matrix that is not readable.
     """
-    each, uniform = (None, widths) if isinstance(widths, int) else (widths, _MAX_WIDTH)
-    return torch.ops.quicksilver.nested_linear.default(x, list(stored.planes), *stored[1:4], each, uniform, *stored[4:])
+    each, uniform = (None, bits) if isinstance(bits, int) else (bits, _MAX_BITS)
+    return torch.ops.quicksilver.any_precision_linear.default(
+        x, list(stored.planes), *stored[1:4], each, uniform, *stored[4:]
+    )
 
 
 def _run(
@@ -226,15 +228,15 @@ def _run(
     exponents: Tensor,
     zeros: Tensor,
     constants: Tensor,
-    widths: Tensor | None,
+    bits: Tensor | None,
     uniform: int,
     group_size: int,
     num_outputs: int,
 ) -> Tensor:
     stored = StoredMatrix(planes, exponents, zeros, constants, group_size, num_outputs)
-    matrix = readable(stored, by_channel=widths is not None and widths.dim() == 2)
-    check_rows(x, stored, widths, uniform)
-    return multiply(x, matrix, widths, uniform)
+    matrix = readable(stored, by_channel=bits is not None and bits.dim() == 2)
+    check_rows(x, stored, bits, uniform)
+    return multiply(x, matrix, bits, uniform)
 
 
 def _fake(
@@ -243,7 +245,7 @@ def _fake(
     exponents: Tensor,
     zeros: Tensor,
     constants: Tensor,
-    widths: Tensor | None,
+    bits: Tensor | None,
     uniform: int,
     group_size: int,
     num_outputs: int,
@@ -254,32 +256,32 @@ def _fake(
 def _refuse_gradients(context: object, *gradients: object) -> None:
     """Raise RuntimeError in the backward pass; without one, gradients would be cut."""
     raise RuntimeError(
-        "quicksilver::nested_linear has no gradient; its weights are frozen, call it under torch.no_grad()"
+        "quicksilver::any_precision_linear has no gradient; its weights are frozen, call it under torch.no_grad()"
     )
 
 
-_LIBRARY.impl("nested_linear", _run, "CPU")
-torch.library.register_fake("quicksilver::nested_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("quicksilver::nested_linear", _refuse_gradients, lib=_LIBRARY)
+_LIBRARY.impl("any_precision_linear", _run, "CPU")
+torch.library.register_fake("quicksilver::any_precision_linear", _fake, lib=_LIBRARY)
+torch.library.register_autograd("quicksilver::any_precision_linear", _refuse_gradients, lib=_LIBRARY)
 
 
-def check_rows(x: Tensor, stored: StoredMatrix, widths: Tensor | None, uniform: int) -> None:
+def check_rows(x: Tensor, stored: StoredMatrix, bits: Tensor | None, uniform: int) -> None:
     """Raise ValueError where what is multiplied does not fit."""
     if x.dim() != 2 or x.dtype != torch.float32 or x.shape[1] != stored.exponents.shape[0]:
         raise ValueError(f"rows must be [N, {stored.exponents.shape[0]}] float32, got {list(x.shape)} {x.dtype}")
-    if widths is not None and (widths.shape not in (x.shape, x.shape[:1]) or widths.dtype != torch.uint8):
+    if bits is not None and (bits.shape not in (x.shape, x.shape[:1]) or bits.dtype != torch.uint8):
         raise ValueError(
-            f"widths must be {list(x.shape)} or {list(x.shape[:1])} uint8, got {list(widths.shape)} {widths.dtype}"
+            f"bits must be {list(x.shape)} or {list(x.shape[:1])} uint8, got {list(bits.shape)} {bits.dtype}"
         )
-    if widths is not None and bool((wrong := (widths > _MAX_WIDTH) | (widths % 2 == 1)).any()):
-        _check_width(int(widths[wrong][0]))
-    _check_width(uniform)
+    if bits is not None and bool((wrong := (bits > _MAX_BITS) | (bits % 2 == 1)).any()):
+        _check_bits(int(bits[wrong][0]))
+    _check_bits(uniform)
 
 
-def _check_width(width: int) -> None:
-    """Raise ValueError where there is no such width."""
-    if width not in _WIDTHS:
-        raise ValueError(f"weights are read at 8, 6, 4, 2 or 0 bits, not {width}")
+def _check_bits(bits: int) -> None:
+    """Raise ValueError where there is no such bits."""
+    if bits not in _BITS:
+        raise ValueError(f"weights are read at 8, 6, 4, 2 or 0 bits, not {bits}")
 
 
 def _check_stored(stored: StoredMatrix) -> None:

@@ -1,6 +1,6 @@
-"""Folders of nested models: written whole or not at all, and loaded without choosing codes anew.
+"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew.
 
-The files' integrity is `quant/storage.py`'s business; which maps are nested, `families/nesting.py`'s.
+The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ from torch import Tensor, nn
 
 from quicksilver.core.files import check_new_folder
 from quicksilver.errors import InputError, ModelError, first_line
-from quicksilver.families import nesting
+from quicksilver.families import quantize
 from quicksilver.loading.plain import read_generation_config
-from quicksilver.quant import NestedWeight
-from quicksilver.quant.config import QuantizationConfig, is_nested
+from quicksilver.quant import AnyPrecisionWeight
+from quicksilver.quant.config import QuantizationConfig, is_quantized
 from quicksilver.quant.linear import BY_CHANNEL
 from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, give_back, read_tensors, write_tensors
 
-_CODES = "codes"  # of a nested weight: one tensor for all that is kept by channel, so that headers stay short
+_CODES = "codes"  # of an any-precision weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
 """Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def save_nested(
+def save_quantized(
     model: Any,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a nested model to a new folder; an interruption leaves no folder of that name.
+    """Write a quantized model to a new folder; an interruption leaves no folder of that name.
 
     Args:
-        model: a transformers model after `nest`.
+        model: a transformers model after `quantize_model`.
         folder: does not exist, or is empty.
         tokenizer: saved too, or None.
         max_shard_size: of one weight file, in bytes or with a unit.
 
     Raises:
         InputError: the folder cannot be written.
-        ModelError: the model is not nested.
+        ModelError: the model is not quantized.
     """
-    if not is_nested(model.config):
-        raise ModelError("only a nested model can be saved here; see quicksilver quantize")
+    if not is_quantized(model.config):
+        raise ModelError("only a quantized model can be saved here; see quicksilver quantize")
     check_new_folder(folder)
     with _staged(Path(folder)) as stage:
         write_tensors(_stored_tensors(model), stage, max_shard_size)
         _write_others(model, stage, tokenizer)
 
 
-def nest_and_save(
+def quantize_and_save(
     model: Any,
     config: QuantizationConfig,
     folder: str | os.PathLike[str],
@@ -66,28 +66,28 @@ def nest_and_save(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     on_map: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do what `nest` and `save_nested` do, one map at a time: neither the weights nor their codes are kept.
+    """Do what `quantize_model` and `save_quantized` do, map by map: neither the weights nor their codes are kept.
 
     Args:
-        model: a transformers model that `load_plain` gave and that nobody has changed; where it is nested, it is left
+        model: a transformers model that `load_plain` gave and that nobody has changed; what is quantized is left
             without content, on "meta".
         config: each weight is rounded on its own, whatever its method.
         folder: does not exist, or is empty.
         tokenizer: saved too, or None.
         max_shard_size: of one weight file, in bytes or with a unit.
-        on_map: called after each map, and the embedding where it is nested.
+        on_map: called after each map, and the embedding where it is quantized.
 
     Raises:
         InputError: the folder cannot be written.
-        ModelError: as `nest` does.
+        ModelError: as `quantize_model` does.
         UnsupportedModelError: the family is not supported.
     """
     check_new_folder(folder)
     outline = _without_content(model)
-    nesting.outline(outline, config)
+    quantize.outline(outline, config)
     with _staged(Path(folder)) as stage:
         with TensorWriter(_stored_tensors(outline), stage, max_shard_size) as writer, _one_thread():
-            for name, module in nesting.nest_each(model, config, after=give_back):
+            for name, module in quantize.quantize_each(model, config, after=give_back):
                 for part, tensor in _stored_tensors(module).items():
                     writer.write(f"{name}.{part}", tensor)
                 module.to("meta")
@@ -124,13 +124,13 @@ def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
     (stage / "config.json").write_text(_stored_config(model).to_json_string(), encoding="utf-8")  # now it loads
 
 
-def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
-    """Load what `save_nested` wrote.
+def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
+    """Load what `save_quantized` wrote.
 
     Args:
         source: the folder.
         config: its transformers configuration.
-        dtype: of the weights that are not nested; "auto" is the one they were saved in.
+        dtype: of the weights that are not quantized; "auto" is the one they were saved in.
 
     Returns:
         A transformers model on the CPU.
@@ -146,7 +146,7 @@ def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
         dtype = config.dtype or torch.float32
     try:
         model = _blank(plain, dtype)
-        nesting.outline(model, quantization)
+        quantize.outline(model, quantization)
     except Exception as error:  # a configuration may ask for anything
         raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
     if (settings := read_generation_config(folder)) is not None:
@@ -156,7 +156,7 @@ def load_nested(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             tensors[name] = tensor.to(own[name].dtype)
-    for name, module in _nested_weights(model):
+    for name, module in _quantized_weights(model):
         parts = module.unpack_channels(tensors.pop(f"{name}.{_CODES}"))
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -184,7 +184,7 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters, persistent buffers and codes by name; a parameter that has two names goes by the first."""
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-    for name, module in _nested_weights(model):
+    for name, module in _quantized_weights(model):
         prefix = f"{name}." if name else ""
         tensors[f"{prefix}{_CODES}"] = module.pack_channels()
         for part in BY_CHANNEL:
@@ -192,8 +192,8 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **tensors}
 
 
-def _nested_weights(model: nn.Module) -> list[tuple[str, NestedWeight]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, NestedWeight)]
+def _quantized_weights(model: nn.Module) -> list[tuple[str, AnyPrecisionWeight]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AnyPrecisionWeight)]
 
 
 def _expected(tensor: Tensor) -> Expected:
@@ -204,7 +204,7 @@ def _stored_config(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    config.tie_word_embeddings = nesting.is_tied(model)
+    config.tie_word_embeddings = quantize.is_tied(model)
     config.transformers_weights = _NO_FILE
     return config
 
@@ -221,7 +221,7 @@ def _blank(config: Any, dtype: torch.dtype | str) -> Any:
 
 
 def _check_levels(source: str, model: nn.Module) -> None:
-    for name, module in _nested_weights(model):
+    for name, module in _quantized_weights(model):
         constants = module.get_buffer("constants").view(torch.float32)
         if not bool(torch.isfinite(constants).all()):
             raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quicksilver.calibrate import fits_file
-from quicksilver.calibrate.candidates import Fits
+from quicksilver.calibrate import data_file
+from quicksilver.calibrate.candidates import CalibrationData
 from quicksilver.calibrate.fitting import fit, steps
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.observe import PROTECTED, SublayerRows, layer_states, watch_sublayers
@@ -190,44 +190,44 @@ ALL = ("halting", "shortcuts", "values", "screening", "entries", "channels")
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[Fits, int]:
-    """All that is fitted to a nested model, and the steps that it reported."""
+def whole() -> tuple[CalibrationData, int]:
+    """All that is fitted to a quantized model, and the steps that it reported."""
     counted: list[None] = []
-    adapter = adapt(tiny.nested("llama"))
+    adapter = adapt(tiny.quantized("llama"))
     return fit(adapter, ALL, UNITS, WINDOWS[:4], (8, 4, 0), (0,), lambda: counted.append(None)), len(counted)
 
 
-def test_everything_that_a_search_needs_is_there(whole: tuple[Fits, int]) -> None:
-    fits, counted = whole
-    assert counted == steps(adapt(tiny.nested("llama")), ALL, 4)
-    assert fits.halt_layers == (1, 2)
-    assert set(fits.shortcuts) == set(units(adapt(tiny.nested("llama"))))
-    assert len(fits.map_scores) == len(fits.map_weights) == 4 * 7
-    assert all(weight >= 0.0 and nats >= 0.0 for weight, nats in fits.shortcuts.values())
-    for name, tensor in fits.tensors.items():
+def test_everything_that_a_search_needs_is_there(whole: tuple[CalibrationData, int]) -> None:
+    data, counted = whole
+    assert counted == steps(adapt(tiny.quantized("llama")), ALL, 4)
+    assert data.halt_layers == (1, 2)
+    assert set(data.shortcuts) == set(units(adapt(tiny.quantized("llama"))))
+    assert len(data.map_scores) == len(data.map_weights) == 4 * 7
+    assert all(weight >= 0.0 and nats >= 0.0 for weight, nats in data.shortcuts.values())
+    for name, tensor in data.tensors.items():
         assert bool(tensor.isfinite().all()), name
 
 
 @pytest.mark.parametrize("mechanism", ALL)
 def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
-    adapter, counted = adapt(tiny.nested("llama")), []
-    fits = fit(adapter, (mechanism,), UNITS, WINDOWS[:2], (8, 0), (), lambda: counted.append(None))
+    adapter, counted = adapt(tiny.quantized("llama")), []
+    data = fit(adapter, (mechanism,), UNITS, WINDOWS[:2], (8, 0), (), lambda: counted.append(None))
     assert len(counted) == steps(adapter, (mechanism,), 2)
     there = {
-        "halting": bool(fits.halt_layers),
-        "shortcuts": bool(fits.shortcuts),
-        "values": "values" in fits.prices,
-        "screening": "screening" in fits.prices,
-        "entries": fits.entry_nats > 0.0,
-        "channels": bool(fits.map_scores),
+        "halting": bool(data.halt_layers),
+        "shortcuts": bool(data.shortcuts),
+        "values": "values" in data.prices,
+        "screening": "screening" in data.prices,
+        "entries": data.entry_nats > 0.0,
+        "channels": bool(data.map_scores),
     }
     assert there == {name: name == mechanism for name in ALL}
 
 
-def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Path) -> None:
-    fits, path = whole[0], tmp_path / "fits.safetensors"
-    fits_file.write(path, "key", fits)
-    again = fits_file.read(path, "key", fits.spec)
+def test_a_file_gives_back_what_was_fitted(whole: tuple[CalibrationData, int], tmp_path: Path) -> None:
+    data, path = whole[0], tmp_path / "data.safetensors"
+    data_file.write(path, "key", data)
+    again = data_file.read(path, "key", data.spec)
     assert again is not None
     for name in (
         "spec",
@@ -238,13 +238,13 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Pa
         "prices",
         "entry_nats",
     ):
-        assert getattr(again, name) == getattr(fits, name), name
-    assert list(again.shortcuts) == list(fits.shortcuts)
-    assert set(again.tensors) == set(fits.tensors)
-    for name, tensor in fits.tensors.items():
+        assert getattr(again, name) == getattr(data, name), name
+    assert list(again.shortcuts) == list(data.shortcuts)
+    assert set(again.tensors) == set(data.tensors)
+    for name, tensor in data.tensors.items():
         assert torch.equal(again.tensors[name], tensor), name
         assert again.tensors[name].dtype == tensor.dtype
-    for one, other in zip(again.map_scores, fits.map_scores, strict=True):
+    for one, other in zip(again.map_scores, data.map_scores, strict=True):
         assert torch.equal(one.counts, other.counts)
         assert (one.num_inputs, one.num_outputs, one.worth, one.lost) == (
             other.num_inputs,
@@ -256,19 +256,19 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[Fits, int], tmp_path: Pa
 
 def test_a_file_of_nothing_gives_nothing(tmp_path: Path) -> None:
     spec = adapt(tiny.model("llama")).spec
-    fits_file.write(tmp_path / "fits.safetensors", "key", Fits(spec, UNITS))
-    assert fits_file.read(tmp_path / "fits.safetensors", "key", spec) == Fits(spec, UNITS)
+    data_file.write(tmp_path / "data.safetensors", "key", CalibrationData(spec, UNITS))
+    assert data_file.read(tmp_path / "data.safetensors", "key", spec) == CalibrationData(spec, UNITS)
 
 
-def test_files_that_do_not_serve_are_as_good_as_none(whole: tuple[Fits, int], tmp_path: Path) -> None:
-    fits, path = whole[0], tmp_path / "fits.safetensors"
-    assert fits_file.read(path, "key", fits.spec) is None  # missing
-    assert fits_file.read(tmp_path, "key", fits.spec) is None  # a folder
-    fits_file.write(path, "key", fits)
-    assert fits_file.read(path, "other", fits.spec) is None
+def test_files_that_do_not_serve_are_as_good_as_none(whole: tuple[CalibrationData, int], tmp_path: Path) -> None:
+    data, path = whole[0], tmp_path / "data.safetensors"
+    assert data_file.read(path, "key", data.spec) is None  # missing
+    assert data_file.read(tmp_path, "key", data.spec) is None  # a folder
+    data_file.write(path, "key", data)
+    assert data_file.read(path, "other", data.spec) is None
     content = path.read_bytes()
     for size in (0, 4, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        assert fits_file.read(path, "key", fits.spec) is None, size
+        assert data_file.read(path, "key", data.spec) is None, size
     path.write_bytes(content)
-    assert fits_file.read(path, "key", fits.spec) is not None
+    assert data_file.read(path, "key", data.spec) is not None
