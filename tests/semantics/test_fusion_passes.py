@@ -38,9 +38,9 @@ PLANS = {
     },
 }
 SEVERAL = {
-    "nested": fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2, 3), max_group=5),
-    "quantized, mean": fusion_plan(rules.RandomFusionRule(0.6, seed=3), layers=(1, 3), weights="mass", max_group=4),
-    "quantized, halting": fusion_plan(
+    "several": fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(1, 2, 3), max_group=5),
+    "several, mean": fusion_plan(rules.RandomFusionRule(0.6, seed=3), layers=(1, 3), weights="mass", max_group=4),
+    "several, halting": fusion_plan(
         rules.RandomFusionRule(0.7, seed=4), rules.RandomRule(0.2, seed=5), layers=(1, 2), max_group=4
     ),
 }
