@@ -71,7 +71,7 @@ class NativeBackend:
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         """Give the layers up to the next that must be asked about, one where the kernels cannot run it."""
         first = 0
-        while first < self._spec.num_layers and (state.num_running or self._plan.fills):
+        while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
             span = range(first, self._ends[first] if self._can_run(state, context) else first + 1)
             yield span
             first = span.stop
@@ -111,7 +111,7 @@ class NativeBackend:
     def _can_run(self, state: State, context: PassContext) -> bool:
         """Whether the kernels can run layers for a state, whatever has become of the model."""
         if (
-            (not state.num_running and self._fill is not Fill.PROJECT)
+            (not len(state.hidden) and self._fill is not Fill.PROJECT)
             or (self._modules is not None and self._modules.is_observed)
             or self._layers[0].quantized[0].is_expanded
             or state.masses is not None

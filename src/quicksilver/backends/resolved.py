@@ -85,11 +85,6 @@ class LayerPlan:
     mlp: BoundShortcut | None
     centres: Mapping[int, Centre]
 
-    @property
-    def reads_less(self) -> bool:
-        """Whether attention leaves out anything that a query sees."""
-        return self.skip_values_below > 0.0 or self.drop_query_dims_below > 0.0 or self.screen is not None
-
 
 @dataclass(frozen=True)
 class ResolvedPlan:

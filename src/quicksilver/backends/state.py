@@ -94,11 +94,6 @@ class State:
     stops: list[Stop] = field(default_factory=list)
 
     @property
-    def num_running(self) -> int:
-        """M, the tokens that run on."""
-        return self.hidden.shape[0]
-
-    @property
     def mass(self) -> Tensor | None:
         """[M] tokens that each row of `hidden` stands for, None where each stands for one."""
         return None if self.masses is None else self.masses.index_select(0, self.layout.origin)

@@ -72,53 +72,55 @@ class TorchBackend:
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         """Give one layer after another, up to where nothing is left to do."""
         for layer_idx in range(len(self._layers)):
-            if state.num_running or self._plan.fills:
+            if len(state.hidden) or self._plan.fills:
                 yield range(layer_idx, layer_idx + 1)
 
     def run(self, span: range, state: State, context: PassContext) -> None:
         """Run these layers for the tokens that run on: write all entries, count, change the state."""
         for layer_idx in span:
-            if state.num_running:
+            if len(state.hidden):
                 self._run_layer(layer_idx, state, context)
             else:
                 self._fill(layer_idx, state, context)
 
     def _run_layer(self, layer_idx: int, state: State, context: PassContext) -> None:
         layer, plan = self._layers[layer_idx], self._plan.layers[layer_idx]
-        context.trace.rows[layer_idx, _QUERY_ROWS] += state.num_running
+        context.trace.rows[layer_idx, _QUERY_ROWS] += len(state.hidden)
+        apply = self._apply(layer_idx, state.layout.origin, state, context)
         state.before = hidden = state.hidden
-        hidden = hidden + self._attend(layer_idx, state, context)
+        hidden = hidden + self._attend(layer_idx, apply, state, context)
         normed = layer.mlp_norm(hidden)
         split = None
         if plan.mlp is not None:
             split = _split(plan.mlp, layer_idx, normed, hidden, state.layout.origin, context)
         if split is None:
-            state.hidden = hidden + layer.mlp(normed, self._apply(layer_idx, state.layout.origin, state, context))
+            state.hidden = hidden + layer.mlp(normed, apply)
         elif len(split.computed) == 0:
             state.hidden = hidden + split.mapped
         else:
             apply = self._apply(layer_idx, state.layout.origin.index_select(0, split.computed), state, context)
             state.hidden = hidden + split.join(layer.mlp(normed.index_select(0, split.computed), apply))
 
-    def _attend(self, layer_idx: int, state: State, context: PassContext) -> Tensor:
+    def _attend(self, layer_idx: int, apply: Apply, state: State, context: PassContext) -> Tensor:
         """Write the layer's entries; return what attention adds to the running rows."""
         layer, plan, layout = self._layers[layer_idx], self._plan.layers[layer_idx], state.layout
         rotary = layer.spec.rotary
         rotation = None if rotary is None else state.rotations[rotary]
         normed = layer.attn_norm(state.hidden)
-        apply = query_apply = self._apply(layer_idx, layout.origin, state, context)
-        split = None
+        split, query_apply = None, apply
         if plan.attention is not None:
             split = _split(plan.attention, layer_idx, normed, state.hidden, layout.origin, context)
         if split is None:
-            query, key, value = layer.project_qkv(normed, apply)
+            query, key, value = layer.project(0, 3, normed, apply)
             asking, asking_rotation = layout, rotation
         else:
             asking = layout.select(split.computed)
             asking_rotation = None if rotation is None else rotation.select(split.computed)
             query_apply = self._apply(layer_idx, asking.origin, state, context)
-            key, value = layer.project_kv(normed, apply)
-            query = key[:0] if len(split.computed) == 0 else layer.project_query(normed[split.computed], query_apply)
+            key, value = layer.project(1, 3, normed, apply)
+            query = key[:0]
+            if len(split.computed):
+                (query,) = layer.project(0, 1, normed[split.computed], query_apply)
         self._write(layer_idx, key if rotation is None else rotation.apply(key), value, state, context)
         if split is not None and len(split.computed) == 0:
             return split.mapped
@@ -139,7 +141,8 @@ class TorchBackend:
         if coded:
             row[_ENTRY] += key.shape[0]
         if state.halted is None or fill is Fill.NONE:
-            append_rows(caches, layer_idx, state.layout, key, value, state.mass)
+            masses = None if state.masses is None else state.mass
+            append_rows(caches, layer_idx, state.layout, key, value, masses)
             return
         keys, values = (t.new_zeros((state.chunk.num_tokens, *t.shape[1:])) for t in (key, value))
         keys.index_copy_(0, state.layout.origin, key)
@@ -162,7 +165,7 @@ class TorchBackend:
         assert state.frozen is not None
         layer = self._layers[layer_idx]
         normed = layer.attn_norm(state.frozen.index_select(0, state.halted))
-        key, value = layer.project_kv(normed, self._apply(layer_idx, state.halted, state, context))
+        key, value = layer.project(1, 3, normed, self._apply(layer_idx, state.halted, state, context))
         if (rotary := layer.spec.rotary) is not None:
             key = context.rotations[rotary].select(state.halted).apply(key)
         return key, value
@@ -182,7 +185,8 @@ class TorchBackend:
         spec = self._layers[layer_idx].spec
         written = state.layout if plan.fill is Fill.NONE else state.present
         row = trace.rows[layer_idx]
-        if plan.drop_query_dims_below > 0.0 or plan.screen is not None:
+        splits_queries = plan.drop_query_dims_below > 0.0 or plan.screen is not None
+        if splits_queries:
             row[_QUERY] += query.shape[0]
         for seq, length in enumerate(asking.lengths):
             if length == 0:
@@ -211,7 +215,7 @@ class TorchBackend:
                 row[_ATTENDED] += attended.pairs
             else:
                 trace.add(layer_idx, _ATTENDED, attended.pairs)
-            if plan.reads_less:
+            if splits_queries or plan.skip_values_below > 0.0:
                 trace.add(layer_idx, _VALUES_SKIPPED, attended.values_skipped)
                 trace.add(layer_idx, _SCORES_SKIPPED, attended.scores_skipped)
                 trace.add(layer_idx, _SCORED_TWICE, attended.scored_twice)

@@ -14,7 +14,6 @@ from quicksilver.families.fused import apply_parts
 from quicksilver.families.kernels import activation_name
 from quicksilver.families.modules import float_weight, is_observed
 from quicksilver.families.spec import (
-    QKV,
     Adapter,
     Apply,
     LayerOps,
@@ -133,9 +132,7 @@ def _layer_ops(block: Any, spec: LayerSpec) -> LayerOps:
     return LayerOps(
         spec=spec,
         attn_norm=block.ln_1,
-        project_qkv=partial(_project_qkv, attention),
-        project_kv=partial(_project_kv, attention),
-        project_query=partial(_project_query, attention),
+        project=partial(_project, attention),
         attn_output=partial(_attn_output, attention),
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp),
@@ -174,16 +171,3 @@ def _project(attention: Any, first: int, last: int, x: Tensor, apply: Apply) -> 
     heads, head_dim = attention.num_heads, attention.head_dim
     parts = apply_parts(attention.c_attn, [heads * head_dim] * 3, first, last, x, apply)
     return [part.view(-1, heads, head_dim) for part in parts]
-
-
-def _project_qkv(attention: Any, x: Tensor, apply: Apply) -> QKV:
-    return QKV(*_project(attention, 0, 3, x, apply))
-
-
-def _project_kv(attention: Any, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
-    key, value = _project(attention, 1, 3, x, apply)
-    return key, value
-
-
-def _project_query(attention: Any, x: Tensor, apply: Apply) -> Tensor:
-    return _project(attention, 0, 1, x, apply)[0]

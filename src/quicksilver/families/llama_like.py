@@ -16,7 +16,6 @@ from quicksilver.families.fused import apply_parts
 from quicksilver.families.modules import float_weight
 from quicksilver.families.rotary import Rotation, RotationTable
 from quicksilver.families.spec import (
-    QKV,
     Adapter,
     Apply,
     LayerOps,
@@ -266,24 +265,23 @@ def _layer_ops(
     norms = [None if name is None else getattr(layer, name) for name in (*like.norms, *like.post_norms)]
     residual_scale = None if like.residual_scale is None else like.residual_scale(config)
     activation = getattr(mlp, like.activation)
-    heads = _Heads(attention, fused[:3], attention.head_dim, like.norms_projections)
+    qkv_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    heads = _Heads(attention, fused[:3], (*qkv_norms, None), attention.head_dim, like.norms_projections)
     return LayerOps(
         spec=spec,
         attn_norm=norms[0] or _identity,
-        project_qkv=partial(_project_qkv, heads),
-        project_kv=partial(_project_kv, heads),
-        project_query=partial(_project_query, heads),
-        attn_output=partial(_attn_output, attention, norms[2], residual_scale),
+        project=partial(_project, heads),
+        attn_output=_added(partial(_attn_output, attention), norms[2], residual_scale),
         mlp_norm=norms[1] or _identity,
-        mlp=partial(_mlp, mlp, activation, fused[4:6], norms[3], residual_scale),
+        mlp=_added(partial(_mlp, mlp, activation, fused[4:6]), norms[3], residual_scale),
         quantized=quantized_maps(layer, maps),
         leaves=Leaves(
             attn_norm=norms[0],
             mlp_norm=norms[1],
             roles=tuple(spec.maps),
             activation=activation,
-            query_norm=getattr(attention, "q_norm", None),
-            key_norm=getattr(attention, "k_norm", None),
+            query_norm=qkv_norms[0],
+            key_norm=qkv_norms[1],
             norms_projections=like.norms_projections,
             attn_post_norm=norms[2],
             mlp_post_norm=norms[3],
@@ -306,64 +304,57 @@ class _Heads:
     """How queries, keys and values come about.
 
     Attributes:
-        attention: holds their maps, and norms of queries and keys where there are some.
+        attention: holds their maps.
         fused: outputs of each where they are one map, else empty.
+        norms: of queries, keys and values, None where there is none.
         head_dim: of a head.
         norms_projections: norms are over all heads.
     """
 
     attention: Any
     fused: Sequence[int]
+    norms: Sequence[nn.Module | None]
     head_dim: int
     norms_projections: bool
 
-    def project(self, first: int, last: int, x: Tensor, apply: Apply) -> list[Tensor]:
-        """Return those of queries, keys and values (0, 1 and 2) from `first` up to `last`, [N, heads, head_dim]."""
-        if self.fused:
-            products = apply_parts(self.attention.qkv_proj, self.fused, first, last, x, apply)
-        else:
-            products = tuple(apply(getattr(self.attention, name), x) for name in _PROJECTIONS[first:last])
-        names = ("q_norm", "k_norm", "")[first:last]
-        return [self._split(y, getattr(self.attention, name, None)) for y, name in zip(products, names, strict=True)]
 
-    def _split(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        if norm is not None and self.norms_projections:
-            x, norm = norm(x), None
-        x = x.view(x.shape[0], -1, self.head_dim)
-        return x if norm is None else norm(x)
-
-
-def _project_kv(heads: _Heads, x: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
-    key, value = heads.project(1, 3, x, apply)
-    return key, value
+def _project(heads: _Heads, first: int, last: int, x: Tensor, apply: Apply) -> list[Tensor]:
+    """Return those of queries, keys and values (0, 1 and 2) from `first` up to `last`, [N, heads, head_dim]."""
+    attention, projected = heads.attention, []
+    parts = apply_parts(attention.qkv_proj, heads.fused, first, last, x, apply) if heads.fused else None
+    for i in range(first, last):
+        y = apply(getattr(attention, _PROJECTIONS[i]), x) if parts is None else parts[i - first]
+        norm = heads.norms[i]
+        if norm is not None and heads.norms_projections:
+            y, norm = norm(y), None
+        y = y.view(y.shape[0], -1, heads.head_dim)
+        projected.append(y if norm is None else norm(y))
+    return projected
 
 
-def _project_query(heads: _Heads, x: Tensor, apply: Apply) -> Tensor:
-    return heads.project(0, 1, x, apply)[0]
+def _attn_output(attention: Any, x: Tensor, apply: Apply) -> Tensor:
+    return apply(attention.o_proj, x)
 
 
-def _project_qkv(heads: _Heads, x: Tensor, apply: Apply) -> QKV:
-    return QKV(*heads.project(0, 3, x, apply))
-
-
-def _attn_output(attention: Any, post_norm: Any, scale: float | None, x: Tensor, apply: Apply) -> Tensor:
-    return _to_add(apply(attention.o_proj, x), post_norm, scale)
-
-
-def _mlp(
-    mlp: Any, activation: Any, fused: Sequence[int], post_norm: Any, scale: float | None, x: Tensor, apply: Apply
-) -> Tensor:
+def _mlp(mlp: Any, activation: Any, fused: Sequence[int], x: Tensor, apply: Apply) -> Tensor:
     if fused:
         gate, up = apply_parts(mlp.gate_up_proj, fused, 0, 2, x, apply)
     else:
         gate, up = apply(mlp.gate_proj, x), apply(mlp.up_proj, x)
-    return _to_add(apply(mlp.down_proj, activation(gate) * up), post_norm, scale)
+    return apply(mlp.down_proj, activation(gate) * up)
 
 
-def _to_add(x: Tensor, post_norm: Any, scale: float | None) -> Tensor:
-    """Return what is added to the states of what a sublayer made."""
-    x = x if post_norm is None else post_norm(x)
-    return x if scale is None else x * scale
+def _added(
+    sublayer: Callable[[Tensor, Apply], Tensor], post_norm: Any, scale: float | None
+) -> Callable[[Tensor, Apply], Tensor]:
+    """Return what a sublayer adds to the states, from what it makes."""
+    return sublayer if post_norm is None and scale is None else partial(_norm_and_scale, sublayer, post_norm, scale)
+
+
+def _norm_and_scale(sublayer: Any, post_norm: Any, scale: float | None, x: Tensor, apply: Apply) -> Tensor:
+    y = sublayer(x, apply)
+    y = y if post_norm is None else post_norm(y)
+    return y if scale is None else y * scale
 
 
 def _finish(like: LlamaLike, config: Any) -> Callable[[Tensor], Tensor] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,14 +150,6 @@ class ModelSpec:
         return CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.dtype, self.device, entry_bits)
 
 
-class QKV(NamedTuple):
-    """Projections before rotation: query [N, H, D], key and value [N, Hkv, D]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
 @dataclass(frozen=True)
 class Leaves:
     """A quantized layer's modules by role, for kernels that run the whole layer.
@@ -210,9 +202,8 @@ class LayerOps:
     Attributes:
         spec: declared facts.
         attn_norm: norm before attention, the identity where there is none.
-        project_qkv: queries, keys and values of normed rows.
-        project_kv: keys and values alone.
-        project_query: queries alone.
+        project: queries [N, H, D], keys and values [N, Hkv, D] before rotation (0, 1 and 2), of normed rows: from the
+            first number up to the second.
         attn_output: what attention adds to the states, from attended values [N, H * D].
         mlp_norm: norm before the MLP, likewise.
         mlp: what the MLP adds to the states, from normed ones.
@@ -222,9 +213,7 @@ class LayerOps:
 
     spec: LayerSpec
     attn_norm: Map
-    project_qkv: Callable[[Tensor, Apply], QKV]
-    project_kv: Callable[[Tensor, Apply], tuple[Tensor, Tensor]]
-    project_query: Callable[[Tensor, Apply], Tensor]
+    project: Callable[[int, int, Tensor, Apply], list[Tensor]]
     attn_output: Callable[[Tensor, Apply], Tensor]
     mlp_norm: Map
     mlp: Callable[[Tensor, Apply], Tensor]

@@ -6,7 +6,6 @@ One sequence at a time; who the queries and the entries are is the caller's busi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 AttentionBackend = Literal["sdpa", "eager"]
+_BACKENDS = get_args(AttentionBackend)
 _BLOCK = 128  # queries whose weights are held at a time, where they must be seen
 
 
@@ -50,20 +50,6 @@ class Attended(NamedTuple):
     scores_skipped: int | Tensor
     scored_twice: int | Tensor = 0
     entries: int = 0
-
-
-class _Result(NamedTuple):
-    """What the plain or the fused products give, in their layout [Hkv, heads, queries, ...].
-
-    Attributes:
-        output: weighted values.
-        kept: how many of the (query, key, head) values were kept, None where all were.
-        left: keys that screening left to each query, None where all were.
-    """
-
-    output: Tensor
-    kept: Tensor | None = None
-    left: Tensor | None = None
 
 
 class _Queries(NamedTuple):
@@ -131,11 +117,15 @@ def ragged_attention(
     Raises:
         ValueError: no such backend.
     """
-    if backend not in (known := get_args(AttentionBackend)):
-        raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(known)}")
-    options = _Options(backend, scaling, skip_below, query_below, screen, window, softcap)
-    sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses).within(window)
-    if len(queries) <= _BLOCK or not (options.sees_weights or options.softcap is not None):
+    if backend not in _BACKENDS:
+        raise ValueError(f"attention backend {backend!r} does not exist; there are {', '.join(_BACKENDS)}")
+    sees_weights = skip_below > 0.0 or screen is not None
+    fused = backend == "sdpa" and not sees_weights and softcap is None
+    options = _Options(fused, sees_weights, scaling, skip_below, query_below, screen, window, softcap)
+    sequence = _Sequence(queries, keys, values, query_positions, key_positions, masses)
+    if window is not None:
+        sequence = sequence.within(window)
+    if len(queries) <= _BLOCK or not (sees_weights or softcap is not None):
         attended = _attend(sequence, newest, options)
     else:
         blocks = [_attend(block.within(window), newest, options) for block in sequence.blocks(newest)]
@@ -145,31 +135,16 @@ def ragged_attention(
 
 
 class _Options(NamedTuple):
-    """What is asked of attention; see `ragged_attention`."""
+    """What is asked of attention, see `ragged_attention`; whether fused kernels will do, whether weights are seen."""
 
-    backend: AttentionBackend
+    fused: bool
+    sees_weights: bool
     scaling: float
     skip_below: float
     query_below: float
     screen: Screen | None
     window: int | None
     softcap: float | None
-
-    @property
-    def sees_weights(self) -> bool:
-        """Whether weights must be seen by whoever decides by them."""
-        return self.skip_below > 0.0 or self.screen is not None
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the fused kernels will do."""
-        return self.backend == "sdpa" and not self.sees_weights and self.softcap is None
-
-    def dtype_of(self, queries: Tensor) -> torch.dtype:
-        """Return in what dtype queries meet keys and values."""
-        if self.is_fused:
-            return queries.dtype  # the fused kernels see to it themselves
-        return torch.promote_types(queries.dtype, torch.float32)
 
 
 class _Sequence(NamedTuple):
@@ -210,42 +185,48 @@ class _Sequence(NamedTuple):
 
 def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
     queries, keys, values, query_positions, key_positions, masses = sequence
-    split = _split(queries, options.query_below, options.screen)
+    splits = options.query_below > 0.0 or options.screen is not None
+    split = _split(queries, options.query_below, options.screen) if splits else _Queries(queries)
     num_queries, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
-    group = num_heads // num_kv_heads
-    dtype = options.dtype_of(queries)
-    # K/V heads are the batch; the heads that share one are its inner heads, or its queries when M is 1.
-    if dtype != queries.dtype:
+    group, dtype = num_heads // num_kv_heads, queries.dtype
+    if not options.fused:  # the fused kernels see to it themselves
+        dtype = torch.promote_types(dtype, torch.float32)
         keys, values = keys.to(dtype), values.to(dtype)
-    key, value = (t.transpose(0, 1).unsqueeze(1) for t in (keys, values))  # [Hkv, 1, n, D]
+    # K/V heads are the batch; the heads that share one are its inner heads, or its queries when M is 1.
+    key, value = keys.transpose(0, 1).unsqueeze(1), values.transpose(0, 1).unsqueeze(1)  # [Hkv, 1, n, D]
     single = newest and num_queries == 1
     if group > 1 and not single:
         key, value = key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1)
-
-    def arrange(rows: Tensor) -> Tensor:  # [M, H, D] to [Hkv, 1, G, D] or [Hkv, G, M, D]
-        rows = rows.to(dtype)
-        if single:
-            return rows.view(num_kv_heads, 1, group, head_dim)
-        return rows.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-
-    attend = _sdpa if options.is_fused else partial(_eager, softcap=options.softcap)
-    if options.sees_weights:
-        large = None if split.large is None else arrange(split.large)
-        attend = partial(_skipping, large=large, options=options)
+    query = _arranged(split.kept, num_kv_heads, single, dtype)
     bias = None if masses is None else masses.float().log().to(dtype)[None, :]  # [1, n]
-    sight = _sight(query_positions, key_positions, newest, bias, options.window)
-    out, kept, left = attend(arrange(split.kept), key, value, sight.mask, sight.causal, options.scaling)
+    mask, causal, pairs, seen = _sight(query_positions, key_positions, newest, bias, options.window)
+    kept = left = None
+    if options.fused:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=options.scaling)
+    elif options.sees_weights:
+        large = None if split.large is None else _arranged(split.large, num_kv_heads, single, dtype)
+        out, kept, left = _skipping(query, key, value, mask, causal, large, options)
+    else:
+        out = torch.matmul(torch.softmax(_scores(query, key, mask, causal, options), dim=-1), value)
     out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim).to(queries.dtype)
     if left is not None:
         left = (left if single else left.permute(2, 0, 1)).reshape(num_queries, num_heads)
     return Attended(
         out,
-        sight.pairs,
-        0 if kept is None else sight.pairs * num_heads - kept,
-        _scores_skipped(split, sight.seen, left, num_keys),
+        pairs,
+        0 if kept is None else pairs * num_heads - kept,
+        _scores_skipped(split, seen, left, num_keys) if splits else 0,
         0 if left is None else left.sum(),
     )
+
+
+def _arranged(rows: Tensor, num_kv_heads: int, single: bool, dtype: torch.dtype) -> Tensor:
+    """Return [M, H, D] as [Hkv, 1, G, D] where M is 1, or as [Hkv, G, M, D]."""
+    num_rows, num_heads, head_dim = rows.shape
+    if single:
+        return rows.to(dtype).view(num_kv_heads, 1, num_heads // num_kv_heads, head_dim)
+    return rows.to(dtype).view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim).permute(1, 2, 0, 3)
 
 
 class _Sight(NamedTuple):
@@ -286,8 +267,6 @@ def _sight(
 
 def _split(queries: Tensor, query_below: float, screen: Screen | None) -> _Queries:
     """Divide the components of queries [M, H, D] by their magnitude."""
-    if query_below == 0.0 and screen is None:
-        return _Queries(queries)
     exact = queries.to(torch.promote_types(queries.dtype, torch.float32))
     scale = exact.square().mean(-1, keepdim=True).sqrt()
     small = exact.abs() < query_below * scale
@@ -301,8 +280,6 @@ def _split(queries: Tensor, query_below: float, screen: Screen | None) -> _Queri
 
 def _scores_skipped(split: _Queries, seen: Tensor | None, left: Tensor | None, num_keys: int) -> int | Tensor:
     """Return the multiply-adds left out: `seen` [M] keys, None for the newest queries'; `left` [M, H] by screening."""
-    if split.left_out is None and split.later is None:
-        return 0
     if seen is None:
         seen = torch.arange(num_keys - len(split.kept) + 1, num_keys + 1, device=split.kept.device)
     skipped: int | Tensor = 0
@@ -313,43 +290,31 @@ def _scores_skipped(split: _Queries, seen: Tensor | None, left: Tensor | None, n
     return skipped
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> _Result:
-    return _Result(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling))
-
-
-def _eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float, softcap: float | None
-) -> _Result:
-    weights = torch.softmax(_scores(query, key, mask, causal, scaling, softcap), dim=-1)
-    return _Result(torch.matmul(weights, value))
-
-
 def _skipping(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     causal: bool,
-    scaling: float,
     large: Tensor | None,
     options: _Options,
-) -> _Result:
-    screen, softcap = options.screen, options.softcap
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return weighted values, how many of them were kept, and the keys left to each query, None where all were."""
     seen, left = _num_seen(query, key, mask, causal), None  # [M, 1] or [1, 1]
-    if large is not None and screen is not None:
-        first = _scores(large, key, mask, causal, scaling, softcap)  # [Hkv, G, M, n]
-        limits = first.amax(-1, keepdim=True) + (screen.below / seen).log().clamp(max=0.0)
+    if large is not None and options.screen is not None:
+        first = _scores(large, key, mask, causal, options)  # [Hkv, G, M, n]
+        limits = first.amax(-1, keepdim=True) + (options.screen.below / seen).log().clamp(max=0.0)
         screened = first < limits.clamp(min=torch.finfo(limits.dtype).min)  # what is not seen, too
         left = first.shape[-1] - screened.sum(-1)
         bias = None if mask is None or mask.dtype == torch.bool else mask
-        scores = _scores(query, key, bias, False, scaling, softcap).masked_fill_(screened, float("-inf"))
+        scores = _scores(query, key, bias, False, options).masked_fill_(screened, float("-inf"))
     else:
-        scores = _scores(query, key, mask, causal, scaling, softcap)
+        scores = _scores(query, key, mask, causal, options)
     weights = torch.softmax(scores, dim=-1)
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
     weights.masked_fill_(weights < torch.minimum(options.skip_below / seen, weights.amax(-1, keepdim=True)), 0.0)
     output = torch.matmul(weights, value) / weights.sum(-1, keepdim=True)
-    return _Result(output, weights.count_nonzero(), left)
+    return output, weights.count_nonzero(), left
 
 
 def _num_seen(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -363,13 +328,11 @@ def _num_seen(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> 
     return seen.sum(-1, keepdim=True, dtype=dtype)
 
 
-def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scaling: float, softcap: float | None
-) -> Tensor:
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, options: _Options) -> Tensor:
     """Return the scores, minus infinity where a query does not see a key."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores = torch.matmul(query, key.transpose(-1, -2)).mul_(options.scaling)
+    if options.softcap is not None:
+        scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:

@@ -26,7 +26,7 @@ class BitsStep:
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
         """Grant bits to the tokens that run on."""
-        if not state.num_running:
+        if not len(state.hidden):
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)
         choice = self._rule.ask_tokens(view)

@@ -70,13 +70,13 @@ class FusionStep:
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
         """Fuse what is alike after a layer."""
         config = self._config
-        if config is None or not any(context.fuses) or not state.num_running:
+        if config is None or not any(context.fuses) or not len(state.hidden):
             return
         candidates = FusionCandidates.of_pass(state, config.weights, context)
         if self.crosses_passes:
             candidates = candidates.with_open_groups(layer_idx, context)
         joined = self._join(layer_idx, candidates, config, context)
-        context.trace.rows[layer_idx, COUNT["fusion_rows"]] += state.num_running
+        context.trace.rows[layer_idx, COUNT["fusion_rows"]] += len(state.hidden)
         if self.crosses_passes:
             _keep_open(layer_idx, joined, context)
         if not any(joined.joins):

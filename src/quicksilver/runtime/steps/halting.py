@@ -41,7 +41,7 @@ class HaltingStep:
 
     def __call__(self, layer_idx: int, state: State, context: PassContext) -> None:
         """Halt what has settled after a layer."""
-        if not state.num_running:
+        if not len(state.hidden):
             return
         split = self._decide(layer_idx, state, context) if layer_idx in self._asked else None
         if self._keeps_updates and state.before is not None:
