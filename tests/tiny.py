@@ -132,9 +132,12 @@ VARIANTS: dict[str, Any] = {
 MORE = ("llama-one-kv-head", "gpt2-unscaled-relu-untied", "mistral-window", "smollm3-windows")
 """Variants on which mechanisms are tested besides families."""
 
-TELLING = ("gpt2", "llama", "gemma3_text")
-"""Families that differ most, on which that is tested whose code is the same for all: learned positions and one map for
-queries, keys and values; rotary positions and shared key heads; windows, two rotations and norms around sublayers."""
+LAYOUTS = ("gpt2", "llama")
+"""One family of each module that describes families: learned positions and one map for queries, keys and values; rotary
+positions and shared key heads. What is the same for all families, and costs more than a moment, is tested on these."""
+
+TELLING = (*LAYOUTS, "gemma3_text")
+"""With windows, two rotations and norms around sublayers besides: where what a layer reads or caches takes part."""
 
 
 def on_telling(

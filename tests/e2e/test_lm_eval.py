@@ -114,7 +114,7 @@ def _numbers(row: Any) -> Iterator[Any]:
     yield from row if isinstance(row, (tuple, list)) else (row,)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_the_dense_plan_answers_as_transformers(
     answers: Callable[..., Any], tiny_model_dir: Callable[[str], Path], family: str, batch_size: int
@@ -162,7 +162,7 @@ def test_nested_models_answer_alike_however_they_are_given(
     assert_same(answers(made, "choice", "until"), expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_the_harness_own_class_takes_our_models(
     answers: Callable[..., Any], tiny_model_dir: Callable[[str], Path], family: str
 ) -> None:

@@ -155,7 +155,7 @@ def test_biases_and_parts() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--head"], ["--head", "--embeddings"], ["--calibration", "book.txt"]])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_every_command_takes_the_folder(
     cli: Cli, tiny_model_dir: Any, text_file: Path, tmp_path: Path, family: str, options: list[str]
 ) -> None:

@@ -218,7 +218,7 @@ def test_prompt_scope_fuses_prompts_only(weights: rules.FusionWeights) -> None:
     assert mixed.entry_counts(3) == [24, 3]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
 def test_prefill_equals_decode_in_bfloat16(family: str, weights: rules.FusionWeights) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()

@@ -189,7 +189,7 @@ def test_instruction_sets_give_the_same_bits(family: str, name: str, sets: None)
 
 
 @pytest.mark.parametrize("name", ["uniform", "propagate", "all"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_batch_is_its_sequences_alone(family: str, name: str) -> None:
     _, engine = engines(family, (EXACT | ROUGH)[name])
     sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 7)]
