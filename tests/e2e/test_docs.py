@@ -122,13 +122,13 @@ def in_small(words: list[str]) -> list[str]:
     """Return a command on fewer tokens, in shorter windows where it does not choose them for a prompt's sake."""
     match words[0]:
         case "demo":
-            return [*words, "--max-tokens", "150"]
+            return [*words, "--max-tokens", "100"]
         case "eval" if "--context" in words:
             return [*words, "--max-tokens", "1100"]
         case "eval":
-            return [*words, "--max-tokens", "260", "--context", "128"]
+            return [*words, "--max-tokens", "120", "--context", "64"]
         case "calibrate":
-            few = ("--trials", "2", "--search-tokens", "256", "--context", "64", "--mechanisms", "kv")
+            few = ("--trials", "2", "--search-tokens", "128", "--context", "32", "--mechanisms", "kv")
             return [*words, *few]
     return words
 
@@ -141,7 +141,7 @@ def test_commands_run(page: str, cli: Callable[..., Any], tmp_path: Path, monkey
         pytest.skip("this checkout holds no embedded model")
     articles = sorted(ARTICLES.glob("*.txt"))
     for name, chosen in (("book.txt", articles[::2]), ("other.txt", articles[1::2])):
-        (tmp_path / name).write_text("".join(path.read_text()[:2500] for path in chosen))
+        (tmp_path / name).write_text("".join(path.read_text()[:1200] for path in chosen))
     monkeypatch.chdir(tmp_path)
     for line in commands(page):
         arguments, _, output = line.partition(">")

@@ -36,7 +36,6 @@ from tests.engines import (
 from tests.strategies import coded_plans
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = [*tiny.FAMILIES, *tiny.MORE]
 ATOL = tolerances.LOGITS[torch.float64]
 LENGTH = 40
 LIMITS = (0.0, 0.5, 0.7, 0.0)
@@ -67,14 +66,14 @@ def check(name: str, seed: int, plan: Plan, bits: int, halts=oracle.never, fusio
 
 
 @BITS
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.MORE])
 def test_alone_it_equals_the_oracle(name: str, bits: int) -> None:
     check(name, 0, Plan("test"), bits)
 
 
 @BITS
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TELLING)
 def test_with_halting_it_equals_the_oracle(name: str, fill: rules.FillRule, bits: int) -> None:
     depths = torch.randint(1, 6, (LENGTH,), generator=torch.Generator().manual_seed(3))
     plan = halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill)
@@ -88,7 +87,7 @@ def test_with_halting_it_equals_the_oracle(name: str, fill: rules.FillRule, bits
 
 
 @pytest.mark.parametrize("fill", [None, *FILLS], ids=lambda f: "no halting" if f is None else type(f).__name__)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TELLING)
 def test_with_fusion_it_equals_the_oracle(name: str, fill: rules.FillRule | None) -> None:
     generator = torch.Generator().manual_seed(7)
     joins = tuple((torch.rand(LENGTH, generator=generator) < 0.7).tolist())
@@ -142,7 +141,7 @@ def test_a_batch_equals_its_sequences_alone(plan: Plan, family: str, lengths: li
     torch.testing.assert_close(batch.logits, torch.cat([run.logits for run in alone]), atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 def test_prefill_equals_decode_in_bfloat16(family: str, fill: rules.FillRule) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()

@@ -39,7 +39,6 @@ MARGIN = 5e-4  # least distance of a number from its threshold, of its size; pro
 SEED = 10  # of tokens whose coded entries leave that distance
 TIE = 0.2  # of a step between two codes, how far from the middle either of the two is right after layers of rounding
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = ("gpt2", "llama")
 BITS = {"centred": (8, 0), "graded": (8, 6, 4, 2, 0), "uniform": (4,)}
 HALTING = ("fitted", "settled", "drift")
 CALIBRATED = ("centred", "shortcuts", "fitted", "skipping", "entries")
@@ -300,24 +299,24 @@ def check(family: str, mechanisms: Iterable[str], fill: rules.FillRule) -> Trace
 
 
 @pytest.mark.parametrize("mechanism", [*CALIBRATED, "graded", "uniform", "settled", "drift", "fusion"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_each_mechanism_alone(family: str, mechanism: str) -> None:
     check(family, {mechanism}, rules.PropagateFill())
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda fill: type(fill).__name__)
 @pytest.mark.parametrize("rule", HALTING)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_halting_under_each_fill(family: str, rule: str, fill: rules.FillRule) -> None:
     assert 2.0 < check(family, {rule}, fill).mean_depth < tiny.NUM_LAYERS
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda fill: type(fill).__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_all_that_calibrated_presets_hold_together(family: str, fill: rules.FillRule) -> None:
     check(family, CALIBRATED, fill)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_all_of_it_with_a_fused_prompt(family: str) -> None:
     assert check(family, {*CALIBRATED, "fusion"}, rules.PropagateFill()).group_sizes[2] > 0

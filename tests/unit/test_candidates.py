@@ -213,7 +213,7 @@ def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
     run_whole(decoder(model, plan), WINDOWS[0])
 
 
-QUANTIZED = [(family, quantized) for family in ("gpt2", "llama") for quantized in (False, True)]
+QUANTIZED = [(family, quantized) for family in tiny.LAYOUTS for quantized in (False, True)]
 
 
 @pytest.mark.parametrize(("family", "quantized"), QUANTIZED)

@@ -19,7 +19,7 @@ from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, Shortcut
 from tests import tiny
 from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan, with_maps
 
-IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 400)).tolist()  # what the model says itself
+IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 240)).tolist()  # what the model says itself
 PLAIN = WindowConfig(32, 16, bos_id=0)
 PROMPTS = WindowConfig(32, 10, bos_id=0, prompt=20)
 TIMES = ("seconds", "tokens_per_second", "speedup")

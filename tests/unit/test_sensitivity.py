@@ -39,7 +39,7 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_prices_of_attention_ascend(family: str) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
     prices = attention_prices(probe, lambda: counted.append(None))
@@ -99,7 +99,7 @@ def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:
     assert threshold_at_price([], 1.0) == 0.0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_weights_of_maps_are_positive_and_leave_no_hook(family: str) -> None:
     model = tiny.quantized(family)
     scores, before, counted = scores_of(model), hooks_of(model), []
