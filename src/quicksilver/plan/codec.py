@@ -109,6 +109,7 @@ def _construct(cls: type, values: dict[str, Any], where: str, read: Read) -> Any
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise PlanError(f"{where}.{f.name} is missing")
     for key, value in values.items():
+        refuse_retired("key", key, where)
         if key not in known:
             raise PlanError(f"{where}: unknown key {key!r}")
         if isinstance(value, dict) and value.keys() == {"array"}:
