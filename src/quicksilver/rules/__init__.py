@@ -26,9 +26,8 @@ from quicksilver.rules.halting.entropy import EntropyRule
 from quicksilver.rules.halting.fitted import FittedRule
 from quicksilver.rules.halting.shortcuts import Part, Shortcut
 from quicksilver.rules.halting.updates import FixedPointRule, RelativeDriftRule
-from quicksilver.rules.kv.base import FillRule, fill_rule
+from quicksilver.rules.kv.base import DropFill, FillRule, PropagateFill, fill_rule
 from quicksilver.rules.kv.config import KVConfig
-from quicksilver.rules.kv.fills import DropFill, PropagateFill
 from quicksilver.rules.paper import DriftRule, EntropyBitsRule, L2FusionRule, ZeroFill
 from quicksilver.rules.precision.base import PrecisionRule, precision_rule
 from quicksilver.rules.precision.channel import ChannelBitsRule

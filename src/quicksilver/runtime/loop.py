@@ -110,7 +110,8 @@ class Decoder:
         """
         caches = tuple(caches.sequences if isinstance(caches, RaggedKVCache) else caches)
         starts = [cache.length for cache in caches]
-        self._check_modules(decodes=len(token_ids) <= len(lengths) and any(starts))
+        if (modules := self.adapter.modules) is not None:  # from token to token for hooks alone: all of it takes time
+            (modules.check_hooks if any(starts) and len(token_ids) <= len(lengths) else modules.check)()
         self.check_caches(caches, len(lengths))
         self.check_tokens(token_ids, lengths, starts)
         fuses = self._fusion.takes_part(_flags(prompt, len(lengths)))
@@ -125,18 +126,14 @@ class Decoder:
         fed = [each for each in zip(caches, lengths, fuses, strict=True) if each[1]]
         for cache, _, _ in fed:
             cache.in_pass = True
-        self._run_layers(state, context)
-        for cache, length, fusing in fed:
-            cache.advance(length, joinable=fusing and self._fusion.crosses_passes)
-        trace.record_cache(*_held(caches))
-        return map_stopped(self._plan.output_maps, state.final(), state.stops, trace)
-
-    def _run_layers(self, state: State, context: PassContext) -> None:
-        """Run all layers, and between them the steps that are on."""
         for span in self.backend.spans(state, context):
             self.backend.run(span, state, context)
             for step in self._steps_after[span[-1]]:
                 step(span[-1], state, context)
+        for cache, length, fusing in fed:
+            cache.advance(length, joinable=fusing and self._fusion.crosses_passes)
+        trace.record_cache(*_held(caches))
+        return map_stopped(self._plan.output_maps, state.final(), state.stops, trace)
 
     def _bind_weights(self) -> None:
         """Make what is computed from plan and weights: who runs the layers, and the steps between them that are on."""
@@ -164,11 +161,6 @@ class Decoder:
             for module in layer.quantized:
                 module.forget_norms()
         self._bind_weights()
-
-    def _check_modules(self, decodes: bool) -> None:
-        """Look whether modules are as they were; from token to token for hooks alone, since all of it takes time."""
-        if (modules := self.adapter.modules) is not None:
-            (modules.check_hooks if decodes else modules.check)()
 
     def _protected(self, token_ids: Tensor, positions: Tensor) -> Protected:
         halting = self._protects_halting
