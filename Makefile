@@ -35,7 +35,7 @@ test-pure: $(VENV)/.developed
 		> $$($(PURE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth
 	QUICKSILVER_PURE_PYTHON=1 $(PURE)/bin/pip install --quiet --disable-pip-version-check --no-deps .
 	! $(PURE)/bin/python -c "import quicksilver.ops._native"
-	$(PURE)/bin/python -m pytest $(PURE_TESTS)
+	$(PURE)/bin/python -m pytest -n $(JOBS) $(PURE_TESTS)
 
 # Generation and equality with transformers on the oldest and the newest release that the package allows, without kernels.
 RELEASES := 5.0.0 5.24.0
@@ -46,7 +46,7 @@ test-transformers: $(VENV)/.developed
 		{ echo $(CURDIR)/src; $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; } \
 			> $$purelib/packages.pth && \
 		$$env/bin/pip install --quiet --disable-pip-version-check transformers==$$release && \
-		$$env/bin/python -m pytest $(TRANSFORMERS_TESTS) || exit 1; \
+		$$env/bin/python -m pytest -n $(JOBS) $(TRANSFORMERS_TESTS) || exit 1; \
 	done
 
 # The kernels' tests on a build with the address and undefined behaviour sanitizers; needs a C++ compiler and CMake.

@@ -18,9 +18,7 @@ from quicksilver.calibrate.scoring import Budget
 _GROUPS = {
     "together": "all together",
     "channels": "precision: channels skipped",
-    "values": "kv: values unread",
-    "queries": "kv: components of queries left out",
-    "screening": "kv: keys screened",
+    "skipping": "kv: keys and values left out",
     "entries": "kv: keys and values in 8 bits",
     "shortcuts": "halting: sublayer shortcuts",
     "halting": "halting: whole tokens, fitted gate",

@@ -137,42 +137,6 @@ void multiply_rows(const AnyPrecisionMatrix& matrix, Address x, Address y, int n
   }
 }
 
-constexpr std::int64_t kExpandedAlone = 1 << 20;  // weights that a thread expands before another has woken up
-
-// Writes the matrix as `bits` bits tell it, [in, out] float32 or bfloat16, at an address. PyTorch multiplies with it
-// next.
-void expand(const AnyPrecisionMatrix& matrix, int bits, Address address, bool bfloat16, int threads) {
-  if (bits < 1 || bits > kMaxBits) throw std::invalid_argument("weights are expanded from 1 to 8 bits");
-  nb::gil_scoped_release release;
-  const int outputs = matrix.num_outputs();
-  if (std::int64_t{matrix.num_inputs()} * outputs <= kExpandedAlone) threads = 1;
-  const auto expand_share = [&](int thread, Barrier&) {
-    const Kernels& kernels = current_kernels();
-    const std::int64_t quads = (matrix.num_inputs() + kQuadChannels - 1) / kQuadChannels;
-    const int begin = static_cast<int>(quads * thread / threads),
-              end = static_cast<int>(quads * (thread + 1) / threads);
-    float weights[kQuadChannels * kTileOutputs];
-    for (int quad = begin; quad < end; ++quad) {
-      const int first = quad * kQuadChannels, channels = std::min(kQuadChannels, matrix.num_inputs() - first);
-      for (int t = 0; t < matrix.num_tiles(); ++t) {
-        const Tile tile = matrix.tile(t, first / kChunkChannels);
-        kernels.expand_quad(tile, matrix.levels(), first % kChunkChannels, channels, bits, weights);
-        const int count = std::min(tile.outputs(), outputs - t * kTileOutputs);
-        for (int j = 0; j < channels; ++j) {
-          const std::size_t to = std::size_t(first + j) * outputs + std::size_t(t) * kTileOutputs;
-          const float* from = weights + j * kTileOutputs;
-          if (bfloat16) {
-            kernels.floats.to_bfloat16(from, count, at<std::uint16_t>(address) + to);
-          } else {
-            std::copy_n(from, count, at<float>(address) + to);
-          }
-        }
-      }
-    }
-  };
-  Pool::shared().run(threads, expand_share, Next::kOthers);
-}
-
 LinearMap& map_of(Layer& layer, const std::string& name) {
   for (const Named& each : kMapNames) {
     if (name == each.name) return layer.maps[each.index];
@@ -313,8 +277,6 @@ NB_MODULE(_native, m) {
   m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
         "num_outputs"_a, "by_channel"_a);
   m.def("multiply_rows", &multiply_rows);
-  m.def("expand", &expand, "matrix"_a, "bits"_a, "address"_a, "bfloat16"_a, "threads"_a);
-  m.def("multiplies_bfloat16", &multiplies_bfloat16);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
@@ -325,11 +287,10 @@ NB_MODULE(_native, m) {
            "log_threshold"_a)
       .def(
           "set_attention",
-          [](Layer& layer, float scaling, float skip_below, float query_below, float screen_below, float large_from,
-             float softcap) {
-            layer.attention = {scaling, skip_below, query_below, screen_below, large_from, softcap};
+          [](Layer& layer, float scaling, float skip_below, float estimate_dims_above, float softcap) {
+            layer.attention = {scaling, skip_below, estimate_dims_above, softcap};
           },
-          "scaling"_a, "skip_below"_a, "query_below"_a, "screen_below"_a, "large_from"_a, "softcap"_a)
+          "scaling"_a, "skip_below"_a, "estimate_dims_above"_a, "softcap"_a)
       .def(
           "set_place",
           [](Layer& layer, int window, int rotary) {

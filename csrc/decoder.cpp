@@ -304,7 +304,7 @@ void LayerRunner::Pass::count_rows(const Layer& layer, const std::vector<int>& a
   counted[kQueryRows] += running.size();
   counted[kFillRows] += all.size() - running.size();
   if (shape->kept == Kept::kCodes) counted[kSignalEntry] += all.size();
-  if (layer.attention.query_below > 0.0f || layer.attention.screen_below > 0.0f) counted[kSignalQuery] += asking.size();
+  if (layer.attention.skip_below > 0.0f) counted[kSignalQuery] += asking.size();
   std::vector<int> written(num_sequences, 0);
   std::vector<int> from(num_sequences, -1);  // the first entry that any row sees; -1 where none asks
   for (int row : all) ++written[(*rows)[row].sequence];

@@ -32,14 +32,12 @@ struct Entries {
   int count;
 };
 
-// What a head leaves out; see ops/attention.py and core/rules.
+// What a head leaves out; see ops/skipping.py.
 struct Attention {
   float scaling;
-  float skip_below;    // values weighed below this / count
-  float query_below;   // components of queries below this many times their root mean square
-  float screen_below;  // keys screened out below this / count of the largest weight; 0 screens none
-  float large_from;    // components of the first step, in multiples of the root mean square
-  float softcap;       // scores s are softcap * tanh(s / softcap); 0: as they are
+  float skip_below;           // keys and values weighed below this / count; 0: none
+  float estimate_dims_above;  // components of the first step, in multiples of a query's root mean square
+  float softcap;              // scores s are softcap * tanh(s / softcap); 0: as they are
 };
 
 // Of the heads attended from.
@@ -60,8 +58,8 @@ struct FloatKernels {
   void (*norm)(const float* x, int size, const Norm&, float* y);
   // Rotates heads [count, size] in place; halves are paired. cos and sin: [size].
   void (*rotate)(float* heads, int count, int size, const float* cos, const float* sin);
-  // Attends from `group` queries [group, size] that share a K/V head; changes them. Room for count + size floats.
-  Skipped (*attend)(float* queries, int group, int size, const Entries&, const Attention&, float* room, float* out);
+  // Attends from `group` queries [group, size] that share a K/V head. Room for count + size floats.
+  Skipped (*attend)(const float* queries, int group, int size, const Entries&, const Attention&, float* room, float* out);
   // Codes [size] and the scale of a vector that is kept in 8 bits.
   float (*encode)(const float* x, int size, std::int8_t* codes);
   void (*to_bfloat16)(const float* x, int size, std::uint16_t* y);  // to nearest and even

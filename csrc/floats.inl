@@ -118,17 +118,6 @@ void rotate(float* heads, int count, int size, const float* cos, const float* si
 
 float root_mean_square(const float* x, int size) { return std::sqrt(dot(x, x, size) / static_cast<float>(size)); }
 
-// Sets components below `limit` to zero; returns how many.
-int drop_small(float* query, int size, float limit) {
-  int dropped = 0;
-  for (int i = 0; i < size; ++i) {
-    const bool small = std::fabs(query[i]) < limit;
-    dropped += small;
-    query[i] = small ? 0.0f : query[i];
-  }
-  return dropped;
-}
-
 float encode(const float* x, int size, std::int8_t* codes) {
   float largest = 0.0f;
   for (int i = 0; i < size; ++i) largest = std::fabs(x[i]) > largest || x[i] != x[i] ? std::fabs(x[i]) : largest;
@@ -192,6 +181,13 @@ float largest_of(const float* scores, int count) {
   return largest;
 }
 
+// Makes weights of scores, in units of the largest; returns their sum.
+float soften(float* scores, int count) {
+  const float largest = largest_of(scores, count);
+  for (int i = 0; i < count; ++i) scores[i] = exponential(scores[i] - largest);
+  return sum(scores, count);
+}
+
 // Sets weights to zero that, normalised, lie below `limit` and below the largest.
 void drop_light(float* weights, int count, float total, float limit) {
   const float least = std::min(limit, 1.0f / total);  // the largest weight is 1 before it is normalised
@@ -226,64 +222,61 @@ int weigh(const Entries& entries, const float* weights, int size, float total, f
   return read;
 }
 
-// Scores in two steps: with the large components first, then with all for the keys that these leave.
+// Scores in two steps: with the large components first, then with all for the keys that weigh enough by these.
 template <typename Kept>
-void screen(const float* query, int size, const Entries& entries, const Attention& attention, float limit,
-            float* scores, float* large, Skipped& skipped) {
+void score_in_two_steps(const float* query, int size, const Entries& entries, const Attention& attention, float* scores,
+                        float* large, Skipped& skipped) {
+  const int count = entries.count;
+  const float limit = attention.estimate_dims_above * root_mean_square(query, size);
   int later = 0;
   for (int d = 0; d < size; ++d) {
     const bool small = std::fabs(query[d]) < limit;
     large[d] = small ? 0.0f : query[d];
-    later += small && query[d] != 0.0f;
+    later += small;
   }
-  for (int i = 0; i < entries.count; ++i) scores[i] = score<Kept>(large, size, entries, attention, i);
-  const float margin = std::log(attention.screen_below / static_cast<float>(entries.count));
-  const float least = largest_of(scores, entries.count) + std::min(margin, 0.0f);
+  for (int i = 0; i < count; ++i) scores[i] = score<Kept>(large, size, entries, attention, i);
+  const float total = soften(scores, count);
+  drop_light(scores, count, total, attention.skip_below / static_cast<float>(count));
   int left = 0;
-  for (int i = 0; i < entries.count; ++i) {
-    const bool out = scores[i] < least;
+  for (int i = 0; i < count; ++i) {
+    const bool out = scores[i] == 0.0f;
     left += !out;
     scores[i] = out ? -INFINITY : score<Kept>(query, size, entries, attention, i);
   }
-  skipped.scores += std::int64_t{later} * (entries.count - left);
+  skipped.scores += std::int64_t{later} * (count - left);
   skipped.scored_twice += left;
 }
 
 template <typename Kept>
-Skipped attend_to(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
-                  float* out) {
+Skipped attend_to(const float* queries, int group, int size, const Entries& entries, const Attention& attention,
+                  float* room, float* out) {
   const int count = entries.count;
+  const bool skips = attention.skip_below > 0.0f;
   Skipped skipped{0, 0, 0};
   float* weights = room;
   for (int g = 0; g < group; ++g) {
-    float* query = queries + g * size;
-    const float scale = root_mean_square(query, size);
-    if (attention.query_below > 0.0f) {
-      skipped.scores += std::int64_t{count} * drop_small(query, size, attention.query_below * scale);
-    }
-    if (attention.screen_below > 0.0f) {
-      screen<Kept>(query, size, entries, attention, attention.large_from * scale, weights, room + count, skipped);
+    const float* query = queries + g * size;
+    if (skips) {
+      score_in_two_steps<Kept>(query, size, entries, attention, weights, room + count, skipped);
     } else {
       for (int i = 0; i < count; ++i) {
         fetch_entry<Kept>(entries, size, i);
         weights[i] = score<Kept>(query, size, entries, attention, i);
       }
     }
-    const float largest = largest_of(weights, count);
-    for (int i = 0; i < count; ++i) weights[i] = exponential(weights[i] - largest);
-    float total = sum(weights, count);
-    if (attention.skip_below > 0.0f) {
+    float total = soften(weights, count);
+    if (skips) {
       drop_light(weights, count, total, attention.skip_below / static_cast<float>(count));
       total = sum(weights, count);
     }
     const int read = weigh<Kept>(entries, weights, size, total, out + g * size);
-    if (attention.skip_below > 0.0f || attention.screen_below > 0.0f) skipped.values += count - read;
+    if (skips) skipped.values += count - read;
   }
   return skipped;
 }
 
-Skipped attend(float* queries, int group, int size, const Entries& entries, const Attention& attention, float* room,
-               float* out) {
+Skipped attend(const float* queries, int group, int size, const Entries& entries, const Attention& attention,
+               float* room, float* out) {
   switch (entries.kept) {
     case Kept::kCodes:
       return attend_to<Codes>(queries, group, size, entries, attention, room, out);

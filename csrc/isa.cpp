@@ -45,14 +45,6 @@ std::vector<std::string> available_instruction_sets() {
   return names;
 }
 
-bool multiplies_bfloat16() {
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 const Kernels& current_kernels() { return *chosen().load(); }
 
 void use_instruction_set(const std::string& name) {

@@ -13,9 +13,6 @@ std::vector<std::string> available_instruction_sets();
 
 const Kernels& current_kernels();
 
-// Whether the processor multiplies bfloat16.
-bool multiplies_bfloat16();
-
 // Throws std::invalid_argument where it is not available.
 void use_instruction_set(const std::string& name);
 

@@ -123,8 +123,6 @@ struct Kernels {
   // Writes the chunk's share of the product to y[0 .. outputs of the tile), those beyond the matrix's outputs included,
   // or adds it to what y holds.
   void (*tile_chunk)(const Tile&, const Chunk&, const Levels&, Coefficients&, bool adds, float* y, Upcoming&);
-  // Writes the weights of `count` channels from `first` on, which begins a quad: [channels of a quad, kTileOutputs].
-  void (*expand_quad)(const Tile&, const Levels&, int first, int count, int bits, float* weights);
   FloatKernels floats;
 };
 

@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include "codes.inl"
-#include "expand.inl"
 #include "fetch.inl"
 #include "floats.inl"
 
@@ -167,7 +166,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
 }
 
-const Kernels kAvx2 = {"avx2", tile_chunk, expand_quad, kFloats};
+const Kernels kAvx2 = {"avx2", tile_chunk, kFloats};
 
 }  // namespace
 

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "codes.inl"
-#include "expand.inl"
 #include "fetch.inl"
 #include "floats.inl"
 
@@ -238,40 +237,6 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   });
 }
 
-// Weights of a half of a quad's channels.
-template <int Bits, class Source>
-void expand_half(const Tile& tile, const Levels& levels, int first, int count, float* weights) {
-  std::uint32_t channels[kQuadChannels];
-  __m512i bytes[2][planes_of(Bits)];
-  for (int j = 0; j < kQuadChannels; ++j) channels[j] = first + std::min(j, count - 1);
-  const Source source(tile, channels, first / kQuadChannels);
-  for (int p = 0; p < planes_of(Bits); ++p) source.load(p, &bytes[0][p], &bytes[1][p]);
-  const Unpack<Vector, Bits> unpack(levels);
-  for (int m = 0; m < 2; ++m) {
-    __m512i codes[kFields];
-    unpack(bytes[m], codes);
-    for (int j = 0; j < count; ++j) {
-      const std::uint8_t *record = tile.record(channels[j]), base = tile.bases[channels[j]];
-      for (int k = 0; k < kFields; ++k) {
-        const int a = kFields * m + k, group = 4 * Source::half + a / 2;
-        const __m512 scale = _mm512_set1_ps(levels.largest * factor_of(base + record[group]));
-        const __m512 zero = _mm512_set1_ps(static_cast<float>(record[kTileGroups + group]) - levels.offset[Bits]);
-        const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes[k], 8 * j), _mm512_set1_epi32(255));
-        _mm512_storeu_ps(weights + j * kTileOutputs + kHalfOutputs * Source::half + 16 * a,
-                         _mm512_mul_ps(scale, _mm512_sub_ps(_mm512_cvtepi32_ps(code), zero)));
-      }
-    }
-  }
-}
-
-void expand_lanes(const Tile& tile, const Levels& levels, int first, int count, int bits, float* weights) {
-  at_halves(tile, [&](auto* source) {
-    at_bits(bits, [&](auto each) {
-      expand_half<decltype(each)::value, std::remove_pointer_t<decltype(source)>>(tile, levels, first, count, weights);
-    });
-  });
-}
-
 int collect_lanes(const std::uint8_t* each, const float* x, int size, int bits, std::uint32_t* channels,
                   float* values) {
   const __m128i wanted = _mm_set1_epi8(static_cast<char>(bits));
@@ -293,7 +258,7 @@ constexpr FloatKernels floats() {
   return kernels;
 }
 
-const Kernels kAvx512 = {"avx512", tile_chunk, expand_lanes, floats()};
+const Kernels kAvx512 = {"avx512", tile_chunk, floats()};
 
 }  // namespace
 

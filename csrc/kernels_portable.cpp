@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "expand.inl"
 #include "floats.inl"
 #include "kernels.h"
 
@@ -17,6 +16,21 @@ const std::uint16_t kMultipliers[32] = {31379, 30048, 28774, 27554, 26386, 25268
                                         24196, 23170, 22188, 21247, 20347, 19484, 18658, 17867, 17109, 16384};
 
 namespace {
+
+// Levels of a channel's codes, [outputs], as `bits` bits tell them but for the offset.
+void unpack_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int bits,
+                                     std::uint8_t* codes) {
+  const std::uint8_t* table = bits == 4 ? levels.table4[1] : bits == 2 ? levels.table2[0] : nullptr;
+  const int outputs = tile.outputs(), dropped = 2 * planes_of(bits) - bits;
+  for (int o = 0; o < outputs; ++o) {
+    int code = 0;
+    for (int p = 0; p < planes_of(bits); ++p) {
+      code = code << 2 | (tile.planes[p][tile.offset(p, channel, o)] >> (2 * (field_of(o) ^ p)) & 3);
+    }
+    code >>= dropped;
+    codes[o] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxBits - bits));
+  }
+}
 
 // The chunk's activations times scales, as integers in one unit.
 void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c) {
@@ -60,7 +74,7 @@ void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coef
   }
 }
 
-const Kernels kPortable = {"portable", tile_chunk, expand_quad, kFloats};
+const Kernels kPortable = {"portable", tile_chunk, kFloats};
 
 }  // namespace
 

@@ -87,14 +87,9 @@ def shortcut_plan(*shortcuts: Shortcut, rank: int | None = None, protection: Any
     return Plan("test", config, tensors=tiny.shortcut_tensors(rank=rank), **others)
 
 
-def skipping_plan(threshold: Threshold, plan: Plan | None = None, query_threshold: Threshold = 0.0) -> Plan:
-    """Return a plan, dense unless one is given, that skips values, and components of queries, too."""
-    return with_kv(plan or Plan("test"), skip_values_below=threshold, drop_query_dims_below=query_threshold)
-
-
-def screening_plan(threshold: Threshold, large: Threshold = 1.0, plan: Plan | None = None) -> Plan:
-    """Return a plan, dense unless one is given, that screens keys too."""
-    return with_kv(plan or Plan("test"), screen_keys_below=threshold, screen_query_dims_below=large)
+def skipping_plan(threshold: Threshold, plan: Plan | None = None, estimate_dims_above: float = 1.0) -> Plan:
+    """Return a plan, dense unless one is given, that leaves out keys and values of little weight, too."""
+    return with_kv(plan or Plan("test"), skip_below=threshold, estimate_dims_above=estimate_dims_above)
 
 
 def with_kv(plan: Plan, **changes: Any) -> Plan:

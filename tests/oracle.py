@@ -29,8 +29,12 @@ Bypass = Callable[[int, str, Tensor, Tensor], tuple[Tensor, Tensor]]
 [T] bool, and what is added to those instead, [T, d]."""
 
 
-Limit = float | Callable[[Tensor], float]
-"""A threshold, or what makes it of all that will be compared with it."""
+Compared = Callable[[float], Tensor]
+"""From a threshold to all numbers that will be compared with it."""
+
+
+Limit = float | Callable[[Compared], float]
+"""A threshold, or what makes it of what will be compared with it."""
 
 
 Keep = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -60,7 +64,7 @@ class OracleRun(NamedTuple):
         attended: (query, key) pairs scored in each layer.
         skipped: (query, key, head) values left out in each layer.
         unscored: (query component, key) products left out in each layer.
-        again: (query, key, head) scores that took both steps of screening in each layer.
+        again: (query, key, head) scores that took both steps in each layer.
         masses: [L, T] tokens that each token stands for when it enters a layer; 0 where it is absorbed.
         sizes: sizes of the groups formed after each layer, ascending.
         past: in each layer, running tokens that went past each sublayer.
@@ -97,24 +101,22 @@ def run(
     read: Read = whole,
     bypass: Bypass = through,
     skip_below: Sequence[Limit] | None = None,
-    query_below: Sequence[Limit] | None = None,
+    estimate_dims_above: Limit = 1.0,
     maps: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     entry_bits: int | None = None,
-    screen: Sequence[tuple[Limit, Limit]] | None = None,
     keep: Keep | None = None,
 ) -> OracleRun:
     """Run one sequence [T] and return what the mechanisms' definitions say it gives.
 
-    `skip_below` has, for each layer, the threshold below which values are skipped, in multiples of the mean weight;
-    `query_below` has that of a query's components, in multiples of their root mean square; `maps` gives, by layer, what
-    is added to the state of a token that stopped there before it predicts; `entry_bits` says whether keys and values
-    are kept as whole numbers up to 127 (8) or as bfloat16 (16); `screen` has, for each layer, the threshold below which
-    keys are left out by what the large components of a query say, and from what magnitude on those are large, in the
-    same multiples. Where a threshold is a function, it is given all multiples that there are, halted tokens' too.
+    `skip_below` has, for each layer, the threshold below which keys and values are left out, in multiples of the mean
+    weight, and `estimate_dims_above` says which components of a query the first step takes, in multiples of their root
+    mean square; `maps` gives, by layer, what is added to the state of a token that stopped there before it predicts;
+    `entry_bits` says whether keys and values are kept as whole numbers up to 127 (8) or as bfloat16 (16). Where a
+    threshold is a function, it is given all multiples that there are, halted tokens' too.
     `keep` stands in for `entry_bits` where something else says what is kept.
     """
     parts = parts_of(model, ids, read)
-    asked = _Asked(fill, halts, fusion, bypass, skip_below, query_below, entry_bits, screen, keep)
+    asked = _Asked(fill, halts, fusion, bypass, skip_below, estimate_dims_above, entry_bits, keep)
     tokens, counts = _Tokens.at_first(parts.embedded), _Counts()
     for layer_idx, layer in enumerate(parts.layers):
         is_last = layer_idx == len(parts.layers) - 1
@@ -145,9 +147,8 @@ class _Asked(NamedTuple):
     fusion: Fusion | None
     bypass: Bypass
     skip_below: Sequence[Limit] | None
-    query_below: Sequence[Limit] | None
+    estimate_dims_above: Limit
     entry_bits: int | None
-    screen: Sequence[tuple[Limit, Limit]] | None
     keep: Keep | None
 
 
@@ -244,31 +245,24 @@ def _attend(
     counts: _Counts,
 ) -> Tensor:
     """Return what queries, of heads [H, T, D] and twice [Hkv, T, D], make of the values, [T, H * D]; count it."""
-    whole_query, key, value = heads
-    query, masses = whole_query, tokens.masses
+    query, key, value = heads
     counts.attended.append(int(mask[asking].sum()))
-    if asked.query_below is not None:
-        query, small = _leave_out(query, asked.query_below[layer_idx])
-        counts.unscored.append(sum(int(small[:, t].sum() * mask[t].sum()) for t in asking.nonzero().flatten()))
     if asked.keep is not None:
         key, value = asked.keep(layer_idx, key, value)
     elif asked.entry_bits is not None:
         key, value = (code(t) if asked.entry_bits == 8 else t.bfloat16().to(t.dtype) for t in (key, value))
-    weights = _weights(query, key, mask, layer, masses)
-    if asked.screen is not None and asked.screen[layer_idx][0] != 0:
-        below, large_from = asked.screen[layer_idx]
-        later = _leave_out(whole_query, large_from)[1] & (query != 0)
-        first = _weights(torch.where(later, 0.0, query), key, mask, layer, masses)
-        screened = _screened(first, mask, below)
-        weights = torch.where(screened, 0.0, weights) / torch.where(screened, 0.0, weights).sum(-1, keepdim=True)
-        weights = weights.nan_to_num(0.0)
-        counts.unscored[-1] += int((later.sum(-1) * screened.sum(-1))[:, asking].sum())
-        counts.again.append(int((mask & ~screened)[:, asking].sum()))
+    if asked.skip_below is None or asked.skip_below[layer_idx] == 0.0:
+        weights, skipped, unscored, again = _weights(query, key, mask, layer, tokens.masses), 0, 0, 0
     else:
-        screened = torch.zeros_like(weights, dtype=torch.bool)
-    if asked.skip_below is not None:
-        weights, left_out = _skip(weights, mask, asked.skip_below[layer_idx])
-        counts.skipped.append(int((left_out | screened)[:, asking].sum()))
+        later = _later(query, asked.estimate_dims_above)
+        steps = _TwoSteps(query, later, key, mask, layer, tokens.masses)
+        weights, left, read = steps.run(asked.skip_below[layer_idx])
+        skipped = int((mask & ~read)[:, asking].sum())
+        unscored = int((later.sum(-1) * (mask & ~left).sum(-1))[:, asking].sum())
+        again = int(left[:, asking].sum())
+    counts.skipped.append(skipped)
+    counts.unscored.append(unscored)
+    counts.again.append(again)
     return _weigh(weights, value)
 
 
@@ -308,16 +302,12 @@ def code(entries: Tensor) -> Tensor:
     return kept
 
 
-def _limit(limit: Limit, compared: Tensor, mean: Tensor | float) -> float:
-    """Return a threshold, for numbers that are compared with so many times a mean."""
-    return limit(compared / mean) if callable(limit) else limit
-
-
-def _leave_out(query: Tensor, query_below: Limit) -> tuple[Tensor, Tensor]:
-    """Return queries [H, T, D] without their small components, and which of all components those are."""
+def _later(query: Tensor, estimate_dims_above: Limit) -> Tensor:
+    """Return which components of queries [H, T, D] only the second step takes."""
     root_mean_square = query.norm(dim=-1, keepdim=True) / query.shape[-1] ** 0.5
-    small = query.abs() < _limit(query_below, query.abs(), root_mean_square) * root_mean_square
-    return torch.where(small, 0.0, query), small
+    if callable(estimate_dims_above):
+        estimate_dims_above = estimate_dims_above(lambda _: query.abs() / root_mean_square)
+    return query.abs() < estimate_dims_above * root_mean_square
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor, layer: Layer, masses: Tensor) -> Tensor:
@@ -331,28 +321,49 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor, layer: Layer, masses: Ten
     return torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a halted token may see nothing; its row is unused
 
 
-def _screened(weights: Tensor, mask: Tensor, below: Limit) -> Tensor:
-    """Return which of the keys that `mask` shows weigh too little, [H, T, T], by weights of the first step."""
-    screened = torch.zeros_like(weights, dtype=torch.bool)
-    below = _limit(below, weights, weights.amax(-1, keepdim=True) / mask.sum(-1, keepdim=True))
-    for t, seen in enumerate(mask):
-        for head in range(len(weights)):
-            largest = weights[head, t].max()
-            screened[head, t] = seen & (weights[head, t] < largest * min(below / int(seen.sum().clamp(min=1)), 1.0))
-    return screened
+class _TwoSteps(NamedTuple):
+    """Attention that leaves out what is estimated, and then what is found, to weigh little."""
+
+    query: Tensor
+    later: Tensor
+    key: Tensor
+    mask: Tensor
+    layer: Layer
+    masses: Tensor
+
+    def run(self, skip_below: Limit) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights [H, T, T] of the values read, who the second step is of, and whose values are read."""
+        if callable(skip_below):
+            skip_below = skip_below(self._compared)
+        left, found = self._found(skip_below)
+        read = _heavy(found, left, self.mask, skip_below)
+        weights = torch.where(read, found, 0.0)
+        return (weights / weights.sum(-1, keepdim=True)).nan_to_num(0.0), left, read
+
+    def _found(self, skip_below: float) -> tuple[Tensor, Tensor]:
+        """Return which keys the first step leaves, and what they weigh among themselves, [H, T, T]."""
+        left = _heavy(self._estimated, self.mask.expand_as(self._estimated), self.mask, skip_below)
+        return left, _weights(self.query, self.key, left, self.layer, self.masses)
+
+    @property
+    def _estimated(self) -> Tensor:
+        large = torch.where(self.later, 0.0, self.query)
+        return _weights(large, self.key, self.mask, self.layer, self.masses)
+
+    def _compared(self, skip_below: float) -> Tensor:
+        """Return all multiples of the mean weight that are compared with a threshold, in either step."""
+        both = torch.stack((self._estimated, self._found(skip_below)[1]))
+        return both * self.mask.sum(-1, keepdim=True)
 
 
-def _skip(weights: Tensor, mask: Tensor, skip_below: Limit) -> tuple[Tensor, Tensor]:
-    """Return the weights [H, T, T] that are left, summing to 1 again, and which of those that `mask` shows are not."""
-    left, left_out = torch.zeros_like(weights), torch.zeros_like(weights, dtype=torch.bool)
-    skip_below = _limit(skip_below, weights, 1 / mask.sum(-1, keepdim=True))
-    for t, seen in enumerate(mask):
-        for head in range(len(weights)):
-            small = seen & (weights[head, t] * seen.sum() < skip_below)
-            read = seen & ~small
-            left[head, t, read] = weights[head, t, read] / weights[head, t, read].sum()
-            left_out[head, t] = small
-    return left, left_out
+def _heavy(weights: Tensor, among: Tensor, mask: Tensor, skip_below: float) -> Tensor:
+    """Return which keys `among` some weigh enough, or are the heaviest, [H, T, T]; n counts those that `mask` shows."""
+    heavy = torch.zeros_like(among)
+    for head in range(len(weights)):
+        for t, seen in enumerate(mask):
+            enough = weights[head, t] * seen.sum() >= skip_below
+            heavy[head, t] = among[head, t] & (enough | (weights[head, t] == weights[head, t].max()))
+    return heavy
 
 
 def _weigh(weights: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import Part
 from quicksilver.rules.paper.entropy_bits import EntropyOf
 from tests import tiny
-from tests.engines import screening_plan, skipping_plan, with_kv, with_maps
+from tests.engines import skipping_plan, with_kv, with_maps
 from tests.tiny import NUM_LAYERS
 
 
@@ -131,25 +131,17 @@ fusing_plans = _maybe_with_shortcuts(
 
 skipping_plans = _with_fitted(
     st.builds(
-        lambda plan, values, queries: skipping_plan(values, plan, queries),
+        lambda plan, threshold, large: skipping_plan(threshold, plan, large),
         st.builds(Plan, st.just("random"), st.none() | halting_configs, fills, st.none() | fusion_configs),
         st.just(0.0) | _thresholds(0.0, 1.0),
-        st.just(0.0) | _thresholds(0.0, 2.0),
+        st.floats(0.0, 2.0),
     )
 )
 """Run these in float64: in float32 what is near its threshold may fall on either side of it, in float64 hardly."""
 
-screening_plans = st.builds(
-    lambda plan, keys, queries: screening_plan(keys, queries, plan),
-    st.one_of(plans, fusing_plans, skipping_plans),
-    _thresholds(0.0, 4.0),
-    _thresholds(0.0, 2.0),
-)
-"""These too."""
-
 coded_plans = st.builds(
     lambda plan, bits: with_kv(plan, bits=bits),
-    st.one_of(plans, fusing_plans, skipping_plans, screening_plans),
+    st.one_of(plans, fusing_plans, skipping_plans),
     st.sampled_from([8, 16]),
 )
 """These too: what is near the middle between two codes may be rounded to either."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any, get_args
 
@@ -130,6 +131,26 @@ VARIANTS: dict[str, Any] = {
 
 MORE = ("llama-one-kv-head", "gpt2-unscaled-relu-untied", "mistral-window", "smollm3-windows")
 """Variants on which mechanisms are tested besides families."""
+
+LAYOUTS = ("gpt2", "llama")
+"""One family of each module that describes families: learned positions and one map for queries, keys and values; rotary
+positions and shared key heads. What is the same for all families, and costs more than a moment, is tested on these."""
+
+TELLING = (*LAYOUTS, "gemma3_text")
+"""With windows, two rotations and norms around sublayers besides: where what a layer reads or caches takes part."""
+
+
+def on_telling(
+    cases: Collection[Any], everywhere: Collection[Any], models: Iterable[str] = FAMILIES
+) -> list[tuple[str, Any]]:
+    """Return pairs of a model and a case: telling families with every case, other models with those of `everywhere`.
+
+    Args:
+        cases: what is tested, names of plans for example.
+        everywhere: those among them in which the models' own code takes part.
+        models: families and variants.
+    """
+    return [(name, case) for name in models for case in (cases if name in TELLING else everywhere)]
 
 
 def from_config(config: Any, seed: int = 0) -> Any:

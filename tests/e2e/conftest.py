@@ -56,7 +56,7 @@ def own_lines(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith(starts) or any(mark in line for mark in within)]
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=tiny.LAYOUTS)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """Transformers' model and ours over the same weights, dense."""
     reference = tiny.model(request.param)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quicksilver.plan import Plan
+from tests import tiny
 from tests.e2e.conftest import Outcome, assert_refusal
 
 Cli = Callable[..., Outcome]
@@ -38,7 +39,7 @@ def measure(cli: Cli, tiny_model_dir: Any, text_file: Path, tmp_path: Path) -> M
     return run
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_dense_is_the_plain_model_beside_plans_that_choose_widths(measure: Measure, family: str) -> None:
     (alone,) = measure("dense", family=family)
     dense, narrow, fitted = measure("dense", "uniform-4bit", "channel-5bit", family=family)
@@ -56,7 +57,7 @@ def test_dense_is_the_plain_model_beside_plans_that_choose_widths(measure: Measu
         assert row["accelerated"]["mean_bits"] == pytest.approx(bits, abs=0.5)  # some tokens are protected
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_plan_that_was_fitted_runs(
     cli: Cli,
     measure: Measure,

@@ -89,7 +89,7 @@ def test_a_plan_without_a_name_goes_by_its_files(cli: Callable[..., Outcome], pl
     assert json.loads(cli("plan", "show", plan_file("y.json", name="x", halting=RANDOM)).out)["name"] == "x"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_generate_prints_what_transformers_generates(
     cli: Callable[..., Outcome], tiny_model_dir: Callable[[str], Path], family: str
 ) -> None:

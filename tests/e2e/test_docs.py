@@ -1,7 +1,8 @@
-"""Documents that can be checked are: the help page, the README's commands, and links between pages."""
+"""Documents that can be checked are: the help page, commands, Python and plans in pages, and links between them."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quicksilver.core.sources import embedded_models
+from quicksilver.families.names import FAMILIES
 from quicksilver.measure.demo import ARTICLES
-from quicksilver.plan import PRESETS
+from quicksilver.plan import PRESETS, Plan
 from quicksilver.plan.presets import calibrated_plans
 from scripts.cli_docs import render
 from tests import tolerances
@@ -21,11 +24,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def readme_commands() -> list[str]:
-    """The lines of the README's shell blocks that call the program."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?quicksilver ", line)]
+SOURCES = ("src", "csrc", "tests", "examples")
+GUIDES = ("README.md", "docs/usage.md")
+"""Pages whose commands and Python run as they stand."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks that call the program."""
+    return [line for line in "".join(blocks(page, "sh")).splitlines() if line.startswith("quicksilver ")]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_help_page_is_current() -> None:
@@ -34,9 +56,44 @@ def test_the_help_page_is_current() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, _, anchor in re.findall(r"\]\(([^)#\s]*)(#([^)\s]*))?\)", prose(page)):
+        if target.startswith("http"):
+            continue
+        linked = page if target == "" else page.parent / target
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{page.name} links to {target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_files_that_pages_name_are_there(page: Path) -> None:
+    for name in re.findall(r"`([\w/]+\.(?:py|toml|cpp|h|md))`", prose(page)):
+        found = any(path.match(name) for folder in SOURCES for path in (ROOT / folder).rglob(Path(name).name))
+        assert found or (ROOT / name).exists() or "NAME" in name, f"{page.name} names {name}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_plans_in_the_pages_are_plans() -> None:
+    rule = {"type": "relative", "threshold": 0.99}
+    for block in blocks("docs/plans.md", "json"):
+        if block.startswith("{"):
+            plan = json.loads(block.replace('{"type": "steady", "threshold": 0.99}', json.dumps(rule)))
+            Plan.from_dict(plan)
+
+
+def test_the_families_page_names_every_family() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
+    assert (ROOT / "src" / "quicksilver" / "families" / "olmo2.py").read_text() in page
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.py"))], ids=lambda p: p.name)
@@ -56,35 +113,37 @@ def test_the_plans_page_names_every_preset() -> None:
         assert f"`{name.rpartition('/')[2]}`" in page
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(readme_commands()) >= 4
+@pytest.mark.parametrize("page", GUIDES)
+def test_guides_show_commands(page: str) -> None:
+    assert len(commands(page)) >= 4
 
 
 def in_small(words: list[str]) -> list[str]:
     """Return a command on fewer tokens, in shorter windows where it does not choose them for a prompt's sake."""
     match words[0]:
         case "demo":
-            return [*words, "--max-tokens", "150"]
+            return [*words, "--max-tokens", "100"]
         case "eval" if "--context" in words:
             return [*words, "--max-tokens", "1100"]
         case "eval":
-            return [*words, "--max-tokens", "260", "--context", "128"]
+            return [*words, "--max-tokens", "120", "--context", "64"]
         case "calibrate":
-            few = ("--trials", "2", "--search-tokens", "256", "--context", "64", "--mechanisms", "kv")
+            few = ("--trials", "2", "--search-tokens", "128", "--context", "32", "--mechanisms", "kv")
             return [*words, *few]
     return words
 
 
 @pytest.mark.slow
-def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", GUIDES)
+def test_commands_run(page: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one folder, as a reader would."""
     if not embedded_models():
         pytest.skip("this checkout holds no embedded model")
     articles = sorted(ARTICLES.glob("*.txt"))
     for name, chosen in (("book.txt", articles[::2]), ("other.txt", articles[1::2])):
-        (tmp_path / name).write_text("".join(path.read_text()[:2500] for path in chosen))
+        (tmp_path / name).write_text("".join(path.read_text()[:1200] for path in chosen))
     monkeypatch.chdir(tmp_path)
-    for line in readme_commands():
+    for line in commands(page):
         arguments, _, output = line.partition(">")
         result = cli(*in_small(shlex.split(arguments, comments=True)[1:]))
         assert result.status == 0, (line, result.err)
@@ -92,10 +151,22 @@ def test_readme_commands_run(cli: Callable[..., Any], tmp_path: Path, monkeypatc
             (tmp_path / output.strip()).write_text(result.out)
 
 
-def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_makes_its_text() -> None:
+    (pattern,) = re.findall(r"^cat (\S+) > book.txt", "".join(blocks("README.md", "sh")), re.MULTILINE)
+    assert sorted(ROOT.glob(pattern)) == sorted(ARTICLES.glob("*.txt"))
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_python_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not embedded_models():
         pytest.skip("this checkout holds no embedded model")
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (snippet,) = blocks(page, "python")
     small = snippet.replace("GPT2Config()", "GPT2Config(n_layer=2, n_embd=32, n_head=2)")
-    exec(compile(small, "README.md", "exec"), {})
+    exec(compile(small, page, "exec"), {})
     assert "mean depth" in capsys.readouterr().out
+
+
+def test_the_families_page_compares_with_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    script = next(block for block in blocks("docs/families.md", "python") if "difference" in block)
+    exec(compile(script, "families.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) < tolerances.LOGITS[torch.float32]

@@ -35,8 +35,7 @@ def test_stdout_is_the_table_and_stderr_is_empty(
 
 
 PARTS = {
-    "attention": {"skip_values_below": 0.9, "drop_query_dims_below": 0.8},
-    "screening": {"screen_keys_below": 0.5},
+    "skipping": {"skip_below": 0.9},
     "entries": {"bits": 16},
 }
 

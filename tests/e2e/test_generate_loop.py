@@ -65,7 +65,7 @@ def alone(model: Any, row: int, **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("options", [{}, SAMPLING, SAMPLING | {"repetition_penalty": 1.4}], ids=["greedy", "p", "rep"])
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_tokens_are_those_of_transformers_loop_over_our_model(
     family: str, plan: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

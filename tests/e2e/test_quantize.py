@@ -69,8 +69,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "quantized"
 
 
-@pytest.mark.parametrize("options", [{}, {"head": True}, ALL, {"group_size": 128}], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "options"), tiny.on_telling((ALL, {}, {"head": True}, {"group_size": 128}), (ALL,), NAMES), ids=str
+)
 def test_a_reloaded_model_is_the_saved_one(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     model = quantized(name, **options)
     save_quantized(model, tmp_path / "quantized")
@@ -154,7 +155,7 @@ def test_biases_and_parts() -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--head"], ["--head", "--embeddings"], ["--calibration", "book.txt"]])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_every_command_takes_the_folder(
     cli: Cli, tiny_model_dir: Any, text_file: Path, tmp_path: Path, family: str, options: list[str]
 ) -> None:

@@ -15,7 +15,7 @@ from quicksilver.plan import Plan
 from quicksilver.rules import ForcedRule, KVConfig, PropagateFill, RandomFusionRule, ZeroFill
 from tests import tiny
 from tests.e2e.prompts import ATOL, HALTING, PROMPT, left_padded
-from tests.engines import fusion_plan, halting_plan, screening_plan
+from tests.engines import fusion_plan, halting_plan, skipping_plan
 from tests.tolerances import KERNEL_LOGITS
 
 DEPTHS = ForcedRule((1, 3, 2, 4))
@@ -26,7 +26,7 @@ PLANS = {
     "zero": halting_plan(DEPTHS, ZeroFill()),
     "8-bit entries": Plan("coded", kv=KVConfig(bits=8)),
     "16-bit entries": Plan("halves", kv=KVConfig(bits=16)),
-    "screening": screening_plan(0.1),
+    "skipping": skipping_plan(0.1),
 }
 FUSED = fusion_plan(RandomFusionRule(0.7), scope="prompt")
 FREE = {"eos_token_id": None, "pad_token_id": 0}
@@ -54,14 +54,14 @@ def test_a_mask_over_cached_columns_is_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_the_rest_is_as_if_hidden_tokens_had_not_been_fed(family: str, plan: str) -> None:
     model = quicksilver.accelerate(tiny.model(family), PLANS[plan])
     torch.testing.assert_close(fed_in_turns(model, MASK), model(VISIBLE).logits[:, 4:], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_nested_weights_too(family: str, kernels: Any) -> None:
     model = quicksilver.accelerate(tiny.quantized(family), kernels=kernels)
     torch.testing.assert_close(fed_in_turns(model, MASK), model(VISIBLE).logits[:, 4:], atol=KERNEL_LOGITS, rtol=0)
@@ -117,7 +117,7 @@ def test_positions_that_the_mask_implies_are_taken_and_others_refused(model: Any
 
 
 @pytest.mark.parametrize("plan", [*PLANS, "fused"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_generate_from_a_cache_that_holds_the_prompt(family: str, plan: str) -> None:
     model = quicksilver.accelerate(tiny.model(family), FUSED if plan == "fused" else PLANS[plan])
     for inputs in ({"input_ids": PROMPT}, left_padded((9, 5))):

@@ -29,7 +29,7 @@ def quantized_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_facts_are_those_of_the_wrapped_model(tiny_model_dir: Callable[[str], Path], family: str) -> None:
     folder = tiny_model_dir(family)
     model = quicksilver.load(folder)

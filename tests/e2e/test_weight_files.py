@@ -44,7 +44,7 @@ def warned(folder: Path) -> list[str]:
     return [str(warning.message) for warning in ours]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_tensors_without_a_place_are_named(cli: Callable[..., Outcome], model_copy: Copy, family: str) -> None:
     names = [f"extra.{i}.weight" for i in range(5)]
     folder = model_copy(family).edit_weights(add(*names))
@@ -85,7 +85,7 @@ def test_constants_of_old_files_are_not(model_copy: Copy, family: str, names: tu
     assert warned(model_copy(family).edit_weights(add(*names))) == []
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_body_without_its_prefix_is_read(model_copy: Copy, family: str) -> None:
     prefix = {"gpt2": "transformer.", "llama": "model."}[family]
     folder = model_copy(family).edit_weights(lambda tensors: rename(tensors, lambda name: name.removeprefix(prefix)))
@@ -93,7 +93,7 @@ def test_a_body_without_its_prefix_is_read(model_copy: Copy, family: str) -> Non
 
 
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod."])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_prefix_before_every_name_is_told(refused: Refused, model_copy: Copy, family: str, prefix: str) -> None:
     folder = model_copy(family).edit_weights(lambda tensors: rename(tensors, lambda name: prefix + name))
     refused("generate", folder, "Once", names=(folder, "missing keys: ", f"begin with '{prefix}'"))

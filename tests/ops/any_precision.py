@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,10 +119,3 @@ def product(x: Tensor, stored: StoredMatrix, bits: int | Tensor) -> Tensor:
     matrix = prepared(stored, by_channel=each is not None and each.dim() == 2)
     check_rows(x, stored, each, uniform)
     return multiply(x, matrix, each, uniform)
-
-
-def unpacked(matrix: Any, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return a matrix [in, out] that is packed for the kernels as the floats that its codes mean."""
-    weight = torch.empty((matrix.num_inputs, matrix.num_outputs), dtype=dtype)
-    native.extension().expand(matrix, bits, weight.data_ptr(), dtype == torch.bfloat16, torch.get_num_threads())
-    return weight

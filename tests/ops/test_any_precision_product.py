@@ -149,19 +149,6 @@ def test_matrices_of_several_strips(isa: str, num_inputs: int, num_outputs: int)
 
 
 @ISAS
-@pytest.mark.parametrize("by_channel", [True, False])
-@pytest.mark.parametrize("shape", [*SHAPES, (70, 4500)], ids=str)
-def test_expanded_a_matrix_has_the_weights_of_its_definition(
-    isa: str, by_channel: bool, shape: tuple[int, int]
-) -> None:
-    linear = random_codes(*shape)
-    matrix = prepared(linear.stored, by_channel)
-    with using(isa):
-        for bits in WEIGHT_BITS:
-            assert torch.equal(any_precision.unpacked(matrix, bits, torch.float32), linear.codes.dequantize(bits))
-
-
-@ISAS
 def test_a_width_for_each_row_is_that_row_alone_at_the_width(isa: str) -> None:
     linear, x = module(130, 300), draw(40, 130)
     bits = draw_bits(40, seed=5)

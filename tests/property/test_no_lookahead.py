@@ -14,7 +14,7 @@ from quicksilver.plan import Plan
 from quicksilver.runtime.loop import Decoder
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, run_batch, run_steps, run_whole
-from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, screening_plans, skipping_plans
+from tests.strategies import coded_plans, fusing_plans, plans, precise_plans, skipping_plans
 
 pytestmark = pytest.mark.slow  # whole spaces of plans are drawn from
 
@@ -118,7 +118,7 @@ def test_later_tokens_change_nothing_where_widths_are_chosen(
 
 @settings(max_examples=40)
 @given(
-    plan=skipping_plans | screening_plans | coded_plans,
+    plan=skipping_plans | coded_plans,
     family=st.sampled_from(tiny.FAMILIES),
     length=st.integers(2, 24),
     data=st.data(),

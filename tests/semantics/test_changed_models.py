@@ -43,7 +43,7 @@ def quantized(family: str = "llama", seed: int = 0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_model_converted_underneath_is_read_anew(family: str) -> None:
     model, ids = quantized(family), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model)
@@ -120,7 +120,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("plan", [Plan.dense(), CHANNEL], ids=["dense", "channel"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_the_next_sequence_is_run_with_what_weights_have_become(family: str, plan: Plan, name: str) -> None:
     model, ids = quantized(family), tiny.token_ids(9)[None]
     accelerated = quicksilver.accelerate(model, plan, kernels="native")
@@ -187,7 +187,7 @@ def test_a_trace_keeps_no_backend() -> None:
 
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_copied_model_is_the_same_and_reads_its_own_weights(family: str, kernels: KernelChoice, copied: str) -> None:
     accelerated, ids = quicksilver.accelerate(quantized(family), CHANNEL, kernels=kernels), tiny.token_ids(9)[None]
     wanted = accelerated(ids).logits

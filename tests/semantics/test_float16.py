@@ -16,7 +16,7 @@ from torch import Tensor
 from quicksilver import rules
 from quicksilver.core.decisions import LayerView, PairView
 from quicksilver.families.quantize import quantize_model
-from quicksilver.ops import Screen, ragged_attention
+from quicksilver.ops import ragged_attention
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.quant import AnyPrecisionLinear
@@ -30,7 +30,6 @@ from tests.engines import (
     precision_plan,
     run_steps,
     run_whole,
-    screening_plan,
     skipping_plan,
     with_maps,
 )
@@ -42,13 +41,10 @@ FUSION = fusion_plan(rules.ForcedFusionRule((False, True, True)), weights="mass"
 FEW = 1e-3
 """A threshold below which next to nothing lies, so that no decision that rounding turns shows."""
 MECHANISMS = {
-    "values": skipping_plan(FEW),
-    "queries": skipping_plan(0.0, query_threshold=1e-5),
-    "screening": screening_plan(FEW),
-    "all of attention": screening_plan(FEW, plan=skipping_plan(FEW, query_threshold=1e-5)),
+    "by large components": skipping_plan(FEW),
+    "by all components": skipping_plan(FEW, estimate_dims_above=0.0),
     "halting": skipping_plan(FEW, HALTING),
     "fusion": skipping_plan(FEW, FUSION),
-    "screening what is fused": screening_plan(FEW, plan=FUSION),
 }
 
 
@@ -114,10 +110,8 @@ def test_nested_weights_are_the_same_as_in_float32(name: str, rule: rules.Precis
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "nothing, by plain products": {"backend": "eager"},
-    "values": {"skip_below": 0.7},
-    "values, and components": {"skip_below": 0.7, "query_below": 0.5},
-    "keys": {"screen": Screen(0.5, 1.0)},
-    "all": {"skip_below": 0.3, "query_below": 0.2, "screen": Screen(0.8, 1.0)},
+    "by large components": {"skip_below": 0.7},
+    "by all components": {"skip_below": 0.7, "estimate_dims_above": 0.0},
 }
 
 
@@ -142,7 +136,8 @@ def test_plain_products_are_those_of_float32_rounded_once(
     narrow = ragged_attention(*inputs, *rest, newest=True, masses=weighs, **options)
     wide = ragged_attention(*(t.float() for t in inputs), *rest, newest=True, masses=weighs, **options)
     assert torch.equal(narrow.output, wide.output.to(dtype))
-    assert [int(count) for count in narrow[1:]] == [int(count) for count in wide[1:]]
+    assert narrow.pairs == wide.pairs
+    assert list(map(int, narrow.skipped)) == list(map(int, wide.skipped))
 
 
 HALTING_RULES = [

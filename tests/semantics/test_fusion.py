@@ -60,7 +60,7 @@ def test_forced_random_groups(family: str, layers: tuple[int, ...], weights: rul
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_forced_random_groups_with_forced_random_depths(
     family: str, weights: rules.FusionWeights, fill: rules.FillRule
 ) -> None:

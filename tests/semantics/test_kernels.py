@@ -67,7 +67,7 @@ def test_a_prompt_runs_through_all_layers_in_one_call(plan: Plan, monkeypatch: p
     assert seen == [range(engine.spec.num_layers)]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_widths_that_depend_on_activations_lose_as_much(family: str) -> None:
     """An activation that lies on a threshold may fall to either side, so logits differ, and losses hardly do."""
     model, ids = tiny.quantized(family), tiny.token_ids(60)
@@ -80,7 +80,7 @@ def test_widths_that_depend_on_activations_lose_as_much(family: str) -> None:
 
 
 @pytest.mark.parametrize("plan", [PLANS["uniform"], CHANNEL], ids=["uniform", "channel"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_later_tokens_change_nothing(family: str, plan: Plan) -> None:
     engine, ids, changed = (
         decoder(tiny.quantized(family), plan, kernels="native"),
@@ -92,7 +92,7 @@ def test_later_tokens_change_nothing(family: str, plan: Plan) -> None:
     assert torch.equal(run_whole(engine, ids[:14]).logits[:12], run_whole(engine, changed[:14]).logits[:12])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_batch_is_its_sequences_alone(family: str) -> None:
     engine = decoder(tiny.quantized(family), PLANS["uniform"], kernels="native")
     sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 9)]
@@ -115,7 +115,7 @@ def test_a_nested_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [(tiny.VOCAB, True)]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_a_head_norms_its_rows_as_the_norm_does(family: str, rows: int) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]())
@@ -165,7 +165,7 @@ def test_a_norm_that_is_not_contiguous_is_run_by_pytorch(name: str, place: str) 
     close(*runs)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_head_leaves_gradients_of_its_norm_to_pytorch(family: str) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]())
     quantize_model(model, QuantizationConfig(head=True))
@@ -175,7 +175,7 @@ def test_a_head_leaves_gradients_of_its_norm_to_pytorch(family: str) -> None:
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_generation_gives_the_same_tokens(family: str) -> None:
     ids = tiny.token_ids(8)[None]
     made = [

@@ -19,7 +19,6 @@ from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chu
 from tests.oracle_parts import head_entropy
 
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
-FAMILIES = ("gpt2", "llama")
 RANKS = pytest.mark.parametrize("rank", [None, 3], ids=["full", "low rank"])
 LENGTH = 40
 ATOL = tolerances.LOGITS[torch.float32]
@@ -91,7 +90,7 @@ def check(model, ids: Tensor, plan: Plan, halts: oracle.Halts, fusion: oracle.Fu
 
 @RANKS
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_forced_random_depths(family: str, fill: rules.FillRule, rank: int | None) -> None:
     ids, depths = tiny.token_ids(LENGTH), torch.randint(1, 5, (LENGTH,), generator=torch.Generator().manual_seed(1))
     plan = mapped(halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill), tiny.fitted(1, rank))
@@ -99,7 +98,7 @@ def test_forced_random_depths(family: str, fill: rules.FillRule, rank: int | Non
 
 
 @pytest.mark.parametrize("name", DECIDED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_decided_halting(family: str, name: str) -> None:
     model, ids = tiny.model(family), tiny.token_ids(LENGTH)
     plan = mapped(halting_plan(DECIDED[name], rules.PropagateFill()))
@@ -109,7 +108,7 @@ def test_decided_halting(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("weights", ["last", "mass"])
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
     family: str, fill: rules.FillRule, weights: rules.FusionWeights
 ) -> None:
@@ -129,7 +128,7 @@ def test_absorbed_tokens_are_mapped_where_the_layer_has_a_map(
 
 
 @pytest.mark.parametrize("rule", [rules.FittedRule(0.8), rules.EntropyRule(6.8)], ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_decided_halting_of_groups(family: str, rule: rules.HaltingRule) -> None:
     model, ids, joins = tiny.model(family), tiny.token_ids(LENGTH, 5), (False, True, False, False, True)
     plan = fusion_plan(rules.ForcedFusionRule(joins), rule, rules.PropagateFill(), layers=(1, 2))
@@ -139,7 +138,7 @@ def test_decided_halting_of_groups(family: str, rule: rules.HaltingRule) -> None
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_map_changes_what_stopped_tokens_predict_and_nothing_else(family: str, fill: rules.FillRule) -> None:
     plan, ids = halting_plan(rules.ForcedRule((1, 4, 2, 3, 4)), fill), tiny.token_ids(LENGTH)
     plain, other = (run_whole(decoder(tiny.model(family), each), ids) for each in (plan, mapped(plan)))

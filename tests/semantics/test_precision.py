@@ -32,7 +32,6 @@ RULES = {
     "entropy": TOKEN,
     "entropy of the state": EntropyBitsRule((3.0, 2.0), over="hidden", layer=2),
 }
-GPT2_AND_LLAMA = ("gpt2", "llama")
 ATOL = tolerances.LOGITS[torch.float64]
 
 
@@ -94,7 +93,7 @@ class Definition:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", [*GPT2_AND_LLAMA, "mistral-window", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", [*tiny.TELLING, "mistral-window", "phi3"])
 def test_widths_equal_their_definition(name: str, family: str) -> None:
     model, ids, rule = tiny.quantized(family, torch.float64), tiny.token_ids(9), rule_for(name, family)
     run = run_whole(decoder(model, precision_plan(rule)), ids)
@@ -106,7 +105,7 @@ def test_widths_equal_their_definition(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [(8, 0), (8, 4, 2, 0)])
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_centred_channels_stand_at_their_mean(family: str, bits: tuple[int, ...]) -> None:
     """What differs from the mean is read at the bits that it deserves; the mean's own product is added."""
     model, ids = tiny.quantized(family, torch.float64), tiny.token_ids(9)
@@ -141,7 +140,7 @@ def test_means_that_do_not_fit_the_model_are_refused(tensors: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_protected_tokens_read_everything(name: str, family: str) -> None:
     model, ids, rule = tiny.quantized(family, torch.float64), tiny.token_ids(8), rule_for(name, family)
     ids[5] = 7
@@ -183,7 +182,7 @@ def same(one: Run, other: Run) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("fill", [rules.DropFill(), rules.PropagateFill()], ids=lambda fill: type(fill).__name__)
 def test_one_meaning_however_tokens_are_fed_with_halting(name: str, family: str, fill: rules.FillRule) -> None:
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=rules.KVConfig(fill))
@@ -207,7 +206,7 @@ def same_cache(one: Run, other: Run) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family: str) -> None:
     plan = precision_plan(rule_for(name, family), halting=HALTING, kv=PROPAGATE, fusion=FUSING)
     engine, ids = decoder(tiny.quantized(family, torch.float64), plan), tiny.token_ids(17)
@@ -216,7 +215,7 @@ def test_with_fusion_the_cache_and_the_last_token_are_the_same(name: str, family
     same_cache(whole, steps)
 
 
-@pytest.mark.parametrize("family", GPT2_AND_LLAMA)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_flops_fall_by_skipped_channels_alone(family: str) -> None:
     """Token by token nothing is multiplied that is not counted, so PyTorch's counter agrees to the last FLOP."""
     ids = tiny.token_ids(3)

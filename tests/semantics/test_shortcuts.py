@@ -21,7 +21,6 @@ from tests.semantics.test_precision import CHANNEL, TOKEN, Definition
 
 LENGTH = 30
 SPECIAL = 7
-FAMILIES = ("gpt2", "llama")
 FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 ALL = tuple(Shortcut(layer, part, 1.0) for layer in range(4) for part in get_args(Part))
 SETS: dict[str, tuple[Shortcut, ...]] = {
@@ -108,7 +107,7 @@ def test_shortcuts_equal_their_definition(family: str, rank: int | None, name: s
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda fill: type(fill).__name__)
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_with_halting(family: str, name: str, fill: rules.FillRule) -> None:
     check(
         tiny.model(family), shortcut_plan(*SETS[name], halting=HALTING, kv=rules.KVConfig(fill)), tiny.token_ids(LENGTH)
@@ -118,7 +117,7 @@ def test_with_halting(family: str, name: str, fill: rules.FillRule) -> None:
 @pytest.mark.parametrize("weights", get_args(rules.FusionWeights))
 @pytest.mark.parametrize("halting", [None, HALTING], ids=["", "halting"])
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_with_fusion(family: str, name: str, halting: rules.HaltingConfig | None, weights: rules.FusionWeights) -> None:
     plan = shortcut_plan(*SETS[name], halting=halting, kv=PROPAGATE, fusion=fusing(weights))
     check(tiny.model(family), plan, tiny.token_ids(LENGTH))
@@ -127,7 +126,7 @@ def test_with_fusion(family: str, name: str, halting: rules.HaltingConfig | None
 @pytest.mark.parametrize("rule", [UniformBitsRule(4), CHANNEL, TOKEN], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("others", ["", "halting", "fusion", "halting and fusion"])
 @pytest.mark.parametrize("name", ["a whole layer", "everything, gated"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_with_widths(family: str, name: str, others: str, rule: rules.PrecisionRule) -> None:
     model, ids = tiny.quantized(family, torch.float64), tiny.token_ids(9)
     precision = rules.PrecisionConfig(rule, protect_first=0, protect_special=False)
@@ -145,7 +144,7 @@ def test_with_widths(family: str, name: str, others: str, rule: rules.PrecisionR
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_protected_tokens_run_everything(family: str, name: str) -> None:
     ids = tiny.token_ids(LENGTH)
     ids[11] = SPECIAL
@@ -204,7 +203,7 @@ def test_only_rows_that_run_a_sublayer_reach_its_maps() -> None:
         assert seen_rows(model, modules, lambda feed=feed: feed(everyone, ids)) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_layer_past_which_everyone_goes_still_writes_entries_and_reads_none(family: str) -> None:
     run = run_whole(decoder(tiny.model(family), shortcut_plan(*SETS["a whole layer"])), tiny.token_ids(LENGTH))
     layer = run.trace.layers[1]
@@ -223,9 +222,8 @@ def test_a_gate_that_lets_nobody_past_leaves_the_dense_model_bit_for_bit(family:
     assert torch.equal(run_steps(shut, ids).logits, run_steps(decoder(tiny.model(family), Plan.dense()), ids).logits)
 
 
-@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("halting", [None, HALTING], ids=["", "halting"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "name"), tiny.on_telling(SETS, everywhere=["gated and not"]))
 def test_one_meaning_however_tokens_are_fed(family: str, halting: rules.HaltingConfig | None, name: str) -> None:
     plan = shortcut_plan(*SETS[name], halting=halting, kv=PROPAGATE, protection={"protect_first": 2})
     engine, ids = decoder(tiny.model(family), plan), tiny.token_ids(LENGTH)
@@ -241,7 +239,7 @@ def test_one_meaning_however_tokens_are_fed(family: str, halting: rules.HaltingC
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_prefill_equals_decode_in_bfloat16(family: str, rank: int | None) -> None:
     """Gates are asked in float32; a threshold that no token is near decides alike however tokens are fed."""
     model = tiny.from_config(tiny.CONFIGS[family]()).bfloat16()
@@ -256,7 +254,7 @@ def test_prefill_equals_decode_in_bfloat16(family: str, rank: int | None) -> Non
     assert error < tolerances.LOGITS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_widths_are_counted_only_where_weights_are_read(family: str) -> None:
     precision = rules.PrecisionConfig(UniformBitsRule(4), protect_first=0, protect_special=False)
     engine = decoder(tiny.quantized(family), shortcut_plan(*ALL, precision=precision))

@@ -43,7 +43,6 @@ from tests.engines import (
     run_chunks,
     run_steps,
     run_whole,
-    screening_plan,
     shortcut_plan,
     skipping_plan,
     with_kv,
@@ -70,13 +69,14 @@ EXACT = {  # nothing that the kernels' rounding could decide otherwise
 ROUGH = {  # thresholds that a value may lie on, and codes
     "channels": precision_plan(CHANNEL),
     "by token": precision_plan(EntropyBitsRule((7.1, 6.6), layer=2)),
-    "values": skipping_plan(0.8),
-    "queries": skipping_plan(0.0, query_threshold=0.4),
-    "screened": screening_plan(0.8),
+    "skipping": skipping_plan(0.8),
+    "skipping by all components": skipping_plan(0.8, estimate_dims_above=0.0),
     "entries": Plan("test", kv=KVConfig(bits=8)),
     "entries of 16 bits": Plan("test", kv=KVConfig(bits=16)),
-    "all": with_kv(screening_plan(0.8, plan=skipping_plan(0.5, precision_plan(CHANNEL), 0.3)), bits=8),
+    "all": with_kv(skipping_plan(0.3, precision_plan(CHANNEL)), bits=8),
 }
+
+SAME_BITS = ("dense", "uniform", "propagate", "shortcuts", "channels", "entries", "all")
 
 
 @pytest.fixture
@@ -106,22 +106,21 @@ def test_all_that_families_have_is_run_by_the_kernels(name: str) -> None:
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *WINDOWED])
 def test_states_entries_and_counts_are_those_of_single_layers(family: str, name: str) -> None:
+    """A prompt longer than a window, steps, a chunk and steps again."""
     definition, engine = engines(family, EXACT[name])
-    ids = tiny.token_ids(26)
-    for feed in (lambda e: run_steps(e, ids, prompt=12), lambda e: run_chunks(e, ids, [20, 4, 2])):
-        wanted, run = feed(definition), feed(engine)
-        torch.testing.assert_close(run.logits, wanted.logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
-        assert executed_cost(engine.spec, run.trace) == executed_cost(engine.spec, wanted.trace)
-        assert run.cache.used_nbytes == wanted.cache.used_nbytes
-        assert [layer.entries_read for layer in run.trace.layers] == [x.entries_read for x in wanted.trace.layers]
-        for one, other in zip(entries(run, engine), entries(wanted, engine), strict=True):
-            assert torch.equal(one.positions, other.positions)
-            assert one.masses is None if other.masses is None else torch.equal(one.masses, other.masses)
-            torch.testing.assert_close(one.keys, other.keys, atol=tolerances.KERNEL_LOGITS, rtol=0)
+    ids, chunks = tiny.token_ids(24), [12, 1, 1, 1, 6, 1, 1, 1]
+    wanted, run = run_chunks(definition, ids, chunks), run_chunks(engine, ids, chunks)
+    torch.testing.assert_close(run.logits, wanted.logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+    assert executed_cost(engine.spec, run.trace) == executed_cost(engine.spec, wanted.trace)
+    assert run.cache.used_nbytes == wanted.cache.used_nbytes
+    assert [layer.entries_read for layer in run.trace.layers] == [x.entries_read for x in wanted.trace.layers]
+    for one, other in zip(entries(run, engine), entries(wanted, engine), strict=True):
+        assert torch.equal(one.positions, other.positions)
+        assert one.masses is None if other.masses is None else torch.equal(one.masses, other.masses)
+        torch.testing.assert_close(one.keys, other.keys, atol=tolerances.KERNEL_LOGITS, rtol=0)
 
 
-@pytest.mark.parametrize("name", ROUGH)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "name"), tiny.on_telling(ROUGH, everywhere=["all"]))
 def test_what_thresholds_decide_costs_as_much_and_loses_as_much(family: str, name: str) -> None:
     definition, engine = engines(family, ROUGH[name])
     losses: tuple[list[float], list[float]] = ([], [])
@@ -188,7 +187,7 @@ def test_instruction_sets_give_the_same_bits(family: str, name: str, sets: None)
 
 
 @pytest.mark.parametrize("name", ["uniform", "propagate", "all"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_batch_is_its_sequences_alone(family: str, name: str) -> None:
     _, engine = engines(family, (EXACT | ROUGH)[name])
     sequences = [tiny.token_ids(n, seed=n) for n in (5, 1, 7)]
@@ -277,8 +276,7 @@ def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
     torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dense", "uniform", "propagate", "shortcuts", "channels", "entries", "all"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("family", "name"), tiny.on_telling(SAME_BITS, everywhere=["dense", "propagate", "all"]))
 def test_states_are_the_same_bits_alone_in_a_batch_and_in_chunks(family: str, name: str) -> None:
     """Of any number of rows, prompts and not."""
     _, engine = engines(family, (EXACT | ROUGH)[name])

@@ -181,7 +181,7 @@ def test_quantiles_of_a_histogram_are_those_of_the_scores(seed: int, parts: list
         assert abs(share_above(counts, limit) - above) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 @pytest.mark.parametrize("target", [7.0, 5.0, 3.5, (0.3, 0.3, 0.2, 0.1, 0.1)])
 def test_channel_thresholds_give_what_was_asked_for(family: str, target: Any) -> None:
     model = tiny.quantized(family)

@@ -75,7 +75,7 @@ def test_a_sublayer_that_is_affine_is_replaced_by_itself() -> None:
     watch_sublayers(adapter, [(1, "mlp")], UNSEEN[0], Plan.dense(), see)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_errors_are_the_mean_squared_ones_as_a_share_of_the_state(family: str) -> None:
     adapter = adapt(tiny.model(family))
     chosen = [(1, "mlp"), (2, "attention")]
@@ -114,7 +114,7 @@ def test_gates_of_shortcuts_know_where_the_maps_err() -> None:
         assert float(predicted.mean()) == pytest.approx(float(actual.mean()), abs=0.05)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_mapped_state_predicts_more_like_the_full_model(family: str) -> None:
     adapter = adapt(tiny.model(family))
     tensors = as_floats(fit_maps(adapter, LAYERS, WINDOWS))
@@ -141,7 +141,7 @@ def test_a_divergence_is_never_negative_and_none_from_itself() -> None:
     assert float(nats.min()) > 0.0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_gates_know_what_halting_costs(family: str) -> None:
     adapter = adapt(tiny.model(family))
     tensors = fit_maps(adapter, LAYERS, WINDOWS)
@@ -186,7 +186,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         fit_units(spoilt, [(1, "mlp")], WINDOWS, Plan.dense())
 
 
-ALL = ("halting", "shortcuts", "values", "screening", "entries", "channels")
+ALL = ("halting", "shortcuts", "skipping", "entries", "channels")
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,7 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
     there = {
         "halting": bool(data.halt_layers),
         "shortcuts": bool(data.shortcuts),
-        "values": "values" in data.prices,
-        "screening": "screening" in data.prices,
+        "skipping": bool(data.attention.points),
         "entries": data.entry_nats > 0.0,
         "channels": bool(data.map_scores),
     }
@@ -235,7 +234,7 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[CalibrationData, int], t
         "halt_layers",
         "shortcuts",
         "map_weights",
-        "prices",
+        "attention",
         "entry_nats",
     ):
         assert getattr(again, name) == getattr(data, name), name

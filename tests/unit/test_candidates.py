@@ -14,7 +14,6 @@ from transformers import LlamaConfig
 from quicksilver.calibrate.candidates import CalibrationData, Candidate, build, shortcuts_at, static_exit
 from quicksilver.calibrate.fitting import fit
 from quicksilver.calibrate.objectives import Objective, UnitCosts, unit_costs
-from quicksilver.calibrate.sensitivity import THRESHOLDS
 from quicksilver.core.trace import Trace
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.families.registry import adapt
@@ -31,7 +30,7 @@ from quicksilver.rules import (
 from tests import tiny
 from tests.engines import decoder, run_whole
 
-ALL = ("halting", "shortcuts", "values", "screening", "channels")
+ALL = ("halting", "shortcuts", "skipping", "channels")
 BITS = (8, 4, 2, 0)
 WINDOWS = [tiny.token_ids(60, seed=seed) for seed in range(4)]
 PRICES = (1e-3, 0.1, 0.5, 2.0, 10.0, 50.0)
@@ -100,19 +99,12 @@ def test_limits_of_channels_grow_with_the_price(data: CalibrationData, objective
         assert bool((high > low).all())
 
 
-def test_the_threshold_of_values_grows_with_the_price(data: CalibrationData) -> None:
-    found = [make(data, nats_per_work, ["values"]).kv for nats_per_work in (1e-6, *PRICES, 1e6)]
-    thresholds = [threshold_at(each.skip_values_below, 0) for each in found]
+def test_the_threshold_of_skipping_grows_with_the_price(data: CalibrationData) -> None:
+    found = [make(data, nats_per_work, ["skipping"]).kv for nats_per_work in (1e-6, *PRICES, 1e6)]
+    thresholds = [threshold_at(each.skip_below, 0) for each in found]
     assert thresholds == sorted(thresholds)
     assert thresholds[0] < 0.01
     assert thresholds[-1] == 1.0
-
-
-def test_the_threshold_of_screening_grows_with_the_price(data: CalibrationData) -> None:
-    found = [make(data, nats_per_work, ["screening"]).kv for nats_per_work in (*PRICES, 1e6)]
-    thresholds = [threshold_at(each.screen_keys_below, 0) for each in found]
-    assert thresholds == sorted(thresholds)
-    assert thresholds[-1] == THRESHOLDS["screening"][-1]
 
 
 def test_entries_are_on_or_off_and_make_products_with_them_cheaper(data: CalibrationData) -> None:
@@ -120,11 +112,14 @@ def test_entries_are_on_or_off_and_make_products_with_them_cheaper(data: Calibra
     priced = replace(data, units=units_of(tiny.quantized("llama"), "bitops"))
     assert priced.units.pair == pytest.approx(4 * priced.units.entry)
     on, off = (
-        make(priced, nats_per_work, names) for nats_per_work, names in ((2.0, ["values", "entries"]), (0.5, ["values"]))
+        make(priced, nats_per_work, names)
+        for nats_per_work, names in ((2.0, ["skipping", "entries"]), (0.5, ["skipping"]))
     )
     assert on.kv == replace(off.kv, bits=8)
     assert off.kv.bits is None
-    assert make(data, 2.0, ["values", "entries"]).kv == replace(make(data, 2.0, ["values"]).kv, bits=8)  # as many FLOPs
+    assert make(data, 2.0, ["skipping", "entries"]).kv == replace(
+        make(data, 2.0, ["skipping"]).kv, bits=8
+    )  # as many FLOPs
     assert make(data, 1e-9, ["entries"]).kv.bits == 8
 
 
@@ -158,8 +153,7 @@ def test_a_mechanism_left_out_is_off_and_nothing_else_changes(data: CalibrationD
     parts = {
         "halting": lambda each: each.halting.rule,
         "shortcuts": lambda each: each.shortcuts or None,
-        "values": lambda each: each.kv.skip_values_below or None,
-        "screening": lambda each: each.kv.screen_keys_below or None,
+        "skipping": lambda each: each.kv.skip_below or None,
         "channels": lambda each: each.precision,
         "fusion": lambda each: each.fusion,
     }
@@ -169,9 +163,9 @@ def test_a_mechanism_left_out_is_off_and_nothing_else_changes(data: CalibrationD
 
 
 def test_a_factor_multiplies_the_price_of_its_mechanism_alone(data: CalibrationData) -> None:
-    base, other = (build(Candidate(2.0, {"halting": 1.0, "values": f}), data, "mine", BITS) for f in (1.0, 1e-7))
+    base, other = (build(Candidate(2.0, {"halting": 1.0, "skipping": f}), data, "mine", BITS) for f in (1.0, 1e-7))
     assert base.halting == other.halting
-    assert base.kv.skip_values_below != other.kv.skip_values_below
+    assert base.kv.skip_below != other.kv.skip_below
     dearer = build(Candidate(0.5, {"halting": 4.0}), data, "mine", BITS)
     assert dearer.halting == base.halting
 
@@ -182,7 +176,7 @@ def test_fills(data: CalibrationData, fill: str, kind: type) -> None:
 
 
 def test_a_plan_holds_the_tensors_that_it_uses_and_no_others(data: CalibrationData) -> None:
-    assert make(data, 5.0, ["values"]).tensors is None
+    assert make(data, 5.0, ["skipping"]).tensors is None
     for centred in (False, True):
         means = make(replace(data, centred=centred), 5.0, ["channels"]).tensors or {}
         assert bool(means) == centred
@@ -211,16 +205,16 @@ def test_an_exit_halts_all_tokens_at_its_layer(data: CalibrationData, layer_idx:
 def test_a_model_of_one_layer_has_no_layer_to_halt_after() -> None:
     config = tiny.CONFIGS["llama"]().to_dict() | {"num_hidden_layers": 1, "layer_types": None}
     model = tiny.from_config(LlamaConfig(**config))
-    data = fit(adapt(model), ("halting", "shortcuts", "values"), units_of(model, "flops"), WINDOWS, (8, 0))
-    plan = make(data, 5.0, ["halting", "shortcuts", "values"])
+    data = fit(adapt(model), ("halting", "shortcuts", "skipping"), units_of(model, "flops"), WINDOWS, (8, 0))
+    plan = make(data, 5.0, ["halting", "shortcuts", "skipping"])
     assert plan.halting is not None
     assert plan.halting.rule is None
     assert plan.shortcuts
-    assert plan.kv.skip_values_below
+    assert plan.kv.skip_below
     run_whole(decoder(model, plan), WINDOWS[0])
 
 
-QUANTIZED = [(family, quantized) for family in ("gpt2", "llama") for quantized in (False, True)]
+QUANTIZED = [(family, quantized) for family in tiny.LAYOUTS for quantized in (False, True)]
 
 
 @pytest.mark.parametrize(("family", "quantized"), QUANTIZED)

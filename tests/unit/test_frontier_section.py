@@ -78,12 +78,12 @@ def test_what_held_on_held_out_text_and_what_each_mechanism_gave_are_rows() -> N
         found(
             scored("together", 0.1, 0.004, 0.009),
             held=verified(0.15, 0.005, 0.008),
-            without=({"without": "values", **scored("", 0.05, 0.003, 0.006)},),
+            without=({"without": "skipping", **scored("", 0.05, 0.003, 0.006)},),
         )
     )
     assert "1.500 bits per byte on the searched part and 1.250 on the held-out one;" in text
     assert "| **chosen, on held-out text** | +0.0050 [+0.0050, +0.0080] | +15.0 % |" in text
-    assert "| chosen, without values | +0.0030 [+0.0030, +0.0060] | +5.0 % |" in text
+    assert "| chosen, without skipping | +0.0030 [+0.0030, +0.0060] | +5.0 % |" in text
 
 
 def test_what_did_not_hold_is_named_with_the_text_that_it_lost_most_on() -> None:

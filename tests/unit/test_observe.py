@@ -18,7 +18,7 @@ from tests.engines import shortcut_plan
 
 IDS = tiny.token_ids(40)
 CLOSE = tolerances.LOGITS[torch.float32]
-MODELS = [(family, quantized) for family in ("gpt2", "llama") for quantized in (False, True)]
+MODELS = [(family, quantized) for family in tiny.LAYOUTS for quantized in (False, True)]
 
 
 def made(family: str, quantized: bool) -> Any:
@@ -101,7 +101,7 @@ def test_deeper_layers_than_those_watched_are_not_run() -> None:
     assert ran == {0, 1}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_sublayer_is_seen_under_shortcuts_taken_before_it(family: str) -> None:
     """Its input is what the plan leaves, which is neither the dense model's nor that of a plan with nothing before."""
     adapter = adapt(tiny.model(family))

@@ -100,7 +100,11 @@ def test_what_is_compared_is_what_the_timed_call_returned(monkeypatch: pytest.Mo
     assert len(returned) == 1
 
 
-def test_the_reference_of_a_prompt_is_the_float_models_last_row(tmp_path: Path) -> None:
+def test_the_reference_of_a_prompt_is_the_float_models_last_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "call_apart", lambda function, *given: function(*given))  # in this process, as it is
+    monkeypatch.setattr(files, "set_up_torch", lambda threads: None)
     model = tiny.model("gpt2")
     model.save_pretrained(tmp_path / "float")
     subject = Subject("gpt2", tmp_path, tmp_path / "float", is_random=False)

@@ -44,14 +44,14 @@ def test_the_hash_ignores_the_name_and_nothing_else() -> None:
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), rules.KVConfig(rules.ZeroFill())),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.L2FusionRule(1.0))),
         Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), fusion=rules.FusionConfig(rules.CosineFusionRule(1.0))),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_values_below=0.1)),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_values_below=(0.1, 0.1))),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_below=0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(skip_below=(0.1, 0.1))),
         Plan(
             "a",
             rules.HaltingConfig(rules.DriftRule(0.1)),
-            kv=rules.KVConfig(skip_values_below=0.1, drop_query_dims_below=0.1),
+            kv=rules.KVConfig(skip_below=0.1, estimate_dims_above=0.5),
         ),
-        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(drop_query_dims_below=0.1)),
+        Plan("a", rules.HaltingConfig(rules.DriftRule(0.1)), kv=rules.KVConfig(estimate_dims_above=0.5)),
     ]
     assert len({plan.hash, *(other.hash for other in others)}) == 12
 
@@ -106,16 +106,15 @@ FUSION = {"rule": {"type": "cosine", "threshold": 0.9}}
         ({"fusion": {"rule": {"type": "random", "probability": 2}}}, "probability must lie in"),
         ({"fusion": {"rule": {"type": "forced", "joins": [1, 0]}}}, "joins must be a list of true and false"),
         ({"kv": 0.5}, "kv must be an object"),
-        ({"kv": {"skip_values_below": "low"}}, "kv: skip_values_below must be a number"),
-        ({"kv": {"skip_values_below": True}}, "skip_values_below must be a number"),
-        ({"kv": {"skip_values_below": None}}, "skip_values_below must be a number"),
-        ({"kv": {"skip_values_below": float("nan")}}, "skip_values_below must be a number"),
-        ({"kv": {"skip_values_below": 1.01}}, "must lie in .0, 1., got 1.01"),
-        ({"kv": {"skip_values_below": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
-        ({"kv": {"drop_query_dims_below": float("inf")}}, "kv: drop_query_dims_below must be a number"),
-        ({"kv": {"drop_query_dims_below": [2, -0.1]}}, "drop_query_dims_below must be 0 or more, got -0.1"),
-        ({"kv": {"screen_keys_below": -0.1}}, "kv: screen_keys_below must be 0 or more, got -0.1"),
-        ({"kv": {"screen_query_dims_below": [1, -2]}}, "screen_query_dims_below must be 0 or more, got -2.0"),
+        ({"kv": {"skip_below": "low"}}, "kv: skip_below must be a number"),
+        ({"kv": {"skip_below": True}}, "skip_below must be a number"),
+        ({"kv": {"skip_below": None}}, "skip_below must be a number"),
+        ({"kv": {"skip_below": float("nan")}}, "skip_below must be a number"),
+        ({"kv": {"skip_below": 1.01}}, "must lie in .0, 1., got 1.01"),
+        ({"kv": {"skip_below": [0.5, -0.1]}}, "must lie in .0, 1., got -0.1"),
+        ({"kv": {"estimate_dims_above": float("inf")}}, "kv: estimate_dims_above must be a number"),
+        ({"kv": {"estimate_dims_above": -0.1}}, "kv: estimate_dims_above must be 0 or more, got -0.1"),
+        ({"kv": {"estimate_dims_above": [1, 2]}}, "kv: estimate_dims_above must be one number for all layers"),
         ({"kv": {"heads": 2}}, "kv: unknown key 'heads'"),
         ({"kv": {"bits": 4}}, "kv: bits must be 8 or 16, got 4"),
         ({"kv": {"bits": 8.0}}, "kv: bits must be 8 or 16, got 8.0"),
@@ -160,7 +159,7 @@ def test_malformed_plans_are_refused_by_name(change: dict[str, Any], message: st
 
 NAMED_TWICE: list[tuple[dict[str, Any], str]] = [
     ({"kv": {"bits": 7}}, "mine.json: kv: bits must be 8 or 16, got 7"),
-    ({"kv": {"skip_values_below": 2}}, "mine.json: kv: skip_values_below must lie in [0, 1], got 2.0"),
+    ({"kv": {"skip_below": 2}}, "mine.json: kv: skip_below must lie in [0, 1], got 2.0"),
     ({"fusion": {**FUSION, "layers": []}}, "mine.json: fusion.layers is empty"),
     ({"halting": {"output_maps": 1}}, "mine.json: halting.output_maps must be true or false, got 1"),
     (
@@ -183,22 +182,28 @@ def test_a_plan_without_a_version_is_told_so() -> None:
         Plan.from_dict({"name": "mine"}, "mine.json")
 
 
-KNOBS = ("skip_values_below", "drop_query_dims_below", "screen_keys_below")
-
-
-@pytest.mark.parametrize("name", KNOBS)
-def test_what_is_not_read_has_one_threshold_or_one_for_each_layer(name: str) -> None:
-    plan = Plan.from_dict({"version": 2, "kv": {name: [0, 0.5, 1]}})
-    assert plan.kv == rules.KVConfig(**{name: (0.0, 0.5, 1.0)})  # type: ignore[arg-type]
-    assert [rules.threshold_at(getattr(plan.kv, name), i) for i in range(3)] == [0.0, 0.5, 1.0]
-    assert plan.to_dict()["kv"] == {"fill": "drop", name: [0.0, 0.5, 1.0]}
+def test_what_is_skipped_has_one_threshold_or_one_for_each_layer() -> None:
+    plan = Plan.from_dict({"version": 2, "kv": {"skip_below": [0, 0.5, 1], "estimate_dims_above": 1}})
+    assert plan.kv == rules.KVConfig(skip_below=(0.0, 0.5, 1.0))
+    assert [rules.threshold_at(plan.kv.skip_below, i) for i in range(3)] == [0.0, 0.5, 1.0]
+    assert plan.to_dict()["kv"] == {"fill": "drop", "skip_below": [0.0, 0.5, 1.0]}
     assert Plan.from_dict(plan.to_dict()) == plan
     assert not plan.is_dense
     assert "kv" not in Plan.dense().to_dict()
     plan.check_model(3, 0, 32)
     with pytest.raises(PlanError, match="plan 'plan': 3 thresholds, the model has 4 layers"):
         plan.check_model(4, 0, 32)
-    Plan(kv=rules.KVConfig(**{name: 0.5})).check_model(4, 0, 32)  # type: ignore[arg-type]
+    Plan(kv=rules.KVConfig(skip_below=0.5)).check_model(4, 0, 32)
+
+
+RETIRED = ("skip_values_below", "drop_query_dims_below", "screen_keys_below", "screen_query_dims_below")
+
+
+@pytest.mark.parametrize("value", [0.2, 0, [0.1] * 4, {"array": "kv.it"}], ids=str)
+@pytest.mark.parametrize("name", RETIRED)
+def test_the_thresholds_that_there_were_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(PlanError, match=f"^mine.json: kv: key '{name}' is retired: use kv.skip_below, one threshold"):
+        Plan.from_dict({"version": 2, "kv": {name: value, "skip_below": 0.1}}, "mine.json")
 
 
 def test_entries_in_fewer_bits_are_a_mechanism_too() -> None:

@@ -228,12 +228,12 @@ def test_a_shortcut_past_a_layer_that_is_not_there_is_refused() -> None:
         decoder(tiny.model("llama"), replace(PLAN, tensors=None))
 
 
-LIMITS = tuple(0.1 + i / 3.0 for i in range(12))  # no float32 holds these
+LIMITS = tuple(0.1 + i / 30.0 for i in range(12))  # no float32 holds these
 SETS = tuple((limit, limit / 7.0) for limit in LIMITS)
 LISTS = replace(
     PLAN,
     halting=replace(PLAN.halting, rule=rules.AllRule((rules.DriftRule(LIMITS), rules.EntropyRule(1.0)))),  # type: ignore[type-var]
-    kv=rules.KVConfig(drop_query_dims_below=LIMITS, screen_keys_below=(0.1,) * 8),
+    kv=rules.KVConfig(skip_below=LIMITS),
     precision=rules.PrecisionConfig(rules.ChannelBitsRule(SETS, (8, 4, 0))),
 )
 
@@ -242,8 +242,9 @@ def test_long_lists_of_numbers_are_kept_exactly_beside_the_plan(tmp_path: Path) 
     path = saved(tmp_path, LISTS)
     data, stored = json.loads(path.read_text()), load_file(tmp_path / "mine.safetensors")
     assert data["halting"]["rule"]["rules"][0]["threshold"] == {"array": "halting.rule.rules.0.threshold"}
-    assert data["kv"]["drop_query_dims_below"] == {"array": "kv.drop_query_dims_below"}
-    assert data["kv"]["screen_keys_below"] == [0.1] * 8  # eight are few enough
+    assert data["kv"]["skip_below"] == {"array": "kv.skip_below"}
+    few = Plan("mine", kv=rules.KVConfig(skip_below=(0.1,) * 8))
+    assert few.to_dict()["kv"]["skip_below"] == [0.1] * 8
     assert stored["precision.rule.thresholds"].dtype == torch.float64
     assert stored["precision.rule.thresholds"].shape == (12, 2)
     again = Plan.load(path)
@@ -254,9 +255,9 @@ def test_long_lists_of_numbers_are_kept_exactly_beside_the_plan(tmp_path: Path) 
 
 
 def test_a_list_may_be_written_into_the_plan_whatever_its_length(tmp_path: Path) -> None:
-    data = {"version": 2, "name": "mine", "kv": {"drop_query_dims_below": list(LIMITS)}}
+    data = {"version": 2, "name": "mine", "kv": {"skip_below": list(LIMITS)}}
     plan = Plan.from_dict(data)
-    assert plan == Plan("mine", kv=rules.KVConfig(drop_query_dims_below=LIMITS))
+    assert plan == Plan("mine", kv=rules.KVConfig(skip_below=LIMITS))
     assert plan.hash == Plan.load(saved(tmp_path, plan)).hash
 
 
@@ -264,13 +265,13 @@ def test_a_list_may_be_written_into_the_plan_whatever_its_length(tmp_path: Path)
     ("change", "message"),
     [
         (
-            lambda kv: kv["drop_query_dims_below"].update(array="kv.other"),
-            "kv.drop_query_dims_below: the plan's tensors",
+            lambda kv: kv["skip_below"].update(array="kv.other"),
+            "kv.skip_below: the plan's tensors",
         ),
-        (lambda kv: kv["drop_query_dims_below"].update(array=3), "hold no array 3"),
-        (lambda kv: kv["drop_query_dims_below"].update(more=1), "drop_query_dims_below must be a number"),
-        (lambda kv: kv.update(bits={"array": "kv.drop_query_dims_below"}), "bits must be 8 or 16"),
-        (lambda kv: kv.pop("drop_query_dims_below"), "the plan's tensors have digest"),
+        (lambda kv: kv["skip_below"].update(array=3), "hold no array 3"),
+        (lambda kv: kv["skip_below"].update(more=1), "skip_below must be a number"),
+        (lambda kv: kv.update(bits={"array": "kv.skip_below"}), "bits must be 8 or 16"),
+        (lambda kv: kv.pop("skip_below"), "the plan's tensors have digest"),
     ],
 )
 def test_arrays_that_are_not_there_are_named(
@@ -284,7 +285,7 @@ def test_arrays_that_are_not_there_are_named(
 def test_an_array_that_was_changed_is_refused(tmp_path: Path) -> None:
     path, beside = saved(tmp_path, LISTS), tmp_path / "mine.safetensors"
     stored = load_file(beside)
-    stored["kv.drop_query_dims_below"][3] += 1e-15
+    stored["kv.skip_below"][3] += 1e-15
     save_file(stored, beside)
     with pytest.raises(PlanError, match=r"mine.json: the plan's tensors have digest \w+, it was made with \w+"):
         Plan.load(path)

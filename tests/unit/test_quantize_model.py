@@ -68,7 +68,7 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         collect_hessians(model, WINDOWS)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", tiny.LAYOUTS)
 def test_errors_are_made_up_for(name: str) -> None:
     """On the calibration text the maps' own outputs at four bits come closer than with nearest levels."""
     plain = tiny.model(name)

@@ -19,7 +19,7 @@ from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, Shortcut
 from tests import tiny
 from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan, with_maps
 
-IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 400)).tolist()  # what the model says itself
+IDS = torch.cat(sample_windows(quicksilver.accelerate(tiny.model("llama")), 240)).tolist()  # what the model says itself
 PLAIN = WindowConfig(32, 16, bos_id=0)
 PROMPTS = WindowConfig(32, 10, bos_id=0, prompt=20)
 TIMES = ("seconds", "tokens_per_second", "speedup")
@@ -28,7 +28,7 @@ PLANS = {
     "halting": halting_plan(RandomRule(0.3)),
     "mapped": with_maps(halting_plan(RandomRule(0.3)), tiny.fitted(outputs=(0, 1, 2))).renamed("mapped"),
     "shortcuts": shortcut_plan(Shortcut(1, "mlp"), Shortcut(2, "attention", 1.0)),
-    "values": skipping_plan(0.8),
+    "skipping": skipping_plan(0.8),
     "fusion": fusion_plan(RandomFusionRule(0.5), scope="prompt"),
     "bits": precision_plan(UniformBitsRule(2)),
 }

@@ -257,7 +257,7 @@ def test_what_is_always_on_is_so_in_candidates_of_several_mechanisms(tmp_path: P
         assert ("entries" in each.candidate.factors) == (set(MECHANISMS) <= set(each.candidate.factors))
 
 
-@pytest.mark.parametrize("mechanisms", [("halting",), ("fusion",), ("channels",), ("values", "fusion")])
+@pytest.mark.parametrize("mechanisms", [("halting",), ("fusion",), ("channels",), ("skipping", "fusion")])
 def test_few_mechanisms_are_searched_too(tmp_path: Path, mechanisms: Any) -> None:
     count = 4 * len(mechanisms) + 2
     found = search_in(tmp_path, count=count, mechanisms=mechanisms)

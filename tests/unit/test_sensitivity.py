@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quicksilver.calibrate.bits import MapScores, collect_scores, unprotected
-from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.observe import PROTECTED, layer_states, run
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.calibrate.sensitivity import (
@@ -40,19 +39,17 @@ def hooks_of(model: Any) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-@pytest.mark.parametrize("kind", THRESHOLDS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_prices_of_attention_ascend(family: str, kind: Mechanism) -> None:
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
+def test_prices_of_attention_ascend(family: str) -> None:
     probe, counted = Probe(adapt(tiny.model(family)), WINDOWS), []
-    thresholds = THRESHOLDS[kind]
-    prices = attention_prices(probe, kind, lambda: counted.append(None))
-    assert [threshold for threshold, _ in prices.points] == list(thresholds)
-    assert len(counted) == len(thresholds) + tiny.NUM_LAYERS
+    prices = attention_prices(probe, lambda: counted.append(None))
+    assert [threshold for threshold, _ in prices.points] == list(THRESHOLDS)
+    assert len(counted) == len(THRESHOLDS) + tiny.NUM_LAYERS
     assert all(before <= after for (_, before), (_, after) in pairwise(prices.points))
     assert prices.points[-1][1] > prices.points[0][1] >= 0.0
     assert len(prices.layers) == tiny.NUM_LAYERS
     cheap, dear = prices.thresholds(prices.points[0][1] / 2), prices.thresholds(prices.points[-1][1] * 1e6)
-    assert all(0.0 <= low <= high == thresholds[-1] for low, high in zip(cheap, dear, strict=True))
+    assert all(0.0 <= low <= high == THRESHOLDS[-1] for low, high in zip(cheap, dear, strict=True))
 
 
 def test_a_probe_measures_divergence_from_the_dense_model() -> None:
@@ -77,13 +74,13 @@ def test_windows_of_attention_sinks_do_not_count() -> None:
 def prices(draw: st.DrawFn) -> list[tuple[float, float]]:
     """Return thresholds and their prices, both ascending."""
     of_thresholds = sorted(draw(st.lists(st.floats(0.0, 1.0), min_size=7, max_size=7)))
-    return list(zip(THRESHOLDS["values"], of_thresholds, strict=True))
+    return list(zip(THRESHOLDS, of_thresholds, strict=True))
 
 
 @given(prices(), st.floats(0.0, 1.5), st.floats(0.0, 1.5))
 def test_thresholds_grow_with_the_price(known: list[tuple[float, float]], one: float, other: float) -> None:
     low, high = sorted((one, other))
-    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= THRESHOLDS["values"][-1]
+    assert 0.0 <= threshold_at_price(known, low) <= threshold_at_price(known, high) <= THRESHOLDS[-1]
 
 
 def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:
@@ -102,7 +99,7 @@ def test_a_threshold_lies_between_the_points_whose_prices_enclose_it() -> None:
     assert threshold_at_price([], 1.0) == 0.0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_weights_of_maps_are_positive_and_leave_no_hook(family: str) -> None:
     model = tiny.quantized(family)
     scores, before, counted = scores_of(model), hooks_of(model), []

@@ -155,13 +155,10 @@ class NativeBackend:
         for shortcut in (plan.attention, plan.mlp):
             if shortcut is not None:
                 self._set_shortcut(layer, shortcut)
-        screen = plan.screen
         layer.set_attention(
             ops.spec.scaling,
-            plan.skip_values_below,
-            plan.drop_query_dims_below,
-            0.0 if screen is None else screen.below,
-            0.0 if screen is None else screen.large_from,
+            plan.skip_below,
+            plan.estimate_dims_above,
             ops.spec.softcap or 0.0,
         )
         layer.set_place(ops.spec.window or 0, -1 if ops.spec.rotary is None else ops.spec.rotary)

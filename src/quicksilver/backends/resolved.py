@@ -14,7 +14,6 @@ from torch import Tensor
 from quicksilver.core.decisions import Fill
 from quicksilver.core.trace import COUNT, Trace
 from quicksilver.families.spec import Adapter
-from quicksilver.ops import Screen
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
 from quicksilver.plan.tensors import named_vector
@@ -69,18 +68,16 @@ class LayerPlan:
 
     Attributes:
         fill: what stands in the layer's cache for tokens that halted before it.
-        skip_values_below: values that weigh below this over n are not read; 0 reads all.
-        drop_query_dims_below: components of a query below so many of its root mean squares are left out; 0 for none.
-        screen: which keys meet a query with its large components alone, None where none do.
+        skip_below: keys and values that weigh below this over n are left out; 0 for none.
+        estimate_dims_above: magnitude of the components of a query that weights are estimated by.
         attention: the shortcut past attention, None where there is none.
         mlp: the shortcut past the MLP.
         centres: the means of its maps' inputs, by the map's identity.
     """
 
     fill: Fill
-    skip_values_below: float
-    drop_query_dims_below: float
-    screen: Screen | None
+    skip_below: float
+    estimate_dims_above: float
     attention: BoundShortcut | None
     mlp: BoundShortcut | None
     centres: Mapping[int, Centre]
@@ -135,14 +132,10 @@ def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
 def _layer(
     plan: Plan, adapter: Adapter, layer_idx: int, shortcuts: Mapping[tuple[int, Part], BoundShortcut]
 ) -> LayerPlan:
-    kv, screen = plan.kv, None
-    if (below := threshold_at(kv.screen_keys_below, layer_idx)) > 0.0:
-        screen = Screen(below, threshold_at(kv.screen_query_dims_below, layer_idx))
     return LayerPlan(
-        fill=kv.fill.ask(layer_idx),
-        skip_values_below=threshold_at(kv.skip_values_below, layer_idx),
-        drop_query_dims_below=threshold_at(kv.drop_query_dims_below, layer_idx),
-        screen=screen,
+        fill=plan.kv.fill.ask(layer_idx),
+        skip_below=threshold_at(plan.kv.skip_below, layer_idx),
+        estimate_dims_above=plan.kv.estimate_dims_above,
         attention=shortcuts.get((layer_idx, "attention")),
         mlp=shortcuts.get((layer_idx, "mlp")),
         centres=_centres(plan, adapter, layer_idx),

@@ -25,8 +25,8 @@ from quicksilver.ops import AttentionBackend, ragged_attention
 
 _QUERY_ROWS, _FILL_ROWS, _ENTRIES_READ = COUNT["query_rows"], COUNT["fill_rows"], COUNT["entries_read"]
 _ENTRY, _QUERY = COUNT["signal_entry"], COUNT["signal_query"]
-_ATTENDED, _VALUES_SKIPPED = COUNT["attended"], COUNT["values_skipped"]
-_SCORES_SKIPPED, _SCORED_TWICE = COUNT["scores_skipped"], COUNT["scored_twice"]
+_ATTENDED = COUNT["attended"]
+_SKIPPED = tuple(COUNT[name] for name in ("values_skipped", "scores_skipped", "scored_twice"))
 _PLAIN: Apply = call  # type: ignore[assignment]  # no function of ours stands between a layer and a plain module
 
 
@@ -185,8 +185,7 @@ class TorchBackend:
         spec = self._layers[layer_idx].spec
         written = state.layout if plan.fill is Fill.NONE else state.present
         row = trace.rows[layer_idx]
-        splits_queries = plan.drop_query_dims_below > 0.0 or plan.screen is not None
-        if splits_queries:
+        if plan.skip_below > 0.0:
             row[_QUERY] += query.shape[0]
         for seq, length in enumerate(asking.lengths):
             if length == 0:
@@ -204,9 +203,8 @@ class TorchBackend:
                 newest=length == written.lengths[seq],
                 backend=self._attention,
                 masses=entries.masses,
-                skip_below=plan.skip_values_below,
-                query_below=plan.drop_query_dims_below,
-                screen=plan.screen,
+                skip_below=plan.skip_below,
+                estimate_dims_above=plan.estimate_dims_above,
                 window=spec.window if spec.window is not None and spec.window < upto else None,
                 softcap=spec.softcap,
             )
@@ -215,10 +213,9 @@ class TorchBackend:
                 row[_ATTENDED] += attended.pairs
             else:
                 trace.add(layer_idx, _ATTENDED, attended.pairs)
-            if splits_queries or plan.skip_values_below > 0.0:
-                trace.add(layer_idx, _VALUES_SKIPPED, attended.values_skipped)
-                trace.add(layer_idx, _SCORES_SKIPPED, attended.scores_skipped)
-                trace.add(layer_idx, _SCORED_TWICE, attended.scored_twice)
+            if plan.skip_below > 0.0:
+                for count, skipped in zip(_SKIPPED, attended.skipped, strict=True):
+                    trace.add(layer_idx, count, skipped)
             outputs.append(attended.output)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.flatten(1)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from quicksilver.calibrate.bits import MapScores, thresholds
-from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
+from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
@@ -73,7 +73,7 @@ class CalibrationData:
         map_scores: of the quantized maps; empty for plain weights.
         map_weights: for each of them the nats that one unit of its relative error costs.
         centred: channels that are left out stand at their mean.
-        prices: of what attention need not read.
+        attention: prices of leaving keys and values out.
         entry_nats: what keeping keys and values as codes costs.
     """
 
@@ -86,7 +86,7 @@ class CalibrationData:
     map_scores: list[MapScores] = field(default_factory=list)
     map_weights: list[float] = field(default_factory=list)
     centred: bool = False
-    prices: dict[Mechanism, AttentionPrices] = field(default_factory=dict)
+    attention: AttentionPrices = field(default_factory=AttentionPrices)
     entry_nats: float = 0.0
 
 
@@ -110,9 +110,9 @@ def build(candidate: Candidate, data: CalibrationData, name: str, bits: tuple[in
             kv["fill"] = FILLS[candidate.fill]
         elif mechanism == "shortcuts":
             halting["shortcuts"] = shortcuts_at(nats_per_work, data)
-        elif mechanism in KNOBS:
-            limits = data.prices.get(mechanism, AttentionPrices()).thresholds(nats_per_work * product)
-            kv[KNOBS[mechanism]] = limits if any(limits) else 0.0
+        elif mechanism == "skipping":
+            limits = data.attention.thresholds(nats_per_work * product)
+            kv["skip_below"] = limits if any(limits) else 0.0
         elif mechanism == "entries":
             kv["bits"] = 8
         elif mechanism == "fusion":

@@ -35,7 +35,7 @@ def write(path: Path, key: str, data: CalibrationData) -> None:
         "maps": [[s.num_inputs, s.num_outputs, s.worth, s.lost] for s in data.map_scores],
         "map_weights": data.map_weights,
         "centred": data.centred,
-        "prices": {mechanism: asdict(prices) for mechanism, prices in data.prices.items()},
+        "attention": asdict(data.attention),
         "entry_nats": data.entry_nats,
     }
     tensors = {f"{_TENSOR}{name}": tensor.contiguous() for name, tensor in data.tensors.items()}
@@ -71,9 +71,6 @@ def _decode(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Model
         ],
         list(facts["map_weights"]),
         facts["centred"],
-        {
-            name: AttentionPrices(tuple(map(tuple, known["points"])), tuple(known["layers"]))
-            for name, known in facts["prices"].items()
-        },
-        entry_nats=facts["entry_nats"],
+        AttentionPrices(tuple(map(tuple, facts["attention"]["points"])), tuple(facts["attention"]["layers"])),
+        facts["entry_nats"],
     )

@@ -30,9 +30,8 @@ def steps(adapter: Adapter, mechanisms: Sequence[Mechanism], num_windows: int) -
         total += 2 * num_windows
     if "shortcuts" in mechanisms:
         total += 2 * num_windows + 2 * spec.num_layers
-    for mechanism, thresholds in sensitivity.THRESHOLDS.items():
-        if mechanism in mechanisms:
-            total += len(thresholds) + spec.num_layers
+    if "skipping" in mechanisms:
+        total += len(sensitivity.THRESHOLDS) + spec.num_layers
     if "entries" in mechanisms:
         total += 1
     if "channels" in mechanisms:
@@ -58,9 +57,8 @@ def fit(
         data.halt_layers = tuple(range(max(first, 0), spec.num_layers - 1))
         data.tensors |= outputs.fit_maps(adapter, data.halt_layers, windows, on_step)
         data.tensors |= outputs.fit_gates(adapter, data.tensors, data.halt_layers, windows, on_step)
-    for mechanism in sensitivity.THRESHOLDS:
-        if mechanism in mechanisms:
-            data.prices[mechanism] = sensitivity.attention_prices(probe, mechanism, on_step)
+    if "skipping" in mechanisms:
+        data.attention = sensitivity.attention_prices(probe, on_step)
     if "entries" in mechanisms:
         data.entry_nats = probe.nats(Plan("entries", kv=KVConfig(bits=8)))
         on_step()

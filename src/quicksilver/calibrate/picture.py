@@ -18,9 +18,7 @@ _LEFT, _BELOW, _ABOVE = 0.2, 0.25, 2.5  # of what is shown, in shares of the lar
 _GROUPS = {  # how each is drawn, and what the legend calls it
     "together": ("o", "tab:blue", "all together"),
     "channels": ("s", "tab:orange", "precision alone"),
-    "values": ("^", "tab:green", "values unread alone"),
-    "queries": ("<", "tab:olive", "components of queries alone"),
-    "screening": ("p", "darkgreen", "keys screened alone"),
+    "skipping": ("^", "tab:green", "keys and values left out alone"),
     "entries": (">", "tab:gray", "entries in 8 bits alone"),
     "shortcuts": ("D", "tab:red", "shortcuts alone"),
     "halting": ("v", "tab:purple", "halting alone"),

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quicksilver.calibrate.bits import MapScores
 from quicksilver.calibrate.histograms import quantiles
-from quicksilver.calibrate.mechanisms import KNOBS, Mechanism
 from quicksilver.calibrate.observe import PROTECTED, run_window, watchable
 from quicksilver.calibrate.outputs import divergence
 from quicksilver.families.cost import executed_cost
@@ -26,12 +25,8 @@ from quicksilver.rules import KVConfig, Threshold
 from quicksilver.runtime.loop import Decoder
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
-THRESHOLDS: dict[Mechanism, tuple[float, ...]] = {
-    "values": (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
-    "queries": (0.1, 0.2, 0.3, 0.4, 0.5, 0.65),
-    "screening": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2),
-}
-"""At which what attention need not read is tried."""
+THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+"""At which leaving keys and values out is tried."""
 
 
 class Probe:
@@ -133,35 +128,29 @@ class AttentionPrices:
         return tuple(threshold_at_price(self.points, nats_per_work / max(dearness, 1e-9)) for dearness in self.layers)
 
 
-def attention_prices(
-    probe: Probe,
-    mechanism: Mechanism,
-    on_point: Callable[[], None] = lambda: None,
-) -> AttentionPrices:
+def attention_prices(probe: Probe, on_point: Callable[[], None] = lambda: None) -> AttentionPrices:
     """Measure some thresholds in all layers at once, and the middle one in each layer alone.
 
     Args:
         probe: on the model.
-        mechanism: one of `THRESHOLDS`.
         on_point: called after each measurement, one for each threshold and each layer.
     """
-    dense, thresholds = probe.macs(Plan.dense()), THRESHOLDS[mechanism]
+    dense = probe.macs(Plan.dense())
 
     def measure(threshold: Threshold) -> tuple[float, float]:
-        chosen: dict[str, Any] = {KNOBS[mechanism]: threshold}
-        plan = Plan("attention", kv=KVConfig(**chosen))
+        plan = Plan("attention", kv=KVConfig(skip_below=threshold))
         measured = dense - probe.macs(plan), probe.nats(plan)
         on_point()
         return measured
 
     points: list[tuple[float, float]] = []
     saved_before = nats_before = 0.0
-    for threshold in thresholds:
+    for threshold in THRESHOLDS:
         saved, nats = measure(threshold)
         nats_per_work = max(nats - nats_before, 0.0) / max(saved - saved_before, 1e-9)
         points.append((threshold, max(nats_per_work, points[-1][1] if points else 0.0)))
         saved_before, nats_before = saved, nats
-    num_layers, middle = probe.adapter.spec.num_layers, thresholds[len(thresholds) // 2]
+    num_layers, middle = probe.adapter.spec.num_layers, THRESHOLDS[len(THRESHOLDS) // 2]
     alone = [measure(tuple(middle if i == layer else 0.0 for i in range(num_layers))) for layer in range(num_layers)]
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)

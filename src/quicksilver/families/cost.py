@@ -73,6 +73,8 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         attention = layer.attended * spec.attention_macs_per_pair
         attention -= layer.values_skipped * spec.head_dim + layer.scores_skipped
         other = sum(signals.values()) - of_head + layer.rule_macs + layer.fitted_macs
+        if layer.signal_query:
+            other += spec.num_heads * layer.attended  # the softmax that estimates weights
         if coded:
             other += 2 * spec.num_heads * layer.attended - layer.values_skipped
             other += layer.scored_twice

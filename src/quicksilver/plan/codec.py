@@ -35,7 +35,7 @@ def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
 
     Args:
         value: a part of a plan, a rule, or what one holds.
-        name: of the value, from the plan on, such as "kv.skip_values_below".
+        name: of the value, from the plan on, such as "kv.skip_below".
         arrays: added to.
 
     Raises:
@@ -125,6 +125,7 @@ def _construct(cls: type, values: dict[str, Any], where: str, read: Read) -> Any
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise PlanError(f"{where}.{f.name} is missing")
     for key, value in values.items():
+        refuse_retired("key", key, where)
         if key not in known:
             raise PlanError(f"{where}: unknown key {key!r}")
         if isinstance(value, dict) and value.keys() == {"array"}:

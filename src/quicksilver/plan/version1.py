@@ -7,12 +7,8 @@ from typing import Any
 from quicksilver.errors import PlanError
 from quicksilver.rules.retired import refuse_retired
 
-_KV = {
-    "attention": {"threshold": "skip_values_below", "query_threshold": "drop_query_dims_below"},
-    "screening": {"threshold": "screen_keys_below", "query_threshold": "screen_query_dims_below"},
-    "entries": {"bits": "bits"},
-}
-"""Of parts that are in `kv` now: the new names of their keys."""
+_RETIRED = {"attention": ("threshold", "query_threshold"), "screening": ("threshold",)}
+"""Of parts that are no longer there: the keys that switched something on."""
 
 
 def upgraded(data: dict[str, Any], source: str) -> dict[str, Any]:
@@ -22,17 +18,20 @@ def upgraded(data: dict[str, Any], source: str) -> dict[str, Any]:
         PlanError: a part is no object, or names what was there only then and is retired.
     """
     data = {key: value for key, value in data.items() if key != "hash"}
-    old = {name: _taken(data, name, source) for name in ("halting", "kv", "maps", "shortcuts", "precision", *_KV)}
+    old = {
+        name: _taken(data, name, source)
+        for name in ("halting", "kv", "maps", "shortcuts", "precision", "entries", *_RETIRED)
+    }
     kv: dict[str, Any] = {}
     if (fill := old["kv"]) is not None:
         kv["fill"] = fill
-    for name, keys in _KV.items():
-        if old[name] is not None:
-            kv |= _renamed(old[name], keys, f"{source}: {name}")
-    if old["screening"] is not None and "threshold" not in old["screening"]:
-        raise PlanError(f"{source}: screening.threshold is missing")
+    for name, keys in _RETIRED.items():
+        part = _renamed(old[name] or {}, {key: key for key in ("threshold", "query_threshold")}, f"{source}: {name}")
+        for key in keys:
+            if _switches_on(part.get(key, 0.0)):
+                refuse_retired("key", f"{name}.{key}", source)
     if old["entries"] is not None:
-        kv.setdefault("bits", 8)
+        kv |= {"bits": 8} | _renamed(old["entries"], {"bits": "bits"}, f"{source}: entries")
         if kv["bits"] is None:
             raise PlanError(f"{source}: entries: bits must be 8 or 16, got None")
     halting = old["halting"]
@@ -49,6 +48,11 @@ def _taken(data: dict[str, Any], name: str, source: str) -> Any:
     if part is not None and not isinstance(part, dict):
         raise PlanError(f"{source}: {name} must be an object, got {repr(part)[:40]}")
     return part
+
+
+def _switches_on(threshold: Any) -> bool:
+    """Whether anything lies below a threshold, or below one of a list."""
+    return any(map(_switches_on, threshold)) if isinstance(threshold, list) else threshold != 0
 
 
 def _renamed(part: dict[str, Any], keys: dict[str, str], where: str) -> dict[str, Any]:

@@ -10,6 +10,13 @@ RETIRED: dict[str, dict[object, str]] = {
     "precision rule": {"capped": "use 'channel', or 'entropy' alone"},
     "score": {"activation": "leave score out; channels are scored by abs(x_j) * norm(W[j])"},
     "entropy": {True: "leave it out; entropy is that of the state itself"},
+    "key": dict.fromkeys(
+        (
+            *("skip_values_below", "drop_query_dims_below", "screen_keys_below", "screen_query_dims_below"),
+            *("attention.threshold", "attention.query_threshold", "screening.threshold"),  # of version 1
+        ),
+        "use kv.skip_below, one threshold in their place, and measure what the plan loses then",
+    ),
     "bits": {bits: f"use {bits + 1}, which reads the same bytes" for bits in (1, 3, 5, 7)},
 }
 """By what a plan names there: each value that is gone, and the way on."""
