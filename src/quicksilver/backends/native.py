@@ -3,8 +3,6 @@
 What a layer is, is `torch.py`'s; this makes the same happen in one call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -57,7 +55,7 @@ def choose(adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], attenti
 
 
 class NativeBackend:
-    """A model's layers and a plan as the kernels see them; what they cannot run in a state, PyTorch does.
+    """A model's layers and a plan as the kernels see them; what they cannot run in a state, `otherwise` does.
 
     There is no `unsupported_reason` for them. `asked` are layers after which a step must be asked; each ends a span.
     """

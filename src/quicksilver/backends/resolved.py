@@ -3,8 +3,6 @@
 Both backends read this and nothing else of a plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,23 +57,14 @@ class Centre:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a plan says of one layer.
+    """What a plan says of one layer."""
 
-    Attributes:
-        fill: what stands in the layer's cache for tokens that halted before it.
-        skip_below: keys and values that weigh below this over n are left out; 0 for none.
-        estimate_dims_above: magnitude of the components of a query that weights are estimated by.
-        attention: the shortcut past attention, None where there is none.
-        mlp: the shortcut past the MLP.
-        centres: the means of its maps' inputs, by the map's identity.
-    """
-
-    fill: Fill
-    skip_below: float
-    estimate_dims_above: float
-    attention: BoundShortcut | None
-    mlp: BoundShortcut | None
-    centres: Mapping[int, Centre]
+    fill: Fill  # what stands in the layer's cache for tokens that halted before it
+    skip_below: float  # keys and values that weigh below this over n are left out; 0 for none
+    estimate_dims_above: float  # magnitude of the components of a query that weights are estimated by
+    attention: BoundShortcut | None  # the shortcut past attention, None where there is none
+    mlp: BoundShortcut | None  # the shortcut past the MLP
+    centres: Mapping[int, Centre]  # the means of its maps' inputs, by the map's identity
 
 
 @dataclass(frozen=True)
@@ -95,11 +84,7 @@ class ResolvedPlan:
 
 
 def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
-    """Return what a plan says of each layer of a model.
-
-    Raises:
-        PlanError: the plan does not fit the model, or a tensor of it is missing or of another shape.
-    """
+    """Return what a plan says of each layer of a model; PlanError where they do not fit, or a tensor is missing."""
     spec = adapter.spec
     fitted = plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
     maps = {name: each.to(spec.device, spec.dtype) for name, each in fitted.maps.items()}

@@ -3,8 +3,6 @@
 This is the definition; compiled kernels do the same, several layers at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import call
@@ -207,10 +205,7 @@ class TorchBackend:
 def _split(
     shortcut: BoundShortcut, layer_idx: int, normed: Tensor, state: Tensor, origins: Tensor, context: PassContext
 ) -> Split | None:
-    """Return which rows skip a sublayer by its shortcut, None where all run it.
-
-    `normed` [M, d] is the sublayer's input, `state` [M, d] what it was normed from, `origins` [M] the rows' tokens.
-    """
+    """Return which of rows [M], normed [M, d], skip a sublayer by its shortcut; None where all run it."""
     protected = context.protected.shortcuts
     protected = None if protected is None else protected.index_select(0, origins)
     decision = shortcut.shortcut.decide(shortcut.gate, ShortcutView(normed, state, protected))

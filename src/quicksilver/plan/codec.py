@@ -4,8 +4,6 @@ A rule is written as its name where it has no options, else as an object whose `
 are left out. Long lists of numbers are kept apart, as arrays, and `{"array": NAME}` stands for each.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields

@@ -1,7 +1,5 @@
 """KV: what halted tokens leave in the cache, in how many bits it is kept, and what of it is not read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 
