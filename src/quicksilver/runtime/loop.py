@@ -133,7 +133,8 @@ class Decoder:
         for cache, length, fusing in fed:
             cache.advance(length, joinable=fusing and self._fusion.crosses_passes)
         trace.record_cache(*_held(caches))
-        return map_stopped(self._plan.output_maps, state.final(), state.stops, trace)
+        hidden, maps = state.final(), self._plan.output_maps
+        return map_stopped(maps, hidden, state.stops, trace) if maps and state.stops else hidden
 
     def _bind_weights(self) -> None:
         """Make what is computed from plan and weights: who runs the layers, and the steps between them that are on."""
