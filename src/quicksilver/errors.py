@@ -1,7 +1,4 @@
-"""Errors the library raises on purpose; each message names the input at fault.
-
-Programming mistakes inside the library stay ordinary Python exceptions.
-"""
+"""Errors the library raises on purpose; each message names the input at fault."""
 
 
 class QuickSilverError(Exception):

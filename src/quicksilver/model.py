@@ -1,7 +1,4 @@
-"""The model users hold: transformers' `generate()` and call conventions over the ragged engine.
-
-Padded grids are turned into ragged rows and back by `grids.py`; what runs in between is `decoder.py`'s.
-"""
+"""The model users hold: transformers' `generate()` and call conventions over the ragged engine."""
 
 from __future__ import annotations
 
@@ -68,61 +65,41 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         self.model = model
         self.config = model.config
         self.generation_config: GenerationConfig = model.generation_config
-        self._adapter = adapter
-        self._special_ids = tuple(special_ids)
+        self.adapter = adapter  # the wrapped model as the engine sees it
+        self.special_ids = tuple(special_ids)
         self._attention: AttentionBackend = attention
-        self._kernels: KernelChoice = kernels
-        self._decoder = Decoder(adapter, plan, self._special_ids, attention)
-        self._trace = self._decoder.new_trace()
+        self.kernels: KernelChoice = kernels
+        self.decoder = Decoder(adapter, plan, self.special_ids, attention)  # the engine, for callers with ragged rows
+        self._trace = self.decoder.new_trace()
 
     @property
     def plan(self) -> Plan:
         """The plan in force; assign another, a preset's name or a plan file to change it."""
-        return self._decoder.plan
+        return self.decoder.plan
 
     @plan.setter
     def plan(self, plan: Plan | str | os.PathLike[str]) -> None:
-        self._decoder = Decoder(self._adapter, resolve_plan(plan), self._special_ids, self._attention)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The engine under this model, for callers that feed ragged rows themselves."""
-        return self._decoder
+        self.decoder = Decoder(self.adapter, resolve_plan(plan), self.special_ids, self._attention)
 
     @property
     def backend(self) -> LayerBackend:
         """Who runs the layers: its `name`, "native" or "pytorch", and the `reason` why not a faster one."""
-        return self._decoder.backend
-
-    @property
-    def adapter(self) -> Adapter:
-        """The wrapped model as the engine sees it."""
-        return self._adapter
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Token ids that are protected where the plan says so."""
-        return self._special_ids
-
-    @property
-    def kernels(self) -> KernelChoice:
-        """Which kernels were asked for to read any-precision weights; `adapter.kernels` says which do."""
-        return self._kernels
+        return self.decoder.backend
 
     @property
     def stats(self) -> RunStats:
         """What the last call of the model, or the last `generate`, ran."""
-        return RunStats.from_trace(self._adapter.spec, self._trace, self.backend)
+        return RunStats.from_trace(self.adapter.spec, self._trace, self.backend)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._adapter.spec.device
+        return self.adapter.spec.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' element type."""
-        return self._adapter.spec.dtype
+        return self.adapter.spec.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuickSilverForCausalLM:
         """Follow the wrapped model where `.to(...)`, `.half()` and the like take it."""
@@ -131,12 +108,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         return self
 
     def _adapt(self) -> None:
-        self._adapter = adapt(self.model, self._kernels)
+        self.adapter = adapt(self.model, self.kernels)
         self.plan = self.plan
 
     def _follow_modules(self) -> None:
         """Read the model anew where modules of it were replaced: adapters put in, or merged; refuse what cannot run."""
-        modules = self._adapter.modules
+        modules = self.adapter.modules
         if modules is not None and modules.is_replaced:
             self._adapt()
         elif modules is not None:
@@ -188,14 +165,14 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids = others.pop("position_ids", None)
         input_ids = self._check_call(input_ids, others, prompt, labels)
         cache = self._check_cache(_only(past_key_values, cache), input_ids.shape[0])
-        decoder, generating = self._decoder, trace is not None
+        decoder, generating = self.decoder, trace is not None
         trace = self._trace = decoder.new_trace() if trace is None else trace
         decoder.check_caches(cache.sequences, len(input_ids))
         input_ids = input_ids.to(self.device)
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and unpadded.columns > 1 and _is_one(logits_to_keep)
+            prompt = labels is None and unpadded.shape[1] > 1 and _is_one(logits_to_keep)
         if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
             hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
@@ -214,10 +191,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         position_ids: Tensor | None,
         labels: Tensor | None,
     ) -> UnpaddedBatch:
-        """Return the tokens that continue a cache, which loses what the mask no longer shows.
-
-        Nothing is taken back for a call that is then refused.
-        """
+        """Return the tokens that continue a cache; it loses what the mask hides, but for no call that is refused."""
         seen, real = split_mask(attention_mask, tuple(input_ids.shape), cache.fed.count)
         unpadded = real_tokens(input_ids, None if real is None else real.to(self.device))
         kept = None if seen is None else cache.fed.kept_by(seen.to(self.device))
@@ -226,7 +200,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         if labels is not None and tuple(labels.shape) != unpadded.shape:
             raise InputError(f"labels of shape {tuple(labels.shape)} do not fit input_ids {unpadded.shape}")
         if kept is not None:
-            self._decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
+            self.decoder.check_tokens(unpadded.token_ids, unpadded.lengths, kept)
             cache.truncate(kept)
         return unpadded
 
@@ -313,7 +287,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                 ids, given["attention_mask"] = self._heal(ids, given["attention_mask"], tokenizer), None
             cache = None if cache is None else self._check_cache(cache, len(ids))
             self._follow_modules()
-            trace = self._decoder.new_trace()
+            trace = self.decoder.new_trace()
             request = Request(
                 input_ids=ids,
                 cache=cache,
@@ -357,7 +331,7 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
 
     def _check_cache(self, cache: object, batch_size: int) -> RaggedKVCache:
         if cache is None:
-            return self._decoder.new_cache(batch_size)
+            return self.decoder.new_cache(batch_size)
         if not isinstance(cache, RaggedKVCache):
             raise UnsupportedFeatureError(
                 f"past_key_values must be a cache this model returned, not {type(cache).__name__}"

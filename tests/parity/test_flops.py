@@ -137,7 +137,7 @@ def test_similarity_and_merged_means_count() -> None:
         {"cosine": 4},
     ]
     spec = engine.spec
-    macs = sum(layer.query_rows for layer in trace.layers) * spec.layers[0].macs
+    macs = sum(layer.query_rows for layer in trace.layers) * spec.layers[0].macs_of()
     macs += sum(layer.attended for layer in trace.layers) * spec.attention_macs_per_pair
     macs += (13 * 4 + 5) * spec.hidden_size + 10 * spec.head_macs
     assert executed_cost(spec, trace).flops == 2 * macs

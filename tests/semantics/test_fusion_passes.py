@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quicksilver import rules
 from quicksilver.core.decisions import PairView
-from quicksilver.core.hashing import hashed_uniform
+from quicksilver.core.signals import hashed_uniform
 from quicksilver.errors import InputError, PlanError
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances

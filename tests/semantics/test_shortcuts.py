@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quicksilver import rules
 from quicksilver.families.cost import executed_cost
+from quicksilver.families.spec import MLP, QUERY
 from quicksilver.plan import Plan
 from quicksilver.rules import Part, Shortcut, UniformBitsRule
 from tests import oracle, tiny, tolerances
@@ -262,5 +263,6 @@ def test_widths_are_counted_only_where_weights_are_read(family: str) -> None:
         past = layer.shortcut_rows
         assert past["mlp"] * past["attention"] > 0
         of_layer = spec.layers[0]
-        macs = LENGTH * of_layer.macs - past["mlp"] * of_layer.mlp_macs - past["attention"] * of_layer.query_macs
+        macs = LENGTH * of_layer.macs_of() - past["mlp"] * of_layer.macs_of(*MLP)
+        macs -= past["attention"] * of_layer.macs_of(*QUERY)
         assert layer.macs_by_bits == [0, 0, 0, 0, macs, 0, 0, 0, 0]

@@ -224,7 +224,7 @@ def test_only_what_was_asked_for_is_fitted(mechanism: Any) -> None:
 
 
 def test_a_file_gives_back_what_was_fitted(whole: tuple[CalibrationData, int], tmp_path: Path) -> None:
-    data, path = whole[0], tmp_path / "data.pt"
+    data, path = whole[0], tmp_path / "data.safetensors"
     data_file.write(path, "key", data)
     again = data_file.read(path, "key", data.spec)
     assert again is not None
@@ -255,12 +255,12 @@ def test_a_file_gives_back_what_was_fitted(whole: tuple[CalibrationData, int], t
 
 def test_a_file_of_nothing_gives_nothing(tmp_path: Path) -> None:
     spec = adapt(tiny.model("llama")).spec
-    data_file.write(tmp_path / "data.pt", "key", CalibrationData(spec, UNITS))
-    assert data_file.read(tmp_path / "data.pt", "key", spec) == CalibrationData(spec, UNITS)
+    data_file.write(tmp_path / "data.safetensors", "key", CalibrationData(spec, UNITS))
+    assert data_file.read(tmp_path / "data.safetensors", "key", spec) == CalibrationData(spec, UNITS)
 
 
 def test_files_that_do_not_serve_are_as_good_as_none(whole: tuple[CalibrationData, int], tmp_path: Path) -> None:
-    data, path = whole[0], tmp_path / "data.pt"
+    data, path = whole[0], tmp_path / "data.safetensors"
     assert data_file.read(path, "key", data.spec) is None  # missing
     assert data_file.read(tmp_path, "key", data.spec) is None  # a folder
     data_file.write(path, "key", data)

@@ -17,6 +17,7 @@ from quicksilver.calibrate.objectives import Objective, UnitCosts, unit_costs
 from quicksilver.core.trace import Trace
 from quicksilver.families.cost import dense_cost, executed_cost
 from quicksilver.families.registry import adapt
+from quicksilver.families.spec import MLP
 from quicksilver.plan import Plan
 from quicksilver.rules import (
     ChannelBitsRule,
@@ -257,7 +258,7 @@ def test_a_shortcut_saves_what_the_model_reads_and_costs_what_its_map_does(
     data = CalibrationData(spec, units, tensors=tensors, shortcuts={(1, "mlp"): (2.0, 1e-9)})
     (shortcut,) = shortcuts_at(0.3, data)
     if objective == "flops":
-        saved = (spec.layers[0].mlp_macs - 6 * 32) * units.mac
+        saved = (spec.layers[0].macs_of(*MLP) - 6 * 32) * units.mac
     else:
-        saved = (spec.layers[0].mlp_macs * spec.weight_bits - 6 * 32 * 32) * units.bit
+        saved = (spec.layers[0].macs_of(*MLP) * spec.weight_bits - 6 * 32 * 32) * units.bit
     assert shortcut.threshold == pytest.approx(0.3 * saved / 2.0)

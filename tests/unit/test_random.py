@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quicksilver.core.hashing import hashed_uniform
+from quicksilver.core.signals import hashed_uniform
 
 POSITIONS = torch.arange(20_000)
 TOKENS = torch.randint(0, 50_000, (20_000,), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,5 @@
 """What the loop asks of whoever runs layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Which backend runs a model's layers under a plan, and why not a faster one: decided here, and nowhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from quicksilver.backends.base import LayerBackend
@@ -13,14 +11,7 @@ from quicksilver.ops import AttentionBackend
 
 
 def choose(adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], attention: AttentionBackend) -> LayerBackend:
-    """Return who runs a model's layers.
-
-    Args:
-        adapter: the model.
-        plan: bound to it.
-        asked: layers after which a step must be asked.
-        attention: which of PyTorch's attention runs, where PyTorch does.
-    """
+    """Return who runs a model's layers under a plan, where steps are asked after some of them."""
     reason = unsupported_reason(adapter, plan)
     in_torch = TorchBackend(adapter, plan, attention, reason)
     return in_torch if reason is not None else NativeBackend(adapter, plan, asked, in_torch)

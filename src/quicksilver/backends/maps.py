@@ -3,8 +3,6 @@
 The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'s.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 
@@ -31,12 +29,7 @@ class _Rows(NamedTuple):
 
 
 class MapReader:
-    """A plan's precision bound to a model's quantized maps.
-
-    Args:
-        adapter: the model.
-        plan: bound to it.
-    """
+    """A plan's precision bound to a model's quantized maps."""
 
     def __init__(self, adapter: Adapter, plan: ResolvedPlan) -> None:
         self._plan, self._rule, self._kernels = plan.layers, plan.bits, adapter.kernels
@@ -44,13 +37,9 @@ class MapReader:
         self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.quantized)}
 
     def bound(self, layer_idx: int, origins: Tensor, max_bits: Tensor | None, context: PassContext) -> Apply:
-        """Return the function that applies a layer's maps to rows.
+        """Return the function that applies a layer's maps to rows, which are `origins` [M] of the pass's tokens.
 
-        Args:
-            layer_idx: the layer.
-            origins: [M] which of the pass's tokens the rows are.
-            max_bits: [N] uint8, the most bits that each token of the pass may read; None for no limit.
-            context: of the pass.
+        `max_bits` ([N] uint8) are the most bits that each token of the pass may read; None for no limit.
         """
         protected = context.protected.bits
         if self._rule is None:

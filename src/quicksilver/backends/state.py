@@ -3,8 +3,6 @@
 Deciding who stops is done elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,56 +40,34 @@ class Protected(NamedTuple):
 
 @dataclass(frozen=True)
 class PassContext:
-    """What stays the same through one pass.
+    """What stays the same through one pass."""
 
-    Attributes:
-        token_ids: [N] of all tokens of the pass.
-        rotations: of all tokens of the pass; each layer names its own.
-        protected: which tokens each mechanism may not touch.
-        fuses: for each sequence, whether its tokens may fuse in this pass.
-        caches: of its sequences, extended by every layer.
-        trace: counts what runs.
-    """
-
-    token_ids: Tensor
-    rotations: tuple[Rotation, ...]
-    protected: Protected
-    fuses: tuple[bool, ...]
-    caches: Sequence[SequenceCache]
-    trace: Trace
+    token_ids: Tensor  # [N] of all tokens of the pass
+    rotations: tuple[Rotation, ...]  # of all tokens of the pass; each layer names its own
+    protected: Protected  # which tokens each mechanism may not touch
+    fuses: tuple[bool, ...]  # for each sequence, whether its tokens may fuse in this pass
+    caches: Sequence[SequenceCache]  # of its sequences, extended by every layer
+    trace: Trace  # counts what runs
 
 
 @dataclass
 class State:
-    """The tokens of a pass, N in all, M of which run on. Backends and steps change it in place.
+    """The tokens of a pass, N in all, M of which run on. Backends and steps change it in place."""
 
-    Attributes:
-        chunk: layout of all of them.
-        hidden: [M, d] residual stream of those that run on.
-        layout: where each row of `hidden` comes from.
-        rotations: of the rows' queries and keys; each layer names its own.
-        before: [M, d] what entered the last layer that ran.
-        update: [M, d] what the last layer added, None where no rule reads it.
-        present: layout of the tokens that are not absorbed: layers to come list them, as the fill says.
-        halted: origins of halted tokens, ascending, None if none.
-        frozen: [N, d] states of those that stopped (rows of running tokens are unset), None if none did.
-        masses: [N] tokens that each stands for, None where each stands for one.
-        max_bits: [N] uint8, the most bits of each weight that a token reads, None where nothing limits them.
-        stops: who stopped where, each token once.
-    """
-
-    chunk: RaggedLayout
-    hidden: Tensor
-    layout: RaggedLayout
-    rotations: tuple[Rotation, ...]
-    present: RaggedLayout
-    before: Tensor | None = None
-    update: Tensor | None = None
-    halted: Tensor | None = None
+    chunk: RaggedLayout  # layout of all of them
+    hidden: Tensor  # [M, d] residual stream of those that run on
+    layout: RaggedLayout  # where each row of `hidden` comes from
+    rotations: tuple[Rotation, ...]  # of the rows' queries and keys; each layer names its own
+    present: RaggedLayout  # layout of the tokens that are not absorbed: layers to come list them, as the fill says
+    before: Tensor | None = None  # [M, d] what entered the last layer that ran
+    update: Tensor | None = None  # [M, d] what the last layer added, None where no rule reads it
+    halted: Tensor | None = None  # origins of halted tokens, ascending, None if none
+    # [N, d] states of those that stopped (rows of running tokens are unset), None if none did
     frozen: Tensor | None = None
-    masses: Tensor | None = None
+    masses: Tensor | None = None  # [N] tokens that each stands for, None where each stands for one
+    # [N] uint8, the most bits of each weight that a token reads, None where nothing limits them
     max_bits: Tensor | None = None
-    stops: list[Stop] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)  # who stopped where, each token once
 
     @property
     def mass(self) -> Tensor | None:

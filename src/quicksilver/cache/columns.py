@@ -1,7 +1,4 @@
-"""The padded grids that a cache was fed: which token stood in which column of which row, and which were padding.
-
-A grid's columns are what callers count in; the entries that they led to are `stores.py`'s.
-"""
+"""The padded grids that a cache was fed: which token stood in which column of which row, and which were padding."""
 
 import torch
 from torch import Tensor
@@ -13,14 +10,9 @@ class FedColumns:
     """Columns fed so far, of a batch of rows."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0  # columns fed, P
         self._token_ids: list[Tensor] = []  # [B, T] each; joined when they are asked for, not at every token
         self._real: Tensor | None = None  # [B, k] of the first k columns; those after them are all real
-
-    @property
-    def count(self) -> int:
-        """Columns fed, P."""
-        return self._count
 
     @property
     def token_ids(self) -> Tensor:
@@ -31,8 +23,8 @@ class FedColumns:
     @property
     def real(self) -> Tensor | None:
         """[B, P] bool, False at padding and at tokens taken back; None where all are real."""
-        if self._real is not None and self._real.shape[1] < self._count:
-            self._real = torch.nn.functional.pad(self._real, (0, self._count - self._real.shape[1]), value=True)
+        if self._real is not None and self._real.shape[1] < self.count:
+            self._real = torch.nn.functional.pad(self._real, (0, self.count - self._real.shape[1]), value=True)
         return self._real
 
     def append(self, token_ids: Tensor, real: Tensor | None) -> None:
@@ -40,9 +32,9 @@ class FedColumns:
         if real is not None:
             before = self.real
             if before is None:
-                before = real.new_ones((real.shape[0], self._count))
+                before = real.new_ones((real.shape[0], self.count))
             self._real = torch.cat((before, real.to(token_ids.device)), dim=1)
-        self._count += token_ids.shape[1]
+        self.count += token_ids.shape[1]
         self._token_ids.append(token_ids)
 
     def crop(self, count: int) -> None:
@@ -50,12 +42,12 @@ class FedColumns:
         real = self.real
         self._token_ids = [self.token_ids[:, :count]]
         self._real = None if real is None else real[:, :count]
-        self._count = count
+        self.count = count
 
     def take_rows(self, rows: Tensor) -> None:
         """Let the rows be those of indices [R] from now on."""
         real = self.real
-        if self._count:
+        if self.count:
             self._token_ids = [self.token_ids[rows]]
         self._real = None if real is None else real[rows]
 
@@ -68,11 +60,7 @@ class FedColumns:
         real[row, real[row].nonzero()[-count:, 0]] = False
 
     def kept_by(self, visible: Tensor) -> list[int] | None:
-        """Return how many tokens a mask [B, P] bool leaves of each row, from the first on; None where it leaves all.
-
-        Raises:
-            InputError: a row in which the mask hides a token and shows a later one, or shows what was padding.
-        """
+        """Return how many tokens a mask [B, P] leaves of each row, None for all; InputError where a gap is left."""
         real = self.real
         if bool(visible.all()) if real is None else torch.equal(visible, real):
             return None

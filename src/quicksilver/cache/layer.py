@@ -1,7 +1,4 @@
-"""One layer's entries of one sequence, in tensors that grow geometrically: a token does not copy those before it.
-
-When they grow, and what is written, is `sequence.py`'s.
-"""
+"""One layer's entries of one sequence, in tensors that grow geometrically: a token does not copy those before it."""
 
 from __future__ import annotations
 
@@ -63,18 +60,8 @@ class LayerEntries:
         masses: [capacity] int32, None where each entry stands for one token.
     """
 
-    __slots__ = (
-        "capacity",
-        "key_scales",
-        "keys",
-        "length",
-        "masses",
-        "positions",
-        "row_nbytes",
-        "value_scales",
-        "values",
-    )
     TENSORS = ("keys", "values", "key_scales", "value_scales", "positions", "masses")  # in the kernels' order
+    __slots__ = (*TENSORS, "capacity", "length", "row_nbytes")
 
     def __init__(self, shape: CacheShape) -> None:
         stored = shape.dtype if shape.entry_bits is None else _STORED[shape.entry_bits]

@@ -90,11 +90,7 @@ class RaggedKVCache:
         self.fed = FedColumns()
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Let the sequences be those of indices [R], or of a mask [B], from now on; a sequence may be there often.
-
-        Raises:
-            InputError: an index of no sequence, or none at all.
-        """
+        """Let the sequences be those of indices [R], or of a mask [B], some often; InputError for no such one."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool and tuple(indices.shape) == (self.batch_size,):
             indices = indices.nonzero().squeeze(-1)

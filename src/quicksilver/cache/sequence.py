@@ -1,7 +1,4 @@
-"""One sequence's cache: its entries in all layers, its length, and the group of fused tokens that is still open.
-
-Which tokens write, and what, is decided elsewhere; attention is computed elsewhere.
-"""
+"""One sequence's cache: its entries in all layers, its length, and the group of fused tokens that is still open."""
 
 from __future__ import annotations
 

@@ -145,10 +145,7 @@ def collect_scores(
     on_window: Advance = lambda: None,
     means: Sequence[Tensor] | None = None,
 ) -> list[MapScores]:
-    """Return the scores of each map's channels under a rule, layer after layer, from one pass of the dense model.
-
-    `means` are those of each map's inputs, where the rule is centred.
-    """
+    """Return the scores of each map's channels under a rule, less their means where given, from one dense pass."""
     modules = [module for layer in adapter.layers for module in layer.quantized]
     counts = torch.zeros((len(modules), NUM_BINS), dtype=torch.int64)
     power = [0.0] * len(modules)

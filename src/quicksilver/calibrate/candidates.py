@@ -18,7 +18,7 @@ from quicksilver.calibrate.mechanisms import Mechanism
 from quicksilver.calibrate.objectives import UnitCosts
 from quicksilver.calibrate.sensitivity import AttentionPrices
 from quicksilver.calibrate.shortcuts import Unit
-from quicksilver.families.spec import ModelSpec
+from quicksilver.families.spec import MLP, QUERY, ModelSpec
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import (
@@ -166,10 +166,10 @@ def _unit_work(unit: Unit, data: CalibrationData) -> float:
     of_map = sum(t.numel() for key, t in data.tensors.items() if key.startswith(name) and t.dim() == 2)
     weight, fitted = data.units.weight(spec.weight_bits), data.units.weight(8 * spec.dtype.itemsize)
     if part == "mlp":
-        return layer.mlp_macs * weight - of_map * fitted
+        return layer.macs_of(*MLP) * weight - of_map * fitted
     seen = data.context / 4 if layer.window is None else min(data.context / 4, layer.window)
     pairs = seen * spec.attention_macs_per_pair  # about; values that are not read already left out
-    return layer.query_macs * weight + pairs * data.units.pair - of_map * fitted
+    return layer.macs_of(*QUERY) * weight + pairs * data.units.pair - of_map * fitted
 
 
 def _halting(nats_per_work: float, data: CalibrationData) -> dict[str, Any]:

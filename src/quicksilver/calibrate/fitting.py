@@ -48,10 +48,7 @@ def fit(
     special_ids: Sequence[int] = (),
     on_step: Advance = lambda: None,
 ) -> CalibrationData:
-    """Fit maps and gates on windows of token ids [T], and measure what each unit of work is worth.
-
-    `special_ids` are the tokens that plans protect; `on_step` is called after each of `steps`.
-    """
+    """Fit maps and gates on windows of token ids [T], and measure what each unit of work is worth."""
     spec = adapter.spec
     data = CalibrationData(spec, units, max(map(len, windows)))
     probe = sensitivity.Probe(adapter, windows[:: max(len(windows) // _PROBED, 1)][:_PROBED])

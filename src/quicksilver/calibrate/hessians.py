@@ -1,7 +1,4 @@
-"""Second moments of the inputs of a model's linear maps on calibration text.
-
-What they are used for is `quant/rounding.py`'s business.
-"""
+"""Second moments of the inputs of a model's linear maps on calibration text."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -27,10 +27,7 @@ def share_above(counts: Tensor, limit: float) -> float:
 
 
 def quantiles(counts: Tensor, shares: Sequence[float]) -> tuple[float, ...]:
-    """Return limits, descending: the first share of scores is above the first, the second between the first two, ...
-
-    Shares add up to 1; the last is what remains below all limits.
-    """
+    """Return descending limits: the first share of scores is above the first, the second between the first two, ..."""
     below = torch.cat((torch.zeros(1, dtype=torch.float64), counts.double().cumsum(0)))
     limits, above = [], 0.0
     for share in shares[:-1]:

@@ -66,10 +66,7 @@ def watch_sublayers(
     plan: Plan,
     see: Callable[[tuple[int, Part], SublayerRows], None],
 ) -> None:
-    """Run a window [T] under a plan, and show what each of the given sublayers did; deeper layers are not run.
-
-    The plan has no shortcut for these sublayers, and halts nobody.
-    """
+    """Run a window [T] under a plan that spares these sublayers, and show what each did; no deeper layers are run."""
     depth = max(layer for layer, _ in units) + 1
     layers = list(adapter.layers[:depth])
     for unit in units:

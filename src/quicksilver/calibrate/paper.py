@@ -22,10 +22,7 @@ _GUIDED_ENTROPY = 1.15  # bits, as published
 
 
 class PaperSearch:
-    """What to try next of drift below one threshold and entropy below another, all else as published.
-
-    The range of drifts is taken from a window of token ids [T].
-    """
+    """What to try next of drift and entropy below a threshold each, all else as published; a window shows drifts."""
 
     def __init__(self, adapter: Adapter, window: Tensor) -> None:
         states = layer_states(adapter, window)

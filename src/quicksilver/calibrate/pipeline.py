@@ -70,10 +70,7 @@ class Calibration:
 
 
 def verify(candidates: Sequence[Scored], budget: Budget, score: Callable[[Scored], dict[str, Any]]) -> Verified:
-    """Return the first candidate that holds the budget on held-out text, backing off along the frontier.
-
-    Candidates come from the most saved to the least; `score` returns one's figures on the held-out text.
-    """
+    """Return the first candidate, from the most saved to the least, that holds the budget on held-out text."""
     failed: list[tuple[Scored, dict[str, Any]]] = []
     for candidate in candidates:
         row = score(candidate)
@@ -135,7 +132,7 @@ class Calibrator:
         return Calibration(self._plan(chosen, data), candidates, verified, self._leave_one_out(chosen, data))
 
     def _fit(self) -> CalibrationData:
-        path, adapter, settings = self._folder / "data.pt", self._runner.adapter, self._settings
+        path, adapter, settings = self._folder / "data.safetensors", self._runner.adapter, self._settings
         key = self._key(settings.mechanisms, settings.objective, settings.bits, len(self._parts.fit))
         data = data_file.read(path, key, adapter.spec)
         if data is not None:

@@ -41,11 +41,7 @@ class RidgeSums:
         self.power += float(y.double().square().sum())
 
     def solve(self, name: str) -> Affine:
-        """Return the map of least penalised squared error.
-
-        Raises:
-            ModelError: the sums are not finite, or empty.
-        """
+        """Return the map of least penalised squared error; ModelError where the sums are not finite, or empty."""
         if not self.num_rows or not bool(torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all()):
             raise ModelError(
                 f"{name}: the model's states are NaN or infinite on the calibration text, or there are none"

@@ -52,11 +52,7 @@ class Split:
 
 
 def split_all(texts: Sequence[WindowedText], fit_tokens: int, search_tokens: int, held_out_tokens: int) -> Split:
-    """Cut each of several texts as `split` does, and put the parts together; tokens are shared out evenly.
-
-    Raises:
-        InputError: too little of a text for three parts.
-    """
+    """Cut each of several texts as `split` does, and put the parts together; tokens are shared out evenly."""
     count = len(texts)
     splits = [split(text, fit_tokens // count, search_tokens // count, held_out_tokens // count) for text in texts]
     search, held_out = (

@@ -21,10 +21,7 @@ Propose = Callable[[Sequence[FrozenTrial]], tuple[Space, dict[str, Any] | None]]
 
 
 class Trials:
-    """One study of two objectives: nats lost, to be small, and share saved, to be large.
-
-    The file keeps trials of other studies too; the key tells them apart, and is of everything that figures depend on.
-    """
+    """One study of two objectives, nats lost and share saved, kept under a key in a file with others."""
 
     def __init__(self, path: Path, key: str, objective: Objective, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)

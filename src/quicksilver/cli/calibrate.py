@@ -9,14 +9,7 @@ from typing import Any, get_args
 import click
 
 from quicksilver.calibrate.mechanisms import MECHANISMS, Objective
-from quicksilver.cli.common import (
-    check_window_options,
-    display_name,
-    model_options,
-    open_model,
-    read_texts,
-    text_options,
-)
+from quicksilver.cli import common
 from quicksilver.errors import InputError
 
 NOTHING_HELD = 3
@@ -24,7 +17,7 @@ NOTHING_HELD = 3
 
 @click.command("calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@text_options
+@common.text_options
 @click.option("--max-delta-ppl", type=click.FloatRange(0, min_open=True), help="Most perplexity that may be added.")
 @click.option("--max-delta-nll", type=click.FloatRange(0, min_open=True), help="Most nats per token, instead.")
 @click.option("--minimise", type=click.Choice(get_args(Objective)), default="flops", show_default=True)
@@ -43,7 +36,7 @@ NOTHING_HELD = 3
 @click.option("--work", type=click.Path(file_okay=False), help="Folder that keeps what was found (default: PLAN.work).")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="The plan file to write.")
 @click.option("--force", is_flag=True, help="Overwrite what a calibration wrote there before.")
-@model_options
+@common.model_options
 def command(**options: Any) -> None:
     """Find the cheapest plan for MODEL whose loss stays inside a budget, and verify it on text it was not chosen on.
 
@@ -68,12 +61,14 @@ def command(**options: Any) -> None:
     is_given = source is not click.core.ParameterSource.DEFAULT
     names = _mechanisms(options["mechanisms"], options["prompt"], explicit=is_given)
     _check_work(options["work"], output)
-    check_window_options(options["context"], prompt=options["prompt"])
-    corpora = read_texts(options["text"], options["documents"], options["dataset"])
-    model, tokenizer = open_model(options["model"], "dense", options["dtype"], options["device"], options["threads"])
+    common.check_window_options(options["context"], prompt=options["prompt"])
+    corpora = common.read_texts(options["text"], options["documents"], options["dataset"])
+    model, tokenizer = common.open_model(
+        options["model"], "dense", options["dtype"], options["device"], options["threads"]
+    )
     from quicksilver.cli.calibration import run
 
-    held = run(model, tokenizer, display_name(options["model"]), corpora, options, budget, names, output)
+    held = run(model, tokenizer, common.display_name(options["model"]), corpora, options, budget, names, output)
     if not held:
         sys.exit(NOTHING_HELD)
 

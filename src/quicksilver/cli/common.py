@@ -63,11 +63,7 @@ def window_protocol(
     prompt: int | None = None,
     max_tokens: int | None = None,
 ) -> Any:
-    """Return how a text is cut, with the defaults that a model's context of `limit` tokens gives.
-
-    Raises:
-        InputError: a context longer than the model's, or numbers that do not fit one another.
-    """
+    """Return how a text is cut, with the defaults of a context of `limit` tokens; InputError where numbers clash."""
     from quicksilver.measure.windows import WindowConfig
 
     if context is not None and context > limit:
@@ -133,18 +129,13 @@ def check_kernels(kernels: str, model: str, *runs: Any) -> None:
 @contextmanager
 def own_lines() -> Iterator[None]:
     """Say on lines of our own, on stderr, what the library warns of as it reads; others' warnings pass through."""
-    from quicksilver.errors import (
-        ByteOrderMarkWarning,
-        FittedElsewhereWarning,
-        KernelsMissingWarning,
-        WeightFilesWarning,
-    )
+    from quicksilver import errors
 
-    notes = (ByteOrderMarkWarning, KernelsMissingWarning, WeightFilesWarning)
+    notes = (errors.ByteOrderMarkWarning, errors.KernelsMissingWarning, errors.WeightFilesWarning)
     with warnings.catch_warnings(record=True) as caught:
         for category in notes:
             warnings.simplefilter("always", category)
-        warnings.simplefilter("ignore", FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
+        warnings.simplefilter("ignore", errors.FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
         yield
     for warning in caught:  # an error stands alone: it is one line
         if issubclass(warning.category, notes):

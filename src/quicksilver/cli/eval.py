@@ -6,19 +6,7 @@ from typing import Any
 
 import click
 
-from quicksilver.cli.common import (
-    check_kernels,
-    check_window_options,
-    display_name,
-    kernels_option,
-    model_options,
-    open_model,
-    progress,
-    read_texts,
-    resolve_plans,
-    text_options,
-    window_protocol,
-)
+from quicksilver.cli import common
 from quicksilver.cli.recipes import CALIBRATION_HELP, read_calibration, ready
 from quicksilver.errors import InputError
 
@@ -34,7 +22,7 @@ def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@text_options
+@common.text_options
 @click.option("--plan", "plans", multiple=True, help="A preset's name or a plan file; may be repeated.")
 @click.option("--mode", type=click.Choice(["score", "decode"]), default="score", show_default=True)
 @click.option("--context", type=click.IntRange(min=2), help="Tokens of a window (default: the model's, at most 2048).")
@@ -51,8 +39,8 @@ def _explain(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     callback=_explain,
     help="Explain the tables' columns and exit.",
 )
-@model_options
-@kernels_option
+@common.model_options
+@common.kernels_option
 def command(
     model: str,
     text: str | None,
@@ -86,23 +74,23 @@ def command(
 
     if json_path is not None:
         check_target("--json", json_path)
-    chosen = resolve_plans(plans or ("dense",), model)
+    chosen = common.resolve_plans(plans or ("dense",), model)
     if (text, documents, dataset).count(None) != 2:
         raise InputError("give exactly one of --text, --documents and --dataset")
-    (corpus,) = read_texts(text, documents, dataset)
+    (corpus,) = common.read_texts(text, documents, dataset)
     calibration_corpus = read_calibration(calibration, chosen)
-    check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
-    loaded, tokenizer = open_model(model, "dense", **loading, kernels=kernels)
+    common.check_window_options(context, stride, prompt, None if corpus.separate else max_tokens)
+    loaded, tokenizer = common.open_model(model, "dense", **loading, kernels=kernels)
     from quicksilver.cli.table import print_table
     from quicksilver.measure.report import evaluate
     from quicksilver.measure.scoring import num_runs
 
     limit, bos_id = loaded.adapter.spec.max_positions, default_bos(tokenizer)
-    window_config = window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
-    windowed, name = cut(corpus, tokenizer, window_config), display_name(model)
+    window_config = common.window_protocol(limit, bos_id, context, stride, prompt, max_tokens)
+    windowed, name = cut(corpus, tokenizer, window_config), common.display_name(model)
     quantized, chosen = ready(loaded, name, chosen, tokenizer, calibration_corpus)
-    check_kernels(kernels, model, loaded, quantized)
-    with progress("windows", num_runs(len(windowed.windows))) as advance:
+    common.check_kernels(kernels, model, loaded, quantized)
+    with common.progress("windows", num_runs(len(windowed.windows))) as advance:
         results = evaluate(loaded, chosen, windowed, window_config, mode, name, advance, quantized)
     print_table(results)
     if json_path is not None:

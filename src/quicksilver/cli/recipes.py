@@ -22,10 +22,7 @@ def read_calibration(path: str | None, plans: Sequence[Any]) -> Any:
 
 
 def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: Any) -> tuple[Any, list[Any]]:
-    """Return a model with any-precision weights, or None where no plan needs one, and the plans with thresholds.
-
-    They are fitted to the corpus, sampled from the model where it is None; the model's name is recorded in them.
-    """
+    """Return a quantized model, None where no plan needs one, and the plans, fitted where they lack thresholds."""
     spec, recipes = model.adapter.spec, [plan for plan in plans if plan.is_recipe]
     for plan in plans:  # what does not fit is found before the slow part
         replace(plan, precision=None).check_model(spec.num_layers, 0, spec.hidden_size)

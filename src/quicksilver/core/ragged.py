@@ -1,7 +1,4 @@
-"""Ragged batches: rows of several sequences laid end to end, with no padding.
-
-Holds layouts; knows nothing of models or caches.
-"""
+"""Ragged batches: rows of several sequences laid end to end, with no padding."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What rules compute of states, and whether what they return is a decision.
-
-What is made of it is the rules' own.
-"""
+"""What rules compute of states, and whether what they return is a decision."""
 
 import math
 from functools import lru_cache
@@ -10,20 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quicksilver.core import decisions
 from quicksilver.core.bits import WEIGHT_BITS
-from quicksilver.core.decisions import (
-    BITS_SIGNALS,
-    HALT_SIGNALS,
-    PAIR_SIGNALS,
-    BitsChoice,
-    ChannelView,
-    Fill,
-    FusionDecision,
-    HaltDecision,
-    LayerView,
-    PairView,
-    TokenBitsView,
-)
+from quicksilver.core.decisions import LayerView
 from quicksilver.errors import PlanError
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -63,11 +49,11 @@ def nobody(view: LayerView) -> Tensor:
 
 
 _DECISIONS: dict[type, tuple[type, tuple[str, ...]]] = {
-    LayerView: (HaltDecision, HALT_SIGNALS),
-    PairView: (FusionDecision, PAIR_SIGNALS),
-    ChannelView: (BitsChoice, BITS_SIGNALS),
-    TokenBitsView: (BitsChoice, BITS_SIGNALS),
-    int: (Fill, ()),
+    LayerView: (decisions.HaltDecision, decisions.HALT_SIGNALS),
+    decisions.PairView: (decisions.FusionDecision, decisions.PAIR_SIGNALS),
+    decisions.ChannelView: (decisions.BitsChoice, decisions.BITS_SIGNALS),
+    decisions.TokenBitsView: (decisions.BitsChoice, decisions.BITS_SIGNALS),
+    int: (decisions.Fill, ()),
 }
 """Of each kind of view, what decides about it returns, and which signals that may count."""
 
@@ -79,11 +65,11 @@ def check_decision(decider: str, decision: Any, view: object) -> None:
         raise PlanError(f"{decider}.decide must return a {wanted.__name__}, got {type(decision).__name__}")
     if isinstance(view, LayerView):
         _check_answer(decider, decision.halt, view.num_rows, "tokens")
-    elif isinstance(view, PairView):
+    elif isinstance(view, decisions.PairView):
         _check_answer(decider, decision.alike, view.num_pairs, "pairs")
-    elif isinstance(view, ChannelView):
+    elif isinstance(view, decisions.ChannelView):
         _check_bits(decider, decision.bits, (view.inputs.shape, view.inputs.shape[:1]))
-    elif isinstance(view, TokenBitsView):
+    elif isinstance(view, decisions.TokenBitsView):
         _check_bits(decider, decision.bits, (view.hidden.shape[:1],))
     for signal in decision.signal_rows if signals else ():
         if signal not in signals:
@@ -165,3 +151,25 @@ def gate_features(before: Tensor, after: Tensor, previous_update: Tensor | None)
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_TINY)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def hashed_uniform(seed: int, layer_idx: int, positions: Tensor, token_ids: Tensor, stream: int = 0) -> Tensor:
+    """Return numbers in [0, 1) that depend on (seed, layer, position, token) alone, [N]; each stream has its own.
+
+    Stateless, so prefill, decode and any batching draw the same number for the same token; the token is in it
+    so that texts do not all share one pattern. The mixing is the 32-bit finaliser of MurmurHash3 (Austin
+    Appleby, public domain), once for each part.
+    """
+    salt = (seed * 0x9E3779B1 + (layer_idx + 1) * 0x85EBCA77 + stream * 0xC2B2AE3D) & _MASK
+    x = _finalise((positions.to(torch.int64) * 0x27D4EB2F + salt) & _MASK)
+    x = _finalise(x ^ ((token_ids.to(torch.int64) * 0x165667B1) & _MASK))
+    return (x & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def _finalise(x: Tensor) -> Tensor:
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = ((x ^ (x >> shift)) * multiplier) & _MASK
+    return x ^ (x >> 16)

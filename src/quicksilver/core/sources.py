@@ -1,7 +1,4 @@
-"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for.
-
-Nothing of the model is read here, so that a wrong name is refused without PyTorch.
-"""
+"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for."""
 
 import os
 import re
@@ -22,11 +19,7 @@ def embedded_models() -> list[str]:
 
 
 def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
-    """Return the folder of an embedded or local model, or the hub id as it is.
-
-    Raises:
-        ModelError: it looks like a path and there is no such folder.
-    """
+    """Return the folder of an embedded or local model, or the hub id; ModelError for a path that is no folder."""
     name = os.fspath(path_or_id)
     if name in embedded_models():
         return str(EMBEDDED / name)
@@ -81,11 +74,7 @@ def hub_answers(kind: str, repo_id: str) -> str | None:
 
 
 def is_local(source: str) -> bool:
-    """Whether a model must come from disk: a folder, or an earlier download when the hub does not answer.
-
-    Raises:
-        ModelError: it is nowhere.
-    """
+    """Whether a model must come from disk: a folder, or a download where the hub does not answer; else ModelError."""
     if os.path.isdir(source):
         return True
     reason = hub_answers("model", source)

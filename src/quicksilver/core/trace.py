@@ -15,48 +15,31 @@ from quicksilver.core.ragged import RaggedLayout
 
 SIGNALS = ("norm", "cosine", "softmax", "head", "mean", "entry", "score", "query")
 _NAMES = (
-    "query_rows",
-    "fill_rows",
-    "entries_read",
-    "attended",
-    "values_skipped",
-    "scores_skipped",
-    "scored_twice",
-    "skipped_mlp",
-    "skipped_attention",
-    "fitted_macs",
-    "fitted_bytes",
-    "weight_bytes",
+    "query_rows",  # tokens that ran the layer, by shortcuts or in full
+    "fill_rows",  # rows for which key and value alone were projected: halted tokens
+    "entries_read",  # cache entries that queries read, over passes and sequences
+    "attended",  # (query, key) pairs scored; a token that takes a shortcut past attention scores none
+    "values_skipped",  # values that these pairs' heads did not read
+    "scores_skipped",  # multiply-adds of these pairs' scores that were left out
+    "scored_twice",  # of these pairs' scores, one for each head, those that took both steps of screening
+    "skipped_mlp",  # of the rows that ran the layer, those that took a shortcut past the MLP
+    "skipped_attention",  # likewise past attention
+    "fitted_macs",  # multiply-adds of fitted maps and gates after the layer and in it
+    "fitted_bytes",  # bytes of fitted maps and gates, read once by each row that they were applied to
+    "weight_bytes",  # bytes of any-precision weights read, each row for itself
+    # multiply-adds of any-precision weights read in 0, 1, ... 8 bits; those at 0 were not done
     *(f"macs_at_{bits}" for bits in range(MAX_BITS + 1)),
+    # rows for which each signal was computed after this layer; of "score", channels in it, for each of which one norm
+    # is read too; of "query", queries in it whose components' mean square was taken; of "entry", keys and values that
+    # were turned into codes
     *(f"signal_{name}" for name in SIGNALS),
-    "halted",
-    "fusion_rows",
-    "fused",
-    "rule_macs",
+    "halted",  # tokens that halted after this layer
+    "fusion_rows",  # rows that reached fusion after this layer
+    "fused",  # tokens that were absorbed by a later one after this layer
+    "rule_macs",  # multiply-adds that rules report beside their signals
 )
 COUNT = {name: place for place, name in enumerate(_NAMES)}
-"""Where each count of a layer lies in `Trace.counts`; the compiled kernels are given these places.
-
-    query_rows: tokens that ran the layer, by shortcuts or in full.
-    fill_rows: rows for which key and value alone were projected: halted tokens.
-    entries_read: cache entries that queries read, over passes and sequences.
-    attended: (query, key) pairs scored; a token that takes a shortcut past attention scores none.
-    values_skipped: values that these pairs' heads did not read.
-    scores_skipped: multiply-adds of these pairs' scores that were left out.
-    scored_twice: of these pairs' scores, one for each head, those that took both steps.
-    skipped_mlp, skipped_attention: of the rows that ran the layer, those that took a shortcut past each sublayer.
-    fitted_macs: multiply-adds of fitted maps and gates after the layer and in it.
-    fitted_bytes: bytes of fitted maps and gates, read once by each row that they were applied to.
-    weight_bytes: bytes of any-precision weights read, each row for itself.
-    macs_at_0 ... macs_at_8: multiply-adds of any-precision weights read in so many bits; those at 0 were not done.
-    signal_...: rows for which each signal was computed after this layer; of "score", channels in it, for each of which
-        one norm is read too; of "query", queries in it whose weights were estimated first; of "entry", keys and
-        values that were turned into codes.
-    halted: tokens that halted after this layer.
-    fusion_rows: rows that reached fusion after this layer.
-    fused: tokens that were absorbed by a later one after this layer.
-    rule_macs: multiply-adds that rules report beside their signals.
-"""
+"""Where each count of a layer lies in `Trace.counts`; the compiled kernels are given these places."""
 
 _MACS = slice(COUNT["macs_at_0"], COUNT["macs_at_0"] + MAX_BITS + 1)
 _WEIGHT_BYTES, _FITTED_MACS, _FITTED_BYTES = COUNT["weight_bytes"], COUNT["fitted_macs"], COUNT["fitted_bytes"]
@@ -154,10 +137,7 @@ class Trace:
     def add_channels(
         self, layer_idx: int, channels: Sequence[int], num_outputs: int, channel_bytes: Sequence[int]
     ) -> None:
-        """Count one application of a quantized map with so many outputs.
-
-        `channels` are input channels, over all rows, read in 0, 1, ... 8 bits, and `channel_bytes` those of one.
-        """
+        """Count a quantized map's application: channels of all rows read in 0, 1, ... 8 bits, and a channel's bytes."""
         row = self.rows[layer_idx]
         for bits, count in enumerate(channels):
             if count:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quicksilver.core.bits import ENTRY_BITS
 from quicksilver.core.trace import LayerCounts, Trace
-from quicksilver.families.spec import LayerSpec, ModelSpec
+from quicksilver.families.spec import ENTRY, MLP, QUERY, LayerSpec, ModelSpec
 
 _NORM_BYTES = 4  # of a channel's norm, float32: one for each channel that is scored
 
@@ -61,8 +61,8 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
     coded = trace.entry_bits == ENTRY_BITS
     macs = weight_bytes = bitops = 0
     for layer, of_layer in zip(trace.layers, spec.layers, strict=True):
-        linear = layer.query_rows * of_layer.macs + layer.fill_rows * of_layer.kv_macs
-        linear -= layer.skipped_mlp * of_layer.mlp_macs + layer.skipped_attention * of_layer.query_macs
+        linear = layer.query_rows * of_layer.macs_of() + layer.fill_rows * of_layer.macs_of(*ENTRY)
+        linear -= layer.skipped_mlp * of_layer.macs_of(*MLP) + layer.skipped_attention * of_layer.macs_of(*QUERY)
         by_bits = layer.macs_by_bits
         linear -= by_bits[0]
         read = (
@@ -89,8 +89,8 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
 
 def _weight_bytes(spec: ModelSpec, of_layer: LayerSpec, layer: LayerCounts) -> int:
     """Return the weight bytes read in a layer and after it."""
-    plain = layer.query_rows * of_layer.weight_bytes + layer.fill_rows * of_layer.kv_weight_bytes
-    plain -= layer.skipped_mlp * of_layer.mlp_weight_bytes + layer.skipped_attention * of_layer.query_weight_bytes
+    plain = layer.query_rows * of_layer.weight_bytes + layer.fill_rows * of_layer.bytes_of(*ENTRY)
+    plain -= layer.skipped_mlp * of_layer.bytes_of(*MLP) + layer.skipped_attention * of_layer.bytes_of(*QUERY)
     signals = layer.signal_head * spec.head_weight_bytes + layer.signal_score * _NORM_BYTES
     return plain + layer.weight_bytes + layer.fitted_bytes + signals
 

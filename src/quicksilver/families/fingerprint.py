@@ -1,7 +1,4 @@
-"""Which model is it: a short digest of a model's shape and of a sample of its weights.
-
-What is recorded with it, and what is said where it differs, is not decided here.
-"""
+"""Which model is it: a short digest of a model's shape and of a sample of its weights."""
 
 import hashlib
 from typing import Any
@@ -32,10 +29,7 @@ def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return codes and scales of any-precision weights, or all parameters where there are none, by name.
-
-    The levels of any-precision weights are left out: their last digits depend on the machine that fitted them.
-    """
+    """Return any-precision weights but for levels, which depend on the machine, or all parameters where none are."""
     quantized: list[tuple[str, Any]] = [
         (f"{path}.{name}", buffer)
         for path, module in model.named_modules()

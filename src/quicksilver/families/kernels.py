@@ -1,7 +1,4 @@
-"""Whether the compiled kernels read a model's weights: what was asked for, what is possible; and the head's way.
-
-Loading the kernels is `ops/native.py`'s business; which rows they take, `ops/any_precision_linear.py`'s.
-"""
+"""Whether the compiled kernels read a model's weights: what was asked for, what is possible; and the head's way."""
 
 import warnings
 from functools import cache

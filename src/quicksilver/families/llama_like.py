@@ -1,7 +1,5 @@
 """Layers like Llama's, and what of them differs by family: each is a `LlamaLike`, declared in a file of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,47 +47,30 @@ _FUSED_MAPS: dict[str, tuple[MapRole, ...]] = {
 
 @dataclass(frozen=True)
 class LlamaLike:
-    """What a family has that Llama has not, or has otherwise. What is a function reads it from the configuration.
+    """What a family has that Llama has not, or has otherwise. What is a function reads it from the configuration."""
 
-    Attributes:
-        prefix: with which its classes' names begin.
-        body: name of the class of its body, `{prefix}Model` unless given.
-        norms: names of a layer's norms before attention and before the MLP, None where there is none.
-        post_norms: of those behind them, before what a sublayer made is added to the states.
-        norm_offset: what its norms add to their weights.
-        norms_projections: norms of queries and keys, where there are some, are over all heads, not over each.
-        fused: queries, keys and values are one map, `qkv_proj`, and so are gate and up, `gate_up_proj`.
-        activation: name of the MLP's activation.
-        idle: names of a layer's modules that do nothing when a frozen model runs.
-        windows: which layers `sliding_window` is for.
-        rotates_by_kind: each kind of layer has rotary frequencies of its own.
-        rotates: for each layer, whether it rotates queries and keys.
-        softcap: bound of attention scores, None where there is none.
-        residual_scale: factor of what a sublayer adds to the states.
-        embedding_scale: factor of embeddings, in a dtype, None where there is none or their module multiplies by it.
-        logits_divisor: what the head's products are divided by.
-        logits_softcap: bound of logits, None where there is none.
-        refused: options that must not be set.
-    """
-
-    prefix: str
-    body: str = ""
+    prefix: str  # with which its classes' names begin
+    body: str = ""  # name of the class of its body, `{prefix}Model` unless given
+    # names of a layer's norms before attention and before the MLP, None where there is none
     norms: tuple[str | None, str | None] = ("input_layernorm", "post_attention_layernorm")
+    # of those behind them, before what a sublayer made is added to the states
     post_norms: tuple[str | None, str | None] = (None, None)
-    norm_offset: float = 0.0
+    norm_offset: float = 0.0  # what its norms add to their weights
+    # norms of queries and keys, where there are some, are over all heads, not over each
     norms_projections: bool = False
-    fused: bool = False
-    activation: str = "act_fn"
-    idle: tuple[str, ...] = ()
-    windows: Windows = "none"
-    rotates_by_kind: bool = False
-    rotates: Callable[[Any], Sequence[Any]] | None = None
-    softcap: Callable[[Any], float | None] | None = None
-    residual_scale: Callable[[Any], float] | None = None
+    fused: bool = False  # queries, keys and values are one map, `qkv_proj`, and so are gate and up, `gate_up_proj`
+    activation: str = "act_fn"  # name of the MLP's activation
+    idle: tuple[str, ...] = ()  # names of a layer's modules that do nothing when a frozen model runs
+    windows: Windows = "none"  # which layers `sliding_window` is for
+    rotates_by_kind: bool = False  # each kind of layer has rotary frequencies of its own
+    rotates: Callable[[Any], Sequence[Any]] | None = None  # for each layer, whether it rotates queries and keys
+    softcap: Callable[[Any], float | None] | None = None  # bound of attention scores, None where there is none
+    residual_scale: Callable[[Any], float] | None = None  # factor of what a sublayer adds to the states
+    # factor of embeddings, in a dtype, None where there is none or their module multiplies by it
     embedding_scale: Callable[[Any, torch.dtype], float | None] | None = None
-    logits_divisor: Callable[[Any], float] | None = None
-    logits_softcap: Callable[[Any], float | None] | None = None
-    refused: tuple[str, ...] = ()
+    logits_divisor: Callable[[Any], float] | None = None  # what the head's products are divided by
+    logits_softcap: Callable[[Any], float | None] | None = None  # bound of logits, None where there is none
+    refused: tuple[str, ...] = ()  # options that must not be set
 
 
 def declare(like: LlamaLike) -> Family:
@@ -145,11 +126,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any) -> Adapter:
-    """Read a model of transformers.
-
-    Raises:
-        UnsupportedModelError: the configuration asks for something not implemented here.
-    """
+    """Read a model of transformers."""
     config, body = model.config, model.model
     _check(like, config)
     kinds: list[str | None] = [*sorted(set(kinds_of(config, body.layers)))] if like.rotates_by_kind else [None]
@@ -196,8 +173,8 @@ def _rope(config: Any, kind: str | None) -> dict[str, Any]:
 def _max_positions(config: Any, kind: str | None) -> int:
     """Return the longest context in which a token's rotation does not depend on later tokens.
 
-    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so the
-    original length is the limit; `dynamic` does so beyond `max_position_embeddings`.
+    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so that is the
+    limit; `dynamic` does so beyond `max_position_embeddings`.
     """
     rope = _rope(config, kind)
     if rope["rope_type"] == "longrope":
@@ -292,21 +269,13 @@ def _embed(body: Any, scale: float | None, ids: Tensor, positions: Tensor) -> Te
 
 @dataclass(frozen=True)
 class _Heads:
-    """How queries, keys and values come about.
+    """How queries, keys and values come about."""
 
-    Attributes:
-        attention: holds their maps.
-        fused: outputs of each where they are one map, else empty.
-        norms: of queries, keys and values, None where there is none.
-        head_dim: of a head.
-        norms_projections: norms are over all heads.
-    """
-
-    attention: Any
-    fused: Sequence[int]
-    norms: Sequence[nn.Module | None]
-    head_dim: int
-    norms_projections: bool
+    attention: Any  # holds their maps
+    fused: Sequence[int]  # outputs of each where they are one map, else empty
+    norms: Sequence[nn.Module | None]  # of queries, keys and values, None where there is none
+    head_dim: int  # of a head
+    norms_projections: bool  # norms are over all heads
 
 
 def _project(heads: _Heads, first: int, last: int, x: Tensor, apply: Apply) -> list[Tensor]:

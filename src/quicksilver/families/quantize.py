@@ -1,7 +1,4 @@
-"""Which linear maps of each family are quantized, and replacing them in a model.
-
-How codes are chosen is `quant/rounding.py`'s business; how a quantized model is stored, `loading/quantized.py`'s.
-"""
+"""Which linear maps of each family are quantized, and replacing them in a model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -123,11 +120,7 @@ def quantize_each(
 
 
 def outline(model: Any, config: QuantizationConfig) -> None:
-    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta").
-
-    Raises:
-        ModelError: the configuration does not fit the model.
-    """
+    """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta")."""
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
         num_inputs, num_outputs = weight.shape

@@ -23,6 +23,11 @@ Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]
 """Applies a linear map of a layer to rows [N, in]; the runtime's, which may choose the bits to read."""
 
+ENTRY: tuple[MapRole, ...] = ("key", "value")
+QUERY: tuple[MapRole, ...] = ("query", "output")
+MLP: tuple[MapRole, ...] = ("gate", "up", "down")
+"""What a layer does for a cache entry, for a query, and in its MLP."""
+
 _ENTROPY_ROWS = 256  # rows of logits held at a time
 
 
@@ -41,45 +46,13 @@ class LayerSpec:
     weight_bytes: int  # of all of its weights, likewise
     nested_weight_bytes: int  # bytes of its any-precision weights, at eight bits
 
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of its weight matrices for one token."""
-        return self._macs(*self.maps)
+    def macs_of(self, *roles: MapRole) -> int:
+        """Return the multiply-adds of some of its weight matrices, of all where none is named, for one token."""
+        shapes = (self.maps[role] for role in roles or self.maps if role in self.maps)
+        return sum(shape.num_inputs * shape.num_outputs for shape in shapes)
 
-    @property
-    def kv_macs(self) -> int:
-        """Of these, the key and value projections'."""
-        return self._macs("key", "value")
-
-    @property
-    def query_macs(self) -> int:
-        """Of these, the query and output projections'."""
-        return self._macs("query", "output")
-
-    @property
-    def mlp_macs(self) -> int:
-        """Of these, the MLP's."""
-        return self._macs("gate", "up", "down")
-
-    @property
-    def kv_weight_bytes(self) -> int:
-        """Of `weight_bytes`, the key and value projections'."""
-        return self._bytes("key", "value")
-
-    @property
-    def query_weight_bytes(self) -> int:
-        """Of these, the query and output projections'."""
-        return self._bytes("query", "output")
-
-    @property
-    def mlp_weight_bytes(self) -> int:
-        """Of these, the MLP's."""
-        return self._bytes("gate", "up", "down")
-
-    def _macs(self, *roles: MapRole) -> int:
-        return sum(self.maps[role].num_inputs * self.maps[role].num_outputs for role in roles if role in self.maps)
-
-    def _bytes(self, *roles: MapRole) -> int:
+    def bytes_of(self, *roles: MapRole) -> int:
+        """Return how many of `weight_bytes` are those of some maps."""
         return sum(self.map_bytes.get(role, 0) for role in roles)
 
 
@@ -109,7 +82,7 @@ class ModelSpec:
     @property
     def macs(self) -> int:
         """Multiply-adds of all layers' weight matrices for one token."""
-        return sum(layer.macs for layer in self.layers)
+        return sum(layer.macs_of() for layer in self.layers)
 
     @property
     def is_quantized(self) -> bool:

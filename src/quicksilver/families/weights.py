@@ -1,7 +1,4 @@
-"""Whether a model's weights are in memory and what the runtime takes them for: PyTorch's own tensors of floats.
-
-Whether they are finite is asked when a model is taken; which modules hold them is `modules.py`'s business.
-"""
+"""Whether a model's weights are in memory and what the runtime takes them for: PyTorch's own tensors of floats."""
 
 from itertools import chain
 from operator import is_not

@@ -1,7 +1,4 @@
-"""From a name to a running model: embedded models, local folders, the hub, or a model already in memory.
-
-Only safetensors are read, and no code from a model's folder is run.
-"""
+"""From a name to a running model: embedded models, local folders, the hub, or a model already in memory."""
 
 import os
 import warnings

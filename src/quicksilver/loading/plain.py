@@ -1,7 +1,4 @@
-"""Plain weights, read through transformers: what is missing is refused by name, what is not used is said.
-
-Any-precision weights are `quantized.py`'s; which model to read, `loading.py`'s.
-"""
+"""Plain weights, read through transformers: what is missing is refused by name, what is not used is said."""
 
 import os
 import re

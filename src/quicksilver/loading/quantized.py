@@ -1,7 +1,4 @@
-"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew.
-
-The files' integrity is `quant/storage.py`'s business; which maps are quantized, `families/quantize.py`'s.
-"""
+"""Folders of quantized models: written whole or not at all, and loaded without choosing codes anew."""
 
 import copy
 import os
@@ -113,11 +110,7 @@ def _write_others(model: Any, stage: Path, tokenizer: Any) -> None:
 
 
 def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
-    """Load what `save_quantized` wrote, on the CPU; dtype "auto" is the one the other weights were saved in.
-
-    Raises:
-        ModelError: the configuration or the files are damaged, or do not fit each other.
-    """
+    """Load what `save_quantized` wrote, on the CPU, other weights in a dtype; ModelError where files are damaged."""
     folder = Path(source)
     quantization = QuantizationConfig.from_dict(config.quantization_config, folder / "config.json")
     plain = copy.deepcopy(config)

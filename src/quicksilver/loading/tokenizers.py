@@ -102,7 +102,5 @@ def _find(source: str, name: str, local: bool) -> Path | None:
     """Return where a file of a model is, downloaded first where it is on the hub; None where there is none."""
     from transformers.utils.hub import cached_file
 
-    if os.path.isdir(source):
-        return Path(source) / name if (Path(source) / name).is_file() else None
     found = cached_file(source, name, local_files_only=local, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)

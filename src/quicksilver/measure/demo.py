@@ -1,7 +1,4 @@
-"""The demonstration: measure the embedded models on the embedded articles, generate a sample, draw it all.
-
-Everything it reads comes with the package; nothing is fetched.
-"""
+"""The demonstration: measure the embedded models on the embedded articles, generate a sample, draw it all."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -92,10 +89,7 @@ def token_depths(model: QuickSilverForCausalLM, plan: Plan, token_ids: Sequence[
 
 
 def stopping(model: QuickSilverForCausalLM, first: Plan, token_ids: Sequence[int]) -> tuple[Plan, list[int]]:
-    """Return a plan under which some of a text's tokens stop early, and how many layers each of them ran.
-
-    That is `first` where it does so, else `relative` with the lowest threshold that will do.
-    """
+    """Return a plan, `first` or a looser `relative`, under which some tokens stop early, and the layers each ran."""
     relative = Plan.preset("relative")
     assert relative.halting is not None
     plan, depths = first, token_depths(model, first, token_ids, False)

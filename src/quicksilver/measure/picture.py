@@ -1,7 +1,4 @@
-"""Pictures of an evaluation: what each plan saved and cost, and how deep each token of a text ran.
-
-Drawing only; the figures come from `report.py` and from a trace.
-"""
+"""Pictures of an evaluation: what each plan saved and cost, and how deep each token of a text ran."""
 
 import io
 from collections.abc import Sequence

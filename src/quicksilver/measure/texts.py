@@ -1,7 +1,4 @@
-"""Evaluation texts: a text file, a file of documents, or a public dataset; read, never changed.
-
-Cutting them into windows is `windows.py`'s.
-"""
+"""Evaluation texts: a text file, a file of documents, or a public dataset; read, never changed."""
 
 import codecs
 import json
@@ -47,11 +44,7 @@ def read_text(path: str | Path) -> Corpus:
 
 
 def read_documents(path: str | Path) -> Corpus:
-    """Read documents from JSON lines with a "text" field; a line feed, and nothing else, ends a line.
-
-    Raises:
-        InputError: missing, not UTF-8, a malformed line, or no text at all.
-    """
+    """Read documents from JSON lines with a "text" field, each ended by a line feed; InputError for anything else."""
     texts = []
     for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
@@ -73,11 +66,7 @@ def read_documents(path: str | Path) -> Corpus:
 
 
 def read_dataset(name: str) -> Corpus:
-    """Load a public evaluation split through `datasets`.
-
-    Raises:
-        InputError: an unknown name, `datasets` is not installed, or the hub cannot be reached.
-    """
+    """Load a public evaluation split through `datasets`; InputError where it is unknown or cannot be had."""
     if name not in _DATASETS:
         raise InputError(f"dataset {name!r} is not known; there are {', '.join(_DATASETS)}")
     try:
@@ -104,11 +93,7 @@ def read_dataset(name: str) -> Corpus:
 
 
 def decode(data: bytes, source: str | Path) -> str:
-    """Return UTF-8 text, no character changed; a byte order mark before it is left out, with a ByteOrderMarkWarning.
-
-    Raises:
-        InputError: it is not UTF-8; `source` says where it is from.
-    """
+    """Return UTF-8 text but for a byte order mark before it, which is warned of; InputError for any other text."""
     other = next((mark for mark in _OTHER_MARKS if data.startswith(mark)), None)
     if other is not None:
         shown = other.hex(" ").upper()

@@ -69,11 +69,7 @@ def default_bos(tokenizer: Any) -> int | None:
 
 
 def cut(corpus: Corpus, tokenizer: Any, window_config: WindowConfig) -> WindowedText:
-    """Tokenize a corpus and cut it into windows.
-
-    Raises:
-        InputError: a text shorter than one window (documents may be), or nothing to score.
-    """
+    """Tokenize a corpus and cut it into windows; InputError where a text, but no document, is shorter than one."""
     windows: list[Window] = []
     scored_bytes, left = 0, window_config.max_tokens
     for text in corpus.texts:

@@ -1,7 +1,4 @@
-"""Rows times a quantized matrix, by the compiled kernels.
-
-What codes mean, and the product that defines this one, is `quicksilver.quant`.
-"""
+"""Rows times a quantized matrix, by the compiled kernels."""
 
 import weakref
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""The compiled kernels: whether this installation has them, whether they are wanted, which instructions they use.
-
-They are loaded when they are first asked about. What they compute is `any_precision_linear.py`'s business.
-"""
+"""The compiled kernels: whether this installation has them, whether they are wanted, which instructions they use."""
 
 import importlib
 import os
@@ -43,11 +40,7 @@ def why_unavailable() -> str | None:
 
 
 def extension() -> Any:
-    """Return the compiled module.
-
-    Raises:
-        KernelsUnavailableError: it is not there, or the instruction set that the environment names is not.
-    """
+    """Return the compiled module; KernelsUnavailableError without it, or the instruction set the environment names."""
     module, problem = _load()
     if problem is not None:
         raise KernelsUnavailableError(problem)
@@ -64,11 +57,7 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> None:
-    """Use an instruction set from now on, in the whole process. All give the same answers, bit for bit.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels, or they or this processor lack it.
-    """
+    """Use an instruction set from now on, for the same bits; KernelsUnavailableError where it is not there."""
     _use(extension(), name, "instruction set")
 
 

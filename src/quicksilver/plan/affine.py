@@ -11,12 +11,7 @@ from quicksilver.errors import PlanError
 
 
 class AffineMap:
-    """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`.
-
-    Args:
-        weights: one matrix [in, out], or two [in, rank] and [rank, out].
-        bias: [out].
-    """
+    """A fitted affine map: weight [in, out], or two [in, rank] and [rank, out] of low rank, and bias [out]."""
 
     def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
         self.weights = weights
@@ -24,16 +19,7 @@ class AffineMap:
 
     @classmethod
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
-        """Return the map that tensors `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
-
-        Args:
-            tensors: of a plan.
-            name: of the map.
-            size: of its input and of its output.
-
-        Raises:
-            PlanError: one is missing, or of another shape.
-        """
+        """Return the map from size to size that tensors `name.*` hold; PlanError where one is missing or misshapen."""
         weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
         for key in (*weights, f"{name}.bias"):
             if key not in tensors:

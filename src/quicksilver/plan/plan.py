@@ -87,11 +87,7 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str) -> Plan:
-        """Return a preset by name.
-
-        Raises:
-            PlanError: no preset has that name.
-        """
+        """Return a preset by name; PlanError where none has it."""
         try:
             return PRESETS[name]
         except KeyError:
@@ -220,13 +216,7 @@ class Plan:
         return replace(self, name=name)
 
     def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> None:
-        """Raise PlanError where the plan does not fit a model.
-
-        Args:
-            num_layers: its layers.
-            num_maps: quantized linear maps of each; 0 where its weights are plain.
-            hidden_size: of its states.
-        """
+        """Raise PlanError where the plan does not fit a model whose layers have so many quantized maps, 0 for plain."""
         try:
             if self.halting is not None:
                 self.halting.check_depth(num_layers)
@@ -265,11 +255,7 @@ class Plan:
         return () if self.halting is None else self.halting.shortcuts
 
     def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
-        """Return the fitted gates of the shortcuts that ask one, each [hidden_size + 2].
-
-        Raises:
-            PlanError: tensors are missing or of another model's shape.
-        """
+        """Return the fitted gates of shortcuts that ask one, [hidden_size + 2] each; PlanError where one is missing."""
         return {
             shortcut: named_vector(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
             for shortcut in self.shortcuts

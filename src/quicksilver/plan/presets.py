@@ -1,7 +1,5 @@
 """From a name to a plan: presets, those calibrated to embedded models among them, and files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

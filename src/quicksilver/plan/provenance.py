@@ -3,8 +3,6 @@
 It changes nothing that a plan does. How a model is told from another is `families/fingerprint.py`'s business.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.errors import PlanError
@@ -12,22 +10,12 @@ from quicksilver.errors import PlanError
 
 @dataclass(frozen=True)
 class FittedTo:
-    """The model and the text that thresholds were fitted to.
+    """The model and the text that thresholds were fitted to."""
 
-    Attributes:
-        model: its name, for people.
-        fingerprint: tells it from others.
-        calibration: the text's name, or how it was made.
-        tokens: of that text, how many were used.
-
-    Raises:
-        PlanError: a value of another type.
-    """
-
-    model: str
-    fingerprint: str
-    calibration: str
-    tokens: int
+    model: str  # its name, for people
+    fingerprint: str  # tells it from others
+    calibration: str  # the text's name, or how it was made
+    tokens: int  # of that text, how many were used
 
     def __post_init__(self) -> None:
         for name in ("model", "fingerprint", "calibration"):

@@ -44,9 +44,6 @@ class _Values(NamedTuple):
 class PlanTensors(Mapping[str, "Tensor"]):
     """Named float32 tensors on the CPU, compared by their contents; in files float64 arrays are among them.
 
-    Args:
-        tensors: by name; copied to the CPU as float32.
-
     Raises:
         PlanError: a value that is not finite.
     """
@@ -72,11 +69,7 @@ class PlanTensors(Mapping[str, "Tensor"]):
 
     @classmethod
     def load(cls, path: Path) -> PlanTensors:
-        """Read a safetensors file; float64 stays as it is.
-
-        Raises:
-            PlanError: it is missing, unreadable or damaged.
-        """
+        """Read a safetensors file, float64 as it is; PlanError where it is missing, unreadable or damaged."""
         try:
             data = path.read_bytes()
             stored = dict(deserialize(data))
@@ -165,11 +158,7 @@ def _flat(value: Array) -> Iterator[float]:
 
 
 def named_vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
-    """Return the tensor `name`, a vector of so many values: a gate, or the mean of a map's inputs.
-
-    Raises:
-        PlanError: it is missing, or of another shape.
-    """
+    """Return a vector of so many values, a gate or the mean of a map's inputs; PlanError where there is none."""
     if name not in tensors:
         raise PlanError(f"the plan's tensor {name} is missing")
     if tuple(tensors[name].shape) != (size,):

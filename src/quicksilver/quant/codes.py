@@ -1,7 +1,4 @@
-"""Any-precision codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions.
-
-How codes are chosen is in `rounding.py`; how they are packed in `planes.py`.
-"""
+"""Any-precision codes of a weight matrix: 8-bit integers whose leading bits are its narrower versions."""
 
 from __future__ import annotations
 
@@ -49,11 +46,7 @@ class QuantGrid:
 
     @classmethod
     def fit(cls, weight: Tensor, group_size: int) -> QuantGrid:
-        """Fit levels to the range of each group of a matrix [in, out], of any float type.
-
-        Raises:
-            ModelError: an unknown group size, a value that is NaN or infinite in float32, or levels beyond its range.
-        """
+        """Fit levels to each group's range of a matrix [in, out]; ModelError where float32 does not hold them."""
         low, high = _ranges(weight, check_group_size(group_size))
         if not bool(torch.stack((low.amin(), high.amax())).isfinite().all()):
             raise ModelError("it holds NaN or infinite values")

@@ -1,7 +1,4 @@
-"""What a model's any-precision weights were made with: the `quantization_config` of its config.json.
-
-Which of a model's maps that means is `families/quantize.py`'s business.
-"""
+"""What a model's any-precision weights were made with: the `quantization_config` of its config.json."""
 
 from __future__ import annotations
 
@@ -47,11 +44,7 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: object) -> QuantizationConfig:
-        """Read what `to_dict` made; `source` is the file that it comes from.
-
-        Raises:
-            ModelError: another method, version or layout of planes, a key too few or too many, or a bad value.
-        """
+        """Read what `to_dict` made; `source` is the file that it comes from. ModelError for anything else."""
         where, names = f"{source}: quantization_config", [field.name for field in fields(cls)]
         fixed = {"quant_method": QUANT_METHOD, "version": VERSION, "planes": list(PLANE_BITS)}
         for key, known in fixed.items():

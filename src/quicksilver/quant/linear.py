@@ -192,10 +192,7 @@ class AnyPrecisionLinear(AnyPrecisionWeight):
 
 @contextmanager
 def keeping_expanded(model: nn.Module) -> Iterator[None]:
-    """Keep the floats that weights are expanded to, at every number of bits read, as long as the context lasts.
-
-    Results are the same, several times as fast; it takes the memory of a float model for each number of bits.
-    """
+    """Keep the floats that weights are expanded to, a model's memory for each number of bits read: the same, sooner."""
     modules = [module for module in model.modules() if isinstance(module, AnyPrecisionLinear)]
     try:
         for module in modules:

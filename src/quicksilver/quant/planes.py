@@ -1,7 +1,4 @@
-"""Bit planes of 8-bit codes: the first two bits, the next two, and so on, each pair packed on its own.
-
-Reading b bits of a code touches the planes that hold them and no others. What codes mean is `codes.py`'s business.
-"""
+"""Bit planes of 8-bit codes: the first two bits, the next two, and so on, each pair packed on its own."""
 
 from itertools import accumulate
 
@@ -59,11 +56,7 @@ def empty(num_inputs: int, num_outputs: int, device: torch.device | str) -> Plan
 
 
 def join(planes: Planes, num_outputs: int, bits: int = MAX_BITS) -> Tensor:
-    """Return the leading bits of every code as a number, [in, out] uint8; reads only the planes needed.
-
-    Raises:
-        ValueError: a number of bits that is none of `WEIGHT_BITS`.
-    """
+    """Return the leading bits, one of `WEIGHT_BITS`, of every code, [in, out] uint8; reads only the planes needed."""
     if bits not in WEIGHT_BITS:
         raise ValueError(f"codes are read at {', '.join(map(str, WEIGHT_BITS))} bits, not {bits}")
     count = num_planes(bits)

@@ -1,7 +1,4 @@
-"""The method of any-precision weights, made known to transformers, so that what cannot load them says what can.
-
-Importing this module registers nothing.
-"""
+"""The method of any-precision weights, made known to transformers, so that what cannot load them says what can."""
 
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""Choosing codes for a matrix: the nearest levels, or levels that make up for one another's errors.
-
-Where levels lie is `codes.py`'s business; where a Hessian comes from is the caller's.
-"""
+"""Choosing codes for a matrix: the nearest levels, or levels that make up for one another's errors."""
 
 from collections.abc import Callable
 
@@ -84,7 +81,10 @@ def walk_order(hessian: Tensor) -> tuple[Tensor, Tensor]:
         ModelError: the Hessian is not positive definite, damped though it is.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    return order, _inverse_factor(hessian[order][:, order])
+    hessian = hessian[order][:, order].double()
+    damping = _DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
+    damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    return order, _cholesky(torch.cholesky_inverse(_cholesky(damped)), upper=True).float()
 
 
 def _compensated(weight: Tensor, grid: QuantGrid, hessian: Tensor, reach: float) -> Tensor:
@@ -132,14 +132,6 @@ def _walk(weight: Tensor, grid: QuantGrid, inverse: Tensor, choose: Callable[[sl
             errors[channel - start] = error[0]
         left[end:] -= inverse[start:end, end:].T @ errors
     return chosen
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, [in, in] float32."""
-    hessian = hessian.double()
-    damping = _DAMPING * hessian.diagonal().mean().clamp(min=1e-12)
-    damped = hessian + damping * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    return _cholesky(torch.cholesky_inverse(_cholesky(damped)), upper=True).float()
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:

@@ -1,7 +1,4 @@
-"""Tensors on disk: safetensors shards in which every tensor has a checksum, read back whole or refused by name.
-
-What the tensors mean is the caller's business.
-"""
+"""Tensors on disk: safetensors shards in which every tensor has a checksum, read back whole or refused by name."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: i
 
 
 class TensorWriter:
-    """Writes tensors as `write_tensors` does, one by one and in any order; files can be read after the `with` alone.
+    """Writes tensors one by one and in any order; files can be read after the `with` alone.
 
     Of the tensors given first, shapes and dtypes count, so that they may be on "meta".
     """
@@ -147,11 +144,7 @@ def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Te
 
 
 def list_shards(folder: Path) -> dict[str, set[str] | None]:
-    """Return the files to read, and the tensors that the index says each holds (None without an index).
-
-    Raises:
-        ModelError: there is neither a single file nor an index, or the index is damaged.
-    """
+    """Return the files to read, and which tensors the index says each holds (None without an index)."""
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
     path = folder / INDEX

@@ -1,7 +1,4 @@
-"""What transformers' tools ask of a model besides running it; answered by the wrapped model.
-
-Nothing here runs a layer.
-"""
+"""What transformers' tools ask of a model besides running it; answered by the wrapped model."""
 
 from typing import Any
 

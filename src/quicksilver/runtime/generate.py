@@ -62,11 +62,7 @@ class Request:
 
 @torch.no_grad()
 def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request, trace: Trace) -> Any:
-    """Return tokens [B, T + new], or transformers' output object where the settings ask for one.
-
-    Raises:
-        InputError: what `QuickSilverForCausalLM.generate` says.
-    """
+    """Return tokens [B, T + new], or transformers' output object where the settings ask for one."""
     config = settings.config
     feed = _Feed(model, settings, request, trace)
     repeats, mask = config.num_return_sequences, feed.mask
@@ -188,10 +184,7 @@ def told_the_end(streamer: Any) -> Iterator[None]:
 
 
 class _Feed:
-    """What is fed to the model: the prompt, then tokens, with a cache or all again without one.
-
-    It is fed by the engine; by the model's call where somebody counts on calls.
-    """
+    """What is fed to the engine, or by calls that somebody counts on: prompt, tokens; all again without a cache."""
 
     def __init__(self, model: QuickSilverForCausalLM, settings: Settings, request: Request, trace: Trace) -> None:
         self._model, self._trace, self._request = model, trace, request

@@ -55,11 +55,7 @@ class Decoder:
     backend: LayerBackend
 
     def __init__(
-        self,
-        adapter: Adapter,
-        plan: Plan,
-        special_ids: Sequence[int] = (),
-        attention: AttentionBackend = "sdpa",
+        self, adapter: Adapter, plan: Plan, special_ids: Sequence[int] = (), attention: AttentionBackend = "sdpa"
     ) -> None:
         self.adapter, self.spec, self.plan = adapter, adapter.spec, plan
         self._special_ids = tuple(special_ids)

@@ -1,7 +1,4 @@
-"""From logits to the next tokens of a batch, greedily or by sampling, and when each of its rows has ended.
-
-What is fed to the model is the caller's; what processors and criteria do, transformers'.
-"""
+"""From logits to the next tokens of a batch, greedily or by sampling, and when each of its rows has ended."""
 
 import hashlib
 import struct

@@ -1,7 +1,4 @@
-"""What `generate` is asked for: a `GenerationConfig`, resolved as transformers resolves it, and what it cannot do.
-
-Nothing is generated here.
-"""
+"""What `generate` is asked for: a `GenerationConfig`, resolved as transformers resolves it, and what it cannot do."""
 
 from __future__ import annotations
 

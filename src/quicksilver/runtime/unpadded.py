@@ -1,7 +1,4 @@
-"""Padded grids to ragged rows and back, as transformers' callers expect them.
-
-Which tokens run, and how, is not decided here.
-"""
+"""Padded grids to ragged rows and back, as transformers' callers expect them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,18 +20,9 @@ class UnpaddedBatch:
     real: Tensor | None = None  # [B, T] bool, False at padding, or None where there is none
     places: Tensor | None = None  # [N] the tokens' places in the flattened grid, or None where there is no padding
 
-    @property
-    def columns(self) -> int:
-        """T."""
-        return self.shape[1]
-
 
 def split_mask(attention_mask: Tensor | None, shape: tuple[int, ...], seen: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a mask says of the `seen` columns before a grid of shape (B, T), [B, seen] bool, and of it, [B, T].
-
-    Raises:
-        InputError: a mask that is neither [B, T] nor [B, seen + T].
-    """
+    """Return what a mask [B, T] or [B, seen + T] says of `seen` columns before a grid, [B, seen] bool, and of it."""
     if attention_mask is None:
         return None, None
     batch, columns = shape
@@ -61,10 +49,7 @@ def real_tokens(input_ids: Tensor, real: Tensor | None) -> UnpaddedBatch:
 
 
 def check_positions(position_ids: Tensor, unpadded: UnpaddedBatch, seen: Sequence[int]) -> None:
-    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those that tokens have.
-
-    What they say of padding does not matter; `seen` are the tokens before each row's.
-    """
+    """Raise UnsupportedFeatureError where `position_ids`, [B, T] or [1, T], are not those of the real tokens."""
     batch, columns = unpadded.shape
     position_ids = torch.as_tensor(position_ids)
     if tuple(position_ids.shape) not in ((batch, columns), (1, columns)):
@@ -84,11 +69,7 @@ Columns = int | slice | Tensor | Sequence[int] | None
 
 
 def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
-    """Return which of so many columns' logits are wanted, indices [K]; None for all, in order.
-
-    Raises:
-        InputError: indices of columns that there are not.
-    """
+    """Return which columns' logits are wanted, indices [K], None for all; InputError where there are none such."""
     if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
         return None
     every = torch.arange(columns, device=device)

@@ -1,7 +1,4 @@
-"""Whether the tensors of a model's layers are still those that something was made from.
-
-What is made from them, and anew where they have changed, is the caller's business.
-"""
+"""Whether the tensors of a model's layers are still those that something was made from."""
 
 from collections.abc import Sequence
 from operator import attrgetter, is_not

@@ -1,7 +1,4 @@
-"""What a fusion rule is: it says of pairs of adjacent tokens whether they are alike.
-
-A decision imports PyTorch when it is first made.
-"""
+"""What a fusion rule is: it says of pairs of adjacent tokens whether they are alike."""
 
 from dataclasses import dataclass
 

@@ -22,7 +22,7 @@ class RandomFusionRule(FusionRule):
         check_draw("RandomFusionRule", self.probability, self.seed)
 
     def decide(self, view: PairView) -> FusionDecision:
-        from quicksilver.core.hashing import hashed_uniform
+        from quicksilver.core.signals import hashed_uniform
 
         draws = hashed_uniform(self.seed, view.layer_idx, view.positions, view.token_ids, _STREAM)
         return FusionDecision(draws < self.probability)

@@ -1,7 +1,4 @@
-"""What a halting rule is: it says after a layer which tokens have settled, and what it must see for that.
-
-A decision imports PyTorch when it is first made, so that plans are read, checked and shown without.
-"""
+"""What a halting rule is: it says after a layer which tokens have settled, and what it must see for that."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -44,7 +44,7 @@ class RandomRule(HaltingRule):
         check_draw("RandomRule", self.probability, self.seed)
 
     def decide(self, view: LayerView) -> HaltDecision:
-        from quicksilver.core.hashing import hashed_uniform
+        from quicksilver.core.signals import hashed_uniform
 
         draws = hashed_uniform(self.seed, view.layer_idx, view.positions, view.token_ids)
         return HaltDecision(draws < self.probability)

@@ -48,10 +48,7 @@ class Shortcut:
         return f"shortcut.{self.layer}.{self.part}"
 
     def decide(self, gate: Tensor | None, view: ShortcutView) -> ShortcutDecision:
-        """Let tokens skip the sublayer where the gate predicts an error below the threshold.
-
-        The gate is [d + 2] weights of the logarithm of the error; None lets every token skip it that is not protected.
-        """
+        """Let unprotected tokens skip the sublayer where the gate [d + 2], if any, predicts little enough error."""
         import torch
 
         from quicksilver.core.signals import shortcut_error

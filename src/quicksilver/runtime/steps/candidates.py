@@ -1,7 +1,4 @@
-"""What may fuse after a layer: a pass's own rows, behind the row at which each sequence's earlier pass ended.
-
-Whether they fuse is decided elsewhere.
-"""
+"""What may fuse after a layer: a pass's own rows, behind the row at which each sequence's earlier pass ended."""
 
 from __future__ import annotations
 

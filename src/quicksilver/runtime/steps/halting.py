@@ -1,7 +1,4 @@
-"""Halting between two layers: ask the rule, respect what is protected.
-
-The rules themselves are in `quicksilver.rules`, and in packages that bring others.
-"""
+"""Halting between two layers: ask the rule, respect what is protected."""
 
 from collections.abc import Mapping
 
