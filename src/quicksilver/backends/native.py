@@ -3,8 +3,6 @@
 What a layer is, is `torch.py`'s; this makes the same happen in one call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -46,13 +44,9 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
 
 
 class NativeBackend:
-    """A model's layers and a plan as the kernels see them; what they cannot run in a state, PyTorch does.
+    """A model's layers and a plan as the kernels see them; what they cannot run in a state, `otherwise` does.
 
-    Args:
-        adapter: the model, for which there is no `unsupported_reason`.
-        plan: bound to it.
-        asked: layers after which a step must be asked; each is a span of its own.
-        otherwise: runs the layers that the kernels cannot.
+    There is no `unsupported_reason` for the model. Layers after which a step is asked are each a span of their own.
     """
 
     name = "native"

@@ -3,8 +3,6 @@
 Both backends read this and nothing else of a plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,12 +40,7 @@ class BoundShortcut:
 
 
 class Centre:
-    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out].
-
-    Args:
-        module: the map.
-        mean: as the plan holds it.
-    """
+    """The mean of one map's inputs, [in], and what the map gives for it, all bits read and without bias, [out]."""
 
     def __init__(self, module: AnyPrecisionLinear, mean: Tensor) -> None:
         self._module, self._mean = module, mean
@@ -64,42 +57,25 @@ class Centre:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a plan says of one layer.
+    """What a plan says of one layer."""
 
-    Attributes:
-        fill: what stands in the layer's cache for tokens that halted before it.
-        skip_below: keys and values that weigh below this over n are left out; 0 for none.
-        estimate_dims_above: magnitude of the components of a query that weights are estimated by.
-        attention: the shortcut past attention, None where there is none.
-        mlp: the shortcut past the MLP.
-        centres: the means of its maps' inputs, by the map's identity.
-    """
-
-    fill: Fill
-    skip_below: float
-    estimate_dims_above: float
-    attention: BoundShortcut | None
-    mlp: BoundShortcut | None
-    centres: Mapping[int, Centre]
+    fill: Fill  # what stands in the layer's cache for tokens that halted before it
+    skip_below: float  # keys and values that weigh below this over n are left out; 0 for none
+    estimate_dims_above: float  # magnitude of the components of a query that weights are estimated by
+    attention: BoundShortcut | None  # the shortcut past attention, None where there is none
+    mlp: BoundShortcut | None  # the shortcut past the MLP
+    centres: Mapping[int, Centre]  # the means of its maps' inputs, by the map's identity
 
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """A plan bound to a model.
+    """A plan bound to a model."""
 
-    Attributes:
-        layers: what it says of each.
-        bits: the rule that chooses bits, None where all are read.
-        entry_bits: in how many bits keys and values are kept, None for the model's own.
-        output_maps: fitted maps of tokens that stop, by the layer after which they do.
-        gates: fitted gates of the halting rule, by layer.
-    """
-
-    layers: tuple[LayerPlan, ...]
-    bits: PrecisionRule | None
-    entry_bits: int | None
-    output_maps: Mapping[int, AffineMap]
-    gates: Mapping[int, Tensor]
+    layers: tuple[LayerPlan, ...]  # what it says of each
+    bits: PrecisionRule | None  # the rule that chooses bits, None where all are read
+    entry_bits: int | None  # in how many bits keys and values are kept, None for the model's own
+    output_maps: Mapping[int, AffineMap]  # fitted maps of tokens that stop, by the layer after which they do
+    gates: Mapping[int, Tensor]  # fitted gates of the halting rule, by layer
 
     @property
     def fills(self) -> bool:
@@ -108,11 +84,7 @@ class ResolvedPlan:
 
 
 def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
-    """Return what a plan says of each layer of a model.
-
-    Raises:
-        PlanError: the plan does not fit the model, or a tensor of it is missing or of another shape.
-    """
+    """Return what a plan says of each layer of a model; PlanError where they do not fit, or a tensor is missing."""
     spec = adapter.spec
     plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
     maps = plan.fitted_maps(spec.num_layers, spec.hidden_size)

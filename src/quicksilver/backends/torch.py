@@ -3,8 +3,6 @@
 This is the definition; compiled kernels do the same, several layers at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import call
@@ -32,17 +30,11 @@ _PLAIN: Apply = call  # type: ignore[assignment]  # no function of ours stands b
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a sublayer's input that a fitted map stands in for, at least one, and those that run it.
+    """The rows of a sublayer's input that a fitted map stands in for, at least one, and those that run it."""
 
-    Attributes:
-        skipped: [T] rows that skip the sublayer, ascending.
-        computed: [M] rows that run it, ascending.
-        mapped: [T, d] what the map adds to the rows that skip.
-    """
-
-    skipped: Tensor
-    computed: Tensor
-    mapped: Tensor
+    skipped: Tensor  # [T] rows that skip the sublayer, ascending
+    computed: Tensor  # [M] rows that run it, ascending
+    mapped: Tensor  # [T, d] what the map adds to the rows that skip
 
     def join(self, ran: Tensor) -> Tensor:
         """Return what is added to all rows, [N, d], given what the sublayer adds to those that run it, [M, d]."""
@@ -51,14 +43,7 @@ class Split:
 
 
 class TorchBackend:
-    """Runs one layer at a time by the model's own modules.
-
-    Args:
-        adapter: the model.
-        plan: bound to it.
-        attention: which of PyTorch's attention runs.
-        reason: why not a faster backend.
-    """
+    """Runs one layer at a time by the model's own modules; `reason` says why not a faster backend."""
 
     name = "pytorch"
 
@@ -224,16 +209,7 @@ class TorchBackend:
 def _split(
     shortcut: BoundShortcut, layer_idx: int, normed: Tensor, state: Tensor, origins: Tensor, context: PassContext
 ) -> Split | None:
-    """Return which rows skip a sublayer by its shortcut, None where all run it.
-
-    Args:
-        shortcut: of the sublayer.
-        layer_idx: the layer.
-        normed: [M, d] the sublayer's normed input.
-        state: [M, d] what it was normed from.
-        origins: [M] which of the pass's tokens the rows are.
-        context: of the pass.
-    """
+    """Return which of rows [M], normed [M, d], skip a sublayer by its shortcut; None where all run it."""
     protected = context.protected.shortcuts
     protected = None if protected is None else protected.index_select(0, origins)
     decision = shortcut.shortcut.decide(shortcut.gate, ShortcutView(normed, state, protected))

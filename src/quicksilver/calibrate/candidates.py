@@ -40,18 +40,13 @@ FILLS = {"propagate": PropagateFill(), "drop": DropFill()}
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate before it is a plan.
+    """A candidate before it is a plan."""
 
-    Attributes:
-        nats_per_work: nats that the whole of a dense token's work is worth.
-        factors: for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead;
-            for entries, which have no price, anything.
-        fill: what a halted token leaves in deeper layers.
-    """
-
-    nats_per_work: float
+    nats_per_work: float  # nats that the whole of a dense token's work is worth
+    # for each mechanism that is on, what its price is multiplied by; for fusion, the cosine instead; for entries, which
+    # have no price, anything
     factors: Mapping[Mechanism, float]
-    fill: str = "propagate"
+    fill: str = "propagate"  # what a halted token leaves in deeper layers
 
     def without(self, mechanism: Mechanism) -> Candidate:
         """Return the candidate with a mechanism off."""
@@ -60,45 +55,27 @@ class Candidate:
 
 @dataclass
 class CalibrationData:
-    """All that is known of a model before the search.
+    """All that is known of a model before the search."""
 
-    Attributes:
-        spec: of the model that runs the plans.
-        units: what units of work are of a dense token's.
-        context: tokens of the longest window.
-        tensors: fitted maps and gates, under a plan's names.
-        halt_layers: layers after which tokens may halt, contiguous up to the last but one; empty for none.
-        shortcuts: for each sublayer the nats that one unit of its map's relative error costs, and the mean nats where
-            every token takes it.
-        map_scores: of the quantized maps; empty for plain weights.
-        map_weights: for each of them the nats that one unit of its relative error costs.
-        centred: channels that are left out stand at their mean.
-        attention: prices of leaving keys and values out.
-        entry_nats: what keeping keys and values as codes costs.
-    """
-
-    spec: ModelSpec
-    units: UnitCosts
-    context: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    spec: ModelSpec  # of the model that runs the plans
+    units: UnitCosts  # what units of work are of a dense token's
+    context: int = 0  # tokens of the longest window
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # fitted maps and gates, under a plan's names
+    # layers after which tokens may halt, contiguous up to the last but one; empty for none
     halt_layers: tuple[int, ...] = ()
+    # for each sublayer the nats that one unit of its map's relative error costs, and the mean nats where every token
+    # takes it
     shortcuts: dict[Unit, tuple[float, float]] = field(default_factory=dict)
-    map_scores: list[MapScores] = field(default_factory=list)
+    map_scores: list[MapScores] = field(default_factory=list)  # of the quantized maps; empty for plain weights
+    # for each of them the nats that one unit of its relative error costs
     map_weights: list[float] = field(default_factory=list)
-    centred: bool = False
-    attention: AttentionPrices = field(default_factory=AttentionPrices)
-    entry_nats: float = 0.0
+    centred: bool = False  # channels that are left out stand at their mean
+    attention: AttentionPrices = field(default_factory=AttentionPrices)  # prices of leaving keys and values out
+    entry_nats: float = 0.0  # what keeping keys and values as codes costs
 
 
 def build(candidate: Candidate, data: CalibrationData, name: str, bits: tuple[int, ...]) -> Plan:
-    """Return the plan of some candidate.
-
-    Args:
-        candidate: the candidate.
-        data: of the model.
-        name: of the plan.
-        bits: that channels may be read at.
-    """
+    """Return the plan of a candidate, whose channels may be read at `bits`."""
     halting: dict[str, Any] = {}
     kv: dict[str, Any] = {}
     parts: dict[str, Any] = {}

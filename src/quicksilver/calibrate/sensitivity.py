@@ -3,8 +3,6 @@
 The measure is KL(full prediction || disturbed prediction), which is far less noisy than a difference of losses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +28,7 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
 class Probe:
-    """Divergences from the dense model on some windows.
-
-    Args:
-        adapter: the model.
-        windows: token ids [T] of calibration text, each run on its own; those of attention sinks alone do not count.
-    """
+    """Divergences from the dense model on windows of token ids [T], run one by one; attention sinks do not count."""
 
     def __init__(self, adapter: Adapter, windows: Sequence[Tensor]) -> None:
         self.adapter = watchable(adapter)  # disturbances are hooks
@@ -73,11 +66,7 @@ def map_weights(
 ) -> list[float]:
     """Return for each quantized map the nats that one unit of its relative squared error costs, layer after layer.
 
-    Args:
-        probe: on a model with any-precision weights.
-        scores: of its maps, weighted by the norms of their channels' weights.
-        means: of the maps' inputs, where channels that are left out stand at their mean.
-        on_map: called after each map.
+    `means` are those of the maps' inputs, where channels that are left out stand at their mean.
     """
     modules = [module for layer in probe.adapter.layers for module in layer.quantized]
     weights = []
@@ -113,15 +102,10 @@ def _skipping(module: AnyPrecisionLinear, limit: float, mean: Tensor | None) -> 
 
 @dataclass(frozen=True)
 class AttentionPrices:
-    """What one more multiply-add saved in attention costs, by a threshold.
+    """What one more multiply-add saved in attention costs, by a threshold."""
 
-    Attributes:
-        points: thresholds, ascending, and the nats at each, over all layers.
-        layers: for each layer, how much more than that it costs there.
-    """
-
-    points: tuple[tuple[float, float], ...] = ()
-    layers: tuple[float, ...] = ()
+    points: tuple[tuple[float, float], ...] = ()  # thresholds, ascending, and the nats at each, over all layers
+    layers: tuple[float, ...] = ()  # for each layer, how much more than that it costs there
 
     def thresholds(self, nats_per_work: float) -> tuple[float, ...]:
         """Return for each layer the largest threshold at which one more multiply-add saved costs at most a price."""

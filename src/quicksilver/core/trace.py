@@ -21,7 +21,7 @@ _NAMES = (
     "attended",  # (query, key) pairs scored; a token that takes a shortcut past attention scores none
     "values_skipped",  # values that these pairs' heads did not read
     "scores_skipped",  # multiply-adds of these pairs' scores that were left out
-    "scored_twice",  # of these pairs' scores, one for each head, those that took both steps of screening
+    "scored_twice",  # of these pairs' scores, one for each head, those that took both steps
     "skipped_mlp",  # of the rows that ran the layer, those that took a shortcut past the MLP
     "skipped_attention",  # likewise past attention
     "fitted_macs",  # multiply-adds of fitted maps and gates after the layer and in it
@@ -30,7 +30,7 @@ _NAMES = (
     # multiply-adds of any-precision weights read in 0, 1, ... 8 bits; those at 0 were not done
     *(f"macs_at_{bits}" for bits in range(MAX_BITS + 1)),
     # rows for which each signal was computed after this layer; of "score", channels in it, for each of which one norm
-    # is read too; of "query", queries in it whose components' mean square was taken; of "entry", keys and values that
+    # is read too; of "query", queries in it whose weights were estimated first; of "entry", keys and values that
     # were turned into codes
     *(f"signal_{name}" for name in SIGNALS),
     "halted",  # tokens that halted after this layer

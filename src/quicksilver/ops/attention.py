@@ -21,19 +21,12 @@ _BLOCK = 128  # queries whose weights are held at a time, where they must be see
 
 
 class Attended(NamedTuple):
-    """What attention gives, and what it did: counts are ints where known without asking the device, else scalars.
+    """What attention gives, and what it did: counts are ints where known without asking the device, else scalars."""
 
-    Attributes:
-        output: [M, num_heads, head_dim] the weighted values.
-        pairs: (query, key) pairs scored causally.
-        skipped: what of them was left out.
-        entries: those that are not too old for every query.
-    """
-
-    output: Tensor
-    pairs: int | Tensor
-    skipped: Skipped = NOTHING
-    entries: int = 0
+    output: Tensor  # [M, num_heads, head_dim] the weighted values
+    pairs: int | Tensor  # (query, key) pairs scored causally
+    skipped: Skipped = NOTHING  # what of them was left out
+    entries: int = 0  # those that are not too old for every query
 
 
 def ragged_attention(
@@ -178,17 +171,12 @@ def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
 
 
 class _Sight(NamedTuple):
-    """Which keys queries see.
+    """Which keys queries see."""
 
-    Attributes:
-        mask: [M, n], or [1, n], what to add to scores, or where keys are seen; None where all are, or `causal`.
-        causal: the queries are the keys, each sees those up to itself, and no mask is needed to say so.
-        pairs: (query, key) pairs.
-    """
-
+    # [M, n], or [1, n], what to add to scores, or where keys are seen; None where all are, or `causal`
     mask: Tensor | None
-    causal: bool
-    pairs: int | Tensor
+    causal: bool  # the queries are the keys, each sees those up to itself, and no mask is needed to say so
+    pairs: int | Tensor  # (query, key) pairs
 
 
 def _sight(

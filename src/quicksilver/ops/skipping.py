@@ -13,17 +13,11 @@ from torch import Tensor
 
 
 class Skipped(NamedTuple):
-    """What was left out: ints where nothing was, else scalars on the device.
+    """What was left out: ints where nothing was, else scalars on the device."""
 
-    Attributes:
-        values: of the (query, key, head) values, those that were not read.
-        scores: multiply-adds of the scores that were left out.
-        scored_twice: (query, key, head) scores that took both steps.
-    """
-
-    values: int | Tensor = 0
-    scores: int | Tensor = 0
-    scored_twice: int | Tensor = 0
+    values: int | Tensor = 0  # of the (query, key, head) values, those that were not read
+    scores: int | Tensor = 0  # multiply-adds of the scores that were left out
+    scored_twice: int | Tensor = 0  # (query, key, head) scores that took both steps
 
 
 NOTHING = Skipped()

@@ -19,7 +19,11 @@ class AffineMap:
 
     @classmethod
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:
-        """Return the map from size to size that tensors `name.*` hold; PlanError where one is missing or misshapen."""
+        """Return the map from size to size that `name.weight`, or `name.down` and `name.up`, and `name.bias` hold.
+
+        Raises:
+            PlanError: one is missing, or of another shape.
+        """
         weights = [f"{name}.weight"] if f"{name}.weight" in tensors else [f"{name}.down", f"{name}.up"]
         for key in (*weights, f"{name}.bias"):
             if key not in tensors:

@@ -4,8 +4,6 @@ A rule is written as its name where it has no options, else as an object whose `
 are left out. Long lists of numbers are kept apart, as arrays, and `{"array": NAME}` stands for each.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -33,10 +31,7 @@ _BITS = 100  # columns of a line of JSON
 def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
     """Return a value of a plan JSON-ready; lists of more than eight numbers go to `arrays`, under their names.
 
-    Args:
-        value: a part of a plan, a rule, or what one holds.
-        name: of the value, from the plan on, such as "kv.skip_below".
-        arrays: added to.
+    Names are from the plan on, such as "kv.skip_values_below".
 
     Raises:
         PlanError: a rule has no name.
@@ -66,16 +61,10 @@ def _is_off(field: Any, value: Any) -> bool:
 
 
 def decode(cls: type, data: object, where: str, read: Read) -> Any:
-    """Build a part of a plan from its JSON value.
-
-    Args:
-        cls: of the part.
-        data: the value.
-        where: names it in errors, after the plan: "mine.json: halting".
-        read: gives the array that the value names.
+    """Build a part of a plan, of class `cls`, from its JSON value; `read` gives the array that a value names.
 
     Raises:
-        PlanError: what is wrong with it.
+        PlanError: what is wrong with it, after `where`: "mine.json: halting".
     """
     values = _object(data, where)
     for name, held in parts(cls).items():
@@ -146,10 +135,7 @@ def _tuples(value: Any) -> Any:
 def text(value: Any, indent: int = 0, used: int = 0) -> str:
     """Return JSON in which what fits into a line is in one, and so are numbers and words that follow one another.
 
-    Args:
-        value: JSON-ready.
-        indent: columns before the lines that it takes.
-        used: columns of its first line that are taken.
+    Lines are indented by so many columns, and of the first so many are used.
     """
     line = json.dumps(value)
     if not value or not isinstance(value, (dict, list)) or used + len(line) <= _BITS:

@@ -1,7 +1,5 @@
 """Plans of version 1 as plans of version 2; this file goes with the release after the next."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from quicksilver.errors import PlanError

@@ -1,7 +1,5 @@
 """What a fill is: it says what a halted token leaves in the caches of the layers that it does not run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import Fill

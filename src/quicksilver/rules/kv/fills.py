@@ -1,7 +1,5 @@
 """Fills: halted tokens leave nothing (the paper), or what their last state would have left."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from quicksilver.core.decisions import Fill
