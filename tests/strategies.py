@@ -12,7 +12,7 @@ from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import Part
-from quicksilver.rules.paper.entropy_bits import EntropyOf
+from quicksilver.rules.paper import EntropyOf
 from tests import tiny
 from tests.engines import skipping_plan, with_kv, with_maps
 from tests.tiny import NUM_LAYERS

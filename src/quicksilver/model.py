@@ -66,10 +66,10 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         self.config = model.config
         self.generation_config: GenerationConfig = model.generation_config
         self.adapter = adapter  # the wrapped model as the engine sees it
-        self.special_ids = tuple(special_ids)
+        self.special_ids = tuple(special_ids)  # protected where the plan says so
+        self.kernels: KernelChoice = kernels  # as asked for; `adapter.kernels` says which do
         self._attention: AttentionBackend = attention
-        self.kernels: KernelChoice = kernels
-        self.decoder = Decoder(adapter, plan, self.special_ids, attention)  # the engine, for callers with ragged rows
+        self.decoder = Decoder(adapter, plan, self.special_ids, attention)  # for callers that feed ragged rows
         self._trace = self.decoder.new_trace()
 
     @property
@@ -172,7 +172,9 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         wanted = None if labels is not None else kept_columns(logits_to_keep, input_ids.shape[1], self.device)
         unpadded = self._continue(cache, input_ids, attention_mask, position_ids, labels)
         if prompt is None:
-            prompt = labels is None and unpadded.shape[1] > 1 and _is_one(logits_to_keep)
+            prompt = (
+                labels is None and unpadded.shape[1] > 1 and isinstance(logits_to_keep, int) and logits_to_keep == 1
+            )
         if generating and not any(unpadded.lengths):  # a chunk of a prefill that is all padding
             hidden = unpadded.token_ids.new_zeros((0, decoder.spec.hidden_size), dtype=self.dtype)
         else:
@@ -180,7 +182,8 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         cache.fed.append(input_ids.clone(), unpadded.real)
         logits = padded_logits(hidden, unpadded, wanted, lambda rows: decoder.logits(rows, trace))
         loss = None if labels is None else shifted_loss(logits, labels, unpadded)
-        output = self._output(logits, loss, cache, use_cache)
+        returned = cache if (self.config.use_cache if use_cache is None else use_cache) else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: returned})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 
     def _continue(
@@ -204,22 +207,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
             cache.truncate(kept)
         return unpadded
 
-    def _output(
-        self, logits: Tensor, loss: Tensor | None, cache: RaggedKVCache, use_cache: bool | None
-    ) -> CausalLMOutputWithPast:
-        """Return what `forward` gives, the cache where it is wanted."""
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        given: dict[str, Any] = {CACHE_FIELD: cache if wanted else None}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
-
     @staticmethod
     def _check_call(
         input_ids: Tensor | None, unsupported: Mapping[str, Any], prompt: bool | None, labels: Tensor | None
     ) -> Tensor:
         """Return the tokens of a call that can be done; raise where it cannot."""
-        for name, value in unsupported.items():
-            if value is not None and value is not False:
-                raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+        _refuse(unsupported)
         if input_ids is None or input_ids.dim() != 2:
             raise InputError("input_ids must be a [batch, tokens] tensor")
         if prompt and labels is not None:
@@ -273,15 +266,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
                 two caches, or a cache that is not the beginning of the prompt.
         """
         with told_the_end(streamer):
-            unsupported = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
             if assistant_model is not None:
                 raise UnsupportedFeatureError("assisted generation (assistant_model) is not supported")
             given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")}
             cache = _only(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
             settings, rest = Settings.resolve(generation_config, self.generation_config, kwargs)
-            for name, value in {**unsupported, **rest}.items():
-                if value is not None and value is not False:
-                    raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+            _refuse({"synced_gpus": synced_gpus, "custom_generate": custom_generate, **rest})
             ids = self._prompts(inputs, given.pop("input_ids"), settings)
             if settings.config.token_healing:
                 ids, given["attention_mask"] = self._heal(ids, given["attention_mask"], tokenizer), None
@@ -339,13 +329,14 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
         return cache
 
 
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise UnsupportedFeatureError(f"the argument {name!r} is not supported by quicksilver")
+
+
 def _only(past_key_values: Any, cache: Any) -> Any:
     """Return the cache, by whichever of its names it was given; None where it was not."""
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache are two names of one argument; give one")
     return past_key_values if cache is None else cache
-
-
-def _is_one(logits_to_keep: Columns) -> bool:
-    """Whether only the last column's logits are asked for: then what is fed before it is a prompt."""
-    return isinstance(logits_to_keep, int) and logits_to_keep == 1

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, str], str, tuple[str, ...]]] = {
     "takes a name of ours": (
         {"steady": "broken"},
         GOOD + OTHER_NAME.replace('"other"', '"drift"'),
-        ("package 'their-rule'", "'drift' is quicksilver.rules.paper.drift.DriftRule already"),
+        ("package 'their-rule'", "'drift' is quicksilver.rules.paper.DriftRule already"),
     ),
     "says several lines": ({"steady": "broken"}, "raise RuntimeError('one\\ntwo')", ("RuntimeError: one",)),
     "brings others": ({"calm": "broken"}, "1 / 0", ("must be one of all, calm, drift", "relative, got 'steady'")),

@@ -37,9 +37,9 @@ class MapReader:
         self._map_idx = {id(module): i for layer in adapter.layers for i, module in enumerate(layer.quantized)}
 
     def bound(self, layer_idx: int, origins: Tensor, max_bits: Tensor | None, context: PassContext) -> Apply:
-        """Return the function that applies a layer's maps to rows, which are `origins` [M] of the pass's tokens.
+        """Return the function that applies a layer's maps to rows of the pass's tokens `origins` [M].
 
-        `max_bits` ([N] uint8) are the most bits that each token of the pass may read; None for no limit.
+        `max_bits` [N] uint8 are the most bits that each token of the pass may read, None for no limit.
         """
         protected = context.protected.bits
         if self._rule is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.backends.base import LayerBackend
 from quicksilver.backends.resolved import BoundShortcut, LayerPlan, ResolvedPlan
 from quicksilver.backends.state import PassContext, State
 from quicksilver.backends.torch import TorchBackend
@@ -20,8 +21,8 @@ from quicksilver.core.ragged import RaggedLayout
 from quicksilver.core.trace import COUNT
 from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
-from quicksilver.families.spec import Adapter, LayerOps, Leaves
-from quicksilver.ops import native
+from quicksilver.families.spec import Adapter, LayerOps
+from quicksilver.ops import AttentionBackend, native
 from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
 from quicksilver.quant import AnyPrecisionLinear
 
@@ -32,7 +33,7 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
         return "its weights are plain; the kernels read quantized ones"
     if adapter.kernels != "native":
         return "the kernels do not read its weights"
-    if any(_unknown(layer.leaves) for layer in adapter.layers):
+    if any(map(_is_unknown, adapter.layers)):
         return "it has norms or an activation that the kernels do not know"
     if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.quantized):
         return "levels of fewer bits are not whole codes"
@@ -43,10 +44,20 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
     return None
 
 
+def choose(adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], attention: AttentionBackend) -> LayerBackend:
+    """Return who runs a model's layers under a plan: decided here, and nowhere else.
+
+    `asked` are the layers after which a step must be asked, `attention` which of PyTorch's runs where PyTorch does.
+    """
+    reason = unsupported_reason(adapter, plan)
+    in_torch = TorchBackend(adapter, plan, attention, reason)
+    return in_torch if reason is not None else NativeBackend(adapter, plan, asked, in_torch)
+
+
 class NativeBackend:
     """A model's layers and a plan as the kernels see them; what they cannot run in a state, `otherwise` does.
 
-    There is no `unsupported_reason` for the model. Layers after which a step is asked are each a span of their own.
+    There is no `unsupported_reason` for them. `asked` are layers after which a step must be asked; each ends a span.
     """
 
     name = "native"
@@ -63,7 +74,6 @@ class NativeBackend:
         self._runner: Any = None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
-        """Give the layers up to the next that must be asked about, one where the kernels cannot run it."""
         first = 0
         while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
             span = range(first, self._ends[first] if self._can_run(state, context) else first + 1)
@@ -71,11 +81,8 @@ class NativeBackend:
             first = span.stop
 
     def run(self, span: range, state: State, context: PassContext) -> None:
-        """Run these layers for the tokens that run on: write all entries, count, change the state.
-
-        Where halted tokens' keys and values are projected, their states go along and leave as they came.
-        """
-        if not self._can_run(state, context):
+        """Where halted tokens' keys and values are projected, their states go along and leave as they came."""
+        if len(span) == 1 and not self._can_run(state, context):  # several were given because the kernels can
             self._otherwise.run(span, state, context)
             return
         halted = state.halted if self._fill is Fill.PROJECT else None
@@ -127,24 +134,24 @@ class NativeBackend:
         return state.frozen.clone().index_copy_(0, state.layout.origin, state.hidden)
 
     def _new_runner(self) -> Any:
-        spec, leaves, down = self._spec, self._layers[0].leaves, self._layers[0].quantized[-1]
+        spec, first = self._spec, self._layers[0]
         return native.extension().LayerRunner(
             [self._layer(*each) for each in zip(range(spec.num_layers), self._layers, self._plan.layers, strict=True)],
             spec.hidden_size,
-            down.num_inputs,
+            first.quantized[-1].num_inputs,
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            activation_name(leaves.activation),
+            activation_name(first.activation),
             self._plan.entry_bits or 8 * torch.float32.itemsize,
         )
 
     def _layer(self, layer_idx: int, ops: LayerOps, plan: LayerPlan) -> Any:
-        layer, leaves = native.extension().Layer(), ops.leaves
-        for name, norm in leaves.norms.items():
+        layer = native.extension().Layer()
+        for name, norm in ops.norms.items():
             layer.set_norm(name, *self._norm(norm))
-        layer.set_sublayers(leaves.norms_projections, leaves.residual_scale or 1.0)
-        for map_idx, (role, module) in enumerate(zip(leaves.roles, ops.quantized, strict=True)):
+        layer.set_sublayers(ops.norms_projections, ops.residual_scale or 1.0)
+        for map_idx, (role, module) in enumerate(zip(ops.spec.maps, ops.quantized, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
         for shortcut in (plan.attention, plan.mlp):
             if shortcut is not None:
@@ -160,7 +167,7 @@ class NativeBackend:
 
     def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
         operands = norm_operands(norm)
-        assert operands is not None  # see `_unknown`
+        assert operands is not None  # see `_is_unknown`
         return self._address(operands.weight), self._address(operands.bias), operands.epsilon
 
     def _set_map(self, layer: Any, layer_idx: int, map_idx: int, role: MapRole, module: AnyPrecisionLinear) -> None:
@@ -232,9 +239,8 @@ def _marks(
     ]
 
 
-def _unknown(leaves: Leaves) -> bool:
-    known = all(norm_operands(norm) is not None for norm in leaves.norms.values())
-    return not known or activation_name(leaves.activation) is None
+def _is_unknown(layer: LayerOps) -> bool:
+    return activation_name(layer.activation) is None or None in map(norm_operands, layer.norms.values())
 
 
 def span_ends(num_layers: int, asked: Collection[int]) -> list[int]:

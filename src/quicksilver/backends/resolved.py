@@ -86,18 +86,20 @@ class ResolvedPlan:
 def resolve(plan: Plan, adapter: Adapter) -> ResolvedPlan:
     """Return what a plan says of each layer of a model; PlanError where they do not fit, or a tensor is missing."""
     spec = adapter.spec
-    plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
-    maps = plan.fitted_maps(spec.num_layers, spec.hidden_size)
-    bound = {name: fitted.to(spec.device, spec.dtype) for name, fitted in maps.items()}
-    gates = plan.fitted_gates(spec.num_layers, spec.hidden_size)
+    fitted = plan.check_model(spec.num_layers, len(adapter.layers[0].quantized), spec.hidden_size)
+    maps = {name: each.to(spec.device, spec.dtype) for name, each in fitted.maps.items()}
     outputs = {i: f"output.{i}" for i in range(spec.num_layers - 1)}
-    shortcuts = _shortcuts(plan, adapter, bound)
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    gates = {each: gate.to(spec.device, wide) for each, gate in fitted.shortcut_gates.items()}
+    shortcuts: dict[tuple[int, Part], BoundShortcut] = {
+        (each.layer, each.part): BoundShortcut(each, maps[each.name], gates.get(each)) for each in plan.shortcuts
+    }
     return ResolvedPlan(
         layers=tuple(_layer(plan, adapter, layer_idx, shortcuts) for layer_idx in range(spec.num_layers)),
         bits=None if plan.precision is None else plan.precision.rule,
         entry_bits=plan.kv.bits,
-        output_maps={i: bound[name] for i, name in outputs.items() if name in bound},
-        gates={layer_idx: gate.to(spec.device) for layer_idx, gate in gates.items()},
+        output_maps={i: maps[name] for i, name in outputs.items() if name in maps},
+        gates={layer_idx: gate.to(spec.device) for layer_idx, gate in fitted.gates.items()},
     )
 
 
@@ -112,16 +114,6 @@ def _layer(
         mlp=shortcuts.get((layer_idx, "mlp")),
         centres=_centres(plan, adapter, layer_idx),
     )
-
-
-def _shortcuts(plan: Plan, adapter: Adapter, maps: Mapping[str, AffineMap]) -> dict[tuple[int, Part], BoundShortcut]:
-    spec, gates = adapter.spec, plan.shortcut_gates(adapter.spec.hidden_size)
-    wide = torch.promote_types(spec.dtype, torch.float32)
-    bound = {}
-    for each in plan.shortcuts:
-        gate = gates[each].to(spec.device, wide) if each in gates else None
-        bound[each.layer, each.part] = BoundShortcut(each, maps[each.name], gate)
-    return bound
 
 
 def _centres(plan: Plan, adapter: Adapter, layer_idx: int) -> dict[int, Centre]:

@@ -62,11 +62,9 @@ class State:
     before: Tensor | None = None  # [M, d] what entered the last layer that ran
     update: Tensor | None = None  # [M, d] what the last layer added, None where no rule reads it
     halted: Tensor | None = None  # origins of halted tokens, ascending, None if none
-    # [N, d] states of those that stopped (rows of running tokens are unset), None if none did
-    frozen: Tensor | None = None
+    frozen: Tensor | None = None  # [N, d] states of those that stopped (running tokens' are unset), None if none did
     masses: Tensor | None = None  # [N] tokens that each stands for, None where each stands for one
-    # [N] uint8, the most bits of each weight that a token reads, None where nothing limits them
-    max_bits: Tensor | None = None
+    max_bits: Tensor | None = None  # [N] uint8, the most bits of each weight that a token reads, None for no limit
     stops: list[Stop] = field(default_factory=list)  # who stopped where, each token once
 
     @property

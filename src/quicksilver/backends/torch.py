@@ -43,25 +43,21 @@ class Split:
 
 
 class TorchBackend:
-    """Runs one layer at a time by the model's own modules; `reason` says why not a faster backend."""
+    """Runs one layer at a time by the model's own modules; `reason` says why no faster backend does."""
 
     name = "pytorch"
 
-    def __init__(
-        self, adapter: Adapter, plan: ResolvedPlan, attention: AttentionBackend, reason: str | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, plan: ResolvedPlan, attention: AttentionBackend, reason: str | None) -> None:
         self._layers, self._plan, self.reason = adapter.layers, plan, reason
         self._attention: AttentionBackend = attention
         self._maps = MapReader(adapter, plan) if adapter.spec.is_quantized else None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
-        """Give one layer after another, up to where nothing is left to do."""
         for layer_idx in range(len(self._layers)):
             if len(state.hidden) or self._plan.fills:
                 yield range(layer_idx, layer_idx + 1)
 
     def run(self, span: range, state: State, context: PassContext) -> None:
-        """Run these layers for the tokens that run on: write all entries, count, change the state."""
         for layer_idx in span:
             if len(state.hidden):
                 self._run_layer(layer_idx, state, context)

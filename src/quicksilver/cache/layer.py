@@ -48,31 +48,21 @@ class Entries(NamedTuple):
 
 
 class LayerEntries:
-    """Tensors of one layer's entries, with room to grow; empty at first.
-
-    Attributes:
-        length: entries held.
-        capacity: entries that there is room for.
-        row_nbytes: bytes of one entry, its position and mass included.
-        keys: [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes; values likewise.
-        key_scales: [capacity, num_kv_heads] float32 of codes, None where there are none; value_scales likewise.
-        positions: [capacity] int32.
-        masses: [capacity] int32, None where each entry stands for one token.
-    """
+    """Tensors of one layer's entries, with room to grow; empty at first."""
 
     TENSORS = ("keys", "values", "key_scales", "value_scales", "positions", "masses")  # in the kernels' order
-    __slots__ = (*TENSORS, "capacity", "length", "row_nbytes")
+    __slots__ = ("capacity", "length", "row_nbytes", *TENSORS)
 
     def __init__(self, shape: CacheShape) -> None:
         stored = shape.dtype if shape.entry_bits is None else _STORED[shape.entry_bits]
         rows = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=stored, device=shape.device)
         scales = rows.new_empty(rows.shape[:2], dtype=torch.float32) if shape.coded else None
-        self.length = self.capacity = 0
-        self.keys = self.values = rows
-        self.key_scales = self.value_scales = scales
-        self.positions = rows.new_empty(0, dtype=torch.int32)
-        self.masses: Tensor | None = None
-        self.row_nbytes = shape.entry_bytes + self.positions.element_size()
+        self.length = self.capacity = 0  # entries held, and those that there is room for
+        self.keys = self.values = rows  # [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes
+        self.key_scales = self.value_scales = scales  # [capacity, num_kv_heads] of codes, None where there are none
+        self.positions = rows.new_empty(0, dtype=torch.int32)  # [capacity]
+        self.masses: Tensor | None = None  # [capacity] int32, None where each entry stands for one token
+        self.row_nbytes = shape.entry_bytes + self.positions.element_size()  # of one entry, its mass included
 
     def resize(self, capacity: int) -> None:
         """Move what is held to tensors of their own, of another capacity."""

@@ -49,25 +49,22 @@ class SequenceCache:
 
     It belongs to a model and the layout of its entries, not to a plan: plans that keep entries in the same bits may
     work over it in turn.
-
-    Attributes:
-        shape: the model's layers, heads and dtype, and the bits of entries.
-        owner: the model. A step refuses a cache of another.
-        length: tokens seen.
-        num_entries: entries held, over all layers.
-        open_group: where tokens fuse and the last token may be absorbed yet: its row.
-        in_pass: a pass over it has begun and not ended; if none is under way, it failed and the entries are not whole.
     """
 
     def __init__(self, shape: CacheShape, owner: ModelIdentity) -> None:
-        self.shape, self.owner = shape, owner
-        self._begin()
+        self.shape = shape  # the model's layers, heads and dtype, and the bits of entries
+        self.owner = owner  # the model; a step refuses a cache of another
+        self.reset()
 
-    def _begin(self) -> None:
+    def reset(self) -> None:
+        """Take back everything, also what a pass that failed has left, and give back the memory."""
         self._layers = [LayerEntries(self.shape) for _ in range(self.shape.num_layers)]
-        self.length = self.num_entries = self._allocated = self._used = 0
-        self.open_group: OpenGroup | None = None
-        self.in_pass = False
+        self.length = self._allocated = self._used = 0  # tokens seen; bytes
+        self.num_entries = 0  # held, over all layers
+        self.open_group: OpenGroup | None = None  # where tokens fuse and the last one may be absorbed yet: its row
+        self.in_pass = (
+            False  # a pass has begun and not ended; if none is under way, it failed and entries are not whole
+        )
         self._joined = bytearray()  # by position: the token joined the one before it; False behind the end
         self._joinable = bytearray()  # by position: a token of a later pass could have joined it
 
@@ -88,12 +85,8 @@ class SequenceCache:
     ) -> None:
         """Write entries of a layer after those it has; amortised cost O(M). One call, as every token makes it.
 
-        Args:
-            layer_idx: the layer.
-            positions: [M] ascending, behind those held.
-            keys: [M, num_kv_heads, head_dim], rotated where the model rotates.
-            values: like keys.
-            masses: [M] tokens that each of them stands for, None for one each.
+        Positions [M] ascend, behind those held; keys, rotated, and values are [M, num_kv_heads, head_dim]; masses [M]
+        are the tokens that each stands for, None for one each.
         """
         layer, count = self._layers[layer_idx], positions.shape[0]
         start = layer.length
@@ -201,13 +194,9 @@ class SequenceCache:
             self.length = length
         return length
 
-    def reset(self) -> None:
-        """Take back everything, also what a pass that failed has left, and give back the memory."""
-        self._begin()
-
     def drop(self) -> None:
         """Let go of everything; no step takes the cache any more."""
-        self._begin()
+        self.reset()
         self._layers = []
 
     def copy(self) -> SequenceCache:

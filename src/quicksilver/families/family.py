@@ -44,11 +44,6 @@ class Family:
     norm_offset: float = 0.0  # what the family's norms by the root mean square add to their weights
 
     @property
-    def roles(self) -> tuple[MapRole, ...]:
-        """Roles of a layer's maps, in order."""
-        return tuple(role for roles in self.maps.values() for role in roles)
-
-    @property
     def map_paths(self) -> tuple[str, ...]:
         """Full paths of the layers' maps."""
         return tuple(f"{self.layers}.*.{path}" for path in self.maps)

@@ -10,13 +10,12 @@ from quicksilver.errors import UnsupportedModelError
 from quicksilver.families.family import Family, MapRole, MapShape
 from quicksilver.families.fused import apply_parts
 from quicksilver.families.kernels import activation_name
-from quicksilver.families.modules import float_weight, is_observed
+from quicksilver.families.modules import is_observed
 from quicksilver.families.spec import (
     Adapter,
     Apply,
     LayerOps,
     LayerSpec,
-    Leaves,
     ModelSpec,
     layer_spec,
     model_spec,
@@ -43,15 +42,8 @@ def _adapt(model: Any) -> Adapter:
 def _shapes(config: Any) -> dict[MapRole, MapShape]:
     d = config.n_embd
     inner = config.n_inner if config.n_inner is not None else 4 * d
-    square = MapShape(d, d)
-    return {
-        "query": square,
-        "key": square,
-        "value": square,
-        "output": square,
-        "up": MapShape(d, inner),
-        "down": MapShape(inner, d),
-    }
+    square: dict[MapRole, MapShape] = dict.fromkeys(("query", "key", "value", "output"), MapShape(d, d))
+    return {**square, "up": MapShape(d, inner), "down": MapShape(inner, d)}
 
 
 FAMILY = Family(
@@ -94,22 +86,13 @@ FAMILY = Family(
 def _spec(model: Any) -> ModelSpec:
     config, body = model.config, model.transformer
     layer_windows(config, body.h, "none", config.n_positions)
-    return model_spec(
-        model,
-        body.ln_f,
-        float_weight(body.ln_f, body),
-        layers=tuple(map(partial(_layer_spec, config), body.h)),
-        hidden_size=config.n_embd,
-        num_heads=config.n_head,
-        num_kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
-        max_positions=config.n_positions,
+    layers = tuple(
+        layer_spec(
+            block, FAMILY.maps, _shapes(config), window=None, rotary=None, scaling=_scaling(block.attn), softcap=None
+        )
+        for block in body.h
     )
-
-
-def _layer_spec(config: Any, block: Any) -> LayerSpec:
-    scaling = _scaling(block.attn)
-    return layer_spec(block, FAMILY.maps, _shapes(config), window=None, rotary=None, scaling=scaling, softcap=None)
+    return model_spec(model, body.ln_f, body, layers, config.n_positions)
 
 
 def _layer_ops(block: Any, spec: LayerSpec) -> LayerOps:
@@ -122,7 +105,8 @@ def _layer_ops(block: Any, spec: LayerSpec) -> LayerOps:
         mlp_norm=block.ln_2,
         mlp=partial(_mlp, block.mlp),
         quantized=quantized_maps(block, FAMILY.maps),
-        leaves=Leaves(block.ln_1, block.ln_2, FAMILY.roles, block.mlp.act),
+        norms={"attention": block.ln_1, "mlp": block.ln_2},
+        activation=block.mlp.act,
     )
 
 

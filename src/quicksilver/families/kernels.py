@@ -30,12 +30,8 @@ _ACTIVATIONS = {
 def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
     """Return which kernels read a model's any-precision weights; "auto" uses the compiled ones map by map if it can.
 
-    Raises:
-        InputError: no such choice.
-        KernelsUnavailableError: "native" is asked for and is not possible, or an instruction set that is not there.
-
-    Warns:
-        KernelsMissingWarning: once for each reason why "auto" does not use the compiled kernels.
+    Where it cannot, KernelsMissingWarning says so once for each reason; where another choice cannot be had,
+    KernelsUnavailableError.
     """
     choice = native.check_choice(choice)
     if choice == "torch" or not spec.is_quantized:
@@ -89,9 +85,6 @@ def head(module: AnyPrecisionLinear, hidden: Tensor, norm: nn.Module | None = No
     A decoded token's head is short beside PyTorch's dispatcher, so float32 rows on the CPU go to the compiled kernels
     by the shortest way. Where states, weights or the norm are not the kernels', where states or the norm want a
     gradient, where hooks are on either, and for more rows, both are called as modules.
-
-    Raises:
-        KernelsUnavailableError: there are no kernels.
     """
     operands = None if norm is None else norm_operands(norm)
     known = norm is None or (operands is not None and not _wants_gradient(operands) and not is_observed(norm))

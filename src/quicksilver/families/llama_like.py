@@ -1,6 +1,6 @@
 """Layers like Llama's, and what of them differs by family: each is a `LlamaLike`, declared in a file of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from quicksilver.families.spec import (
     Apply,
     LayerOps,
     LayerSpec,
-    Leaves,
     ModelSpec,
     layer_spec,
     model_spec,
@@ -28,6 +27,7 @@ from quicksilver.families.windows import Windows, kinds_of, layer_windows
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_NORMS = ("attention", "mlp", "attention_post", "mlp_post", "query", "key")
 _MAPS: dict[str, tuple[MapRole, ...]] = {
     "self_attn.q_proj": ("query",),
     "self_attn.k_proj": ("key",),
@@ -53,37 +53,39 @@ class LlamaLike:
     body: str = ""  # name of the class of its body, `{prefix}Model` unless given
     # names of a layer's norms before attention and before the MLP, None where there is none
     norms: tuple[str | None, str | None] = ("input_layernorm", "post_attention_layernorm")
-    # of those behind them, before what a sublayer made is added to the states
-    post_norms: tuple[str | None, str | None] = (None, None)
+    post_norms: tuple[str | None, str | None] = (None, None)  # behind them, before what a sublayer made is added
     norm_offset: float = 0.0  # what its norms add to their weights
-    # norms of queries and keys, where there are some, are over all heads, not over each
-    norms_projections: bool = False
+    norms_projections: bool = False  # norms of queries and keys, if any, are over all heads, not over each
     fused: bool = False  # queries, keys and values are one map, `qkv_proj`, and so are gate and up, `gate_up_proj`
     activation: str = "act_fn"  # name of the MLP's activation
     idle: tuple[str, ...] = ()  # names of a layer's modules that do nothing when a frozen model runs
     windows: Windows = "none"  # which layers `sliding_window` is for
     rotates_by_kind: bool = False  # each kind of layer has rotary frequencies of its own
     rotates: Callable[[Any], Sequence[Any]] | None = None  # for each layer, whether it rotates queries and keys
-    softcap: Callable[[Any], float | None] | None = None  # bound of attention scores, None where there is none
+    softcap: Callable[[Any], float | None] | None = None  # bound of attention scores
     residual_scale: Callable[[Any], float] | None = None  # factor of what a sublayer adds to the states
-    # factor of embeddings, in a dtype, None where there is none or their module multiplies by it
+    # factor of embeddings, in a dtype; None where their module multiplies by it
     embedding_scale: Callable[[Any, torch.dtype], float | None] | None = None
     logits_divisor: Callable[[Any], float] | None = None  # what the head's products are divided by
-    logits_softcap: Callable[[Any], float | None] | None = None  # bound of logits, None where there is none
+    logits_softcap: Callable[[Any], float | None] | None = None  # bound of logits
     refused: tuple[str, ...] = ()  # options that must not be set
+
+    @property
+    def maps(self) -> dict[str, tuple[MapRole, ...]]:
+        """Linear maps of a layer, as in `Family`."""
+        return _FUSED_MAPS if self.fused else _MAPS
 
 
 def declare(like: LlamaLike) -> Family:
     """Return the declaration of a family of this kind."""
     norms = [f"model.layers.*.{name}" for name in (*like.norms, *like.post_norms) if name is not None]
-    maps = _FUSED_MAPS if like.fused else _MAPS
     return Family(
-        adapt=partial(_adapt, like, maps),
+        adapt=partial(_adapt, like),
         shapes=_shapes,
         body="model",
         layers="model.layers",
         embedding="model.embed_tokens",
-        maps=maps,
+        maps=like.maps,
         run={
             "": f"{like.prefix}ForCausalLM",
             "model": like.body or f"{like.prefix}Model",
@@ -125,21 +127,21 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _adapt(like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any) -> Adapter:
-    """Read a model of transformers."""
+def _adapt(like: LlamaLike, model: Any) -> Adapter:
+    """Read a model of transformers; UnsupportedModelError where its configuration asks for more than is known here."""
     config, body = model.config, model.model
     _check(like, config)
     kinds: list[str | None] = [*sorted(set(kinds_of(config, body.layers)))] if like.rotates_by_kind else [None]
     for kind in kinds:
         _check_rotary(config, kind)
     like_weight = float_weight(body.norm, body)
-    spec = _spec(like, maps, model, kinds)
-    scale = None if like.embedding_scale is None else like.embedding_scale(config, spec.dtype)
+    spec = _spec(like, model, kinds)
+    scale = _given(like.embedding_scale, config, spec.dtype)
     rotary = _rotary_module(model, kinds)
     compute = [partial(_rotation, rotary, like_weight, kind) for kind in kinds]
     return Adapter(
         spec=spec,
-        layers=tuple(_layer_ops(like, maps, config, *each) for each in zip(body.layers, spec.layers, strict=True)),
+        layers=tuple(_layer_ops(like, config, *each) for each in zip(body.layers, spec.layers, strict=True)),
         embed=partial(_embed, body, scale),
         rotations=tuple(RotationTable(each, spec.max_positions) for each in compute),
         final_norm=body.norm,
@@ -173,67 +175,41 @@ def _rope(config: Any, kind: str | None) -> dict[str, Any]:
 def _max_positions(config: Any, kind: str | None) -> int:
     """Return the longest context in which a token's rotation does not depend on later tokens.
 
-    `longrope` switches its frequencies for the whole sequence once it outgrows the original length, so that is the
-    limit; `dynamic` does so beyond `max_position_embeddings`.
+    Beyond it frequencies switch for the whole sequence: with `longrope` once it outgrows the original length.
     """
-    rope = _rope(config, kind)
-    if rope["rope_type"] == "longrope":
-        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return int(config.max_position_embeddings)
+    rope, limit = _rope(config, kind), config.max_position_embeddings
+    return int((rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None) or limit)
 
 
-def _spec(
-    like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], model: Any, kinds: Sequence[str | None]
-) -> ModelSpec:
+def _spec(like: LlamaLike, model: Any, kinds: Sequence[str | None]) -> ModelSpec:
     config, body = model.config, model.model
-    max_positions = min(_max_positions(config, kind) for kind in kinds)
-    return model_spec(
-        model,
-        body.norm,
-        float_weight(body.norm, body),
-        layers=_layer_specs(like, maps, model, kinds, max_positions),
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=_head_dim(config),
-        max_positions=max_positions,
-    )
-
-
-def _layer_specs(
-    like: LlamaLike,
-    maps: Mapping[str, tuple[MapRole, ...]],
-    model: Any,
-    kinds: Sequence[str | None],
-    max_positions: int,
-) -> tuple[LayerSpec, ...]:
-    config, layers = model.config, model.model.layers
-    windows = layer_windows(config, layers, like.windows, max_positions)
-    rotates = [True] * len(layers) if like.rotates is None else like.rotates(config)
-    rotary = [kinds.index(kind) if like.rotates_by_kind else 0 for kind in kinds_of(config, layers)]
-    return tuple(
+    limit = min(_max_positions(config, kind) for kind in kinds)
+    windows = layer_windows(config, body.layers, like.windows, limit)
+    rotates = [True] * len(body.layers) if like.rotates is None else like.rotates(config)
+    rotary = [kinds.index(kind) if like.rotates_by_kind else 0 for kind in kinds_of(config, body.layers)]
+    layers = tuple(
         layer_spec(
             layer,
-            maps,
+            like.maps,
             _shapes(config),
             window=windows[i],
             rotary=rotary[i] if rotates[i] else None,
             scaling=layer.self_attn.scaling,
-            softcap=None if like.softcap is None else like.softcap(config),
+            softcap=_given(like.softcap, config),
         )
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(body.layers)
     )
+    return model_spec(model, body.norm, body, layers, limit)
 
 
-def _layer_ops(
-    like: LlamaLike, maps: Mapping[str, tuple[MapRole, ...]], config: Any, layer: Any, spec: LayerSpec
-) -> LayerOps:
+def _layer_ops(like: LlamaLike, config: Any, layer: Any, spec: LayerSpec) -> LayerOps:
     attention, mlp = layer.self_attn, layer.mlp
     fused = [shape.num_outputs for shape in spec.maps.values()] if like.fused else []
     norms = [None if name is None else getattr(layer, name) for name in (*like.norms, *like.post_norms)]
-    residual_scale = None if like.residual_scale is None else like.residual_scale(config)
+    residual_scale = _given(like.residual_scale, config)
     activation = getattr(mlp, like.activation)
     qkv_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    by_name = dict(zip(_NORMS, (*norms, *qkv_norms), strict=True))
     heads = _Heads(attention, fused[:3], (*qkv_norms, None), attention.head_dim, like.norms_projections)
     return LayerOps(
         spec=spec,
@@ -242,20 +218,17 @@ def _layer_ops(
         attn_output=_added(partial(_attn_output, attention), norms[2], residual_scale),
         mlp_norm=norms[1] or _identity,
         mlp=_added(partial(_mlp, mlp, activation, fused[4:6]), norms[3], residual_scale),
-        quantized=quantized_maps(layer, maps),
-        leaves=Leaves(
-            attn_norm=norms[0],
-            mlp_norm=norms[1],
-            roles=tuple(spec.maps),
-            activation=activation,
-            query_norm=qkv_norms[0],
-            key_norm=qkv_norms[1],
-            norms_projections=like.norms_projections,
-            attn_post_norm=norms[2],
-            mlp_post_norm=norms[3],
-            residual_scale=residual_scale,
-        ),
+        quantized=quantized_maps(layer, like.maps),
+        norms={name: norm for name, norm in by_name.items() if norm is not None},
+        activation=activation,
+        norms_projections=like.norms_projections,
+        residual_scale=residual_scale,
     )
+
+
+def _given(read: Callable[..., Any] | None, *arguments: Any) -> Any:
+    """Return what a family reads from the configuration, None where it reads nothing."""
+    return None if read is None else read(*arguments)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -274,7 +247,7 @@ class _Heads:
     attention: Any  # holds their maps
     fused: Sequence[int]  # outputs of each where they are one map, else empty
     norms: Sequence[nn.Module | None]  # of queries, keys and values, None where there is none
-    head_dim: int  # of a head
+    head_dim: int
     norms_projections: bool  # norms are over all heads
 
 
@@ -318,8 +291,7 @@ def _norm_and_scale(sublayer: Any, post_norm: Any, scale: float | None, x: Tenso
 
 
 def _finish(like: LlamaLike, config: Any) -> Callable[[Tensor], Tensor] | None:
-    divisor = None if like.logits_divisor is None else like.logits_divisor(config)
-    softcap = None if like.logits_softcap is None else like.logits_softcap(config)
+    divisor, softcap = _given(like.logits_divisor, config), _given(like.logits_softcap, config)
     return None if divisor is None and softcap is None else partial(_to_logits, divisor, softcap)
 
 

@@ -56,10 +56,8 @@ class _Place:
 class ModuleWatch:
     """The modules of a model as the runtime found them; says when they are others, or are watched by somebody.
 
-    Args:
-        model: as it was given: a causal language model of transformers, or one in PEFT's wrapper.
-        bypasses: compiled kernels read the weights of called modules too, past these modules.
-        is_stale: modules were replaced before this was made, as in a copy.
+    The model may be in PEFT's wrapper. `bypasses`: compiled kernels read the weights of called modules too, past these
+    modules; `is_stale`: modules were replaced before this was made, as in a copy.
 
     Raises:
         UnsupportedModelError: what would not run; the message names the module.

@@ -72,7 +72,9 @@ def quantize_model(
         on_map: called after each map.
 
     Raises:
-        ModelError: as `quantize_each` does.
+        ModelError: the model is quantized already, a weight or Hessian is NaN or infinite, a weight's range is beyond
+            that of float32, a Hessian is missing, of another size or not positive definite, or the configuration
+            does not fit the model.
         UnsupportedModelError: the family is not supported.
     """
     for _ in quantize_each(model, config, hessians):
@@ -88,12 +90,6 @@ def quantize_each(
     """Do what `quantize_model` does; yield each map, and a quantized embedding, by full path once it is replaced.
 
     `after` is called with each weight that is not looked at again soon, or not at all.
-
-    Raises:
-        ModelError: the model is quantized already, a weight or Hessian is NaN or infinite, a weight's range is beyond
-            that of float32, a Hessian is missing, of another size or not positive definite, or the configuration
-            does not fit the model.
-        UnsupportedModelError: the family is not supported.
     """
     hessians = hessians if config.method == "compensated" else {}
     if hessians is None:
@@ -111,8 +107,7 @@ def quantize_each(
             _check_definite(name, hessians[name])
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
-        read_narrow = name != family.embedding
-        codes = quantize(weight, config.group_size, hessians.get(name), refit=read_narrow)
+        codes = quantize(weight, config.group_size, hessians.get(name), refit=name != family.embedding)
         after(model.get_submodule(name).weight)
         return codes
 
@@ -123,8 +118,7 @@ def outline(model: Any, config: QuantizationConfig) -> None:
     """Replace a model's linear maps by quantized ones without content, to load stored codes into (on "meta")."""
 
     def encode(name: str, weight: Tensor) -> AnyPrecisionCodes:
-        num_inputs, num_outputs = weight.shape
-        return AnyPrecisionCodes.outline(num_inputs, num_outputs, config.group_size)
+        return AnyPrecisionCodes.outline(weight.shape[0], weight.shape[1], config.group_size)
 
     check(model, config)
     for _ in _replace_all(model, config, encode):
@@ -147,7 +141,7 @@ def _check_weight(model: Any, name: str) -> None:
             f"{name!r} ({type(module).__name__}) is more than its weight: merge adapters, remove hooks and put back"
             " replaced modules before the model is quantized"
         )
-    bounds = torch.stack(model.get_submodule(name).weight.detach().aminmax()).float()
+    bounds = torch.stack(module.weight.detach().aminmax()).float()
     if not bool(torch.isfinite(bounds).all()):
         raise ModelError(f"weight '{name}.weight' holds NaN or infinite values")
     if not bool(torch.isfinite(bounds[1] - bounds[0])):
@@ -190,8 +184,8 @@ def _replace_all(model: Any, config: QuantizationConfig, encode: Encode) -> Iter
     family = family_of(model.config)
     untied = config.head and is_tied(model)
     for name in quantized_names(model, config):
-        bias, weight = getattr(model.get_submodule(name), "bias", None), _weight(model, name)
-        module = _quantized(weight, bias, part_sizes(model, name), partial(encode, name))
+        bias = getattr(model.get_submodule(name), "bias", None)
+        module = _quantized(_weight(model, name), bias, part_sizes(model, name), partial(encode, name))
         model.set_submodule(name, module)
         yield name, module
     if config.embeddings:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quicksilver.cache import CacheShape, ModelIdentity
 from quicksilver.core.bits import MAX_BITS
 from quicksilver.families.family import MapRole, MapShape
-from quicksilver.families.modules import ModuleWatch
+from quicksilver.families.modules import ModuleWatch, float_weight
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops.native import Kernels
 from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
@@ -105,35 +105,6 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Leaves:
-    """A quantized layer's modules by role, for kernels that run the whole layer."""
-
-    attn_norm: nn.Module | None  # norm before attention, None where there is none
-    mlp_norm: nn.Module | None  # norm before the MLP, likewise
-    roles: tuple[MapRole, ...]  # of `LayerOps.quantized`, in its order; a plain MLP has no gate
-    activation: nn.Module  # of the MLP
-    query_norm: nn.Module | None = None  # of each query head, None where there is none
-    key_norm: nn.Module | None = None  # likewise
-    norms_projections: bool = False  # these two norm the whole projection, not each head
-    attn_post_norm: nn.Module | None = None  # norm of what attention adds to the states, None where there is none
-    mlp_post_norm: nn.Module | None = None  # norm of what the MLP adds
-    residual_scale: float | None = None  # factor of what either adds, None for 1
-
-    @property
-    def norms(self) -> dict[str, nn.Module]:
-        """The norms that there are, by what they norm."""
-        norms = {
-            "attention": self.attn_norm,
-            "mlp": self.mlp_norm,
-            "query": self.query_norm,
-            "key": self.key_norm,
-            "attention_post": self.attn_post_norm,
-            "mlp_post": self.mlp_post_norm,
-        }
-        return {name: norm for name, norm in norms.items() if norm is not None}
-
-
-@dataclass(frozen=True)
 class LayerOps:
     """One decoder layer's leaf operations over flat rows [N, d].
 
@@ -151,7 +122,12 @@ class LayerOps:
     mlp: Callable[[Tensor, Apply], Tensor]  # what the MLP adds to the states, from normed ones
     # the layer's quantized maps in the order in which it applies them; none where its weights are plain
     quantized: tuple[AnyPrecisionLinear, ...]
-    leaves: Leaves  # the layer's modules by role
+    # what kernels that run the whole layer read besides: its norms by what they norm, of "attention", "mlp", "query",
+    # "key", "attention_post" and "mlp_post" those that there are, and the activation of its MLP
+    norms: Mapping[str, nn.Module]
+    activation: nn.Module
+    norms_projections: bool = False  # norms of queries and keys are of the whole projection, not of each head
+    residual_scale: float | None = None  # factor of what a sublayer adds, None for 1
 
 
 @dataclass(frozen=True)
@@ -241,15 +217,21 @@ def layer_spec(
     )
 
 
-def model_spec(model: Any, final_norm: nn.Module, weight: Tensor, **facts: Any) -> ModelSpec:
-    """Return the facts of a model; `weight` tells dtype and device, the other facts are what the model does not."""
-    head, config = model.lm_head, model.config
+def model_spec(model: Any, norm: nn.Module, body: nn.Module, layers: tuple[LayerSpec, ...], limit: int) -> ModelSpec:
+    """Return the facts of a model of such layers, a final norm and the head `lm_head`, its context at most `limit`."""
+    config, head, weight = model.config, model.lm_head, float_weight(norm, body)
+    head_dim = layers[0].maps["query"].num_outputs // config.num_attention_heads
     return ModelSpec(
-        **facts,
         family=config.model_type,
+        layers=layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=layers[0].maps["key"].num_outputs // head_dim,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
-        head_macs=facts["hidden_size"] * config.vocab_size,
-        head_weight_bytes=weight_bytes(head, final_norm) + nested_bytes(head),
+        max_positions=limit,
+        head_macs=config.hidden_size * config.vocab_size,
+        head_weight_bytes=weight_bytes(head, norm) + nested_bytes(head),
         head_bits=MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * weight.dtype.itemsize,
         parameters=sum(p.numel() for p in model.parameters()) + num_quantized(model),
         dtype=weight.dtype,

@@ -20,9 +20,7 @@ def kinds_of(config: Any, layers: Sequence[Any]) -> list[str]:
 def layer_windows(config: Any, layers: Sequence[Any], windows: Windows, max_positions: int) -> list[int | None]:
     """Return how many keys a query of each layer may see, itself included; None where it sees the whole context.
 
-    Raises:
-        UnsupportedModelError: a layer's window is not what transformers' masks of this family follow; it is named.
-        ModelError: a window without keys.
+    UnsupportedModelError names a layer whose window is not what transformers' masks of this family follow.
     """
     window, found = getattr(config, "sliding_window", None), []
     if window is not None and window < 1:

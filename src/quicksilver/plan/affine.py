@@ -11,11 +11,11 @@ from quicksilver.errors import PlanError
 
 
 class AffineMap:
-    """A fitted affine map: weight [in, out], or two [in, rank] and [rank, out] of low rank, and bias [out]."""
+    """A fitted affine map, full or low rank: `x @ weight + bias`, or `x @ down @ up + bias`."""
 
     def __init__(self, weights: tuple[Tensor, ...], bias: Tensor) -> None:
-        self.weights = weights
-        self.bias = bias
+        self.weights = weights  # one matrix [in, out], or two [in, rank] and [rank, out]
+        self.bias = bias  # [out]
 
     @classmethod
     def named(cls, tensors: Mapping[str, Tensor], name: str, size: int) -> AffineMap:

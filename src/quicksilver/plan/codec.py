@@ -29,12 +29,9 @@ _BITS = 100  # columns of a line of JSON
 
 
 def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
-    """Return a value of a plan JSON-ready; lists of more than eight numbers go to `arrays`, under their names.
+    """Return a part of a plan, a rule, or what one holds, JSON-ready; PlanError where a rule has no name.
 
-    Names are from the plan on, such as "kv.skip_values_below".
-
-    Raises:
-        PlanError: a rule has no name.
+    Lists of more than eight numbers go to `arrays`, under their names from the plan on, as `name` is.
     """
     if isinstance(value, tuple):
         if len(numbers := _numbers(value)) > _SHORT and all(isinstance(each, float) for each in numbers):
@@ -61,11 +58,7 @@ def _is_off(field: Any, value: Any) -> bool:
 
 
 def decode(cls: type, data: object, where: str, read: Read) -> Any:
-    """Build a part of a plan, of class `cls`, from its JSON value; `read` gives the array that a value names.
-
-    Raises:
-        PlanError: what is wrong with it, after `where`: "mine.json: halting".
-    """
+    """Build a part of a plan from its JSON value; `where` names it in a PlanError, such as "mine.json: halting"."""
     values = _object(data, where)
     for name, held in parts(cls).items():
         if (value := values.get(name)) is None:
@@ -135,7 +128,7 @@ def _tuples(value: Any) -> Any:
 def text(value: Any, indent: int = 0, used: int = 0) -> str:
     """Return JSON in which what fits into a line is in one, and so are numbers and words that follow one another.
 
-    Lines are indented by so many columns, and of the first so many are used.
+    It stands behind `indent` columns, of its first line behind `used`.
     """
     line = json.dumps(value)
     if not value or not isinstance(value, (dict, list)) or used + len(line) <= _BITS:

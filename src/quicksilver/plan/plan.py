@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
@@ -52,27 +52,27 @@ PARTS: dict[str, type] = {
 """The four mechanisms, and what configures each."""
 
 
+class Fitted(NamedTuple):
+    """Which of a plan's tensors a model runs by."""
+
+    maps: dict[str, AffineMap]  # by name: `output.LAYER`, and each shortcut's
+    shortcut_gates: dict[Shortcut, Tensor]  # [hidden_size + 2] each, of the shortcuts that ask one
+    gates: dict[int, Tensor]  # [hidden_size + 4] each, by layer, where the halting rule reads them
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run may save and how. `Plan.dense()` changes nothing.
+    """What a run may save and how. `Plan.dense()` changes nothing."""
 
-    Attributes:
-        name: a label for tables; not part of the hash.
-        halting: which tokens stop early or skip sublayers, or None for none.
-        kv: what halted tokens leave in the cache, its bits, and what of it is not read.
-        fusion: which adjacent tokens become one, or None for none.
-        precision: how many bits of any-precision weights are read, or None for all.
-        tensors: maps, gates and means that were fitted, or None for nothing.
-        fitted_to: the model that thresholds and tensors were fitted to, or None where that is not known; not part of
-            the hash, which is of what the plan does.
-    """
-
-    name: str = "plan"
-    halting: HaltingConfig | None = None
+    name: str = "plan"  # a label for tables; not part of the hash
+    halting: HaltingConfig | None = None  # which tokens stop early or skip sublayers, or None for none
+    # what halted tokens leave in the cache, its bits, and what of it is not read
     kv: KVConfig = field(default_factory=KVConfig)
-    fusion: FusionConfig | None = None
-    precision: PrecisionConfig | None = None
-    tensors: PlanTensors | None = None
+    fusion: FusionConfig | None = None  # which adjacent tokens become one, or None for none
+    precision: PrecisionConfig | None = None  # how many bits of any-precision weights are read, or None for all
+    tensors: PlanTensors | None = None  # maps, gates and means that were fitted, or None for nothing
+    # the model that thresholds and tensors were fitted to, or None where that is not known; not part of the hash, which
+    # is of what the plan does
     fitted_to: FittedTo | None = None
 
     def __post_init__(self) -> None:
@@ -88,11 +88,9 @@ class Plan:
     @classmethod
     def preset(cls, name: str) -> Plan:
         """Return a preset by name; PlanError where none has it."""
-        try:
-            return PRESETS[name]
-        except KeyError:
-            known = ", ".join(PRESETS)
-            raise PlanError(f"no preset plan is called {name!r}; presets: {known}") from None
+        if name not in PRESETS:
+            raise PlanError(f"no preset plan is called {name!r}; presets: {', '.join(PRESETS)}")
+        return PRESETS[name]
 
     @classmethod
     def from_dict(cls, data: object, source: str = "plan", tensors: PlanTensors | None = None) -> Plan:
@@ -149,8 +147,7 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a JSON file, and its tensors from the file beside it that it names.
 
-        Raises:
-            PlanError: the file is missing, unreadable, or not a valid plan.
+        PlanError says that a file is missing, unreadable, or not a valid plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # a byte order mark is let be
@@ -215,8 +212,11 @@ class Plan:
         """Return the same plan under another label."""
         return replace(self, name=name)
 
-    def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> None:
-        """Raise PlanError where the plan does not fit a model whose layers have so many quantized maps, 0 for plain."""
+    def check_model(self, num_layers: int, num_maps: int, hidden_size: int) -> Fitted:
+        """Return the tensors that a model runs by; raise PlanError where the plan does not fit it.
+
+        `num_maps` are the quantized linear maps of each of its layers, 0 where its weights are plain.
+        """
         try:
             if self.halting is not None:
                 self.halting.check_depth(num_layers)
@@ -225,21 +225,18 @@ class Plan:
                 self.fusion.after_layers(num_layers)
             if self.precision is not None:
                 self._check_precision(self.precision, num_layers, num_maps)
-            self.fitted_maps(num_layers, hidden_size)
-            self.shortcut_gates(hidden_size)
-            self.fitted_gates(num_layers, hidden_size)
+            asking = {each: f"{each.name}.gate" for each in self.shortcuts if each.threshold is not None}
+            return Fitted(
+                self._maps(num_layers, hidden_size),
+                {each: named_vector(self.tensors or {}, name, hidden_size + 2) for each, name in asking.items()},
+                self._gates(num_layers, hidden_size),
+            )
         except PlanError as error:
             whose = "" if self.fitted_to is None else f"; the plan was fitted to {self.fitted_to.model}"
             raise PlanError(f"plan {self.name!r}: {error}{whose}") from None
 
-    def fitted_maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
-        """Return the fitted maps that the plan uses, by name: `output.LAYER`, and each shortcut's.
-
-        Every layer after which a token may halt has an output map; a layer after which tokens only fuse may have one.
-
-        Raises:
-            PlanError: tensors are missing or of another model's shape.
-        """
+    def _maps(self, num_layers: int, hidden_size: int) -> dict[str, AffineMap]:
+        """Every layer after which a token may halt has an output map; one after which tokens only fuse may have one."""
         from quicksilver.plan.affine import AffineMap
 
         tensors, names = self.tensors or {}, [shortcut.name for shortcut in self.shortcuts]
@@ -254,35 +251,17 @@ class Plan:
         """Fitted maps that stand in for sublayers."""
         return () if self.halting is None else self.halting.shortcuts
 
-    def shortcut_gates(self, hidden_size: int) -> dict[Shortcut, Tensor]:
-        """Return the fitted gates of shortcuts that ask one, [hidden_size + 2] each; PlanError where one is missing."""
-        return {
-            shortcut: named_vector(self.tensors or {}, f"{shortcut.name}.gate", hidden_size + 2)
-            for shortcut in self.shortcuts
-            if shortcut.threshold is not None
-        }
-
-    def fitted_gates(self, num_layers: int, hidden_size: int) -> dict[int, Tensor]:
-        """Return the fitted gates that the halting rule reads, [hidden_size + 4] each, by layer.
-
-        Raises:
-            PlanError: no layer after which tokens may halt has one, or one is of another model's shape.
-        """
+    def _gates(self, num_layers: int, hidden_size: int) -> dict[int, Tensor]:
         layers = self._halt_layers(num_layers)
         if not layers or not self.halting.rule.reads_gates:  # type: ignore[union-attr]
             return {}
         tensors, names = self.tensors or {}, {i: f"gate.{i}.weight" for i in layers}
-        gates = {i: tensors[name] for i, name in names.items() if name in tensors}
-        if not gates:
+        found = {i: name for i, name in names.items() if name in tensors}
+        if not found:
             raise PlanError(
                 f"its rule reads fitted gates, and none of {names[layers[0]]} to {names[layers[-1]]} is in the plan"
             )
-        for i, gate in gates.items():
-            if tuple(gate.shape) != (hidden_size + 4,):
-                raise PlanError(
-                    f"tensor {names[i]} has shape {tuple(gate.shape)}, the model needs ({hidden_size + 4},)"
-                )
-        return gates
+        return {i: named_vector(tensors, name, hidden_size + 4) for i, name in found.items()}
 
     def _halt_layers(self, num_layers: int) -> range:
         """Return the layers after which tokens may halt."""

@@ -10,7 +10,7 @@ from quicksilver.errors import PlanError
 
 @dataclass(frozen=True)
 class FittedTo:
-    """The model and the text that thresholds were fitted to."""
+    """The model and the text that thresholds were fitted to; PlanError where a value is of another type."""
 
     model: str  # its name, for people
     fingerprint: str  # tells it from others

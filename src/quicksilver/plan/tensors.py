@@ -44,8 +44,7 @@ class _Values(NamedTuple):
 class PlanTensors(Mapping[str, "Tensor"]):
     """Named float32 tensors on the CPU, compared by their contents; in files float64 arrays are among them.
 
-    Raises:
-        PlanError: a value that is not finite.
+    Tensors are copied; PlanError names one that holds a value that is not finite.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -158,7 +157,7 @@ def _flat(value: Array) -> Iterator[float]:
 
 
 def named_vector(tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
-    """Return a vector of so many values, a gate or the mean of a map's inputs; PlanError where there is none."""
+    """Return the tensor `name`, a gate or the mean of a map's inputs; PlanError where it is no vector of that size."""
     if name not in tensors:
         raise PlanError(f"the plan's tensor {name} is missing")
     if tuple(tensors[name].shape) != (size,):

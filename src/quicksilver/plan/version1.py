@@ -12,8 +12,7 @@ _RETIRED = {"attention": ("threshold", "query_threshold"), "screening": ("thresh
 def upgraded(data: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the JSON object of a plan of version 1 as one of version 2; its hash, of another text, is left out.
 
-    Raises:
-        PlanError: a part is no object, or names what was there only then and is retired.
+    PlanError says that a part is no object, or names what was there only then and is retired.
     """
     data = {key: value for key, value in data.items() if key != "hash"}
     old = {

@@ -15,26 +15,20 @@ from quicksilver.core.decisions import (
     TokenBitsView,
 )
 from quicksilver.rules.checks import Threshold, threshold_at
+from quicksilver.rules.controls import ForcedFusionRule, ForcedRule, RandomFusionRule, RandomRule
 from quicksilver.rules.fusion.base import FusionRule, SimilarityRule, fusion_rule
 from quicksilver.rules.fusion.config import FusionConfig, FusionScope, FusionWeights
-from quicksilver.rules.fusion.controls import ForcedFusionRule, RandomFusionRule
 from quicksilver.rules.fusion.cosine import CosineFusionRule
 from quicksilver.rules.halting.all_of import AllRule
 from quicksilver.rules.halting.base import HaltingRule, ThresholdRule, halting_rule
 from quicksilver.rules.halting.config import HaltingConfig
-from quicksilver.rules.halting.controls import ForcedRule, RandomRule
 from quicksilver.rules.halting.entropy import EntropyRule
 from quicksilver.rules.halting.fitted import FittedRule
-from quicksilver.rules.halting.fixed_point import FixedPointRule
-from quicksilver.rules.halting.relative import RelativeDriftRule
 from quicksilver.rules.halting.shortcuts import Part, Shortcut
-from quicksilver.rules.kv.base import FillRule, fill_rule
+from quicksilver.rules.halting.updates import FixedPointRule, RelativeDriftRule
+from quicksilver.rules.kv.base import DropFill, FillRule, PropagateFill, fill_rule
 from quicksilver.rules.kv.config import KVConfig
-from quicksilver.rules.kv.fills import DropFill, PropagateFill
-from quicksilver.rules.paper.drift import DriftRule
-from quicksilver.rules.paper.entropy_bits import EntropyBitsRule
-from quicksilver.rules.paper.l2 import L2FusionRule
-from quicksilver.rules.paper.zero import ZeroFill
+from quicksilver.rules.paper import DriftRule, EntropyBitsRule, L2FusionRule, ZeroFill
 from quicksilver.rules.precision.base import PrecisionRule, precision_rule
 from quicksilver.rules.precision.channel import ChannelBitsRule
 from quicksilver.rules.precision.config import PrecisionConfig

@@ -62,7 +62,7 @@ class Request:
 
 @torch.no_grad()
 def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request, trace: Trace) -> Any:
-    """Return tokens [B, T + new], or transformers' output object where the settings ask for one."""
+    """Return tokens [B, T + new], or transformers' output object where the settings ask for one; errors as there."""
     config = settings.config
     feed = _Feed(model, settings, request, trace)
     repeats, mask = config.num_return_sequences, feed.mask
@@ -163,7 +163,7 @@ def _ending(settings: Settings, request: Request, count: int, left: int, scores:
         own.append(MaxTimeCriteria(max_time=config.max_time))
     eos = () if EosTokenCriteria in kinds else settings.eos_token_ids
     fills = bool(eos) or any(hasattr(each, "eos_token_id") for each in own)
-    return Ending(count, left, eos, made, own, settings.padding if fills else None, scores)
+    return Ending([False] * count, left, frozenset(eos), made, own, settings.padding if fills else None, scores)
 
 
 def _putter(streamer: Any) -> Callable[[Tensor], None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quicksilver.backends.base import LayerBackend
-from quicksilver.backends.choose import choose
+from quicksilver.backends.native import choose
 from quicksilver.backends.resolved import resolve
 from quicksilver.backends.state import PassContext, Protected, State, Step
 from quicksilver.cache import RaggedKVCache, SequenceCache
@@ -26,8 +26,7 @@ from quicksilver.plan import Plan
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.steps.bits import BitsStep
 from quicksilver.runtime.steps.fusion import FusionStep
-from quicksilver.runtime.steps.halting import HaltingStep
-from quicksilver.runtime.steps.outputs import map_stopped
+from quicksilver.runtime.steps.halting import HaltingStep, map_stopped
 from quicksilver.runtime.versions import WeightVersions
 
 _FEW = 16  # tokens that are looked at one by one
@@ -37,22 +36,14 @@ class Decoder:
     """A frozen model under a plan. Holds no state between calls; the cache and the trace are the caller's.
 
     A copy of it, with its model's, is built anew from what this one was built from; caches of the one are not the
-    other's.
-
-    Args:
-        adapter: the model.
-        plan: what may be saved.
-        special_ids: token ids that a plan with `protect_special` never halts or fuses.
-        attention: which of PyTorch's attention runs, where PyTorch runs layers.
-
-    Attributes:
-        backend: who runs the layers.
+    other's. A plan with `protect_special` never halts or fuses `special_ids`; `attention` is which of PyTorch's runs
+    where PyTorch runs layers.
 
     Raises:
         PlanError: the plan does not fit the model.
     """
 
-    backend: LayerBackend
+    backend: LayerBackend  # who runs the layers
 
     def __init__(
         self, adapter: Adapter, plan: Plan, special_ids: Sequence[int] = (), attention: AttentionBackend = "sdpa"
@@ -119,31 +110,30 @@ class Decoder:
         """
         caches = tuple(caches.sequences if isinstance(caches, RaggedKVCache) else caches)
         starts = [cache.length for cache in caches]
-        self._check_modules(decodes=len(token_ids) <= len(lengths) and any(starts))
+        if (modules := self.adapter.modules) is not None:  # from token to token for hooks alone: all of it takes time
+            (modules.check_hooks if any(starts) and len(token_ids) <= len(lengths) else modules.check)()
         self.check_caches(caches, len(lengths))
         self.check_tokens(token_ids, lengths, starts)
         fuses = self._fusion.takes_part(_flags(prompt, len(lengths)))
         chunk = RaggedLayout.build(starts, lengths, self.spec.device)
         if not any(starts):
             self._rebind_if_changed()
-        context = self._context(chunk, token_ids, fuses, caches, trace)
-        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, context.rotations, chunk)
+        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
+        protected = self._protected(token_ids, chunk.positions)
+        context = PassContext(token_ids, rotations, protected, fuses, caches, trace)
+        state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, rotations, chunk)
         trace.begin_pass(starts, chunk)
         fed = [each for each in zip(caches, lengths, fuses, strict=True) if each[1]]
         for cache, _, _ in fed:
             cache.in_pass = True
-        self._run_layers(state, context)
-        for cache, length, fusing in fed:
-            cache.advance(length, joinable=fusing and self._fusion.crosses_passes)
-        trace.record_cache(*_held(caches))
-        return map_stopped(self._plan.output_maps, state.final(), state.stops, trace)
-
-    def _run_layers(self, state: State, context: PassContext) -> None:
-        """Run all layers, and between them the steps that are on."""
         for span in self.backend.spans(state, context):
             self.backend.run(span, state, context)
             for step in self._steps_after[span[-1]]:
                 step(span[-1], state, context)
+        for cache, length, fusing in fed:
+            cache.advance(length, joinable=fusing and self._fusion.crosses_passes)
+        trace.record_cache(*_held(caches))
+        return map_stopped(self._plan.output_maps, state.final(), state.stops, trace)
 
     def _bind_weights(self) -> None:
         """Make what is computed from plan and weights: who runs the layers, and the steps between them that are on."""
@@ -172,27 +162,13 @@ class Decoder:
                 module.forget_norms()
         self._bind_weights()
 
-    def _check_modules(self, decodes: bool) -> None:
-        """Look whether modules are as they were; from token to token for hooks alone, since all of it takes time."""
-        if (modules := self.adapter.modules) is not None:
-            (modules.check_hooks if decodes else modules.check)()
-
-    def _context(
-        self,
-        chunk: RaggedLayout,
-        token_ids: Tensor,
-        fuses: tuple[bool, ...],
-        caches: tuple[SequenceCache, ...],
-        trace: Trace,
-    ) -> PassContext:
-        halting, of = self._protects_halting, (token_ids, chunk.positions)
-        protected = Protected(
-            None if halting is None else halting.covers(*of),
-            self._protects_bits.found(*of),
-            self._protects_shortcuts.found_any(*of),
+    def _protected(self, token_ids: Tensor, positions: Tensor) -> Protected:
+        halting = self._protects_halting
+        return Protected(
+            None if halting is None else halting.covers(token_ids, positions),
+            self._protects_bits.found(token_ids, positions),
+            self._protects_shortcuts.found(token_ids, positions, waits=True),
         )
-        rotations = tuple(rotate(chunk.positions) for rotate in self.adapter.rotations)
-        return PassContext(token_ids, rotations, protected, fuses, caches, trace)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, trace: Trace) -> Tensor:

@@ -24,10 +24,6 @@ class Protection:
         self._known = frozenset(ids)
         self._special_ids = torch.tensor(ids, dtype=torch.int64, device=device)
 
-    @property
-    def is_on(self) -> bool:
-        return self._first > 0 or self._special_ids.numel() > 0
-
     def covers(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return which tokens are protected, [N] bool."""
         if _are_few(token_ids):
@@ -37,19 +33,18 @@ class Protection:
             protected = protected | torch.isin(token_ids, self._special_ids)
         return protected
 
-    def found(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
-        """Return which tokens are protected, [N] bool; None where none is, as far as that is known without waiting."""
-        if not self.is_on:
+    def found(self, token_ids: Tensor, positions: Tensor, waits: bool = False) -> Tensor | None:
+        """Return which tokens are protected, [N] bool; None where none is, as far as that is known without waiting.
+
+        `waits`: also where it is known by waiting only: once, and not in every layer.
+        """
+        if self._first == 0 and not self._known:
             return None
         if _are_few(token_ids):
             listed = self._listed(token_ids, positions)
             return torch.tensor(listed) if any(listed) else None
-        return self.covers(token_ids, positions)
-
-    def found_any(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
-        """Return what `found` does, None also where that is known by waiting only: once, and not in every layer."""
-        covered = self.found(token_ids, positions)
-        return None if covered is None or not bool(covered.any()) else covered
+        covered = self.covers(token_ids, positions)
+        return covered if not waits or bool(covered.any()) else None
 
     def _listed(self, token_ids: Tensor, positions: Tensor) -> list[bool]:
         rows = zip(token_ids.tolist(), positions.tolist(), strict=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,63 +85,49 @@ def _process(input_ids: Tensor, scores: Any, processors: Sequence[LogitsProcesso
     return scores
 
 
+@dataclass
 class Ending:
-    """Which rows have ended, and what follows in them; kept on the host, which must know when to stop.
+    """Which rows have ended, and what follows in them; kept on the host, which must know when to stop."""
 
-    Args:
-        count: rows.
-        left: tokens that may be added to each.
-        eos_token_ids: tokens that end a row.
-        of_parts: criteria that look at a row's text (see `Rows.parts`).
-        of_batch: the caller's own, which see the batch as it is, padded; given what `scores` returns.
-        padding: fills a row that has ended; None where rows that criteria ended go on while others run, as in
-            transformers where there is no EOS.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        left: int,
-        eos_token_ids: Sequence[int],
-        of_parts: Sequence[StoppingCriteria],
-        of_batch: Sequence[StoppingCriteria],
-        padding: int | None,
-        scores: Callable[[], Any],
-    ) -> None:
-        self._left, self._eos = left, frozenset(eos_token_ids)
-        self._of_parts, self._of_batch, self._scores = of_parts, of_batch, scores
-        self._padding = padding
-        self._ended = [False] * count
+    ended: list[bool]  # of each row
+    left: int  # tokens that may be added to each
+    eos: Collection[int]  # tokens that end a row
+    of_parts: Sequence[StoppingCriteria]  # criteria that look at a row's text (see `Rows.parts`)
+    of_batch: Sequence[StoppingCriteria]  # the caller's own, which see the batch as it is, padded
+    # fills a row that has ended; None where rows that criteria ended go on while others run, as in transformers where
+    # there is no EOS
+    padding: int | None
+    scores: Callable[[], Any]  # given to the caller's own criteria
 
     @property
     def running(self) -> list[bool]:
         """Which rows go on."""
-        return [not ended or self._padding is None for ended in self._ended]
+        return [not ended or self.padding is None for ended in self.ended]
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
-        return self._left < 1 or all(self._ended)
+        return self.left < 1 or all(self.ended)
 
     def fill(self, tokens: Tensor) -> Tensor:
         """Return new tokens [B], those of rows that have ended replaced by padding."""
         running = self.running
         if all(running):
             return tokens
-        return tokens.masked_fill(~torch.tensor(running, device=tokens.device), self._padding or 0)
+        return tokens.masked_fill(~torch.tensor(running, device=tokens.device), self.padding or 0)
 
     def look(self, rows: Rows, tokens: Tensor) -> None:
         """See which rows have ended, now that tokens [B], the last of each, were added."""
-        self._left -= 1
-        if self._eos:
-            self._end([token in self._eos for token in tokens.tolist()])
-        for criterion in self._of_parts:
+        self.left -= 1
+        if self.eos:
+            self._end([token in self.eos for token in tokens.tolist()])
+        for criterion in self.of_parts:
             self._end([end for part in rows.parts for end in _ends(criterion, part, None)])
-        for criterion in self._of_batch:
-            self._end(_ends(criterion, rows.input_ids, self._scores()))
+        for criterion in self.of_batch:
+            self._end(_ends(criterion, rows.input_ids, self.scores()))
 
     def _end(self, ends: Sequence[bool]) -> None:
-        self._ended = [one or bool(other) for one, other in zip(self._ended, ends, strict=True)]
+        self.ended = [one or bool(other) for one, other in zip(self.ended, ends, strict=True)]
 
 
 def _ends(criterion: StoppingCriteria, input_ids: Tensor, scores: Any) -> list[bool]:

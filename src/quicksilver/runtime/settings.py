@@ -54,11 +54,8 @@ class Settings:
     ) -> tuple[Settings, dict[str, Any]]:
         """Return what a call asks for: its arguments before its configuration, that before the model's own.
 
-        Arguments that are no setting are given back.
-
-        Raises:
-            UnsupportedFeatureError: beam search, assisted generation, attention maps and the like.
-            InputError: settings that contradict one another.
+        Arguments that are no setting are given back. UnsupportedFeatureError names beam search, assisted generation,
+        attention maps and the like, InputError settings that contradict one another.
         """
         config: Any = GenerationConfig() if given is None else copy.deepcopy(given)
         config.update(**of_model.to_dict(), defaults_only=True, allow_custom_entries=True)
@@ -82,10 +79,7 @@ class Settings:
         """Return how many tokens may be added to each row; `max_length` counts columns, as in transformers.
 
         `longest` are a row's tokens but for padding, those in a cache included; `own_limit`, columns in all by a
-        criterion of the caller's, stands in for the settings'.
-
-        Raises:
-            InputError: a prompt as long as the result may be, or more tokens than the model's context holds.
+        criterion of the caller's, stands in for the settings'. InputError: there is no room, or not in the context.
         """
         config = self.config
         if own_limit is not None:

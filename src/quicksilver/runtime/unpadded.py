@@ -69,7 +69,7 @@ Columns = int | slice | Tensor | Sequence[int] | None
 
 
 def kept_columns(keep: Columns, columns: int, device: torch.device) -> Tensor | None:
-    """Return which columns' logits are wanted, indices [K], None for all; InputError where there are none such."""
+    """Return which of so many columns' logits are wanted, [K], None for all; InputError where a column is not there."""
     if keep is None or (isinstance(keep, int) and (keep == 0 or keep >= columns)):
         return None
     every = torch.arange(columns, device=device)

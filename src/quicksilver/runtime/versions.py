@@ -18,7 +18,7 @@ class WeightVersions:
     """
 
     def __init__(self, layers: Sequence[LayerOps]) -> None:
-        norms = [norm for ops in layers for norm in ops.leaves.norms.values()]
+        norms = [norm for ops in layers for norm in ops.norms.values()]
         modules = [*(module for ops in layers for module in ops.quantized), *norms]
         held = [tensors for module in modules for tensors in (module._buffers, module._parameters)]
         self._places = [(tensors, name) for tensors in held for name in tensors]

@@ -1,4 +1,4 @@
-"""What a fill is: it says what a halted token leaves in the caches of the layers that it does not run."""
+"""Fills: what a halted token leaves in the caches of the layers that it does not run, nothing or its projections."""
 
 from dataclasses import dataclass
 
@@ -13,3 +13,21 @@ class FillRule(DecidingRule[int, Fill]):
 
 FILL_RULES: RuleTypes[FillRule] = RuleTypes("fill rule", FillRule)
 fill_rule = FILL_RULES.register
+
+
+@fill_rule("drop")
+@dataclass(frozen=True)
+class DropFill(FillRule):
+    """Nothing is written: later tokens attend over fewer entries."""
+
+    def decide(self, view: int) -> Fill:
+        return Fill.NONE
+
+
+@fill_rule("propagate")
+@dataclass(frozen=True)
+class PropagateFill(FillRule):
+    """The layer's own key and value projections of the frozen state are written: two small products per layer."""
+
+    def decide(self, view: int) -> Fill:
+        return Fill.PROJECT

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
 from quicksilver.errors import PlanError
 from quicksilver.rules.checks import Threshold, check_bounded, check_count, check_parts, is_whole
-from quicksilver.rules.kv.base import FillRule
-from quicksilver.rules.kv.fills import DropFill
+from quicksilver.rules.kv.base import DropFill, FillRule
 
 
 @dataclass(frozen=True)

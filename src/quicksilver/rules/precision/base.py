@@ -29,10 +29,6 @@ class PrecisionRule(DecidingRule[ChannelView, BitsChoice]):
         """Return the most bits that tokens may read from here on, [N], which is then `ChannelView.max_bits`."""
         raise NotImplementedError
 
-    def ask_tokens(self, view: TokenBitsView) -> BitsChoice:
-        """Return `decide_tokens(view)`; raise PlanError where that is no decision about the tokens in view."""
-        return self.checked(self.decide_tokens(view), view)
-
     def kernel_bits(self, layer_idx: int, map_idx: int, num_maps: int) -> KernelBits | None:
         """Return what compiled kernels may do in place of `decide` for one map of a layer; None for nothing."""
         return None

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 class ChannelBitsRule(GradedBitsRule):
     """For each token and each input channel of each linear map: the larger `|x_j| * ||W[j]||`, the more bits.
 
-    Attributes:
-        thresholds: one set for the whole model, or one set for each map of each layer, layer after layer.
-        centred: x is what the input differs by from its mean on calibration text, the plan's tensor `mean.LAYER.MAP`,
-            [in]; the mean's own product, all bits read, is added. A channel left out then stands at its mean, not at 0.
+    Thresholds are one set for the whole model, or one set for each map of each layer, layer after layer.
     """
 
     bits: tuple[int, ...] = (8, 6, 4, 2, 0)
+    # x is what the input differs by from its mean on calibration text, the plan's tensor `mean.LAYER.MAP`, [in]; the
+    # mean's own product, all bits read, is added. A channel left out then stands at its mean, not at 0.
     centred: bool = False
     skips: ClassVar[bool] = True
 

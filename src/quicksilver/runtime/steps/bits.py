@@ -20,7 +20,7 @@ class BitsStep:
         if not len(state.hidden):
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)
-        choice = self._rule.ask_tokens(view)
+        choice = self._rule.checked(self._rule.decide_tokens(view), view)
         context.trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
         most = state.max_bits
         if most is None:

@@ -6,6 +6,8 @@ absorbed, its entries in deeper layers are taken back. Where they fuse at severa
 themselves.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,17 +22,63 @@ from quicksilver.core.decisions import PairView
 from quicksilver.core.groups import FusionRows, Groups, merge
 from quicksilver.core.trace import COUNT
 from quicksilver.families.spec import Adapter
-from quicksilver.rules import FusionConfig
+from quicksilver.rules import FusionConfig, FusionWeights
 from quicksilver.rules.fusion.chain import chain
 from quicksilver.runtime.protection import Protection
-from quicksilver.runtime.steps.candidates import FusionCandidates
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Rows at a fusion layer, sequence after sequence: its open group, if it has one, then the pass's own rows."""
+
+    rows: FusionRows  # all of them, N
+    source: Tensor  # [N] row of the running state, -1 for an open group
+    open_groups: dict[int, OpenGroup]  # the open groups among them, by sequence
+    bounds: list[int]  # row at which each sequence begins, and N at the end
+
+    @classmethod
+    def of_pass(cls, state: State, weights: FusionWeights, context: PassContext) -> _Candidates:
+        """Return a pass's own rows."""
+        layout, mass = state.layout, state.mass
+        rows = FusionRows(
+            hidden=state.hidden,
+            mean=state.hidden.float() if weights == "mass" else None,
+            mass=torch.ones_like(layout.origin) if mass is None else mass,
+            positions=layout.positions,
+            token_ids=context.token_ids.index_select(0, layout.origin),
+            seq_ids=layout.seq_ids,
+        )
+        source = torch.arange(len(rows), device=layout.origin.device)
+        return cls(rows, source, {}, list(accumulate(layout.lengths, initial=0)))
+
+    def with_open_groups(self, layer_idx: int, context: PassContext) -> _Candidates:
+        """Return the rows behind the open groups of this layer that they might join."""
+        found: dict[int, OpenGroup] = {}
+        for seq, (cache, fuses) in enumerate(zip(context.caches, context.fuses, strict=True)):
+            group, comes = cache.open_group, self.bounds[seq] < self.bounds[seq + 1]
+            if group is None or group.layer_idx != layer_idx or not (fuses and comes):
+                continue
+            if (group.mean is None) == (self.rows.mean is None):  # else a plan with other weights has left it
+                found[seq] = group
+        if not found:
+            return self
+        rows = FusionRows.concatenate([*(_as_row(group, seq, self.source) for seq, group in found.items()), self.rows])
+        source = torch.cat((self.source.new_full((len(found),), -1), self.source))
+        order = rows.seq_ids.argsort(stable=True)
+        bounds = list(accumulate((seq in found for seq in range(len(self.bounds) - 1)), initial=0))
+        bounds = [bound + more for bound, more in zip(self.bounds, bounds, strict=True)]
+        return _Candidates(rows.select(order), source.index_select(0, order), found, bounds)
+
+    def own_rows(self, seq: int) -> range:
+        """Return the rows of a sequence that belong to the pass itself."""
+        return range(self.bounds[seq] + (seq in self.open_groups), self.bounds[seq + 1])
 
 
 @dataclass(frozen=True)
 class _Joined:
     """Candidates and the groups that they form: who joins the row before [N], on the host; `merged` [G]."""
 
-    candidates: FusionCandidates
+    candidates: _Candidates
     joins: list[bool]
     groups: Groups
     merged: FusionRows
@@ -42,18 +90,14 @@ class _Joined:
 
 
 class FusionStep:
-    """A fusion configuration, None for none, bound to a model.
-
-    Attributes:
-        layers: indices of the layers after which tokens fuse, ascending.
-        crosses_passes: a group may go on in the next pass.
-    """
+    """A fusion configuration, None for none, bound to a model."""
 
     def __init__(self, adapter: Adapter, config: FusionConfig | None, special_ids: Sequence[int]) -> None:
         self._config = config
         self._protection = Protection(config, special_ids, adapter.spec.device)
+        # indices of the layers after which tokens fuse, ascending
         self.layers: tuple[int, ...] = () if config is None else config.after_layers(adapter.spec.num_layers)
-        self.crosses_passes = len(self.layers) == 1
+        self.crosses_passes = len(self.layers) == 1  # a group may go on in the next pass
 
     def takes_part(self, prompt: Sequence[bool]) -> tuple[bool, ...]:
         """Return for each sequence whether its tokens may fuse, given whether they belong to a prompt."""
@@ -64,7 +108,7 @@ class FusionStep:
         config = self._config
         if config is None or not any(context.fuses) or not len(state.hidden):
             return
-        candidates = FusionCandidates.of_pass(state, config.weights, context)
+        candidates = _Candidates.of_pass(state, config.weights, context)
         if self.crosses_passes:
             candidates = candidates.with_open_groups(layer_idx, context)
         joined = self._join(layer_idx, candidates, config, context)
@@ -79,9 +123,7 @@ class FusionStep:
         hidden = going_on.hidden if going_on.mean is None else going_on.mean.to(going_on.hidden.dtype)
         state.absorb(layer_idx, split, hidden, going_on.mass)
 
-    def _join(
-        self, layer_idx: int, candidates: FusionCandidates, config: FusionConfig, context: PassContext
-    ) -> _Joined:
+    def _join(self, layer_idx: int, candidates: _Candidates, config: FusionConfig, context: PassContext) -> _Joined:
         """Ask the rule about all pairs that may fuse, and chain those that are alike into groups."""
         rows = candidates.rows
         later = self._pairs(candidates, context).nonzero()[:, 0]
@@ -103,7 +145,7 @@ class FusionStep:
             context.trace.add_signals(layer_idx, {"mean": sum(host_joins)})
         return _Joined(candidates, host_joins, groups, merge(rows, groups))
 
-    def _pairs(self, candidates: FusionCandidates, context: PassContext) -> Tensor:
+    def _pairs(self, candidates: _Candidates, context: PassContext) -> Tensor:
         """Return which rows may join the row before, [N] bool: of one sequence, adjacent, unprotected, new."""
         rows = candidates.rows
         free = ~self._protection.covers(rows.token_ids, rows.positions)
@@ -112,6 +154,11 @@ class FusionStep:
         adjacent = (rows.positions[1:] - rows.mass[1:] == rows.positions[:-1]) & (rows.seq_ids[1:] == rows.seq_ids[:-1])
         new = candidates.source[1:] >= 0
         return torch.cat((free.new_zeros(1), free[1:] & free[:-1] & adjacent & new))
+
+
+def _as_row(group: OpenGroup, seq: int, like: Tensor) -> FusionRows:
+    mass, position, token_id, seq_id = like.new_tensor([group.mass, group.position, group.token_id, seq])[:, None]
+    return FusionRows(group.hidden, group.mean, mass, position, token_id, seq_id)
 
 
 def _split(joined: _Joined) -> SplitRows:

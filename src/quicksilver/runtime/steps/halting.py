@@ -1,12 +1,14 @@
 """Halting between two layers: ask the rule, respect what is protected."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from quicksilver.backends.state import PassContext, SplitRows, State
+from quicksilver.backends.state import PassContext, SplitRows, State, Stop
 from quicksilver.core.decisions import LayerView
+from quicksilver.core.trace import Trace
 from quicksilver.families.spec import Adapter
+from quicksilver.plan.affine import AffineMap
 from quicksilver.rules import HaltingConfig
 
 
@@ -63,3 +65,16 @@ class HaltingStep:
             return None
         going_on = halt.shape[0] - rows.shape[0]
         return SplitRows(rows, halt.argsort(stable=True)[:going_on])  # False first; the device is not asked again
+
+
+def map_stopped(maps: Mapping[int, AffineMap], hidden: Tensor, stops: Sequence[Stop], trace: Trace) -> Tensor:
+    """Map the states [N, d] of tokens that stopped, in place, by the map of the layer after which they did.
+
+    Every one is mapped, a prompt's too: callers may read what they predict.
+    """
+    for layer_idx, origins in stops:
+        if layer_idx in maps:
+            layer_map, rows = maps[layer_idx], hidden.index_select(0, origins)
+            trace.record_fitted(layer_idx, len(rows), layer_map.macs, layer_map.nbytes)
+            hidden.index_copy_(0, origins, rows + layer_map(rows))
+    return hidden

@@ -1,4 +1,4 @@
-"""The paper's precision: uncertain tokens read more bits."""
+"""The rules of arXiv 2506.22396, literally: drift, distance and entropy in the units of the residual stream, zeros."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from quicksilver.core.bits import MAX_BITS
-from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits, TokenBitsView
+from quicksilver.core.decisions import (
+    BitsChoice,
+    ChannelView,
+    Fill,
+    FusionDecision,
+    HaltDecision,
+    KernelBits,
+    LayerView,
+    PairView,
+    TokenBitsView,
+)
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import check_layers_run, layers_run
+from quicksilver.rules.checks import check_layers_run, layers_run, threshold_at
+from quicksilver.rules.fusion.base import SimilarityRule, fusion_rule
+from quicksilver.rules.halting.base import ThresholdRule, halting_rule
+from quicksilver.rules.kv.base import FillRule, fill_rule
 from quicksilver.rules.precision.base import precision_rule
 from quicksilver.rules.precision.graded import GradedBitsRule
 
@@ -16,6 +29,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EntropyOf = Literal["head", "hidden"]
+
+
+@halting_rule("drift")
+@dataclass(frozen=True)
+class DriftRule(ThresholdRule):
+    """The paper's signal: `||h[l] - h[l-1]||_2`, in the units of the residual stream (arXiv 2506.22396)."""
+
+    def decide(self, view: LayerView) -> HaltDecision:
+        from quicksilver.core import signals
+
+        drift = signals.row_norms(signals.update_of(view))  # [N]
+        return HaltDecision(drift < threshold_at(self.threshold, view.layer_idx), {"norm": view.num_rows})
+
+
+@fill_rule("zero")
+@dataclass(frozen=True)
+class ZeroFill(FillRule):
+    """The paper's formula read literally: a zero key and value are written; they still take softmax mass."""
+
+    def decide(self, view: int) -> Fill:
+        return Fill.ZERO
+
+
+@fusion_rule("l2")
+@dataclass(frozen=True)
+class L2FusionRule(SimilarityRule):
+    """The paper's: `||h[t] - h[t-1]||_2` below the threshold, in the units of the residual stream."""
+
+    def decide(self, view: PairView) -> FusionDecision:
+        from quicksilver.core import signals
+
+        distance = signals.row_norms(view.later.float() - view.earlier.float())
+        return FusionDecision(distance < threshold_at(self.threshold, view.ordinal), {"norm": view.num_pairs})
 
 
 @precision_rule("entropy")

@@ -1,4 +1,4 @@
-"""Fixed point: small updates that keep their direction."""
+"""What a layer adds to a state, free of the stream's scale: its size alone, or with its direction."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,6 +7,18 @@ from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.errors import PlanError
 from quicksilver.rules.checks import threshold_at
 from quicksilver.rules.halting.base import ThresholdRule, halting_rule
+
+
+@halting_rule("relative")
+@dataclass(frozen=True)
+class RelativeDriftRule(ThresholdRule):
+    """`||h[l] - h[l-1]||_2 / ||h[l]||_2`, free of the stream's scale."""
+
+    def decide(self, view: LayerView) -> HaltDecision:
+        from quicksilver.core import signals
+
+        small = signals.relative_drift(view) < threshold_at(self.threshold, view.layer_idx)
+        return HaltDecision(small, {"norm": 2 * view.num_rows})
 
 
 @halting_rule("fixed_point")

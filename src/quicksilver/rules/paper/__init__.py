@@ -1,1 +1,0 @@
-"""The rules of arXiv 2506.22396, literally."""
