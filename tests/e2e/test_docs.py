@@ -123,7 +123,7 @@ def in_small(words: list[str]) -> list[str]:
     match words[0]:
         case "demo":
             return [*words, "--max-tokens", "100"]
-        case "eval" if "--context" in words:
+        case "eval" if "--prompt" in words:
             return [*words, "--max-tokens", "1100"]
         case "eval":
             return [*words, "--max-tokens", "120", "--context", "64"]

@@ -32,15 +32,9 @@ class LayerView:
 
     def select(self, rows: Tensor) -> LayerView:
         """Return the view of the given rows ([M])."""
-        previous = self.previous_update
-        return replace(
-            self,
-            before=self.before.index_select(0, rows),
-            after=self.after.index_select(0, rows),
-            previous_update=None if previous is None else previous.index_select(0, rows),
-            positions=self.positions.index_select(0, rows),
-            token_ids=self.token_ids.index_select(0, rows),
-        )
+        names = ("before", "after", "previous_update", "positions", "token_ids")
+        parts = {name: part.index_select(0, rows) for name in names if (part := getattr(self, name)) is not None}
+        return replace(self, **parts)
 
 
 HALT_SIGNALS = ("norm", "cosine", "softmax", "head")

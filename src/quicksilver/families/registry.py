@@ -13,6 +13,9 @@ from quicksilver.families.weights import check_weights
 from quicksilver.ops.native import KernelChoice
 from quicksilver.quant import AnyPrecisionLinear
 
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_SIZES = ("num_hidden_layers", *_HEADS, "max_position_embeddings", "vocab_size")
+
 
 def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     """Return the adapter of a loaded transformers causal language model, PEFT's wrapper or not; no weight is copied.
@@ -50,11 +53,10 @@ def _check_shape(config: Any) -> None:
         raise UnsupportedModelError(
             f"{config.model_type}: layers of several shapes (per_layer_config) are not supported"
         )
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "vocab_size")
-    for name in names:
-        if (size := getattr(config, name, kv_heads)) < 1:
+    for name in _SIZES:
+        if (size := getattr(config, name, 1)) < 1:
             raise ModelError(f"{config.model_type}: {name} is {size}")
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     if config.num_attention_heads % kv_heads:
         raise ModelError(
             f"{config.model_type}: {config.num_attention_heads} heads do not share {kv_heads} key/value heads evenly"
