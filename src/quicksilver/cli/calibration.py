@@ -20,7 +20,7 @@ from quicksilver.core.files import make_folder, write_atomically
 from quicksilver.families.fingerprint import fingerprint as model_fingerprint
 from quicksilver.measure import environment
 from quicksilver.measure.windows import WindowConfig, WindowedText, cut, default_bos, slide
-from quicksilver.plan.provenance import FittedTo
+from quicksilver.plan.plan import FittedTo
 from quicksilver.version import __version__
 
 _FIT_TOKENS = 16384

@@ -43,7 +43,7 @@ def ready(model: Any, name: str, plans: Sequence[Any], tokenizer: Any, corpus: A
 def _fit(quantized: Any, name: str, plans: Sequence[Any], windows: list[Any], source: str, tokens: int) -> list[Any]:
     from quicksilver.calibrate.bits import fit
     from quicksilver.families.fingerprint import fingerprint
-    from quicksilver.plan.provenance import FittedTo
+    from quicksilver.plan.plan import FittedTo
 
     record = FittedTo(name, fingerprint(quantized.model, quantized.adapter.spec), source.removeprefix("of "), tokens)
     with progress("fitting bits", len(windows) * sum(plan.is_recipe for plan in plans)) as advance:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
 from quicksilver.plan import codec
-from quicksilver.plan.provenance import FittedTo
 from quicksilver.plan.tensors import Array, PlanTensors, named_vector
 from quicksilver.plan.version1 import upgraded
 from quicksilver.rules import (
@@ -35,7 +34,7 @@ from quicksilver.rules import (
     UniformBitsRule,
     ZeroFill,
 )
-from quicksilver.rules.checks import check_parts
+from quicksilver.rules.checks import check_parts, is_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +49,33 @@ PARTS: dict[str, type] = {
     "precision": PrecisionConfig,
 }
 """The four mechanisms, and what configures each."""
+
+
+@dataclass(frozen=True)
+class FittedTo:
+    """The model and the text that thresholds were fitted to; PlanError where a value is of another type."""
+
+    model: str  # its name, for people
+    fingerprint: str  # tells it from others
+    calibration: str  # the text's name, or how it was made
+    tokens: int  # of that text, how many were used
+
+    def __post_init__(self) -> None:
+        for name in ("model", "fingerprint", "calibration"):
+            if not isinstance(getattr(self, name), str):
+                raise PlanError(f"{name} must be a string, got {getattr(self, name)!r}")
+        if not is_whole(self.tokens) or self.tokens < 1:
+            raise PlanError(f"tokens must be a whole number above 0, got {self.tokens!r}")
+
+    def mismatch(self, fingerprint: str) -> str | None:
+        """Return what to say where a plan with this record is run on the model of a fingerprint; None if it fits."""
+        if fingerprint == self.fingerprint:
+            return None
+        return (
+            f"its thresholds were fitted to another model ({self.model}, {self.fingerprint}) than this one"
+            f" ({fingerprint}); they are absolute and mean something else here: fit it anew with the shell command"
+            " `quicksilver plan fit`"
+        )
 
 
 class Fitted(NamedTuple):

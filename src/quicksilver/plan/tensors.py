@@ -47,21 +47,11 @@ class PlanTensors(Mapping[str, "Tensor"]):
     Tensors are copied; PlanError names one that holds a value that is not finite.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        ready = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-        self._values = {name: _Values(tuple(t.shape), bytearray(t.numpy().tobytes())) for name, t in ready.items()}
-        self._settle()
-
-    @classmethod
-    def _of(cls, values: Mapping[str, _Values]) -> PlanTensors:
-        made = cls({})
-        made._values = dict(values)
-        made._settle()
-        return made
-
-    def _settle(self) -> None:
-        """Sort what there is, and refuse what no number is."""
-        self._values = dict(sorted(self._values.items()))
+    def __init__(self, tensors: Mapping[str, Tensor | _Values]) -> None:
+        self._values = {
+            name: each if isinstance(each, _Values) else _values(each.detach().float().cpu().contiguous())
+            for name, each in sorted(tensors.items())
+        }
         for name, values in self._values.items():
             if not math.isfinite(sum(values.numbers())):  # a float64 holds the sum of any float32 there are
                 raise PlanError(f"fitted tensor {name} holds NaN or infinite values")
@@ -80,7 +70,7 @@ class PlanTensors(Mapping[str, "Tensor"]):
             from safetensors.torch import load
 
             return cls(load(data))
-        return cls._of({name: _Values(tuple(t["shape"]), t["data"], _DTYPES[t["dtype"]]) for name, t in stored.items()})
+        return cls({name: _Values(tuple(t["shape"]), t["data"], _DTYPES[t["dtype"]]) for name, t in stored.items()})
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; an interrupted write leaves nothing half-written."""
@@ -92,18 +82,18 @@ class PlanTensors(Mapping[str, "Tensor"]):
         """Return these and some arrays, each number of which is kept exactly."""
         data = {name: bytearray(array("d", _flat(each)).tobytes()) for name, each in arrays.items()}
         made = {name: _Values(_shape(arrays[name]), each, "d") for name, each in data.items()}
-        return PlanTensors._of({**self._values, **made})
+        return PlanTensors({**self._values, **made})
 
     def narrowed(self, arrays: Collection[str]) -> PlanTensors:
         """Return these with all but the arrays in float32, as fitted tensors are."""
         kept = {name: each for name, each in self._values.items() if each.code == "f" or name in arrays}
         others = {name: each for name, each in self._values.items() if name not in kept}
         made = {n: _Values(each.shape, bytearray(array("f", each.numbers()).tobytes())) for n, each in others.items()}
-        return PlanTensors._of({**kept, **made})
+        return PlanTensors({**kept, **made})
 
     def without(self, names: Collection[str]) -> PlanTensors:
         """Return the others."""
-        return PlanTensors._of({name: each for name, each in self._values.items() if name not in names})
+        return PlanTensors({name: each for name, each in self._values.items() if name not in names})
 
     def array(self, name: str) -> Array:
         """Return the numbers of a tensor, in a tuple for each of its dimensions."""
@@ -142,6 +132,10 @@ class PlanTensors(Mapping[str, "Tensor"]):
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def _values(tensor: Tensor) -> _Values:
+    return _Values(tuple(tensor.shape), bytearray(tensor.numpy().tobytes()))
 
 
 def _shape(value: Array) -> tuple[int, ...]:
