@@ -268,7 +268,7 @@ LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int he
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "Kernels over nested weights.";
+  m.doc() = "Kernels over any-precision weights.";
   nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
   nb::class_<AnyPrecisionMatrix>(m, "AnyPrecisionMatrix")
       .def_prop_ro("num_inputs", &AnyPrecisionMatrix::num_inputs)

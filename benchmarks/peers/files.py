@@ -45,7 +45,7 @@ def prepare(subject: Subject, names: Sequence[str], threads: int, say: Callable[
     mine = [name for name in names if ours.is_ours(name)]
     if mine:
         quantized = path_of(mine[0], subject)
-        make(quantized, ours.nest_to, subject.floats)
+        make(quantized, ours.quantize_to, subject.floats)
         for name in ours.fitted_plans(mine):
             make(ours.plan_file(subject, name), ours.fit_to, quantized, name)
 

@@ -65,7 +65,7 @@ def plan_names(subject: Subject) -> tuple[str, ...]:
     return (UNIFORM_8, UNIFORM_4, *((MILD,) if shipped else ()))
 
 
-def nest_to(floats: Path, target: Path) -> None:
+def quantize_to(floats: Path, target: Path) -> None:
     """Write a model with its weights quantized, the head too, each weight rounded on its own."""
     from quicksilver.families.quantize import quantize_model
     from quicksilver.loading.load import load_plain

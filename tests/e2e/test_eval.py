@@ -238,7 +238,7 @@ def test_defaults_of_the_protocol(
     assert result["protocol"]["mode"] == "score"
 
 
-def test_texts_are_read_before_anything_is_nested(
+def test_texts_are_read_before_anything_is_quantized(
     cli: Callable[..., Outcome],
     tiny_model_dir: Callable[[str], Path],
     text_file: Path,

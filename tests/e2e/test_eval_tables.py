@@ -142,7 +142,7 @@ def test_tables_fit_80_columns(
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_settings_say_what_was_nested_and_fitted(
+def test_settings_say_what_was_quantized_and_fitted(
     cli: Callable[..., Outcome],
     tiny_model_dir: Callable[[str], Path],
     text_file: Path,

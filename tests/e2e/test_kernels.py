@@ -78,7 +78,7 @@ def test_without_kernels_auto_says_so_once_and_native_is_refused(
 
 
 @needs_kernels
-def test_native_is_refused_where_nothing_is_nested(refused: Callable[..., str], text_file: Path) -> None:
+def test_native_is_refused_where_nothing_is_quantized(refused: Callable[..., str], text_file: Path) -> None:
     for arguments in (("eval", "ref-llama", "--text", text_file, *CUT), ("generate", "ref-llama", "The river")):
         refused(*arguments, "--kernels", "native", names=("--kernels native", "ref-llama", "not quantized"))
     assert quicksilver.load("ref-llama", kernels="native").adapter.kernels == "torch"

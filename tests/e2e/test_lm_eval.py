@@ -149,7 +149,7 @@ def test_batches_and_their_padding_change_no_answer(
 
 
 @pytest.mark.parametrize("given", ["folder", "loaded", "harness"])
-def test_nested_models_answer_alike_however_they_are_given(
+def test_quantized_models_answer_alike_however_they_are_given(
     answers: Callable[..., Any], quantized_dir: Path, given: str
 ) -> None:
     expected = answers(QuickSilverLM(quantized_dir, kernels="torch"), "choice", "until")

@@ -28,7 +28,7 @@ BEYOND = 3e38 * (torch.arange(48) % 2 * 2.0 - 1.0)
 
 
 @pytest.mark.parametrize(("name", "options"), tiny.on_telling(OPTIONS, OPTIONS[:1], NAMES), ids=str)
-def test_a_model_written_map_by_map_is_the_one_nested_in_memory(
+def test_a_model_written_map_by_map_is_the_one_quantized_in_memory(
     cli: Cli, tmp_path: Path, name: str, options: list[str]
 ) -> None:
     dtypes = [torch.float32]

@@ -62,7 +62,7 @@ def test_the_rest_is_as_if_hidden_tokens_had_not_been_fed(family: str, plan: str
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("family", tiny.LAYOUTS)
-def test_nested_weights_too(family: str, kernels: Any) -> None:
+def test_quantized_weights_too(family: str, kernels: Any) -> None:
     model = quicksilver.accelerate(tiny.quantized(family), kernels=kernels)
     torch.testing.assert_close(fed_in_turns(model, MASK), model(VISIBLE).logits[:, 4:], atol=KERNEL_LOGITS, rtol=0)
 

@@ -47,7 +47,7 @@ def test_facts_are_those_of_the_wrapped_model(tiny_model_dir: Callable[[str], Pa
     assert model.eval() is model
 
 
-def test_nested_weights_are_counted(quantized_dir: Path) -> None:
+def test_quantized_weights_are_counted(quantized_dir: Path) -> None:
     plain, model = tiny.model("llama"), quicksilver.load(quantized_dir)
     assert model.num_parameters() == plain.num_parameters()
     assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
@@ -99,7 +99,7 @@ def test_an_iterating_streamer_gives_the_text(model: Any) -> None:
     thread.join()
 
 
-def test_transformers_knows_the_method_of_nested_models(quantized_dir: Path) -> None:
+def test_transformers_knows_the_method_of_quantized_models(quantized_dir: Path) -> None:
     stored = quicksilver.load(quantized_dir).config.quantization_config
     assert AutoQuantizationConfig.from_dict(stored).to_dict() == stored
     assert AutoConfig.from_pretrained(quantized_dir).quantization_config == stored

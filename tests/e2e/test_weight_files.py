@@ -192,7 +192,7 @@ def test_a_tensor_that_the_index_has_and_the_shard_has_not(refused: Refused, sha
     refused("generate", shards, "Once", names=("missing keys: lm_head.weight",))
 
 
-def test_a_nested_folder_refuses_what_it_does_not_know(cli: Callable[..., Outcome], folder: Path) -> None:
+def test_a_quantized_folder_refuses_what_it_does_not_know(cli: Callable[..., Outcome], folder: Path) -> None:
     made = folder.with_name("quantized")
     assert cli("quantize", folder, "-o", made).status == 0
     path = made / "model.safetensors"

@@ -50,7 +50,7 @@ def test_choices_and_what_the_environment_makes_of_auto(monkeypatch: pytest.Monk
 
 
 @needs_kernels
-def test_kernels_read_nested_models_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_quantized_models_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.CHOICE_VARIABLE, raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KernelsMissingWarning)
@@ -75,7 +75,7 @@ def test_other_types_are_said_once_and_refused_where_kernels_were_asked_for() ->
 
 
 @needs_kernels
-def test_a_model_nested_by_an_earlier_version_is_read_map_by_map() -> None:
+def test_a_model_quantized_by_an_earlier_version_is_read_map_by_map() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
     quantize_model(model, QuantizationConfig())
     odd = next(module for module in model.modules() if isinstance(module, AnyPrecisionLinear))

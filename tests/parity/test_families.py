@@ -52,7 +52,7 @@ def test_dense_equals_transformers_in_bfloat16(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_nested_weights_are_read_as_in_transformers(family: str) -> None:
+def test_quantized_weights_are_read_as_in_transformers(family: str) -> None:
     model, ids = tiny.from_config(tiny.CONFIGS[family]()), tiny.token_ids(40)
     quantize_model(model, QuantizationConfig(head=True, embeddings=True))
     found = quicksilver.accelerate(model, kernels="torch")(ids[None]).logits[0]

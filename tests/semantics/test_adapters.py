@@ -167,7 +167,7 @@ def test_hooks_on_the_wrapper_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("family", MAPS)
-def test_a_model_is_not_nested_past_its_adapters(family: str) -> None:
+def test_a_model_is_not_quantized_past_its_adapters(family: str) -> None:
     model = adapted(family).base_model.model
     with pytest.raises(ModelError, match="merge adapters"):
         quantize_model(model, QuantizationConfig())

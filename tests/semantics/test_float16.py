@@ -104,7 +104,7 @@ def test_both_backends_are_the_same_as_in_float32(name: str, backend: str, plan:
 
 @pytest.mark.parametrize("rule", [rules.UniformBitsRule(6), rules.ChannelBitsRule((0.5,), (8, 6))], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_nested_weights_are_the_same_as_in_float32(name: str, rule: rules.PrecisionRule) -> None:
+def test_quantized_weights_are_the_same_as_in_float32(name: str, rule: rules.PrecisionRule) -> None:
     assert_same(name, skipping_plan(FEW, precision_plan(rule)), quantized=True)
 
 

@@ -100,7 +100,7 @@ def test_a_batch_is_its_sequences_alone(family: str) -> None:
     torch.testing.assert_close(run_batch(engine, sequences).logits, alone, atol=ATOL, rtol=0)
 
 
-def test_a_nested_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
     quantize_model(model, QuantizationConfig(head=True))
     seen, run = [], any_precision_linear.multiply

@@ -95,7 +95,7 @@ def test_what_would_not_run_is_refused_when_a_model_is_taken_and_later(
     assert_as_transformers(accelerated, model)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 @pytest.mark.parametrize("hang", HANGERS.values(), ids=HANGERS)
 @pytest.mark.parametrize(("family", "path"), ALL_CALLED)
 def test_what_hangs_on_called_modules_runs(family: str, path: str, hang: Callable[[Any], Any], quantized: bool) -> None:
@@ -124,7 +124,7 @@ def test_kernels_run_whole_layers_again_once_a_hook_is_gone() -> None:
     assert len(calls) == IDS.shape[1]
 
 
-def test_a_hook_on_a_projection_that_nested_weights_have_split_is_refused() -> None:
+def test_a_hook_on_a_projection_that_quantized_weights_have_split_is_refused() -> None:
     model = fresh("gpt2", quantized=True)
     HANGERS["hook"](model.transformer.h[2].attn.c_attn)
     with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.2\.attn\.c_attn"):
@@ -257,7 +257,7 @@ def test_classes_and_functions_of_transformers_patched_are_refused_by_name(
             run()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 def test_a_norm_whose_class_is_patched_runs(monkeypatch: pytest.MonkeyPatch, quantized: bool) -> None:
     model = fresh("llama", quantized)
     accelerated = quicksilver.accelerate(model)
@@ -312,14 +312,14 @@ def test_what_pytorch_and_transformers_leave_on_modules_is_no_obstacle() -> None
     assert_as_transformers(quicksilver.accelerate(model), model)
 
 
-def test_a_model_is_not_nested_past_what_hangs_on_its_maps() -> None:
+def test_a_model_is_not_quantized_past_what_hangs_on_its_maps() -> None:
     model = fresh("llama")
     HANGERS["hook"](model.model.layers[1].mlp.up_proj)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
         quantize_model(model, QuantizationConfig())
 
 
-def test_a_map_that_is_not_nested_among_nested_ones_is_refused_by_name() -> None:
+def test_a_map_that_is_not_quantized_among_quantized_ones_is_refused_by_name() -> None:
     model = fresh("llama", quantized=True)
     model.model.layers[2].mlp.up_proj = with_bias(32, 48)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2\.mlp\.up_proj"):

@@ -151,7 +151,7 @@ def test_protected_tokens_read_everything(name: str, family: str) -> None:
     torch.testing.assert_close(run.logits, expected.logits, atol=ATOL, rtol=0)
 
 
-def test_eight_bits_throughout_are_the_nested_model_itself() -> None:
+def test_eight_bits_throughout_are_the_quantized_model_itself() -> None:
     for family in tiny.FAMILIES:
         model, ids = tiny.quantized(family), tiny.token_ids(20)
         dense, uniform = (

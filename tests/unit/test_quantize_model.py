@@ -126,7 +126,7 @@ def test_weights_beyond_the_range_of_float32_are_refused_before_any_is_replaced(
         assert not any(isinstance(module, AnyPrecisionLinear) for module in model.modules())
 
 
-def test_a_model_is_nested_once_and_of_a_known_family() -> None:
+def test_a_model_is_quantized_once_and_of_a_known_family() -> None:
     model = copy.deepcopy(tiny.model("llama"))
     quantize_model(model, QuantizationConfig())
     with pytest.raises(ModelError, match="quantized already"):
@@ -137,7 +137,7 @@ def test_a_model_is_nested_once_and_of_a_known_family() -> None:
         quantize_model(other, QuantizationConfig())
 
 
-def test_a_tied_head_is_nested_with_the_embedding_or_not_at_all() -> None:
+def test_a_tied_head_is_quantized_with_the_embedding_or_not_at_all() -> None:
     model = copy.deepcopy(tiny.model("gpt2"))
     with pytest.raises(ModelError, match="head shares the embedding"):
         quantize_model(model, QuantizationConfig(embeddings=True))

@@ -69,7 +69,7 @@ def test_figures_are_those_of_eval(window_config: WindowConfig, interleaved: boo
         assert timeless(scorer.score(plan)) == timeless(row)
 
 
-def test_figures_of_nested_weights_are_those_of_eval() -> None:
+def test_figures_of_quantized_weights_are_those_of_eval() -> None:
     model, runner = models(quantized=True)
     (wanted,) = evaluate(model, [PLANS["bits"]], text(PLAIN), PLAIN, "score", "tiny", quantized=runner)
     scorer = Scorer(model, runner, part(PLAIN), PLAIN, "tiny")

@@ -30,7 +30,7 @@ tokens fused          absorbed by a later one, of all fed, prompts included
 weight bits           read of a weight of the layers, on average
 scores done           of attention's products with keys
 values read           of those that attention weighs
-MLP, attn. skipped    sublayers that tokens went past, of all in the layers
+MLP, attn. skipped    sublayers that tokens skipped, of all in the layers
 cache bits            of a number in the cache
 prompts               with --prompt: what was fed before the tokens scored, of
                       which the other tables hold only the tokens fused
@@ -184,7 +184,7 @@ def _ran(result: dict[str, Any]) -> list[str]:
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
-    """Return what attention did and read, how many sublayers tokens went past, and bits of the cache's numbers."""
+    """Return what attention did and read, how many sublayers tokens skipped, and bits of the cache's numbers."""
     side = result["accelerated"]
     past = [share for shares in side["shortcuts_by_layer"].values() for share in shares]
     shares = (side["query_components_read"], side["values_read"], sum(past) / len(past))

@@ -13,18 +13,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's running tokens, as a rule sees them after the layer."""
+    """One layer's running tokens, as a rule sees them after the layer.
 
-    layer_idx: int  # index of the layer that just ran
-    before: Tensor  # [N, d] states that entered the layer
-    after: Tensor  # [N, d] states that left it
-    # [N, d] what the layer before added; None after the first layer, and where the rule does not say that it reads it
+    Attributes:
+        layer_idx: index of the layer that just ran.
+        before: [N, d] states that entered the layer.
+        after: [N, d] states that left it.
+        previous_update: [N, d] what the layer before added; None after the first layer, and where the rule does not say
+            that it reads it.
+        positions: [N] logical positions.
+        token_ids: [N] the tokens themselves.
+        head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+        gate: [d + 4] float32, the fitted gate of the layer, None where it has none.
+    """
+
+    layer_idx: int
+    before: Tensor
+    after: Tensor
     previous_update: Tensor | None
-    positions: Tensor  # [N] logical positions
-    token_ids: Tensor  # [N] the tokens themselves
-    # maps states [M, d] to the entropy of the model's head on them, [M], in bits
+    positions: Tensor
+    token_ids: Tensor
     head_entropy: Callable[[Tensor], Tensor]
-    gate: Tensor | None = None  # [d + 4] float32, the fitted gate of the layer, None where it has none
+    gate: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -44,25 +54,40 @@ over it, and the model's head on it with the entropy of what that predicts."""
 
 @dataclass(frozen=True)
 class HaltDecision:
-    """Which tokens halt now, and what finding out cost."""
+    """Which tokens halt now, and what finding out cost.
 
-    halt: Tensor  # [N] bool
-    # rows for which each of `HALT_SIGNALS` was computed; what a row costs is counted by the signal
+    Attributes:
+        halt: [N] bool.
+        signal_rows: rows for which each of `HALT_SIGNALS` was computed; what a row costs is counted by the signal.
+        gate_rows: rows that were multiplied by the layer's fitted gate.
+        macs: multiply-adds of all that no signal stands for, over all rows.
+    """
+
+    halt: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    gate_rows: int = 0  # rows that were multiplied by the layer's fitted gate
-    macs: int = 0  # multiply-adds of all that no signal stands for, over all rows
+    gate_rows: int = 0
+    macs: int = 0
 
 
 @dataclass(frozen=True)
 class PairView:
-    """Pairs of adjacent tokens that may fuse after a layer, as a rule sees them."""
+    """Pairs of adjacent tokens that may fuse after a layer, as a rule sees them.
 
-    layer_idx: int  # index of the layer that just ran
-    ordinal: int  # which of the plan's fusion layers this is, from 0
-    earlier: Tensor  # [P, d] states of the earlier tokens
-    later: Tensor  # [P, d] states of the later tokens
-    positions: Tensor  # [P] logical positions of the later tokens
-    token_ids: Tensor  # [P] the later tokens themselves
+    Attributes:
+        layer_idx: index of the layer that just ran.
+        ordinal: which of the plan's fusion layers this is, from 0.
+        earlier: [P, d] states of the earlier tokens.
+        later: [P, d] states of the later tokens.
+        positions: [P] logical positions of the later tokens.
+        token_ids: [P] the later tokens themselves.
+    """
+
+    layer_idx: int
+    ordinal: int
+    earlier: Tensor
+    later: Tensor
+    positions: Tensor
+    token_ids: Tensor
 
     @property
     def num_pairs(self) -> int:
@@ -75,33 +100,51 @@ PAIR_SIGNALS = ("norm", "cosine")
 
 @dataclass(frozen=True)
 class FusionDecision:
-    """Which pairs are alike, and what finding out cost."""
+    """Which pairs are alike, and what finding out cost.
 
-    alike: Tensor  # [P] bool
-    # pairs for which each of `PAIR_SIGNALS` was computed; what a pair costs is counted by the signal
+    Attributes:
+        alike: [P] bool.
+        signal_rows: pairs for which each of `PAIR_SIGNALS` was computed; what a pair costs is counted by the signal.
+        macs: multiply-adds of all that no signal stands for, over all pairs.
+    """
+
+    alike: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    macs: int = 0  # multiply-adds of all that no signal stands for, over all pairs
+    macs: int = 0
 
 
 @dataclass(frozen=True)
 class TokenBitsView:
-    """Tokens that are granted bits at once, as a rule sees them after a layer."""
+    """Tokens that are granted bits at once, as a rule sees them after a layer.
 
-    hidden: Tensor  # [N, d] their states
-    # maps states [M, d] to the entropy of the model's head on them, [M], in bits
+    Attributes:
+        hidden: [N, d] their states.
+        head_entropy: maps states [M, d] to the entropy of the model's head on them, [M], in bits.
+    """
+
+    hidden: Tensor
     head_entropy: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ChannelView:
-    """The inputs of one linear map, as a rule that chooses bits sees them."""
+    """The inputs of one linear map, as a rule that chooses bits sees them.
 
-    layer_idx: int  # index of the layer
-    map_idx: int  # which of the layer's quantized maps this is
-    num_maps: int  # how many it has
-    inputs: Tensor  # [N, in] what the map is applied to
-    norms: Callable[[], Tensor]  # gives [in] float32, the norm of each input channel's weights
-    max_bits: Tensor | None  # [N] uint8, the most bits each token may read; None for no limit
+    Attributes:
+        layer_idx: index of the layer.
+        map_idx: which of the layer's quantized maps this is.
+        num_maps: how many it has.
+        inputs: [N, in] what the map is applied to.
+        norms: gives [in] float32, the norm of each input channel's weights.
+        max_bits: [N] uint8, the most bits each token may read; None for no limit.
+    """
+
+    layer_idx: int
+    map_idx: int
+    num_maps: int
+    inputs: Tensor
+    norms: Callable[[], Tensor]
+    max_bits: Tensor | None
 
 
 BITS_SIGNALS = ("head", "softmax", "score")
@@ -111,12 +154,17 @@ channel its score."""
 
 @dataclass(frozen=True)
 class BitsChoice:
-    """How many bits are read, and what finding out cost."""
+    """How many bits are read, and what finding out cost.
 
-    bits: int | Tensor  # one number for everything, [N] uint8 for each token, or [N, in] uint8 for each of its channels
-    # rows (of "score": channels) for which each of `BITS_SIGNALS` was computed
+    Attributes:
+        bits: one number for everything, [N] uint8 for each token, or [N, in] uint8 for each of its channels.
+        signal_rows: rows (of "score": channels) for which each of `BITS_SIGNALS` was computed.
+        macs: multiply-adds of all that no signal stands for.
+    """
+
+    bits: int | Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    macs: int = 0  # multiply-adds of all that no signal stands for
+    macs: int = 0
 
 
 @dataclass(frozen=True)

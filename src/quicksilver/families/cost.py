@@ -101,7 +101,7 @@ def dense_cost(spec: ModelSpec, trace: Trace) -> Cost:
     linear = trace.tokens * spec.macs
     attention = sum(trace.dense_pairs(layer.window) for layer in spec.layers) * spec.attention_macs_per_pair
     head_macs = trace.head_rows * spec.head_macs
-    weight_bytes = trace.tokens * sum(layer.weight_bytes + layer.nested_weight_bytes for layer in spec.layers)
+    weight_bytes = trace.tokens * sum(layer.weight_bytes + layer.quantized_weight_bytes for layer in spec.layers)
     weight_bytes += trace.head_rows * spec.head_weight_bytes
     read = linear * spec.weight_bits + attention * activation_bits + head_macs * spec.head_bits
     return Cost(linear + attention, head_macs, weight_bytes, read * activation_bits)

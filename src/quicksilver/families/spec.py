@@ -44,7 +44,7 @@ class LayerSpec:
     # bytes of each map's weights, but for quantized ones: what is read of those, a trace says
     map_bytes: Mapping[MapRole, int]
     weight_bytes: int  # of all of its weights, likewise
-    nested_weight_bytes: int  # bytes of its any-precision weights, at eight bits
+    quantized_weight_bytes: int  # bytes of its any-precision weights, at eight bits
 
     def macs_of(self, *roles: MapRole) -> int:
         """Return the multiply-adds of some of its weight matrices, of all where none is named, for one token."""
@@ -87,7 +87,7 @@ class ModelSpec:
     @property
     def is_quantized(self) -> bool:
         """Whether the layers' weights are any-precision codes."""
-        return self.layers[0].nested_weight_bytes > 0
+        return self.layers[0].quantized_weight_bytes > 0
 
     @property
     def weight_bits(self) -> int:
@@ -182,7 +182,7 @@ def num_quantized(model: nn.Module, exclude_embeddings: bool = False) -> int:
     return sum(m.num_inputs * m.num_outputs for m in counted)
 
 
-def nested_bytes(*modules: nn.Module) -> int:
+def quantized_bytes(*modules: nn.Module) -> int:
     """Return the bytes of all any-precision weights of the modules, read at eight bits."""
     return sum(
         m.num_inputs * m.channel_bytes[MAX_BITS]
@@ -213,7 +213,7 @@ def layer_spec(
         maps=shapes,
         map_bytes=map_bytes,
         weight_bytes=weight_bytes(layer),
-        nested_weight_bytes=nested_bytes(layer),
+        quantized_weight_bytes=quantized_bytes(layer),
     )
 
 
@@ -231,7 +231,7 @@ def model_spec(model: Any, norm: nn.Module, body: nn.Module, layers: tuple[Layer
         vocab_size=config.vocab_size,
         max_positions=limit,
         head_macs=config.hidden_size * config.vocab_size,
-        head_weight_bytes=weight_bytes(head, norm) + nested_bytes(head),
+        head_weight_bytes=weight_bytes(head, norm) + quantized_bytes(head),
         head_bits=MAX_BITS if isinstance(head, AnyPrecisionWeight) else 8 * weight.dtype.itemsize,
         parameters=sum(p.numel() for p in model.parameters()) + num_quantized(model),
         dtype=weight.dtype,

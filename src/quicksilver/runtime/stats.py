@@ -14,24 +14,42 @@ _BACKENDS = {"native": "compiled kernels", "pytorch": "PyTorch"}
 
 @dataclass(frozen=True)
 class RunStats:
-    """Counts of the last run. FLOPs are counted from what ran; `dense_flops` by arithmetic for the same tokens."""
+    """Counts of the last run. FLOPs are counted from what ran; `dense_flops` by arithmetic for the same tokens.
 
-    # tokens fed, prompt and generated, and the padding that transformers feeds for rows of a batch that have finished
+    Attributes:
+        tokens: tokens fed, prompt and generated, and the padding that transformers feeds for rows of a batch that have
+            finished.
+        mean_depth: layers run per token, on average.
+        num_layers: layers of the model.
+        halted_by_layer: tokens that halted after each layer.
+        fused_by_layer: tokens that a later one absorbed after each layer.
+        groups_by_size: groups of fused tokens, by the tokens that they stand for.
+        flops: FLOPs executed, head, signals and merging included.
+        dense_flops: FLOPs of the dense model for the same tokens.
+        weight_bytes_per_token: weight bytes read per token were each decoded alone.
+        kv_bytes: bytes allocated in the cache at the end, room to grow included.
+        kv_used_bytes: of these, bytes of what is held.
+        kv_entries: entries in the cache at the end, over all layers and sequences.
+        kv_read_bytes: bytes of keys and values that attention read, over all passes.
+        backend: who runs the layers, "native" or "pytorch".
+        backend_reason: why not a faster one, None where there is none.
+    """
+
     tokens: int
-    mean_depth: float  # layers run per token, on average
-    num_layers: int  # layers of the model
-    halted_by_layer: tuple[int, ...]  # tokens that halted after each layer
-    fused_by_layer: tuple[int, ...]  # tokens that a later one absorbed after each layer
-    groups_by_size: dict[int, int]  # groups of fused tokens, by the tokens that they stand for
-    flops: int  # FLOPs executed, head, signals and merging included
-    dense_flops: int  # FLOPs of the dense model for the same tokens
-    weight_bytes_per_token: float  # weight bytes read per token were each decoded alone
-    kv_bytes: int  # bytes allocated in the cache at the end, room to grow included
-    kv_used_bytes: int  # of these, bytes of what is held
-    kv_entries: int  # entries in the cache at the end, over all layers and sequences
-    kv_read_bytes: int  # bytes of keys and values that attention read, over all passes
-    backend: str  # who runs the layers, "native" or "pytorch"
-    backend_reason: str | None  # why not a faster one, None where there is none
+    mean_depth: float
+    num_layers: int
+    halted_by_layer: tuple[int, ...]
+    fused_by_layer: tuple[int, ...]
+    groups_by_size: dict[int, int]
+    flops: int
+    dense_flops: int
+    weight_bytes_per_token: float
+    kv_bytes: int
+    kv_used_bytes: int
+    kv_entries: int
+    kv_read_bytes: int
+    backend: str
+    backend_reason: str | None
 
     @classmethod
     def from_trace(cls, spec: ModelSpec, trace: Trace, backend: LayerBackend) -> RunStats:

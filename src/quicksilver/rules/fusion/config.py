@@ -18,19 +18,26 @@ class FusionConfig:
     """Which adjacent tokens fuse, where, and what goes on in their place.
 
     A group's representative is its last member, at that member's position; the members before it stop.
+
+    Attributes:
+        rule: says whether a token is like the one before it.
+        layers: how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1), rounded
+            up. Several for scope "prompt" alone; then no group goes on in a later pass.
+        max_group: most tokens that one representative stands for.
+        weights: what the representative goes on with. "last": its own state. "mass": the members' mean, weighted by the
+            tokens each stands for (the paper).
+        scope: "prompt": only tokens whose predictions nobody asked for; "all": any token.
+        protect_first: tokens at positions below this never fuse (attention sinks).
+        protect_special: special tokens (BOS, EOS, ...) never fuse.
     """
 
-    rule: FusionRule  # says whether a token is like the one before it
-    # how many layers have run when tokens fuse; whole numbers, or fractions of the depth in (0, 1), rounded up. Several
-    # for scope "prompt" alone; then no group goes on in a later pass.
+    rule: FusionRule
     layers: tuple[int | float, ...] = (1 / 3,)
-    max_group: int = 2  # most tokens that one representative stands for
-    # what the representative goes on with. "last": its own state. "mass": the members' mean, weighted by the tokens
-    # each stands for (the paper).
+    max_group: int = 2
     weights: FusionWeights = "last"
-    scope: FusionScope = "prompt"  # "prompt": only tokens whose predictions nobody asked for; "all": any token
-    protect_first: int = 4  # tokens at positions below this never fuse (attention sinks)
-    protect_special: bool = True  # special tokens (BOS, EOS, ...) never fuse
+    scope: FusionScope = "prompt"
+    protect_first: int = 4
+    protect_special: bool = True
 
     def __post_init__(self) -> None:
         check_parts(self, "fusion")

@@ -12,19 +12,28 @@ from quicksilver.rules.halting.shortcuts import Shortcut
 
 @dataclass(frozen=True)
 class HaltingConfig:
-    """Which tokens halt, which skip sublayers, and which never may."""
+    """Which tokens halt, which skip sublayers, and which never may.
 
-    rule: HaltingRule | None = None  # says which tokens have settled; None where none halts
-    min_layer: int | float = 2  # layers that every token runs; a whole number, or a fraction of the depth in (0, 1)
-    protect_first: int = 4  # tokens at positions below this never halt, and run every sublayer (attention sinks)
-    protect_special: bool = True  # special tokens (BOS, EOS, ...) never halt, and run every sublayer
-    # a token that stops predicts from its state and what its layer's fitted map adds to it, the tensors
-    # `output.LAYER.*`
+    Attributes:
+        rule: says which tokens have settled; None where none halts.
+        min_layer: layers that every token runs; a whole number, or a fraction of the depth in (0, 1).
+        protect_first: tokens at positions below this never halt, and run every sublayer (attention sinks).
+        protect_special: special tokens (BOS, EOS, ...) never halt, and run every sublayer.
+        output_maps: a token that stops predicts from its state and what its layer's fitted map adds to it, the tensors
+            `output.LAYER.*`.
+        shortcuts: fitted maps that stand in for sublayers, one for each at most.
+        shortcuts_protect_first: as `protect_first`, for shortcuts alone where they differ; None where they do not.
+        shortcuts_protect_special: as `protect_special`, likewise.
+    """
+
+    rule: HaltingRule | None = None
+    min_layer: int | float = 2
+    protect_first: int = 4
+    protect_special: bool = True
     output_maps: bool = False
-    shortcuts: tuple[Shortcut, ...] = ()  # fitted maps that stand in for sublayers, one for each at most
-    # as `protect_first`, for shortcuts alone where they differ; None where they do not
+    shortcuts: tuple[Shortcut, ...] = ()
     shortcuts_protect_first: int | None = None
-    shortcuts_protect_special: bool | None = None  # as `protect_special`, likewise
+    shortcuts_protect_special: bool | None = None
 
     def __post_init__(self) -> None:
         check_parts(self, "halting")

@@ -17,17 +17,21 @@ class KVConfig:
     of the query: an entry is left out where its weight, the softmax of these scores, is below `skip_below / n`. The
     others meet the other components, too. Of the softmax over these alone, values below `skip_below / n` are not read,
     and what is read is scaled to weigh 1. The heaviest entry stays in either step.
+
+    Attributes:
+        fill: what a halted token leaves in the layers that it does not run.
+        bits: 8 (whole numbers, one scale for each entry and K/V head) or 16 (bfloat16); None for the model's own. Keys
+            are kept as they meet queries. Every token attends to what is kept, of itself too, so that how tokens are
+            fed makes no difference.
+        skip_below: in multiples of the mean weight `1 / n`, one number or one for each layer, at most 1; 0 skips
+            nothing.
+        estimate_dims_above: smaller components of a query, as it meets the keys, wait for the second step; in multiples
+            of their root mean square. At 0 all are in the first.
     """
 
-    fill: FillRule = field(default_factory=DropFill)  # what a halted token leaves in the layers that it does not run
-    # 8 (whole numbers, one scale for each entry and K/V head) or 16 (bfloat16); None for the model's own. Keys are kept
-    # as they meet queries. Every token attends to what is kept, of itself too, so that how tokens are fed makes no
-    # difference.
+    fill: FillRule = field(default_factory=DropFill)
     bits: int | None = None
-    # in multiples of the mean weight `1 / n`, one number or one for each layer, at most 1; 0 skips nothing
     skip_below: Threshold = 0.0
-    # smaller components of a query, as it meets the keys, wait for the second step; in multiples of their root mean
-    # square. At 0 all are in the first.
     estimate_dims_above: float = field(default=1.0, metadata={"off": True})
 
     def __post_init__(self) -> None:

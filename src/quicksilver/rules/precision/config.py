@@ -8,11 +8,17 @@ from quicksilver.rules.precision.base import PrecisionRule
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Who chooses bits, and for whom never."""
+    """Who chooses bits, and for whom never.
 
-    rule: PrecisionRule  # chooses bits
-    protect_first: int = 4  # tokens at positions below this read all bits (attention sinks)
-    protect_special: bool = True  # special tokens (BOS, EOS, ...) read all bits
+    Attributes:
+        rule: chooses bits.
+        protect_first: tokens at positions below this read all bits (attention sinks).
+        protect_special: special tokens (BOS, EOS, ...) read all bits.
+    """
+
+    rule: PrecisionRule
+    protect_first: int = 4
+    protect_special: bool = True
 
     def __post_init__(self) -> None:
         check_parts(self, "precision")
