@@ -118,12 +118,12 @@ def _llama_parts(model: Any, ids: Tensor, read: Read) -> Parts:
     def layer(layer_idx: int, block: Any) -> Layer:
         attention, apply = block.self_attn, partial(read, layer_idx)
         rotates = getattr(attention, "use_rope", True)
-        kind = (config.layer_types[layer_idx],) if config.model_type == "gemma3_text" else ()
+        kind = (config.layer_types[layer_idx],) if "rope_type" not in config.rope_parameters else ()
         cos, sin = body.rotary_emb(embedded[None], positions, *kind)
         norms, scale = _norms(block), getattr(block, "residual_multiplier", 1.0)
 
         def heads(x: Tensor, norm: Any = None) -> Tensor:
-            whole = norm is not None and config.model_type == "olmo2"
+            whole = norm is not None and norm.weight.numel() != attention.head_dim  # over all heads together
             x = (norm(x) if whole else x).view(len(x), -1, attention.head_dim)
             return (x if norm is None or whole else norm(x)).transpose(0, 1)
 

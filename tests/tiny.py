@@ -54,6 +54,8 @@ def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}
 
 
+# A new family needs its entry here and in no other file of tests: what is special about it is read from these
+# configurations and from transformers' modules.
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: GPT2Config(**_GPT2),
     "llama": lambda: LlamaConfig(**_LLAMA),
@@ -129,6 +131,18 @@ VARIANTS: dict[str, Any] = {
     "qwen3-biased": lambda: Qwen3Config(**_LLAMA, head_dim=8, attention_bias=True),
 }
 
+
+def config_of(name: str) -> Any:
+    """Return the configuration of a family or variant."""
+    return (CONFIGS.get(name) or VARIANTS[name])()
+
+
+WINDOWED = tuple(name for name in (*FAMILIES, *VARIANTS) if getattr(config_of(name), "sliding_window", None))
+"""Families and variants with sliding windows."""
+
+ROTATED = tuple(name for name in (*FAMILIES, *VARIANTS) if hasattr(config_of(name), "rope_parameters"))
+"""Families and variants with rotary positions."""
+
 MORE = ("llama-one-kv-head", "gpt2-unscaled-relu-untied", "mistral-window", "smollm3-windows")
 """Variants on which mechanisms are tested besides families."""
 
@@ -172,13 +186,13 @@ def from_config(config: Any, seed: int = 0) -> Any:
 @cache
 def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return the tiny model of a family or variant; shared, so tests must not change it."""
-    return from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
+    return from_config(config_of(name)).to(dtype)
 
 
 @cache
 def quantized(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return the tiny model of a family or variant with any-precision weights; shared, so tests must not change it."""
-    made = from_config((CONFIGS.get(name) or VARIANTS[name])()).to(dtype)
+    made = from_config(config_of(name)).to(dtype)
     quantize_model(made, QuantizationConfig())
     return made
 

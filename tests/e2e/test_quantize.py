@@ -31,19 +31,7 @@ from tests.e2e.conftest import Hub, ModelFolder, Outcome, assert_refusal
 Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ModelCopy = Callable[..., ModelFolder]
-NAMES = ("gpt2", "gpt2-unscaled-relu-untied", "llama", "llama-tied-biased", "llama-rope-yarn", "llama-rope-longrope")
-NAMES = (
-    *NAMES,
-    "mistral",
-    "qwen2",
-    "qwen2-tied",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "olmo2-biased",
-    "granite-biased",
-)
+NAMES = (*tiny.FAMILIES, *tiny.VARIANTS)
 ALL = {"head": True, "embeddings": True}
 
 

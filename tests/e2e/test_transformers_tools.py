@@ -62,7 +62,7 @@ def test_quantized_weights_are_counted(quantized_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied-biased", "llama"])
 def test_tying_weights_changes_nothing(name: str) -> None:
-    model = quicksilver.accelerate(tiny.from_config((tiny.CONFIGS.get(name) or tiny.VARIANTS[name])()))
+    model = quicksilver.accelerate(tiny.from_config(tiny.config_of(name)))
     before = model(PROMPT).logits
     model.tie_weights()
     assert (model(PROMPT).logits == before).all()

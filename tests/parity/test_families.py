@@ -80,7 +80,8 @@ def test_real_models_have_their_published_loss(name: str, perplexity: float, sha
 
 
 FULL, SLIDING = tiny.FULL, tiny.SLIDING
-WINDOWED = [name for name in tiny.VARIANTS if name.endswith(("-window", "-windows"))] + ["gemma2", "gemma3_text"]
+BY_KIND = [name for name in tiny.FAMILIES if name in tiny.WINDOWED and hasattr(tiny.config_of(name), "layer_types")]
+WITHOUT_WINDOWS = [family for family in tiny.FAMILIES if not hasattr(tiny.config_of(family), "sliding_window")]
 ALL_IN_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 
 
@@ -97,12 +98,9 @@ def windowed(family: str, **options: Any) -> Any:
         ("mistral", {"sliding_window": None, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=None"),
         ("qwen2", {"layer_types": [FULL, FULL, SLIDING, FULL]}, "layer 2 .sliding_window=None"),
         ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, "chunked_attention"] * 2}, "layer 1 .*chunked_attention"),
-        ("olmo2", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
-        ("granite", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
-        ("llama", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
+        *((family, {"sliding_window": 8}, "layer 0 .sliding_window=8.* without `w") for family in WITHOUT_WINDOWS),
         ("llama", {"sliding_window": 8, "layer_types": [FULL, SLIDING] * 2}, "layer 1 .sliding_window=8"),
         ("llama", {"attention_chunk_size": 8}, "layer 0 .*chunked_attention"),
-        ("gpt2", {"sliding_window": 8}, "layer 0 .sliding_window=8"),
     ],
 )
 def test_windows_that_transformers_does_not_follow_are_refused_by_layer(
@@ -141,8 +139,8 @@ def test_windows_that_no_layer_has_do_not_matter(family: str, options: dict[str,
         ("qwen3", {**ALL_IN_WINDOWS, "sliding_window": 63}, [63] * 4),
         ("qwen3", {**ALL_IN_WINDOWS, "layer_types": [FULL, FULL, SLIDING, FULL]}, [None, None, 8, None]),
         ("gemma2", {"sliding_window": 5}, [5, None, 5, None]),
-        ("gemma3_text", {"sliding_window": 7, "layer_types": [FULL, SLIDING] * 2}, [None, 7, None, 7]),
         ("smollm3", {**ALL_IN_WINDOWS, "no_rope_layers": [1, 0, 1, 1]}, [None, 8, None, None]),
+        *((name, {"sliding_window": 7, "layer_types": [FULL, SLIDING] * 2}, [None, 7, None, 7]) for name in BY_KIND),
     ],
 )
 def test_windows_are_those_that_transformers_gives_layer_by_layer(
@@ -163,10 +161,11 @@ def test_a_window_without_keys_is_refused(window: int) -> None:
         quicksilver.accelerate(tiny.from_config(windowed("mistral", sliding_window=window)))
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", tiny.WINDOWED)
 def test_greedy_tokens_past_the_window_are_those_of_transformers(name: str) -> None:
     model, ids = tiny.model(name), tiny.token_ids(11, seed=3)[None]
-    wanted = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    cached = model.config.sliding_window > 1  # transformers' cache keeps every entry where the window is 1
+    wanted = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, use_cache=cached)
     found = quicksilver.accelerate(model).generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert torch.equal(found, wanted)
 
@@ -189,7 +188,9 @@ def test_a_window_declared_later_is_followed_from_the_next_call_on(family: str, 
     assert not torch.allclose(after, before, atol=0.01)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", [family for family in tiny.FAMILIES if hasattr(tiny.config_of(family), "use_bidirectional_attention")]
+)
 def test_attention_to_later_tokens_is_refused_by_name(family: str) -> None:
     config = tiny.CONFIGS[family]()
     config.use_bidirectional_attention = True
@@ -197,13 +198,31 @@ def test_attention_to_later_tokens_is_refused_by_name(family: str) -> None:
         quicksilver.accelerate(tiny.from_config(config))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family in tiny.ROTATED])
 def test_heads_rotated_in_part_are_refused_by_name(family: str) -> None:
     config = tiny.CONFIGS[family]()
-    for rope in config.rope_parameters.values() if family == "gemma3_text" else [config.rope_parameters]:
+    of_all = config.rope_parameters
+    for rope in [of_all] if "rope_type" in of_all else of_all.values():
         rope["partial_rotary_factor"] = 0.5
     with pytest.raises(UnsupportedModelError, match=rf"{family}: .*partial_rotary_factor=0.5"):
         quicksilver.accelerate(tiny.from_config(config))
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name in tiny.ROTATED])
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"local": {"rope_type": "default"}}, "'local' are not supported: 'rope_type' is missing"),
+        ({FULL: {}, SLIDING: None}, rf"'rope_type' is missing for layers of kind '{FULL}'"),
+    ],
+)
+def test_rotary_parameters_of_another_layout_are_refused_by_their_keys(
+    family: str, parameters: dict[str, Any], reason: str
+) -> None:
+    model = tiny.from_config(tiny.config_of(family))
+    model.config.rope_parameters = parameters
+    with pytest.raises(UnsupportedModelError, match=f"{family}: rope_parameters with the keys .*{reason}"):
+        quicksilver.accelerate(model)
 
 
 @pytest.mark.parametrize("name", ["llama-rope-longrope", "phi3-longrope"])

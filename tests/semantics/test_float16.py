@@ -56,7 +56,7 @@ def model(name: str, quantized: bool = False) -> tuple[Any, Any]:
     float16 changes nothing and the two models can be compared. Any-precision weights are not changed so: at fewer bits
     they do not hold zeros.
     """
-    config = (tiny.CONFIGS.get(name) or tiny.VARIANTS[name])()
+    config = tiny.config_of(name)
     if "gpt2" not in name:
         config.rope_parameters["rope_theta"] = 1e30
     made = tiny.from_config(config)

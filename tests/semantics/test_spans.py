@@ -51,7 +51,6 @@ from tests.ops.any_precision import threads
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
-WINDOWED = [name for name in tiny.VARIANTS if name.endswith(("-window", "-windows"))]
 FORCED = ForcedRule((2, 99, 3, 99, 99))
 CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
 EXACT = {  # nothing that the kernels' rounding could decide otherwise
@@ -98,13 +97,15 @@ def entries(run: Run, engine: Decoder) -> list[Any]:
 
 @pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny.VARIANTS])
 def test_all_that_families_have_is_run_by_the_kernels(name: str) -> None:
-    """ReLU, which a variant has, they do not know."""
+    """Other activations, as a variant's ReLU, they do not know."""
     reason = decoder(tiny.quantized(name), Plan.dense(), kernels="native").backend.reason
-    assert (reason is None) == (name != "gpt2-unscaled-relu-untied")
+    of = tiny.config_of(name).to_dict()
+    activation = next(of[key] for key in ("activation_function", "hidden_activation", "hidden_act") if of.get(key))
+    assert (reason is None) == (activation in ("silu", "gelu_new", "gelu_pytorch_tanh"))
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("family", [*tiny.FAMILIES, *WINDOWED])
+@pytest.mark.parametrize("family", dict.fromkeys((*tiny.FAMILIES, *tiny.WINDOWED)))
 def test_states_entries_and_counts_are_those_of_single_layers(family: str, name: str) -> None:
     """A prompt longer than a window, steps, a chunk and steps again."""
     definition, engine = engines(family, EXACT[name])

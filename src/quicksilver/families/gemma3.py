@@ -12,7 +12,6 @@ FAMILY = declare(
         post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         norm_offset=1.0,
         windows="by kind",
-        rotates_by_kind=True,
         logits_softcap=attrgetter("final_logit_softcapping"),
         refused=("use_bidirectional_attention",),
     )

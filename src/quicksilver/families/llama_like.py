@@ -1,6 +1,6 @@
 """Layers like Llama's, and what of them differs by family: each is a `LlamaLike`, declared in a file of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,7 +60,6 @@ class LlamaLike:
     activation: str = "act_fn"  # name of the MLP's activation
     idle: tuple[str, ...] = ()  # names of a layer's modules that do nothing when a frozen model runs
     windows: Windows = "none"  # which layers `sliding_window` is for
-    rotates_by_kind: bool = False  # each kind of layer has rotary frequencies of its own
     rotates: Callable[[Any], Sequence[Any]] | None = None  # for each layer, whether it rotates queries and keys
     softcap: Callable[[Any], float | None] | None = None  # bound of attention scores
     residual_scale: Callable[[Any], float] | None = None  # factor of what a sublayer adds to the states
@@ -131,7 +130,7 @@ def _adapt(like: LlamaLike, model: Any) -> Adapter:
     """Read a model of transformers; UnsupportedModelError where its configuration asks for more than is known here."""
     config, body = model.config, model.model
     _check(like, config)
-    kinds: list[str | None] = [*sorted(set(kinds_of(config, body.layers)))] if like.rotates_by_kind else [None]
+    kinds = _rotary_kinds(config, body.layers)
     for kind in kinds:
         _check_rotary(config, kind)
     like_weight = float_weight(body.norm, body)
@@ -156,8 +155,19 @@ def _check(like: LlamaLike, config: Any) -> None:
             raise UnsupportedModelError(f"{config.model_type}: {option}={value} is not supported")
 
 
+def _rotary_kinds(config: Any, layers: Sequence[Any]) -> list[str | None]:
+    """Return the kinds of layers that have rotary frequencies of their own, [None] where all layers have the same."""
+    kinds = sorted(set(kinds_of(config, layers)))
+    return [*kinds] if any(kind in config.rope_parameters for kind in kinds) else [None]
+
+
 def _check_rotary(config: Any, kind: str | None) -> None:
     rope, family = _rope(config, kind), config.model_type
+    if not isinstance(rope, Mapping) or "rope_type" not in rope:
+        raise UnsupportedModelError(
+            f"{family}: rope_parameters with the keys {', '.join(map(repr, config.rope_parameters))} are not supported:"
+            f" 'rope_type' is missing{'' if kind is None else f' for layers of kind {kind!r}'}"
+        )
     if rope["rope_type"] not in _ROPE_TYPES:
         raise UnsupportedModelError(f"{family}: rotary scaling of type {rope['rope_type']!r} is not supported")
     factor = rope.get("partial_rotary_factor")
@@ -169,7 +179,7 @@ def _check_rotary(config: Any, kind: str | None) -> None:
 
 def _rope(config: Any, kind: str | None) -> dict[str, Any]:
     """Return the rotary parameters of all layers, or of those of a kind."""
-    return config.rope_parameters if kind is None else config.rope_parameters[kind]
+    return config.rope_parameters if kind is None else config.rope_parameters.get(kind)
 
 
 def _max_positions(config: Any, kind: str | None) -> int:
@@ -186,7 +196,7 @@ def _spec(like: LlamaLike, model: Any, kinds: Sequence[str | None]) -> ModelSpec
     limit = min(_max_positions(config, kind) for kind in kinds)
     windows = layer_windows(config, body.layers, like.windows, limit)
     rotates = [True] * len(body.layers) if like.rotates is None else like.rotates(config)
-    rotary = [kinds.index(kind) if like.rotates_by_kind else 0 for kind in kinds_of(config, body.layers)]
+    rotary = [0 if kinds == [None] else kinds.index(kind) for kind in kinds_of(config, body.layers)]
     layers = tuple(
         layer_spec(
             layer,

@@ -30,8 +30,9 @@ def layer_windows(config: Any, layers: Sequence[Any], windows: Windows, max_posi
         known = kind == FULL or (kind == SLIDING and window is not None and (is_wide or windows != "none"))
         if not known:
             what = f"sliding_window={window}" if kind == SLIDING else f"its type is {kind!r}"
+            why = ": the family is declared without `windows`" if kind == SLIDING and windows == "none" else ""
             raise UnsupportedModelError(
-                f"{config.model_type}: sliding-window attention in layer {layer_idx} ({what}) is not supported"
+                f"{config.model_type}: sliding-window attention in layer {layer_idx} ({what}) is not supported{why}"
             )
         found.append(None if kind == FULL or is_wide else window)
     return found
