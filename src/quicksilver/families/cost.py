@@ -2,7 +2,7 @@
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, bounds, factors, residual additions and what the softmax does to weights (leaving some out included) count
-on neither side. Estimating weights counts: a query's mean square, and a softmax that the dense model does not make. Keys
+on neither side. Estimating weights counts: a query's mean square, and a softmax that dense does not make. Keys
 and values kept as codes are multiplied as codes: their scales take one multiplication for each score, for each score
 completed in a second step, and for each value read.
 """
