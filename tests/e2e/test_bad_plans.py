@@ -50,6 +50,7 @@ BAD_PLANS: dict[str, tuple[Any, str]] = {
 }
 
 
+SKIPPING = ("skip_values_below", "drop_query_dims_below", "screen_keys_below", "screen_query_dims_below")
 CHANNEL = {"type": "channel", "target": 5.0}
 ENTROPY = {"type": "entropy", "target": [0.5, 0.3, 0.2]}
 RETIRED: dict[str, tuple[dict[str, Any], str]] = {
@@ -65,6 +66,10 @@ RETIRED: dict[str, tuple[dict[str, Any], str]] = {
     "capped": ({"precision": {"rule": {"type": "capped", "token": ENTROPY, "channel": CHANNEL}}}, "use 'channel'"),
     "activation": ({"precision": {"rule": {**CHANNEL, "score": "activation"}}}, "leave score out"),
     "True": ({"halting": {"rule": THRESHOLD}, "maps": {"entropy": True}}, "entropy True is retired: leave it out"),
+    **{key: ({"version": 2, "kv": {key: 0.1}}, "use kv.skip_below") for key in SKIPPING},
+    "attention.threshold": ({"attention": {"threshold": 0.1}}, "use kv.skip_below"),
+    "attention.query_threshold": ({"attention": {"query_threshold": 0.1}}, "use kv.skip_below"),
+    "screening.threshold": ({"screening": {"threshold": 0.1}}, "use kv.skip_below"),
     **{f"{n}": ({"precision": {"rule": {"type": "uniform", "bits": n}}}, f"use {n + 1}") for n in (1, 3, 5, 7)},
     "5 of several": ({"precision": {"rule": {**CHANNEL, "bits": [8, 5, 0]}}}, "bits 5 is retired: use 6"),
     "3 of several": ({"precision": {"rule": {**ENTROPY, "bits": [8, 4, 3]}}}, "bits 3 is retired: use 4"),

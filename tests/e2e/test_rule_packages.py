@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from quicksilver.rules.halting.base import HALTING_RULES
 from tests import HANGS
 from tests.e2e.conftest import CUT, assert_refusal, own_lines, run_process
 
@@ -165,3 +167,48 @@ def test_pip_installs_the_example(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     outcome = run_process("plan", "validate", plan_file(tmp_path, STEADY), PYTHONPATH=str(tmp_path / "site"))
     assert (outcome.status, outcome.said) == (0, [])
+
+
+RAISES = """
+@rules.halting_rule("raising")
+@dataclass(frozen=True)
+class Raising(rules.ThresholdRule):
+    where: str = "decide"
+
+    def check_depth(self, num_layers):
+        return 1 / (self.where != "check_depth")
+
+    def may_halt(self, layer_idx, first=None):
+        return {}["first"] if self.where == "may_halt" else True
+
+    def decide(self, view):
+        raise ValueError("no signal\\nat all")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("decide", "Raising.decide failed: ValueError: no signal"),
+        ("check_depth", "Raising.check_depth failed: ZeroDivisionError: division by zero"),
+        ("may_halt", "Raising.may_halt failed: KeyError: 'first'"),
+    ],
+)
+def test_a_rule_that_raises_ends_a_command_in_a_line(
+    refused: Callable[..., str],
+    tiny_model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    said: str,
+) -> None:
+    install(
+        tmp_path / "site", "their-rule", {"raising": f"raising_{where}:Raising"}, **{f"raising_{where}": GOOD + RAISES}
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    rule = {"type": "raising", "threshold": 1.0, "where": where}
+    plan = plan_file(tmp_path, {"version": 2, "halting": {"rule": rule, "min_layer": 1}})
+    try:
+        refused("generate", tiny_model_dir("llama"), "Once", "--max-new-tokens", 4, "--plan", plan, names=(said,))
+    finally:
+        HALTING_RULES._classes.pop("raising", None)

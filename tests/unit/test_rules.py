@@ -59,6 +59,25 @@ BAD: dict[str, tuple[Callable[[rules.LayerView], Any], str]] = {
         lambda view: rules.HaltDecision(view.positions < 0, {"guess": 1}),
         "counts a signal 'guess'; signals are norm, cosine, softmax, head; count others as macs",
     ),
+    "signals without names": (
+        lambda view: rules.HaltDecision(view.positions < 0, [3]),  # type: ignore[arg-type]
+        r"must count signal_rows by name, as in {'norm': 1}, got list",
+    ),
+    "fewer than no rows": (
+        lambda view: rules.HaltDecision(view.positions < 0, {"norm": -1}),
+        r"must count signal_rows\['norm'\] as a whole number, 0 or more, got -1",
+    ),
+    "work that is given back": (
+        lambda view: rules.HaltDecision(view.positions < 0, macs=-(10**9)),
+        "must count macs as a whole number, 0 or more, got -1000000000",
+    ),
+    "half a product": (lambda view: rules.HaltDecision(view.positions < 0, macs=0.5), "macs as .* got 0.5"),  # type: ignore[arg-type]
+    "rows of a gate, as text": (
+        lambda view: rules.HaltDecision(view.positions < 0, gate_rows="all"),  # type: ignore[arg-type]
+        "gate_rows as a whole number, 0 or more, got 'all'",
+    ),
+    "an error of its own": (lambda view: view.after @ view.after, "failed: RuntimeError: mat1 and mat2"),
+    "an attribute that is none": (lambda view: view.colour, "failed: AttributeError: .*colour"),  # type: ignore[attr-defined]
 }
 ANSWERS = {name: answer for name, (answer, _) in BAD.items()}
 ANSWERS["nobody, for 70 each"] = lambda view: rules.HaltDecision(view.positions < 0, macs=70 * view.num_rows)

@@ -91,7 +91,7 @@ def _run() -> None:
             cli.invoke(context)
         sys.stdout.flush()
     except QuickSilverError as error:
-        _fail(str(error))
+        _fail(" ".join(str(error).splitlines()))
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

@@ -65,8 +65,8 @@ class HaltDecision:
 
     halt: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    gate_rows: int = 0
-    macs: int = 0
+    gate_rows: int = field(default=0, kw_only=True)
+    macs: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FusionDecision:
 
     alike: Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    macs: int = 0
+    macs: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class BitsChoice:
 
     bits: int | Tensor
     signal_rows: Mapping[str, int] = field(default_factory=dict)
-    macs: int = 0
+    macs: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)

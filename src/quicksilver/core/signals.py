@@ -1,6 +1,7 @@
 """What rules compute of states, and whether what they return is a decision."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from quicksilver.core.decisions import LayerView
 from quicksilver.errors import PlanError
 
 _TINY = torch.finfo(torch.float32).tiny
+_MOST = 2**62  # a count must fit the trace's
 
 
 def update_of(view: LayerView) -> Tensor:
@@ -71,10 +73,24 @@ def check_decision(decider: str, decision: Any, view: object) -> None:
         _check_bits(decider, decision.bits, (view.inputs.shape, view.inputs.shape[:1]))
     elif isinstance(view, decisions.TokenBitsView):
         _check_bits(decider, decision.bits, (view.hidden.shape[:1],))
-    for signal in decision.signal_rows if signals else ():
+    if signals:
+        _check_costs(decider, decision, signals)
+
+
+def _check_costs(decider: str, decision: Any, signals: tuple[str, ...]) -> None:
+    rows = decision.signal_rows
+    if not isinstance(rows, Mapping):
+        raise PlanError(
+            f"{decider}.decide must count signal_rows by name, as in {{{signals[0]!r}: 1}}, got {_kind(rows)}"
+        )
+    for signal in rows:
         if signal not in signals:
             names = ", ".join(signals)
             raise PlanError(f"{decider}.decide counts a signal {signal!r}; signals are {names}; count others as macs")
+    named = {"macs": decision.macs, "gate_rows": getattr(decision, "gate_rows", 0)}
+    for name, count in (named | {f"signal_rows[{signal!r}]": count for signal, count in rows.items()}).items():
+        if type(count) is not int or not 0 <= count < _MOST:
+            raise PlanError(f"{decider}.decide must count {name} as a whole number, 0 or more, got {repr(count)[:40]}")
 
 
 def _check_answer(decider: str, answer: Tensor, num_rows: int, rows: str) -> None:

@@ -2,10 +2,9 @@
 
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, bounds, factors, residual additions and what the softmax does to weights (leaving some out included) count
-on neither side.
-The mean square of a query by which components of it are left out is a signal. Keys and values kept as codes are
-multiplied as codes: their scales take one multiplication for each score, for each score completed in a second step, and
-for each value read.
+on neither side. Estimating weights counts: a query's mean square, and a softmax that dense does not make. Keys
+and values kept as codes are multiplied as codes: their scales take one multiplication for each score, for each score
+completed in a second step, and for each value read.
 """
 
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ def signal_macs(spec: ModelSpec, signal: str) -> int:
     """Return the multiply-adds that one row (or pair of rows) of a signal takes."""
     if signal == "head":
         return spec.head_macs + 2 * spec.vocab_size  # softmax and the sum of p log p
-    if signal == "key":
-        return 2 * spec.num_kv_heads * spec.head_dim + 4 * spec.head_dim  # means over heads, then their cosine
     if signal == "score":
         return 1  # of one channel
     if signal == "entry":

@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from quicksilver.errors import PlanError, first_line
+from quicksilver.errors import PlanError, QuickSilverError, first_line
 from quicksilver.rules.retired import refuse_retired
 
 GROUP = "quicksilver.rules"
@@ -17,6 +17,7 @@ Rule = TypeVar("Rule")
 View = TypeVar("View", contravariant=True)
 Decision = TypeVar("Decision", covariant=True)
 RuleClass = TypeVar("RuleClass", bound=type)
+Answer = TypeVar("Answer")
 
 
 class DecidingRule(ABC, Generic[View, Decision]):
@@ -30,8 +31,8 @@ class DecidingRule(ABC, Generic[View, Decision]):
         """
 
     def ask(self, view: View) -> Decision:
-        """Return `decide(view)`; raise PlanError where that is no decision about the rows in view."""
-        return self.checked(self.decide(view), view)
+        """Return `decide(view)`; raise PlanError where that fails, or is no decision about the rows in view."""
+        return self.checked(guarded(self.decide, view), view)
 
     def checked(self, decision: Any, view: object) -> Any:
         """Return a decision; raise PlanError where it is none about what is in view."""
@@ -39,6 +40,17 @@ class DecidingRule(ABC, Generic[View, Decision]):
 
         check_decision(type(self).__name__, decision, view)
         return decision
+
+
+def guarded(method: Callable[..., Answer], *args: object) -> Answer:
+    """Return what a rule's method returns; PlanError, naming the rule, for whatever it raises: it may be a user's."""
+    try:
+        return method(*args)
+    except QuickSilverError:
+        raise
+    except Exception as error:
+        owner, name = type(method.__self__).__name__, method.__name__  # type: ignore[attr-defined]
+        raise PlanError(f"{owner}.{name} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 class RuleTypes(Generic[Rule]):
@@ -103,7 +115,7 @@ class RuleTypes(Generic[Rule]):
     def _load(self, entry: EntryPoint) -> None:
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = f"{type(error).__name__}: {first_line(error)}"
             raise PlanError(f"{_package(entry)} brings {entry.name!r} and cannot be imported: {why}") from error
         if entry.name not in self._classes:

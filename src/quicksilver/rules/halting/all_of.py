@@ -48,7 +48,7 @@ class AllRule(HaltingRule):
             costs.update(decision.signal_rows)
             gate_rows += decision.gate_rows
             macs += decision.macs
-        return HaltDecision(halt, costs, gate_rows, macs)
+        return HaltDecision(halt, costs, gate_rows=gate_rows, macs=macs)
 
     def check_depth(self, num_layers: int) -> None:
         for rule in self.rules:

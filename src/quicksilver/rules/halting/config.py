@@ -8,6 +8,7 @@ from quicksilver.errors import PlanError
 from quicksilver.rules.checks import check_layers_run, check_parts, check_protection, layers_run
 from quicksilver.rules.halting.base import HaltingRule
 from quicksilver.rules.halting.shortcuts import Shortcut
+from quicksilver.rules.registry import guarded
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class HaltingConfig:
         if self.rule is not None:
             if isinstance(self.min_layer, int) and self.min_layer > num_layers:
                 raise PlanError(f"min_layer is {self.min_layer}, the model has {num_layers} layers")
-            self.rule.check_depth(num_layers)
+            guarded(self.rule.check_depth, num_layers)
         for shortcut in self.shortcuts:
             if shortcut.layer >= num_layers:
                 raise PlanError(f"a shortcut is for layer {shortcut.layer}, the model has {num_layers} layers")

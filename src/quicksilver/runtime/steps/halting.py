@@ -10,6 +10,7 @@ from quicksilver.core.trace import Trace
 from quicksilver.families.spec import Adapter
 from quicksilver.plan.affine import AffineMap
 from quicksilver.rules import HaltingConfig
+from quicksilver.rules.registry import guarded
 
 
 class HaltingStep:
@@ -25,7 +26,7 @@ class HaltingStep:
         self._keeps_updates = config.rule.reads_previous_update
         first, num_layers = config.first_halt(adapter.spec.num_layers), adapter.spec.num_layers
         known = None if fuses else first
-        self._asked = tuple(i for i in range(first, num_layers - 1) if config.rule.may_halt(i, known))
+        self._asked = tuple(i for i in range(first, num_layers - 1) if guarded(config.rule.may_halt, i, known))
         self.layers = self._asked
         if self._keeps_updates and self._asked:
             self.layers = tuple(range(max(self._asked[0] - 1, 0), num_layers - 1))
