@@ -15,6 +15,7 @@ import torch
 from quicksilver.core.sources import embedded_models
 from quicksilver.families.names import FAMILIES
 from quicksilver.measure.demo import ARTICLES
+from quicksilver.ops import native
 from quicksilver.plan import PRESETS, Plan
 from quicksilver.plan.presets import calibrated_plans
 from scripts.cli_docs import render
@@ -166,7 +167,12 @@ def test_python_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mean depth" in capsys.readouterr().out
 
 
-def test_the_families_page_compares_with_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_families_page_compares_with_transformers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = next(block for block in blocks("docs/families.md", "python") if "difference" in block)
+    monkeypatch.chdir(tmp_path)
     exec(compile(script, "families.md", "exec"), {})
-    assert float(capsys.readouterr().out.split()[-1]) < tolerances.LOGITS[torch.float32]
+    difference, backend = capsys.readouterr().out.splitlines()
+    assert float(difference.split()[-1]) < tolerances.LOGITS[torch.float32]
+    assert (backend == "native None") == native.is_available()
