@@ -358,12 +358,9 @@ class _TwoSteps(NamedTuple):
 
 def _heavy(weights: Tensor, among: Tensor, mask: Tensor, skip_below: float) -> Tensor:
     """Return which keys `among` some weigh enough, or are the heaviest, [H, T, T]; n counts those that `mask` shows."""
-    heavy = torch.zeros_like(among)
-    for head in range(len(weights)):
-        for t, seen in enumerate(mask):
-            enough = weights[head, t] * seen.sum() >= skip_below
-            heavy[head, t] = among[head, t] & (enough | (weights[head, t] == weights[head, t].max()))
-    return heavy
+    enough = weights * mask.sum(-1, keepdim=True) >= skip_below
+    heaviest = weights == weights.amax(-1, keepdim=True)
+    return among & (enough | heaviest)
 
 
 def _weigh(weights: Tensor, value: Tensor) -> Tensor:

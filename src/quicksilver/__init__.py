@@ -1,4 +1,4 @@
-"""QuickSilver: run frozen GPT-2 and Llama family models with less work per token.
+"""QuickSilver: run frozen decoder language models with less work per token.
 
 >>> import quicksilver
 >>> model = quicksilver.load("ref-llama", plan="settled")  # doctest: +SKIP

@@ -25,6 +25,7 @@ from quicksilver.families.spec import Adapter, LayerOps
 from quicksilver.ops import AttentionBackend, native
 from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
 from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.rules.registry import guarded
 
 
 def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
@@ -37,7 +38,7 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
         return "it has norms or an activation that the kernels do not know"
     if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.quantized):
         return "levels of fewer bits are not whole codes"
-    if plan.bits is not None and plan.bits.kernel_bits(0, 0, len(adapter.layers[0].quantized)) is None:
+    if plan.bits is not None and guarded(plan.bits.kernel_bits, 0, 0, len(adapter.layers[0].quantized)) is None:
         return f"the kernels do not know how {type(plan.bits).__name__} chooses bits"
     if len({layer.fill for layer in plan.layers}) > 1:
         return "halted tokens leave something else in each layer"
@@ -45,7 +46,7 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
 
 
 def choose(adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], attention: AttentionBackend) -> LayerBackend:
-    """Return who runs a model's layers under a plan: decided here, and nowhere else.
+    """Return who runs a model's layers under a plan: decided here alone; which kernels multiply, by `families.kernels`.
 
     `asked` are the layers after which a step must be asked, `attention` which of PyTorch's runs where PyTorch does.
     """
@@ -76,13 +77,14 @@ class NativeBackend:
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         first = 0
         while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
-            span = range(first, self._ends[first] if self._can_run(state, context) else first + 1)
+            span = range(first, self._ends[first] if self._obstacle(state, context) is None else first + 1)
             yield span
             first = span.stop
 
     def run(self, span: range, state: State, context: PassContext) -> None:
         """Where halted tokens' keys and values are projected, their states go along and leave as they came."""
-        if len(span) == 1 and not self._can_run(state, context):  # several were given because the kernels can
+        if len(span) == 1 and (why := self._obstacle(state, context)):  # several were given because the kernels can
+            context.trace.fallbacks[why] += 1
             self._otherwise.run(span, state, context)
             return
         halted = state.halted if self._fill is Fill.PROJECT else None
@@ -109,22 +111,24 @@ class NativeBackend:
         state.before = state.hidden
         state.hidden = hidden if halted is None else hidden.index_select(0, state.layout.origin)
 
-    def _can_run(self, state: State, context: PassContext) -> bool:
-        """Whether the kernels can run layers for a state, whatever has become of the model."""
-        if (
-            (not len(state.hidden) and self._fill is not Fill.PROJECT)
-            or (self._modules is not None and self._modules.is_observed)
-            or self._layers[0].quantized[0].is_expanded
-            or state.masses is not None
-            or state.present is not state.chunk
-            or any(context.fuses)
-            or (state.halted is not None and self._fill is Fill.ZERO)
-        ):
-            return False
+    def _obstacle(self, state: State, context: PassContext) -> str | None:
+        """Return why PyTorch must run layers for a state, whatever has become of the model; None where it need not."""
+        if any(context.fuses) or state.masses is not None or state.present is not state.chunk:
+            return "tokens fuse"
+        if self._modules is not None and self._modules.is_observed:
+            return "hooks watch the layers"
+        if self._layers[0].quantized[0].is_expanded:
+            return "weights are kept as floats"
+        if state.halted is not None and self._fill is Fill.ZERO:
+            return "halted tokens leave zeros"
+        if not len(state.hidden) and self._fill is not Fill.PROJECT:
+            return "no token runs on"
         hidden = state.hidden
         fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
         each = (rotation.cos for rotation in state.rotations)
-        return fit and all(cos.dtype == torch.float32 and cos.shape[-1] == self._spec.head_dim for cos in each)
+        if not fit or any(cos.dtype != torch.float32 or cos.shape[-1] != self._spec.head_dim for cos in each):
+            return "states are not the model's, in float32 on the CPU"
+        return None
 
     @staticmethod
     def _rows(state: State, halted: Tensor | None) -> Tensor:
@@ -177,7 +181,7 @@ class NativeBackend:
             mean, product = centre.bind(module.channel_norms)
             bias = product if bias is None else bias + product
         num_maps = len(self._layers[0].quantized)
-        chosen = KernelBits((MAX_BITS,)) if rule is None else rule.kernel_bits(layer_idx, map_idx, num_maps)
+        chosen = KernelBits((MAX_BITS,)) if rule is None else guarded(rule.kernel_bits, layer_idx, map_idx, num_maps)
         assert chosen is not None  # see `unsupported_reason`
         matrix = prepared(module.stored, by_channel=bool(chosen.thresholds))
         self._kept.append(matrix)

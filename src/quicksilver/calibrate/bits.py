@@ -209,14 +209,14 @@ def _map_scores(rule: ChannelBitsRule, module: AnyPrecisionLinear, counts: Tenso
 
 def _balance(maps: Sequence[MapScores], bits: tuple[int, ...], target: float) -> tuple[Thresholds, ...]:
     """Return each map's thresholds at the price of a bit at which `target` bits are read on average."""
-    low, high, total = -200.0, 200.0, sum(each.cost for each in maps)  # log2 of the price
+    low, high, total = -200.0, 200.0, sum(each.cost for each in maps)
     for _ in range(_BISECTIONS):
-        nats_per_work = (low + high) / 2
-        spent = sum(each.cost * _mean_bits(each, bits, thresholds(each, bits, 2.0**nats_per_work)) for each in maps)
+        log2_price = (low + high) / 2
+        spent = sum(each.cost * _mean_bits(each, bits, thresholds(each, bits, 2.0**log2_price)) for each in maps)
         if spent > target * total:
-            low = nats_per_work
+            low = log2_price
         else:
-            high = nats_per_work
+            high = log2_price
     return tuple(thresholds(each, bits, 2.0**high) for each in maps)
 
 

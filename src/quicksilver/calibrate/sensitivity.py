@@ -104,7 +104,9 @@ def _skipping(module: AnyPrecisionLinear, limit: float, mean: Tensor | None) -> 
 class AttentionPrices:
     """What one more multiply-add saved in attention costs, by a threshold."""
 
-    points: tuple[tuple[float, float], ...] = ()  # thresholds, ascending, and the nats at each, over all layers
+    points: tuple[
+        tuple[float, float], ...
+    ] = ()  # thresholds, ascending, and the nats per multiply-add at each, over all layers
     layers: tuple[float, ...] = ()  # for each layer, how much more than that it costs there
 
     def thresholds(self, nats_per_work: float) -> tuple[float, ...]:
@@ -138,7 +140,7 @@ def attention_prices(probe: Probe, on_point: Callable[[], None] = lambda: None) 
     alone = [measure(tuple(middle if i == layer else 0.0 for i in range(num_layers))) for layer in range(num_layers)]
     prices = [nats / max(saved, 1e-9) for saved, nats in alone]
     mean = sum(nats for _, nats in alone) / max(sum(saved for saved, _ in alone), 1e-9)
-    return AttentionPrices(tuple(points), tuple(nats_per_work / max(mean, 1e-30) for nats_per_work in prices))
+    return AttentionPrices(tuple(points), tuple(price / max(mean, 1e-30) for price in prices))
 
 
 def threshold_at_price(prices: Sequence[tuple[float, float]], nats_per_work: float) -> float:

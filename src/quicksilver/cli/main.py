@@ -43,7 +43,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quicksilver")
 def cli() -> None:
-    """Run frozen GPT-2 and Llama family models with less work per token, and measure what that costs.
+    """Run frozen decoder language models with less work per token, and measure what that costs.
 
     \b
     Examples:

@@ -92,6 +92,9 @@ class Trace:
         rows: the same memory as an array, for counting one by one.
         tokens: tokens fed.
         head_rows: rows that the head was applied to for logits.
+        fallbacks: how many times PyTorch ran a layer in the kernels' place, by why.
+        kv_bytes, kv_used_bytes, kv_entries: of the cache at the end: bytes allocated, bytes of what is held, entries.
+        depths: with `per_token`, for each pass the layers that each token ran, [N].
     """
 
     def __init__(self, num_layers: int, per_token: bool = False, entry_bits: int | None = None) -> None:
@@ -106,6 +109,7 @@ class Trace:
         self.kv_bytes = 0
         self.kv_used_bytes = 0
         self.kv_entries = 0
+        self.fallbacks: Counter[str] = Counter()
         self.per_token = per_token
         self.entry_bits = entry_bits
         self.depths: list[Tensor] = []
@@ -215,7 +219,7 @@ class Trace:
         return 1.0 - self.total("values_skipped") / max(num_heads * self.total("attended"), 1)
 
     def query_components_read(self, num_heads: int, head_dim: int) -> float:
-        """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of bits `head_dim`."""
+        """Share of the multiply-adds of scores that were done, of queries of `num_heads` heads of size `head_dim`."""
         return 1.0 - self.total("scores_skipped") / max(num_heads * head_dim * self.total("attended"), 1)
 
     @property

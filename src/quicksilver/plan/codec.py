@@ -25,7 +25,7 @@ Read = Callable[[object, str], Array]
 _RULES: tuple[RuleTypes[Any], ...] = (HALTING_RULES, FILL_RULES, FUSION_RULES, PRECISION_RULES)
 _MAX_NESTING = 16
 _SHORT = 8  # numbers of a list that stay in the JSON
-_BITS = 100  # columns of a line of JSON
+_COLUMNS = 100  # columns of a line of JSON
 
 
 def encode(value: Any, name: str, arrays: dict[str, Array]) -> Any:
@@ -131,13 +131,13 @@ def text(value: Any, indent: int = 0, used: int = 0) -> str:
     It stands behind `indent` columns, of its first line behind `used`.
     """
     line = json.dumps(value)
-    if not value or not isinstance(value, (dict, list)) or used + len(line) <= _BITS:
+    if not value or not isinstance(value, (dict, list)) or used + len(line) <= _COLUMNS:
         return line
     pad, lines, packs = " " * (indent + 2), list[str](), False
     for key, each in value.items() if isinstance(value, dict) else enumerate(value):
         start = f"{pad}{json.dumps(key)}: " if isinstance(value, dict) else pad
         item, plain = start + text(each, indent + 2, len(start)), not isinstance(each, (dict, list))
-        if plain and packs and len(lines[-1]) + len(item) - len(pad) + 2 < _BITS:
+        if plain and packs and len(lines[-1]) + len(item) - len(pad) + 2 < _COLUMNS:
             lines[-1] += f", {item.strip()}"
         else:
             lines.append(item)

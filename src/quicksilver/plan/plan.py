@@ -35,6 +35,7 @@ from quicksilver.rules import (
     ZeroFill,
 )
 from quicksilver.rules.checks import check_parts, is_whole
+from quicksilver.rules.registry import guarded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -307,7 +308,7 @@ class Plan:
                 "it chooses bits of weights that are not quantized: quicksilver.load(FOLDER, plan=...) quantizes"
                 " them in memory, the shell command `quicksilver quantize FOLDER -o QUANTIZED` once and for all"
             )
-        precision.rule.check_maps(num_layers, num_maps)
+        guarded(precision.rule.check_maps, num_layers, num_maps)
 
 
 def _load_tensors(data: object, path: Path) -> PlanTensors | None:

@@ -1,4 +1,4 @@
-"""Plans of version 1 as plans of version 2; this file goes with the release after the next."""
+"""Plans of version 1 as plans of version 2; this file goes with the next release."""
 
 from typing import Any
 

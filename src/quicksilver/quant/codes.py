@@ -21,7 +21,7 @@ STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above
 MAX_CODE = 2**MAX_BITS - 1
 _ROUNDING = 1.5 * 2**23  # added to a small float32 and taken away again, it rounds to whole numbers, ties to even
 TABLE_BITS = (4, 2)
-"""BitsChoice whose levels are fitted by least squares and kept with the codes, in this order."""
+"""Bits whose levels are fitted by least squares and kept with the codes, in this order."""
 
 
 def check_group_size(group_size: object) -> int:

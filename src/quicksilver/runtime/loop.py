@@ -23,6 +23,7 @@ from quicksilver.errors import InputError
 from quicksilver.families.spec import Adapter
 from quicksilver.ops import AttentionBackend
 from quicksilver.plan import Plan
+from quicksilver.rules.registry import guarded
 from quicksilver.runtime.protection import Protection
 from quicksilver.runtime.steps.bits import BitsStep
 from quicksilver.runtime.steps.fusion import FusionStep
@@ -143,7 +144,9 @@ class Decoder:
         steps: list[HaltingStep | BitsStep | FusionStep] = []
         if plan.halting is not None and plan.halting.rule is not None:
             steps.append(HaltingStep(adapter, plan.halting, self._plan.gates, plan.fusion is not None))
-        if (rule := self._plan.bits) is not None and (after := rule.after_layer(self.spec.num_layers)) is not None:
+        if (rule := self._plan.bits) is not None and (
+            after := guarded(rule.after_layer, self.spec.num_layers)
+        ) is not None:
             steps.append(BitsStep(adapter, rule, after))
         if self._fusion.layers:
             steps.append(self._fusion)

@@ -17,8 +17,7 @@ class RunStats:
     """Counts of the last run. FLOPs are counted from what ran; `dense_flops` by arithmetic for the same tokens.
 
     Attributes:
-        tokens: tokens fed, prompt and generated, and the padding that transformers feeds for rows of a batch that have
-            finished.
+        tokens: tokens fed, prompt and generated.
         mean_depth: layers run per token, on average.
         num_layers: layers of the model.
         halted_by_layer: tokens that halted after each layer.
@@ -33,6 +32,7 @@ class RunStats:
         kv_read_bytes: bytes of keys and values that attention read, over all passes.
         backend: who runs the layers, "native" or "pytorch".
         backend_reason: why not a faster one, None where there is none.
+        backend_fallbacks: how many times PyTorch ran a layer in the kernels' place, by why.
     """
 
     tokens: int
@@ -50,6 +50,7 @@ class RunStats:
     kv_read_bytes: int
     backend: str
     backend_reason: str | None
+    backend_fallbacks: dict[str, int]
 
     @classmethod
     def from_trace(cls, spec: ModelSpec, trace: Trace, backend: LayerBackend) -> RunStats:
@@ -71,6 +72,7 @@ class RunStats:
             kv_read_bytes=kv_read_bytes(spec, trace),
             backend=backend.name,
             backend_reason=backend.reason,
+            backend_fallbacks=dict(trace.fallbacks),
         )
 
     @property
@@ -82,7 +84,9 @@ class RunStats:
         """Return the counts as a few lines of text."""
         halted, fused = sum(self.halted_by_layer), sum(self.fused_by_layer)
         used, allocated = self.kv_used_bytes / 1e6, self.kv_bytes / 1e6
-        reason = "" if self.backend_reason is None else f" ({self.backend_reason})"
+        reasons = [] if self.backend_reason is None else [self.backend_reason]
+        reasons += [f"PyTorch {times} times: {why}" for why, times in self.backend_fallbacks.items()]
+        reason = f" ({'; '.join(reasons)})" if reasons else ""
         return "\n".join(
             (
                 f"tokens          {self.tokens} ({halted} halted early{f', {fused} fused' if fused else ''})",

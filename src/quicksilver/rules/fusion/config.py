@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from quicksilver.errors import PlanError
 from quicksilver.rules.checks import LARGE, check_layers_run, check_parts, check_protection, is_whole, layers_run
 from quicksilver.rules.fusion.base import FusionRule
+from quicksilver.rules.registry import guarded
 from quicksilver.rules.retired import refuse_retired
 
 FusionWeights = Literal["last", "mass"]
@@ -63,7 +64,7 @@ class FusionConfig:
                 ' use scope "prompt"'
             )
         check_protection("fusion", self.protect_first, self.protect_special)
-        self.rule.check_layers(len(layers))
+        guarded(self.rule.check_layers, len(layers))
 
     def after_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices, ascending, of the layers after which tokens fuse; PlanError where the model has not as many."""

@@ -7,6 +7,7 @@ from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.decisions import TokenBitsView
 from quicksilver.families.spec import Adapter
 from quicksilver.rules import PrecisionRule
+from quicksilver.rules.registry import guarded
 
 
 class BitsStep:
@@ -20,7 +21,7 @@ class BitsStep:
         if not len(state.hidden):
             return
         view = TokenBitsView(state.hidden, self._adapter.head_entropy)
-        choice = self._rule.checked(self._rule.decide_tokens(view), view)
+        choice = self._rule.checked(guarded(self._rule.decide_tokens, view), view)
         context.trace.add_signals(layer_idx, choice.signal_rows, choice.macs)
         most = state.max_bits
         if most is None:
