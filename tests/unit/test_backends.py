@@ -12,7 +12,7 @@ import torch
 import quicksilver
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.rules import HaltingConfig, RelativeDriftRule
+from quicksilver.rules import CosineFusionRule, FusionConfig, HaltingConfig, RelativeDriftRule
 from tests import tiny
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
@@ -38,6 +38,18 @@ def test_kernels_need_no_reason() -> None:
     assert (accelerated.backend.name, accelerated.backend.reason) == ("native", None)
     accelerated(tiny.token_ids(4)[None])
     assert accelerated.stats.summary().endswith("layers run by   compiled kernels")
+
+
+@needs_kernels
+def test_what_pytorch_runs_in_the_kernels_place_is_counted_with_the_reason() -> None:
+    plan = Plan("fuses", fusion=FusionConfig(CosineFusionRule(-1.0), layers=(1,), protect_first=0))
+    accelerated = quicksilver.accelerate(tiny.quantized("llama"), plan, kernels="native")
+    cache = accelerated(tiny.token_ids(4)[None], logits_to_keep=1, use_cache=True).past_key_values
+    assert accelerated.stats.backend_fallbacks == {"tokens fuse": tiny.NUM_LAYERS}
+    said = f"layers run by   compiled kernels (PyTorch {tiny.NUM_LAYERS} times: tokens fuse)"
+    assert accelerated.stats.summary().endswith(said)
+    accelerated(torch.tensor([[5]]), past_key_values=cache)
+    assert accelerated.stats.backend_fallbacks == {}
 
 
 def test_a_mechanism_that_is_off_makes_no_call() -> None:

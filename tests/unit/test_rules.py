@@ -265,6 +265,7 @@ BAD_BITS: dict[str, tuple[Callable[[rules.ChannelView], Any], str]] = {
     "a norm": (lambda view: rules.BitsChoice(8, {"norm": 1}), "signals are head, softmax, score; count others"),
 }
 BITS = {name: answer for name, (answer, _) in BAD_BITS.items()}
+BITS["a colour"] = lambda view: rules.BitsChoice(8)
 BITS["four"] = lambda view: rules.BitsChoice(4)
 BITS["four, for 70 each"] = lambda view: rules.BitsChoice(4, macs=70 * view.inputs.shape[0])
 
@@ -291,6 +292,8 @@ class Granting(Bits):
     def decide_tokens(self, view: rules.TokenBitsView) -> Any:
         granted = torch.full((len(view.hidden),), 8, dtype=torch.uint8)
         granted[::2] = 4
+        if self.answer == "a colour":
+            return view.colour  # type: ignore[attr-defined]
         return rules.BitsChoice(granted if self.answer == "granted" else 4, macs=7)
 
 
@@ -325,6 +328,11 @@ def test_what_is_no_choice_of_bits_is_refused(answer: str, said: str) -> None:
 def test_bits_for_all_tokens_are_none_for_each() -> None:
     with pytest.raises(PlanError, match=r"Granting\.decide must give torch.uint8 bits of shape \[10\], got 4"):
         run_whole(decoder(tiny.quantized("gpt2"), precision_plan(Granting("four"))), tiny.token_ids(10))
+
+
+def test_a_rule_that_fails_to_grant_bits_is_named() -> None:
+    with pytest.raises(PlanError, match=r"Granting\.decide_tokens failed: AttributeError: .* 'colour'"):
+        run_whole(decoder(tiny.quantized("gpt2"), precision_plan(Granting("a colour"))), tiny.token_ids(10))
 
 
 @pytest.mark.parametrize("kernels", ["torch", "auto"])
