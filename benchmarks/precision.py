@@ -1,4 +1,4 @@
-"""Bits policies against the float model: what uniform, entropy and channel bits cost and save.
+"""Precision rules against the float model: what uniform, entropy and channel bits cost and save.
 
 Thresholds are fitted on calibration text; figures come from other text. Timing is not its subject: the plain PyTorch
 path expands weights before it multiplies.
@@ -43,11 +43,11 @@ FINE, FINE_SKIPPING = (8, 6, 4, 2), (8, 6, 4, 2, 0)
 COARSE_SKIPPING = (8, 4, 2, 0)
 ENTROPY_SHARES = ((0.25, 0.5, 0.25), (0.5, 0.5, 0.0), (0.9, 0.1, 0.0))  # of 8, 4 and 2 bits
 COLUMNS = (8, 6, 4, 2, 0)
-PROTECT_FIRST = 4  # and special tokens, under every policy but uniform ones
+PROTECT_FIRST = 4  # and special tokens, under every rule but uniform ones
 
 
 def wanted() -> Iterator[tuple[str, PrecisionRule]]:
-    """Yield the policies compared, by name; those with a target are still to be fitted."""
+    """Yield the plans compared, by name; those with a target are still to be fitted."""
     for bits in (8, 6, 4, 2):
         yield f"uniform {bits}", UniformBitsRule(bits)
     for over in ("head", "hidden"):
@@ -147,7 +147,7 @@ def main(
     calibration_tokens: int,
     output: str,
 ) -> None:
-    """Compare bits policies on MODEL, its weights and head quantized, with the float model.
+    """Compare precision rules on MODEL, its weights and head quantized, with the float model.
 
     \b
     Example:

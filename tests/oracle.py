@@ -1,6 +1,6 @@
 """The definition of halting, KV fills, coded entries, fusion, shortcuts and skipping: all is computed, masks decide.
 
-Slow and dense on purpose. It shares nothing with the runtime but the policies' pure functions: layers are run
+Slow and dense on purpose. It shares nothing with the runtime but the rules' pure functions: layers are run
 through transformers' own leaf modules, attention is written out, groups are formed token by token.
 """
 

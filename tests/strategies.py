@@ -1,4 +1,4 @@
-"""Hypothesis strategies for plans that do halt, fuse and detour tokens of the tiny models, of every rule and fill."""
+"""Hypothesis strategies for plans under which the tiny models' tokens halt, fuse and skip sublayers, of every rule."""
 
 from __future__ import annotations
 

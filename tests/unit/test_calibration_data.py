@@ -94,7 +94,7 @@ def test_errors_are_the_mean_squared_ones_as_a_share_of_the_state(family: str) -
 
 
 def test_gates_of_shortcuts_know_where_the_maps_err() -> None:
-    """On the text they were fitted to, through the policy's own reading of the gate; they are right on average."""
+    """On the text they were fitted to, through the rule's own reading of the gate; they are right on average."""
     adapter, chosen = adapt(tiny.model("llama")), [(1, "mlp"), (3, "mlp")]
     tensors, _ = fit_units(adapter, chosen, WINDOWS, Plan.dense())  # type: ignore[arg-type]
     tensors, told, true = as_floats(tensors), [], []

@@ -62,9 +62,7 @@ class SequenceCache:
         self.length = self._allocated = self._used = 0  # tokens seen; bytes
         self.num_entries = 0  # held, over all layers
         self.open_group: OpenGroup | None = None  # where tokens fuse and the last one may be absorbed yet: its row
-        self.in_pass = (
-            False  # a pass has begun and not ended; if none is under way, it failed and entries are not whole
-        )
+        self.in_pass = False  # a pass has begun and not ended; if none is under way, it failed, and entries may lack
         self._joined = bytearray()  # by position: the token joined the one before it; False behind the end
         self._joinable = bytearray()  # by position: a token of a later pass could have joined it
 

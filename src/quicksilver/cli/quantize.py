@@ -102,9 +102,8 @@ def _print_summary(model: Any, output: str, config: Any) -> None:
     weights = sum(module.num_inputs * module.num_outputs for module in quantized)
     bits = 8 * sum(module.code_bytes for module in quantized) / weights
     size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-    print(
-        f"quantized     {len(quantized)} matrices, {weights:,} weights; {config.method}, group size {config.group_size}"
-    )
+    matrices = f"{len(quantized)} matrices, {weights:,} weights"
+    print(f"quantized  {matrices}; {config.method}, group size {config.group_size}")
     print(f"codes      {bits:.2f} bits per any-precision weight, scales included")
     print(f"file size  {size / 1e6:.1f} MB with the weights that stay as they were")
     print(f"written to {output}")

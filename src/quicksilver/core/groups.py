@@ -1,4 +1,4 @@
-"""Rows that reach a fusion layer, and the groups they form; deciding which rows join is a policy's business."""
+"""Rows that reach a fusion layer, and the groups they form; deciding which rows join is a rule's business."""
 
 from __future__ import annotations
 

@@ -100,6 +100,7 @@ class ModuleWatch:
         """Look again where something was hung on modules, or weights are others; modules are known to be the same."""
         self._weights.check()
         hooked = any(self._empty) or list(map(tuple, self._filled)) != self._hooks
+        # By `map`, not by a generator: it is asked at every token of every sequence.
         if hooked or True in map(contains, self._bare, repeat("forward")) or self._functions() != self._defined:
             self._look()
 
@@ -251,7 +252,8 @@ def _is_original(module: nn.Module, wanted: str, source: str) -> bool:
     """Whether calling a module is transformers' `forward` of a class, or of any of a library's where none is wanted."""
     if "forward" in vars(module) or not _is_library(type(module).__call__):
         return False
-    *_, innermost = functions = _unwrapped(type(module).forward)
+    functions = _unwrapped(type(module).forward)
+    innermost = functions[-1]
     if not all(map(_is_library, functions)):
         return False
     return wanted == "" or (innermost.__module__, innermost.__qualname__) == (source, f"{wanted}.forward")

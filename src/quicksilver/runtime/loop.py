@@ -111,8 +111,11 @@ class Decoder:
         """
         caches = tuple(caches.sequences if isinstance(caches, RaggedKVCache) else caches)
         starts = [cache.length for cache in caches]
-        if (modules := self.adapter.modules) is not None:  # from token to token for hooks alone: all of it takes time
-            (modules.check_hooks if any(starts) and len(token_ids) <= len(lengths) else modules.check)()
+        modules, decodes = self.adapter.modules, any(starts) and len(token_ids) <= len(lengths)
+        if modules is not None and decodes:
+            modules.check_hooks()  # not more between one token and the next, since all of it takes time
+        elif modules is not None:
+            modules.check()
         self.check_caches(caches, len(lengths))
         self.check_tokens(token_ids, lengths, starts)
         fuses = self._fusion.takes_part(_flags(prompt, len(lengths)))
@@ -124,7 +127,7 @@ class Decoder:
         context = PassContext(token_ids, rotations, protected, fuses, caches, trace)
         state = State(chunk, self.adapter.embed(token_ids, chunk.positions), chunk, rotations, chunk)
         trace.begin_pass(starts, chunk)
-        fed = [each for each in zip(caches, lengths, fuses, strict=True) if each[1]]
+        fed = [(cache, n, fusing) for cache, n, fusing in zip(caches, lengths, fuses, strict=True) if n]
         for cache, _, _ in fed:
             cache.in_pass = True
         for span in self.backend.spans(state, context):
