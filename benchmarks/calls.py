@@ -54,4 +54,6 @@ def main(name: str = "ref-llama") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -213,8 +213,12 @@ class QuickSilverForCausalLM(ModelFacts, GenerationMixin):
     ) -> Tensor:
         """Return the tokens of a call that can be done; raise where it cannot."""
         _refuse(unsupported)
-        if input_ids is None or input_ids.dim() != 2:
-            raise InputError("input_ids must be a [batch, tokens] tensor")
+        if (
+            not isinstance(input_ids, Tensor)
+            or input_ids.dim() != 2
+            or input_ids.dtype not in (torch.int64, torch.int32)
+        ):
+            raise InputError("input_ids must be a [batch, tokens] tensor of int64 or int32")
         if prompt and labels is not None:
             raise InputError("labels ask for what every token predicts, so the tokens cannot be a prompt")
         return input_ids

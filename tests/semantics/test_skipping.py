@@ -296,3 +296,16 @@ def test_flops_fall_by_what_is_skipped_and_rise_by_what_that_takes(family: str, 
 def test_thresholds_for_another_depth_are_refused() -> None:
     with pytest.raises(PlanError, match="3 thresholds, the model has 4 layers"):
         decoder(tiny.model("gpt2"), skipping_plan((0.1,) * 3))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_counts_stay_in_their_bounds_whatever_the_numbers(wrong: float) -> None:
+    keys, positions = torch.randn(6, 2, 4), torch.arange(6)
+    keys[1, 0] = wrong
+    tensors = torch.randn(6, 4, 4), keys, torch.randn(6, 2, 4), positions, positions
+    done = ragged_attention(*tensors, 1.0, True, skip_below=0.5)
+    values, scores, twice = map(int, done.skipped)
+    pairs = 4 * int(done.pairs)
+    assert 0 <= values <= pairs
+    assert 0 <= twice <= pairs
+    assert 0 <= scores <= 4 * (pairs - twice)

@@ -8,9 +8,11 @@ from itertools import product
 import pytest
 import torch
 
+import quicksilver
 from quicksilver.cache import CacheShape, ModelIdentity, OpenGroup, RaggedKVCache, SequenceCache, append_rows, extend
 from quicksilver.core.ragged import RaggedLayout
 from quicksilver.errors import InputError
+from tests import tiny, tolerances
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=3, dtype=torch.float32, device=CPU)
@@ -142,3 +144,13 @@ def test_groups_that_no_later_pass_goes_on_with_are_cut_behind() -> None:
     cache = fed(SequenceCache(SHAPE, OWNER), 6)
     cache.join([2, 3])
     assert [cache.kept(length) for length in range(7)] == [0, 1, 1, 1, 4, 5, 6]
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:
+    model = quicksilver.accelerate(tiny.model("llama"))
+    ids = tiny.token_ids(12)[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        cache = model(ids[:, 5:6], past_key_values=cache).past_key_values
+    logits = model(ids[:, 6:], past_key_values=cache).logits
+    assert torch.allclose(logits, model(ids).logits[:, 6:], atol=tolerances.LOGITS[torch.float32])

@@ -64,6 +64,9 @@ class NativeBackend:
     name = "native"
     reason = None
 
+    def __repr__(self) -> str:
+        return "<native backend: compiled kernels>"
+
     def __init__(self, adapter: Adapter, plan: ResolvedPlan, asked: Collection[int], otherwise: TorchBackend) -> None:
         spec = adapter.spec
         self._plan, self._spec, self._layers, self._otherwise = plan, spec, adapter.layers, otherwise

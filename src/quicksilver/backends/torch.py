@@ -52,6 +52,9 @@ class TorchBackend:
         self._attention: AttentionBackend = attention
         self._maps = MapReader(adapter, plan) if adapter.spec.is_quantized else None
 
+    def __repr__(self) -> str:
+        return "<pytorch backend>" if self.reason is None else f"<pytorch backend: {self.reason}>"
+
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         for layer_idx in range(len(self._layers)):
             if len(state.hidden) or self._plan.fills:

@@ -65,13 +65,14 @@ class LayerEntries:
         self.row_nbytes = shape.entry_bytes + self.positions.element_size()  # of one entry, its mass included
 
     def resize(self, capacity: int) -> None:
-        """Move what is held to tensors of their own, of another capacity."""
-        for name in self.TENSORS:
-            before: Tensor | None = getattr(self, name)
-            if before is not None:
-                after = before.new_empty((capacity, *before.shape[1:]))
-                after[: self.length] = before[: self.length]
-                setattr(self, name, after)
+        """Move what is held to tensors of their own, of another capacity; they outlive an inference mode."""
+        with torch.inference_mode(False):
+            for name in self.TENSORS:
+                before: Tensor | None = getattr(self, name)
+                if before is not None:
+                    after = before.new_empty((capacity, *before.shape[1:]))
+                    after[: self.length] = before[: self.length]
+                    setattr(self, name, after)
         self.capacity = capacity
 
     def add_masses(self) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 import click
 
@@ -86,6 +87,9 @@ def _stoppable() -> Iterator[None]:
 
 
 def _run() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter still gets the rest
     try:
         with cli.make_context("quicksilver", sys.argv[1:]) as context:  # cli.main would hide a broken pipe
             cli.invoke(context)

@@ -163,7 +163,8 @@ def _attend(sequence: _Sequence, newest: bool, options: _Options) -> Attended:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=options.scaling)
     elif options.skip_below > 0.0:
         score = partial(_scores, key=key, mask=mask, causal=causal, options=options)
-        out, skipped = skip(query, value, score, options.skip_below, options.estimate_dims_above)
+        seen = _seen(mask, causal, query.shape[-2], key.shape[-2], query.device)
+        out, skipped = skip(query, value, seen, score, options.skip_below, options.estimate_dims_above)
     else:
         out = torch.matmul(torch.softmax(_scores(query, key, mask, causal, options), dim=-1), value)
     out = (out if single else out.permute(2, 0, 1, 3)).reshape(num_queries, num_heads, head_dim).to(queries.dtype)
@@ -198,13 +199,21 @@ def _sight(
     return _Sight(mask, False, visible.sum())
 
 
+def _seen(mask: Tensor | None, causal: bool, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Return which keys each query sees, [M, n] or [1, n] bool."""
+    if mask is not None:
+        return mask if mask.dtype == torch.bool else mask > float("-inf")
+    seen = torch.ones((num_queries if causal else 1, num_keys), dtype=torch.bool, device=device)
+    return seen.tril() if causal else seen
+
+
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, options: _Options) -> Tensor:
     """Return the scores, minus infinity where a query does not see a key."""
     scores = torch.matmul(query, key.transpose(-1, -2)).mul_(options.scaling)
     if options.softcap is not None:
         scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = _seen(None, True, scores.shape[-2], scores.shape[-1], scores.device)
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores.add_(mask)
     return scores

@@ -24,7 +24,12 @@ NOTHING = Skipped()
 
 
 def skip(
-    query: Tensor, value: Tensor, score: Callable[[Tensor], Tensor], below: float, estimate_dims_above: float
+    query: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    score: Callable[[Tensor], Tensor],
+    below: float,
+    estimate_dims_above: float,
 ) -> tuple[Tensor, Skipped]:
     """Weigh values, without those that weigh below `below / n` of the n that a query sees.
 
@@ -35,8 +40,8 @@ def skip(
     Args:
         query: [Hkv, heads, M, D], float32 or wider.
         value: [Hkv, heads, n, D].
-        score: gives the scores [Hkv, heads, M, n] of queries, minus infinity for keys that a query does not see; all
-            heads see the same.
+        seen: [M, n] or [1, n] bool, the keys that each query sees.
+        score: gives the scores [Hkv, heads, M, n] of queries, minus infinity for keys that a query does not see.
         below: at most 1.
         estimate_dims_above: magnitude of large components, in multiples of a query's root mean square.
 
@@ -45,12 +50,12 @@ def skip(
     """
     small = query.abs() < estimate_dims_above * query.square().mean(-1, keepdim=True).sqrt()
     estimated = score(query.masked_fill(small, 0.0))
-    num_seen = (estimated[:1, :1] != float("-inf")).sum(-1, keepdim=True)  # [1, 1, M, 1]
-    least = (below / num_seen.to(query.dtype)).clamp(min=torch.finfo(query.dtype).tiny)  # what is not seen weighs 0
-    light = _light(torch.softmax(estimated, dim=-1), least)
+    num_seen = seen.sum(-1, keepdim=True)  # [M, 1]
+    least = (below / num_seen.to(query.dtype)).clamp(min=torch.finfo(query.dtype).tiny)
+    light = _light(torch.softmax(estimated, dim=-1), least) | ~seen  # weights that are NaN are not below anything
     num_left = light.shape[-1] - light.sum(-1, keepdim=True)
     weights = torch.softmax(score(query).masked_fill_(light, float("-inf")), dim=-1)
-    weights.masked_fill_(_light(weights, least), 0.0)
+    weights.masked_fill_(_light(weights, least) | light, 0.0)
     output = torch.matmul(weights, value) / weights.sum(-1, keepdim=True)
     num_skipped = num_seen - num_left  # [Hkv, heads, M, 1]
     scored_twice = num_left.sum()
@@ -59,6 +64,6 @@ def skip(
 
 
 def _light(weights: Tensor, least: Tensor) -> Tensor:
-    """Return which weights [Hkv, heads, M, n] are below `least` [1, 1, M, 1] and below the largest of a query's."""
+    """Return which weights [Hkv, heads, M, n] are below `least` [M, 1] and below the largest of a query's."""
     # Rounded, the largest of equal weights may lie below 1 / n; it is kept all the same.
     return weights < torch.minimum(least, weights.amax(-1, keepdim=True))

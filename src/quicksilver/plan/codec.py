@@ -114,7 +114,7 @@ def _construct(cls: type, values: dict[str, Any], where: str, read: Read) -> Any
             values[key] = read(value["array"], f"{where}.{key}")
     try:
         return cls(**{key: _tuples(value) for key, value in values.items()})
-    except (ValueError, TypeError) as error:
+    except (Exception, SystemExit) as error:  # a rule may be a user's
         source, _, part = where.rpartition(": ")
         said = first_line(error)
         named = said.startswith((f"{part}: ", f"{part}.", f"{part} "))  # most parts name themselves
@@ -122,7 +122,7 @@ def _construct(cls: type, values: dict[str, Any], where: str, read: Read) -> Any
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def text(value: Any, indent: int = 0, used: int = 0) -> str:

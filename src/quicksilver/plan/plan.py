@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quicksilver.core.checks import is_whole
 from quicksilver.core.files import write_atomically
 from quicksilver.errors import PlanError
 from quicksilver.plan import codec
@@ -34,7 +35,7 @@ from quicksilver.rules import (
     UniformBitsRule,
     ZeroFill,
 )
-from quicksilver.rules.checks import check_parts, is_whole
+from quicksilver.rules.checks import check_parts
 from quicksilver.rules.registry import guarded
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise PlanError(f"a plan's name must be a string, got {repr(self.name)[:40]}; it is the first argument")
+        if not self.name.isprintable():
+            raise PlanError(f"a plan's name must be printable, got {self.name[:40]!a}")
         check_parts(self, f"plan {self.name!r}", ": ")
 
     @classmethod
@@ -153,8 +156,8 @@ class Plan:
         declared, declared_hash, name = data.pop("tensors", None), data.pop("hash", None), data.pop("name", "plan")
         if data:
             raise PlanError(f"{source}: unknown key {next(iter(data))!r}")
-        if not isinstance(name, str):
-            raise PlanError(f"{source}: name must be a string, got {name!r}")
+        if not isinstance(name, str) or not name.isprintable():
+            raise PlanError(f"{source}: name must be a printable string, got {name!a}")
         found = {
             key: codec.decode(PARTS.get(key, FittedTo), part, f"{source}: {key}", array)
             for key, part in given.items()
@@ -317,6 +320,11 @@ def _load_tensors(data: object, path: Path) -> PlanTensors | None:
     if declared is None:
         return None
     file = declared.get("file") if isinstance(declared, dict) else None
+    if isinstance(declared, dict) and "file" in declared and file is None:
+        raise PlanError(
+            f"{path}: it was printed without the numbers that it names (tensors.file is null); copy the plan's own file"
+            " and the safetensors file beside it, or call plan.save"
+        )
     if not isinstance(file, str) or file in ("", "..") or "\0" in file or Path(file).name != file:
         raise PlanError(f"{path}: tensors.file must be the name of a file beside the plan, got {file!r}")
     return PlanTensors.load(path.parent / file)

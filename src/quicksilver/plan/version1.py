@@ -49,7 +49,7 @@ def _taken(data: dict[str, Any], name: str, source: str) -> Any:
 
 def _switches_on(threshold: Any) -> bool:
     """Whether anything lies below a threshold, or below one of a list."""
-    return any(map(_switches_on, threshold)) if isinstance(threshold, list) else threshold != 0
+    return any(each != 0 for each in threshold) if isinstance(threshold, list) else threshold != 0
 
 
 def _renamed(part: dict[str, Any], keys: dict[str, str], where: str) -> dict[str, Any]:

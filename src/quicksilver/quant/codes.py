@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.bits import MAX_BITS
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import ModelError
 from quicksilver.quant import planes
 from quicksilver.quant.blocks import Block, blocks
 from quicksilver.quant.planes import Planes
-from quicksilver.rules.checks import is_whole
 
 GROUP_SIZES = (32, 64, 128)
 STEPS_PER_OCTAVE = 16  # scales are powers of 2 ** (1 / 16): at most 4.4 % above what a group needs

@@ -3,8 +3,9 @@
 import math
 from dataclasses import fields
 from functools import cache
-from typing import Any, NamedTuple, TypeGuard, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import PlanError
 
 Threshold = float | tuple[float, ...]
@@ -19,11 +20,6 @@ LARGE = 2**31
 def threshold_at(threshold: Threshold, layer_idx: int) -> float:
     """Return the threshold that applies in or after layer `layer_idx`."""
     return threshold[layer_idx] if isinstance(threshold, tuple) else threshold
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer and not a boolean."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_threshold(owner: str, value: Any, name: str = "threshold") -> Threshold:

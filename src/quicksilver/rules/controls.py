@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from quicksilver.core.checks import is_whole
 from quicksilver.core.decisions import FusionDecision, HaltDecision, LayerView, PairView
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import LARGE, check_draw, is_whole
+from quicksilver.rules.checks import LARGE, check_draw
 from quicksilver.rules.fusion.base import FusionRule, fusion_rule
 from quicksilver.rules.halting.base import HaltingRule, halting_rule
 

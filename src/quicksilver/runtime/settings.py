@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import InputError, UnsupportedFeatureError
 
 _DEFAULTS = {
@@ -112,8 +113,9 @@ def _refuse(config: Any) -> None:
     for name in _OUTPUTS:
         if getattr(config, name, None):
             raise UnsupportedFeatureError(f"{name} is not supported by quicksilver")
-    if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
-        raise InputError(f"prefill_chunk_size must be at least 1, got {config.prefill_chunk_size}")
+    for name in ("prefill_chunk_size", "num_return_sequences", "max_new_tokens"):
+        if (count := getattr(config, name)) is not None and (not is_whole(count) or count < 1):
+            raise InputError(f"{name} must be a whole number, at least 1, got {count!r}")
     if config.cache_implementation is not None:
         raise UnsupportedFeatureError(
             f"cache_implementation={config.cache_implementation!r} is not supported; the cache is ragged"

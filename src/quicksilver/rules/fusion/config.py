@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import LARGE, check_layers_run, check_parts, check_protection, is_whole, layers_run
+from quicksilver.rules.checks import LARGE, check_layers_run, check_parts, check_protection, layers_run
 from quicksilver.rules.fusion.base import FusionRule
 from quicksilver.rules.registry import guarded
 from quicksilver.rules.retired import refuse_retired

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from quicksilver.core.checks import is_whole
 from quicksilver.core.decisions import HaltDecision, LayerView
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import is_whole, threshold_at
+from quicksilver.rules.checks import threshold_at
 from quicksilver.rules.halting.base import ThresholdRule, halting_rule
 
 

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from quicksilver.core.checks import is_whole
 from quicksilver.core.decisions import ShortcutDecision, ShortcutView
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import LARGE, is_whole
+from quicksilver.rules.checks import LARGE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import Threshold, check_bounded, check_count, check_parts, is_whole
+from quicksilver.rules.checks import Threshold, check_bounded, check_count, check_parts
 from quicksilver.rules.kv.base import DropFill, FillRule
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quicksilver.core.bits import WEIGHT_BITS
+from quicksilver.core.checks import is_whole
 from quicksilver.core.decisions import BitsChoice, ChannelView, KernelBits, TokenBitsView
 from quicksilver.errors import PlanError
-from quicksilver.rules.checks import is_whole
 from quicksilver.rules.registry import DecidingRule, RuleTypes
 from quicksilver.rules.retired import refuse_retired
 
