@@ -263,7 +263,7 @@ def test_shortcuts_and_output_maps_need_no_rule_and_may_have_their_own_protectio
         (lambda: Plan(fitted_to="gpt2"), "fitted_to must be a FittedTo, got 'gpt2'"),
         (
             lambda: Plan(rules.HaltingConfig(rules.DriftRule(1.0))),
-            "a plan's name must be a printable string, got HaltingConfig(",
+            "a plan's name must be a string, got HaltingConfig(",
         ),
         (lambda: rules.HaltingConfig("x"), "halting.rule must be a HaltingRule, got 'x' (str); there are "),
         (lambda: rules.FusionConfig(rules.DriftRule(0.1)), "fusion.rule must be a FusionRule, got DriftRule"),

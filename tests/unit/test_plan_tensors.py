@@ -119,7 +119,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["../mine.safetensors", "/etc/passwd", "sub/mine.safetensors", "..", ".", "", "a\0b", 3, None]
+    "file", ["../mine.safetensors", "/etc/passwd", "sub/mine.safetensors", "..", ".", "", "a\0b", 3]
 )
 def test_only_a_file_beside_the_plan_is_read(tmp_path: Path, file: object) -> None:
     inner = tmp_path / "inner"
