@@ -15,7 +15,7 @@ from benchmarks.rows import Measurement, find, ratio_to_baseline
 from benchmarks.timing import Summary, summarise
 from benchmarks.verdicts import Verdict
 
-_BITS = 160
+_WIDTH = 160
 _SCALES = {"seconds": (1e3, "ms"), "seconds per token": (1e3, "ms/token"), "bytes": (1e-6, "MB")}
 
 
@@ -23,7 +23,7 @@ def print_table(
     heading: Sequence[str], measurements: Sequence[Measurement], verdicts: Mapping[tuple[str, str], Verdict]
 ) -> None:
     """Print the heading's lines and one row per measurement."""
-    console = Console(bits=_BITS)
+    console = Console(width=_WIDTH)
     for line in heading:
         console.print(line, highlight=False, markup=False)
     table = Table("task", "engine")

@@ -8,12 +8,12 @@ import click
 
 from quicksilver.cli.main import cli
 
-_BITS = 100
+_COLUMNS = 100
 
 
 def pages(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
     """Yield (full name, help text) of a command and everything under it."""
-    settings = {**command.context_settings, "terminal_width": _BITS, "max_content_width": _BITS}
+    settings = {**command.context_settings, "terminal_width": _COLUMNS, "max_content_width": _COLUMNS}
     context = click.Context(command, info_name=name.split()[-1], parent=parent, **settings)
     yield name, command.get_help(context)
     if isinstance(command, click.Group):
