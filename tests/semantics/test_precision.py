@@ -44,11 +44,11 @@ def rule_for(name: str, family: str) -> rules.PrecisionRule:
 
 
 class Definition:
-    """What each rule means, row by row; caps are decided as layers go by."""
+    """What each rule means, row by row; the most bits are decided as layers go by."""
 
     def __init__(self, model, rule: rules.PrecisionRule, protected: Callable[[int], bool] = lambda t: False) -> None:
         self.model, self.rule, self.protected = model, rule, protected
-        self.caps: list[int] | None = None
+        self.max_bits: list[int] | None = None
 
     def after_layer(self, layer_idx: int, before: Tensor, after: Tensor, previous: Tensor | None) -> Tensor:
         """Stand in for a halting rule that halts nobody."""
@@ -59,7 +59,7 @@ class Definition:
             else:
                 probs = torch.softmax(after.float(), dim=-1)
                 entropy = -(probs * probs.log2()).sum(-1)
-            self.caps = [self.grade(rule, float(value), rule.thresholds) for value in entropy]
+            self.max_bits = [self.grade(rule, float(value), rule.thresholds) for value in entropy]
         return torch.zeros(len(after), dtype=torch.bool)
 
     @staticmethod
@@ -71,9 +71,9 @@ class Definition:
             return 8
         if isinstance(rule, UniformBitsRule):
             return rule.bits
-        cap = 8 if self.caps is None else self.caps[t]
+        most = 8 if self.max_bits is None else self.max_bits[t]
         if isinstance(rule, EntropyBitsRule):
-            return cap
+            return most
         return self.grade(rule, score, thresholds)
 
     def read(self, layer_idx: int, module, x: Tensor) -> Tensor:

@@ -80,13 +80,15 @@ class NativeBackend:
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         first = 0
         while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
-            span = range(first, self._ends[first] if self._obstacle(state, context) is None else first + 1)
+            span = range(first, self._ends[first] if self._unsupported_reason(state, context) is None else first + 1)
             yield span
             first = span.stop
 
     def run(self, span: range, state: State, context: PassContext) -> None:
         """Where halted tokens' keys and values are projected, their states go along and leave as they came."""
-        if len(span) == 1 and (why := self._obstacle(state, context)):  # several were given because the kernels can
+        if len(span) == 1 and (
+            why := self._unsupported_reason(state, context)
+        ):  # several were given because the kernels can
             context.trace.fallbacks[why] += 1
             self._otherwise.run(span, state, context)
             return
@@ -114,7 +116,7 @@ class NativeBackend:
         state.before = state.hidden
         state.hidden = hidden if halted is None else hidden.index_select(0, state.layout.origin)
 
-    def _obstacle(self, state: State, context: PassContext) -> str | None:
+    def _unsupported_reason(self, state: State, context: PassContext) -> str | None:
         """Return why PyTorch must run layers for a state, whatever has become of the model; None where it need not."""
         if any(context.fuses) or state.masses is not None or state.present is not state.chunk:
             return "tokens fuse"

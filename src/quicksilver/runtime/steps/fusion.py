@@ -28,7 +28,7 @@ from quicksilver.runtime.protection import Protection
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class _FusionCandidates:
     """Rows at a fusion layer, sequence after sequence: its open group, if it has one, then the pass's own rows."""
 
     rows: FusionRows  # all of them, N
@@ -37,7 +37,7 @@ class _Candidates:
     bounds: list[int]  # row at which each sequence begins, and N at the end
 
     @classmethod
-    def of_pass(cls, state: State, weights: FusionWeights, context: PassContext) -> _Candidates:
+    def of_pass(cls, state: State, weights: FusionWeights, context: PassContext) -> _FusionCandidates:
         """Return a pass's own rows."""
         layout, mass = state.layout, state.mass
         rows = FusionRows(
@@ -51,7 +51,7 @@ class _Candidates:
         source = torch.arange(len(rows), device=layout.origin.device)
         return cls(rows, source, {}, list(accumulate(layout.lengths, initial=0)))
 
-    def with_open_groups(self, layer_idx: int, context: PassContext) -> _Candidates:
+    def with_open_groups(self, layer_idx: int, context: PassContext) -> _FusionCandidates:
         """Return the rows behind the open groups of this layer that they might join."""
         found: dict[int, OpenGroup] = {}
         for seq, (cache, fuses) in enumerate(zip(context.caches, context.fuses, strict=True)):
@@ -67,7 +67,7 @@ class _Candidates:
         order = rows.seq_ids.argsort(stable=True)
         bounds = list(accumulate((seq in found for seq in range(len(self.bounds) - 1)), initial=0))
         bounds = [bound + more for bound, more in zip(self.bounds, bounds, strict=True)]
-        return _Candidates(rows.select(order), source.index_select(0, order), found, bounds)
+        return _FusionCandidates(rows.select(order), source.index_select(0, order), found, bounds)
 
     def own_rows(self, seq: int) -> range:
         """Return the rows of a sequence that belong to the pass itself."""
@@ -78,7 +78,7 @@ class _Candidates:
 class _Joined:
     """Candidates and the groups that they form: who joins the row before [N], on the host; `merged` [G]."""
 
-    candidates: _Candidates
+    candidates: _FusionCandidates
     joins: list[bool]
     groups: Groups
     merged: FusionRows
@@ -108,7 +108,7 @@ class FusionStep:
         config = self._config
         if config is None or not any(context.fuses) or not len(state.hidden):
             return
-        candidates = _Candidates.of_pass(state, config.weights, context)
+        candidates = _FusionCandidates.of_pass(state, config.weights, context)
         if self.crosses_passes:
             candidates = candidates.with_open_groups(layer_idx, context)
         joined = self._join(layer_idx, candidates, config, context)
@@ -123,7 +123,9 @@ class FusionStep:
         hidden = going_on.hidden if going_on.mean is None else going_on.mean.to(going_on.hidden.dtype)
         state.absorb(layer_idx, split, hidden, going_on.mass)
 
-    def _join(self, layer_idx: int, candidates: _Candidates, config: FusionConfig, context: PassContext) -> _Joined:
+    def _join(
+        self, layer_idx: int, candidates: _FusionCandidates, config: FusionConfig, context: PassContext
+    ) -> _Joined:
         """Ask the rule about all pairs that may fuse, and chain those that are alike into groups."""
         rows = candidates.rows
         later = self._pairs(candidates, context).nonzero()[:, 0]
@@ -145,7 +147,7 @@ class FusionStep:
             context.trace.add_signals(layer_idx, {"mean": sum(host_joins)})
         return _Joined(candidates, host_joins, groups, merge(rows, groups))
 
-    def _pairs(self, candidates: _Candidates, context: PassContext) -> Tensor:
+    def _pairs(self, candidates: _FusionCandidates, context: PassContext) -> Tensor:
         """Return which rows may join the row before, [N] bool: of one sequence, adjacent, unprotected, new."""
         rows = candidates.rows
         free = ~self._protection.covers(rows.token_ids, rows.positions)
