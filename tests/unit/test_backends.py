@@ -12,7 +12,7 @@ import torch
 import quicksilver
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.rules import CosineFusionRule, FusionConfig, HaltingConfig, RelativeDriftRule
+from quicksilver.rules import CosineFusionRule, FusionConfig, HaltingConfig, KVConfig, RelativeDriftRule
 from tests import tiny
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
@@ -81,3 +81,16 @@ def calls_of(run: Any) -> dict[str, set[str]]:
     finally:
         sys.setprofile(None)
     return seen
+
+
+def test_what_attention_leaves_out_is_in_the_summary() -> None:
+    accelerated = quicksilver.accelerate(tiny.model("llama"), Plan("skips", kv=KVConfig(skip_below=0.9)))
+    accelerated(tiny.token_ids(20)[None])
+    stats = accelerated.stats
+    assert 0.0 < stats.values_read < 1.0
+    said = f"attention       {stats.scores_done:.1%} of scores done, {stats.values_read:.1%} of values read"
+    assert said in stats.summary()
+    accelerated.plan = "dense"
+    accelerated(tiny.token_ids(20)[None])
+    assert (accelerated.stats.scores_done, accelerated.stats.values_read) == (1.0, 1.0)
+    assert "attention" not in accelerated.stats.summary()

@@ -30,6 +30,8 @@ class RunStats:
         kv_used_bytes: of these, bytes of what is held.
         kv_entries: entries in the cache at the end, over all layers and sequences.
         kv_read_bytes: bytes of keys and values that attention read, over all passes.
+        scores_done: share of the multiply-adds of attention scores that were done.
+        values_read: share of the values of scored pairs that were read.
         backend: who runs the layers, "native" or "pytorch".
         backend_reason: why not a faster one, None where there is none.
         backend_fallbacks: how many times PyTorch ran a layer in the kernels' place, by why.
@@ -48,6 +50,8 @@ class RunStats:
     kv_used_bytes: int
     kv_entries: int
     kv_read_bytes: int
+    scores_done: float
+    values_read: float
     backend: str
     backend_reason: str | None
     backend_fallbacks: dict[str, int]
@@ -70,6 +74,8 @@ class RunStats:
             kv_used_bytes=trace.kv_used_bytes,
             kv_entries=trace.kv_entries,
             kv_read_bytes=kv_read_bytes(spec, trace),
+            scores_done=trace.query_components_read(spec.num_heads, spec.head_dim),
+            values_read=trace.values_read(spec.num_heads),
             backend=backend.name,
             backend_reason=backend.reason,
             backend_fallbacks=dict(trace.fallbacks),
@@ -84,6 +90,7 @@ class RunStats:
         """Return the counts as a few lines of text."""
         halted, fused = sum(self.halted_by_layer), sum(self.fused_by_layer)
         used, allocated = self.kv_used_bytes / 1e6, self.kv_bytes / 1e6
+        attention = f"{self.scores_done:.1%} of scores done, {self.values_read:.1%} of values read"
         reasons = [] if self.backend_reason is None else [self.backend_reason]
         reasons += [f"PyTorch {times} times: {why}" for why, times in self.backend_fallbacks.items()]
         reason = f" ({'; '.join(reasons)})" if reasons else ""
@@ -94,6 +101,7 @@ class RunStats:
                 f"FLOPs           {self.flops:.4g} in all ({self.flops_reduction:+.2%} saved against dense)",
                 f"weights read    {self.weight_bytes_per_token / 1e6:.2f} MB per token",
                 f"cache           {self.kv_entries} entries, {used:.3f} MB of {allocated:.3f} MB allocated",
+                *([f"attention       {attention}"] if self.values_read < 1.0 else []),
                 f"layers run by   {_BACKENDS[self.backend]}{reason}",
             )
         )
