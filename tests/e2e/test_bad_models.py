@@ -26,7 +26,7 @@ def test_a_model_folder_that_is_not_there(refused: Refused, text_file: Path, pla
 
 def test_a_file_instead_of_a_model_folder(refused: Refused, folder: Path, text_file: Path) -> None:
     weights = folder / "model.safetensors"
-    refused("eval", weights, "--text", text_file, names=(weights, "no such model folder"))
+    refused("eval", weights, "--text", text_file, names=(weights, "it is a file, and folders with"))
 
 
 def test_a_folder_without_a_configuration(refused: Refused, tmp_path: Path, text_file: Path) -> None:
@@ -281,3 +281,10 @@ def test_a_tokenizer_of_another_model(
     names = ("token id", "vocabulary of 100")
     refused("eval", folder, "--text", text_file, "--context", 32, names=names)
     refused("generate", folder, "The zebra", "--max-new-tokens", 3, names=names)
+
+
+def test_a_folder_of_gguf_files_is_named_as_such(refused: Callable[..., str], tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model-q4.gguf").write_bytes(b"GGUF")
+    refused("eval", folder, "--text", text_file, names=(folder, "holds no config.json", "GGUF files are not read"))

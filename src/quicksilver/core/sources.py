@@ -25,8 +25,13 @@ def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
         return str(EMBEDDED / name)
     if _is_folder(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ModelError(f"{name}: the folder holds no config.json")
+            gguf = "; GGUF files are not read" if any(each.endswith(".gguf") for each in os.listdir(name)) else ""
+            raise ModelError(f"{name}: the folder holds no config.json{gguf}")
         return name
+    if os.path.isfile(name):
+        raise ModelError(
+            f"{name}: no such model folder; it is a file, and folders with config.json and safetensors are read"
+        )
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ModelError(f"{name or repr(name)}: no such model folder")
     return name
