@@ -25,11 +25,15 @@ from quicksilver.rules import (
     KVConfig,
     PrecisionConfig,
     PrecisionRule,
+    PropagateFill,
     Shortcut,
     Threshold,
+    ZeroFill,
 )
 from quicksilver.runtime.loop import Decoder
 from tests import tiny
+
+FILLS = (DropFill(), ZeroFill(), PropagateFill())
 
 
 def dense_pairs(engine: Decoder, length: int) -> list[int]:

@@ -20,6 +20,7 @@ from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
+    FILLS,
     Run,
     at_one_layer,
     decoder,
@@ -35,7 +36,6 @@ from tests.engines import (
 )
 from tests.strategies import coded_plans
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 ATOL = tolerances.LOGITS[torch.float64]
 LENGTH = 40
 LIMITS = (0.0, 0.5, 0.7, 0.0)

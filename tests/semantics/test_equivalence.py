@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from quicksilver.cache import RaggedKVCache
 from quicksilver.plan import Plan
-from quicksilver.rules import DropFill, FillRule, ForcedRule, PropagateFill, RandomRule, ZeroFill
+from quicksilver.rules import FillRule, ForcedRule, PropagateFill, RandomRule
 from tests import tiny, tolerances
-from tests.engines import Run, decoder, halting_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.engines import FILLS, Run, decoder, halting_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import plans
 
-FILLS = (DropFill(), ZeroFill(), PropagateFill())
 ATOL = tolerances.LOGITS[torch.float32]
 QUICK = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

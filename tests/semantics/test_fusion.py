@@ -12,9 +12,8 @@ from quicksilver import rules
 from quicksilver.core.decisions import PairView
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
-from tests.engines import decoder, fusion_plan, run_whole
+from tests.engines import FILLS, decoder, fusion_plan, run_whole
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 WEIGHTS = get_args(rules.FusionWeights)
 LENGTH = 40
 ATOL = tolerances.LOGITS[torch.float32]

@@ -20,11 +20,10 @@ from quicksilver.core.signals import hashed_uniform
 from quicksilver.errors import InputError, PlanError
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
-from tests.engines import Run, at_one_layer, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
+from tests.engines import FILLS, Run, at_one_layer, decoder, fusion_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.strategies import fusing_plans, skipping_plans
 
 ATOL = tolerances.LOGITS[torch.float32]
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 PLANS = {
     "random": fusion_plan(rules.RandomFusionRule(0.6, seed=1)),
     "late": fusion_plan(rules.RandomFusionRule(0.6, seed=2), layers=(3,), max_group=5),

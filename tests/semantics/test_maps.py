@@ -15,10 +15,19 @@ from quicksilver.errors import PlanError
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
 from tests import oracle, tiny, tolerances
-from tests.engines import decoder, fusion_plan, halting_plan, run_batch, run_chunks, run_steps, run_whole, with_maps
+from tests.engines import (
+    FILLS,
+    decoder,
+    fusion_plan,
+    halting_plan,
+    run_batch,
+    run_chunks,
+    run_steps,
+    run_whole,
+    with_maps,
+)
 from tests.oracle_parts import head_entropy
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 RANKS = pytest.mark.parametrize("rank", [None, 3], ids=["full", "low rank"])
 LENGTH = 40
 ATOL = tolerances.LOGITS[torch.float32]

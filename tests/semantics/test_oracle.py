@@ -11,10 +11,9 @@ import torch
 from quicksilver import rules
 from quicksilver.core.decisions import LayerView
 from tests import oracle, tiny, tolerances
-from tests.engines import decoder, halting_plan, run_whole
+from tests.engines import FILLS, decoder, halting_plan, run_whole
 from tests.oracle_parts import head_entropy
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 DECIDED = ("drift", "relative", "fixed_point", "entropy", "random", "all")
 LENGTH = 48
 

@@ -26,6 +26,7 @@ from quicksilver.plan.tensors import PlanTensors
 from quicksilver.rules import Part
 from quicksilver.rules.precision.base import mean_name
 from tests import oracle, tiny, tolerances
+from tests.engines import FILLS
 from tests.oracle_parts import linear_maps
 from tests.semantics.test_precision import head_entropy
 
@@ -38,7 +39,6 @@ HALTING_LAYERS = LAYERS[1:-1]
 MARGIN = 5e-4  # least distance of a number from its threshold, of its size; products are off by 4e-5 of theirs
 SEED = 10  # of tokens whose coded entries leave that distance
 TIE = 0.2  # of a step between two codes, how far from the middle either of the two is right after layers of rounding
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 BITS = {"centred": (8, 0), "graded": (8, 6, 4, 2, 0), "uniform": (4,)}
 HALTING = ("fitted", "settled", "drift")
 CALIBRATED = ("centred", "shortcuts", "fitted", "skipping", "entries")

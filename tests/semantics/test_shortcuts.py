@@ -17,12 +17,11 @@ from quicksilver.families.spec import MLP, QUERY
 from quicksilver.plan import Plan
 from quicksilver.rules import Part, Shortcut, UniformBitsRule
 from tests import oracle, tiny, tolerances
-from tests.engines import Run, decoder, run_batch, run_chunks, run_steps, run_whole, shortcut_plan
+from tests.engines import FILLS, Run, decoder, run_batch, run_chunks, run_steps, run_whole, shortcut_plan
 from tests.semantics.test_precision import CHANNEL, TOKEN, Definition
 
 LENGTH = 30
 SPECIAL = 7
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 ALL = tuple(Shortcut(layer, part, 1.0) for layer in range(4) for part in get_args(Part))
 SETS: dict[str, tuple[Shortcut, ...]] = {
     "an mlp": (Shortcut(1, "mlp"),),

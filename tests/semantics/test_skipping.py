@@ -24,6 +24,7 @@ from quicksilver.ops.attention import Attended
 from quicksilver.plan import Plan
 from tests import oracle, tiny, tolerances
 from tests.engines import (
+    FILLS,
     decoder,
     dense_pairs,
     fusion_plan,
@@ -37,7 +38,6 @@ from tests.engines import (
 )
 from tests.strategies import skipping_plans
 
-FILLS = (rules.DropFill(), rules.ZeroFill(), rules.PropagateFill())
 LIMITS = (0.9, 0.0, 0.3, 1.0)
 PLANS = {
     "one threshold": skipping_plan(0.5),

@@ -86,9 +86,8 @@ class NativeBackend:
 
     def run(self, span: range, state: State, context: PassContext) -> None:
         """Where halted tokens' keys and values are projected, their states go along and leave as they came."""
-        if len(span) == 1 and (
-            why := self._unsupported_reason(state, context)
-        ):  # several were given because the kernels can
+        # Several layers were given because the kernels can run them.
+        if len(span) == 1 and (why := self._unsupported_reason(state, context)) is not None:
             context.trace.fallbacks[why] += 1
             self._otherwise.run(span, state, context)
             return

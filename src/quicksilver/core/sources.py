@@ -25,7 +25,7 @@ def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
         return str(EMBEDDED / name)
     if _is_folder(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
-            gguf = "; GGUF files are not read" if any(each.endswith(".gguf") for each in os.listdir(name)) else ""
+            gguf = "; GGUF files are not read" if any(Path(name).glob("*.gguf")) else ""
             raise ModelError(f"{name}: the folder holds no config.json{gguf}")
         return name
     if os.path.isfile(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from quicksilver.cache import CacheShape, ModelIdentity
 from quicksilver.core.bits import MAX_BITS
+from quicksilver.core.signals import softmax_entropy
 from quicksilver.families.family import MapRole, MapShape
 from quicksilver.families.modules import ModuleWatch, float_weight
 from quicksilver.families.rotary import Rotation
@@ -158,11 +158,7 @@ class Adapter:
 
     def head_entropy(self, hidden: Tensor) -> Tensor:
         """Return the entropy in bits of what the head predicts from states [M, d], [M]."""
-        entropies = []
-        for rows in hidden.split(_ENTROPY_ROWS):
-            log_probs = torch.log_softmax(self.logits(rows).float(), dim=-1)
-            entropies.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(2))
-        return torch.cat(entropies)
+        return torch.cat([softmax_entropy(self.logits(rows)) for rows in hidden.split(_ENTROPY_ROWS)])
 
     def cut_behind(self, layer_idx: int) -> Adapter:
         """Return the model's layers up to and with one, as a model."""

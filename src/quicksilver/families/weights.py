@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quicksilver.errors import UnsupportedModelError
 from quicksilver.quant.config import is_quantized
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_weights(model: Any) -> None:
@@ -27,7 +27,7 @@ def check_weights(model: Any) -> None:
         kind = type(tensor).__name__ if type(tensor) not in (nn.Parameter, Tensor) else None
         if kind is None and tensor.layout != torch.strided:
             kind = f"tensor of layout {str(tensor.layout).removeprefix('torch.')}"
-        if kind is None and isinstance(tensor, nn.Parameter) and tensor.dtype not in _FLOATS:
+        if kind is None and isinstance(tensor, nn.Parameter) and tensor.dtype not in FLOATS:
             kind = f"tensor of {str(tensor.dtype).removeprefix('torch.')}"
         if kind is not None:
             raise UnsupportedModelError(

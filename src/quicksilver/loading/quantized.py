@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quicksilver.core.files import check_new_folder
 from quicksilver.errors import InputError, ModelError, first_line
 from quicksilver.families import quantize
+from quicksilver.families.weights import FLOATS
 from quicksilver.loading.plain import read_generation_config
 from quicksilver.quant import AnyPrecisionWeight
 from quicksilver.quant.config import QuantizationConfig, is_quantized
@@ -24,7 +25,6 @@ from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, gi
 _CODES = "codes"  # of an any-precision weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
 """Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save_quantized(
@@ -128,7 +128,7 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     tensors = read_tensors(
         folder,
         {
-            name: Expected(tuple(tensor.shape), _FLOATS if tensor.is_floating_point() else (tensor.dtype,))
+            name: Expected(tuple(tensor.shape), FLOATS if tensor.is_floating_point() else (tensor.dtype,))
             for name, tensor in own.items()
         },
     )
