@@ -104,9 +104,11 @@ def _smeared(zeros: list[int], bits: int) -> int:
 
 
 def _awq_words(row: np.ndarray) -> list[int]:
+    """Return the words of eight outputs each; the last one is filled with 0."""
+    filled = [int(value) for value in row] + [0] * (-len(row) % 8)
     return [
-        sum(int(row[at + output]) << (4 * nibble) for nibble, output in enumerate(AWQ_ORDER))
-        for at in range(0, len(row), 8)
+        sum(filled[at + output] << (4 * nibble) for nibble, output in enumerate(AWQ_ORDER))
+        for at in range(0, len(filled), 8)
     ]
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from quicksilver.core.sources import check_device, is_local, resolve_model
-from quicksilver.errors import FittedElsewhereWarning, ModelError, UnsupportedModelError, first_line
+from quicksilver.errors import FittedElsewhereWarning, ModelError, first_line
 from quicksilver.families import registry
 from quicksilver.families.fingerprint import fingerprint
 from quicksilver.families.modules import causal_lm
 from quicksilver.families.names import check_family
 from quicksilver.families.quantize import quantize_model
 from quicksilver.families.spec import Adapter
+from quicksilver.loading.packed import float_model, is_packed
 from quicksilver.loading.plain import read_plain
 from quicksilver.loading.tokenizers import read_tokenizer
 from quicksilver.model import QuickSilverForCausalLM
@@ -25,6 +26,7 @@ from quicksilver.plan import Plan
 from quicksilver.plan.presets import resolve_plan
 from quicksilver.quant.config import QuantizationConfig, is_quantized
 from quicksilver.quant.storage import give_back
+from quicksilver.weights.packed_settings import method_of, unsupported_method
 
 
 def accelerate(
@@ -134,7 +136,7 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = is_local(source)
     config = _read_config(source, local)
-    if is_quantized(config):
+    if is_quantized(config) or is_packed(source, config):
         raise ModelError(f"{source}: the model's weights are quantized already")
     model = read_plain(source, config, "auto", local)
     try:
@@ -213,8 +215,10 @@ def check_finite(model: Any, after: Callable[[Tensor], None] = lambda weight: No
 
 
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read configuration and safetensors weights, plain or quantized."""
+    """Read configuration and safetensors weights, plain or quantized, by us or as GPTQ and AWQ do."""
     config = _read_config(source, local)
+    if is_packed(source, config):
+        return float_model(_folder(source, local), dtype)
     if not is_quantized(config):
         return read_plain(source, config, dtype, local)
     from quicksilver.loading.quantized import load_quantized
@@ -235,8 +239,8 @@ def _read_config(source: str, local: bool) -> Any:
     if config is None:
         raise ModelError(f"{source}: config.json: quantization_config must be an object, got {type(stored).__name__}")
     check_family(config)
-    if getattr(config, "quantization_config", None) is not None and not is_quantized(config):
-        raise UnsupportedModelError(f"{source}: weights quantized by another package are not supported")
+    if stored is not None and not is_quantized(config) and not is_packed(source, config):
+        raise unsupported_method(source, method_of(stored))
     return config
 
 

@@ -57,13 +57,18 @@ def read_plain(source: str, config: Any, dtype: torch.dtype | str, local: bool) 
     unexpected = sorted(name for name in info["unexpected_keys"] if not _NO_WEIGHTS.search(name))
     _check_fit(source, sorted(info["missing_keys"]), info["mismatched_keys"], unexpected)
     if unexpected:
-        _warn(f"{source}: the weight files hold tensors that the model has no place for, not used: {_some(unexpected)}")
+        warn(f"{source}: the weight files hold tensors that the model has no place for, not used: {some(unexpected)}")
     if model.config.tie_word_embeddings and not is_tied(model):
-        _warn(
-            f"{source}: the configuration ties the head to the token embedding (tie_word_embeddings), but the weight"
-            " files hold another lm_head.weight; that is used, as in transformers"
-        )
+        warn(own_head(source))
     return model
+
+
+def own_head(source: object) -> str:
+    """Return what is to be said where a head is stored that should be tied."""
+    return (
+        f"{source}: the configuration ties the head to the token embedding (tie_word_embeddings), but the weight"
+        " files hold another lm_head.weight; that is used, as in transformers"
+    )
 
 
 def read_generation_config(folder: Path) -> Any:
@@ -91,14 +96,14 @@ def _check_fit(source: str, missing: list[str], mismatched: Iterable[Any], unexp
     """Raise ModelError where a tensor is missing or has another shape; the names that are there may tell why."""
     problems = []
     if missing:
-        problems.append(f"missing keys: {_some(missing)}")
+        problems.append(f"missing keys: {some(missing)}")
     shapes = [f"{name} is {list(stored)}, not {list(wanted)}" for name, stored, wanted in sorted(mismatched)]
     if shapes:
-        problems.append(f"mismatched keys: {_some(shapes)}")
+        problems.append(f"mismatched keys: {some(shapes)}")
     if not problems:
         return
     if unexpected:
-        problems.append(f"stored and not in the model: {_some(unexpected)}")
+        problems.append(f"stored and not in the model: {some(unexpected)}")
     prefix = _prefix(missing, unexpected)
     if prefix is not None:
         problems.append(f"all of these begin with {prefix!r}: save them again without it")
@@ -113,10 +118,12 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
     return next((each for each in prefixes if all(name.startswith(each) for name in unexpected)), None)
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """Return the first of many names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(list(names)[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Warn of weight files where a function that reads a model, called by `load`, finds something odd."""
     warnings.warn(message, WeightFilesWarning, stacklevel=5)  # whoever called `load`

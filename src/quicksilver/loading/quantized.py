@@ -118,7 +118,7 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     try:
-        model = _blank(plain, dtype)
+        model = blank(plain, dtype)
         quantize.outline(model, quantization)
     except Exception as error:  # a configuration may ask for anything
         raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
@@ -186,7 +186,7 @@ def _stored_config(model: Any) -> Any:
     return config
 
 
-def _blank(config: Any, dtype: torch.dtype | str) -> Any:
+def blank(config: Any, dtype: torch.dtype | str) -> Any:
     """Return a model whose weights are not set: memory that is never touched costs nothing."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

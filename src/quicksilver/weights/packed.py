@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.weights.codes import GROUP_SIZES, GroupedCodes, Scales
@@ -117,13 +117,14 @@ def _words(count: int, settings: PackedSettings) -> int:
 
 def _fields(words: Tensor, bits: int) -> Tensor:
     """Return the fields of rows of int32 words [n, words] as [n, fields] uint8, lowest bits first."""
-    content = words.contiguous().view(torch.uint8)  # little-endian, as the files
-    if 8 % bits == 0:
-        parts = [(content >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-        return torch.stack(parts, dim=-1).flatten(1)
-    single = np.unpackbits(content.numpy(), axis=1, bitorder="little")
-    single = single[:, : single.shape[1] // bits * bits].reshape(len(single), -1, bits)
-    return torch.from_numpy((single << np.arange(bits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8))
+    units = words.contiguous().view(torch.uint8)  # little-endian, as the files
+    places = range(0, 8, bits)
+    if 8 % bits:  # fields lie across bytes, eight of them in as many bytes as they have bits
+        of_unit = pad(units, (0, -units.shape[1] % bits)).unflatten(1, (-1, bits)).int()
+        units = sum((of_unit[:, :, i] << 8 * i for i in range(1, bits)), of_unit[:, :, 0])
+        places = range(0, 8 * bits, bits)
+    parts = [((units >> place) & (2**bits - 1)).to(torch.uint8) for place in places]
+    return torch.stack(parts, dim=-1).flatten(1)
 
 
 def _in_order(fields: Tensor) -> Tensor:
