@@ -79,7 +79,7 @@ def test_every_tools_names_for_gptq(file: str, stated: dict[str, Any], offset: i
         ({**GPTQ, "bits": 5}, "5 bits"),
         ({**GPTQ, "quant_method": "auto-round"}, "'auto-round'"),
         ({**GPTQ, "quant_method": "compressed-tensors"}, "'compressed-tensors'"),
-        ({**GPTQ, "quant_method": None}, "None"),
+        ({**GPTQ, "quant_method": None}, "no quant_method"),
         ({**GPTQ, "quant_method": ["gptq"]}, "gptq"),
     ],
     ids=str,

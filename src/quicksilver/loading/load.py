@@ -83,7 +83,8 @@ def load(
 ) -> QuickSilverForCausalLM:
     """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
 
-    Where the plan chooses bits and the weights are plain, they are quantized in memory.
+    Where the plan chooses bits and the weights are plain, they are quantized in memory. A folder of GPTQ or AWQ runs
+    with exactly the weights that its codes stand for, as plain weights.
 
     Args:
         path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.
@@ -97,14 +98,15 @@ def load(
 
     Raises:
         ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
-        UnsupportedModelError: the family or an option of it is not supported.
+        UnsupportedModelError: the family or an option of it, or how the weights are quantized, is not supported.
         PlanError: the plan is unknown, malformed, or does not fit the model.
         KernelsUnavailableError: "native" kernels are asked for and cannot be used.
 
     Warns:
         FittedElsewhereWarning: the plan says that it was fitted to another model.
         KernelsMissingWarning: the compiled kernels would have been used and cannot be.
-        WeightFilesWarning: the weight files hold something that the model has no place for.
+        WeightFilesWarning: the weight files hold something that the model has no place for, or zeros of GPTQ that
+            programs read in different ways.
     """
     resolved = resolve_plan(plan, path_or_id)  # before the slow part
     if native.check_choice(kernels) == "native":

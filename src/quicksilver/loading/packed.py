@@ -127,9 +127,9 @@ class _StoredTensors:
     def __init__(self, folder: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._folder, self._shards = folder, list_shards(folder)
+        self._folder = folder
         self._held: dict[str, tuple[Path, Any]] = {}
-        for file, names in self._shards.items():
+        for file, names in list_shards(folder).items():
             path = folder / file
             try:
                 shard = safe_open(path, framework="pt")
@@ -142,10 +142,7 @@ class _StoredTensors:
                 place = "its index does not" if name in held else "it does not, but its index does"
                 raise ModelError(f"{path}: tensor {name!r}: {place} name it")
             self._held |= dict.fromkeys(held, (path, shard))
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._held)
+        self.names = frozenset(self._held)
 
     def describe(self, name: str) -> str:
         """Return how messages name a tensor: with its file, or the folder where it is missing."""

@@ -80,10 +80,10 @@ def method_of(data: Mapping[str, Any]) -> str | None:
 
 
 def unsupported_method(source: object, method: object) -> UnsupportedModelError:
-    """Return the refusal of a method that is neither ours nor one of METHODS."""
+    """Return the refusal of a method that is neither ours nor one of METHODS; None where none is named."""
+    named = "no quant_method is named" if method is None else f"quant_method {method!r}"
     return UnsupportedModelError(
-        f"{source}: weights quantized by another package are not supported (quant_method {method!r}), but for"
-        f" {' and '.join(METHODS)}"
+        f"{source}: weights quantized by another package are not supported ({named}), but for {' and '.join(METHODS)}"
     )
 
 
