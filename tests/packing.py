@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quicksilver.families.family import family_of
 from quicksilver.families.quantize import quantized_names
+from quicksilver.quant.storage import INDEX
 from tests import tiny
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each nibble of a word holds, the lowest first
@@ -174,3 +175,15 @@ def packed_folder(
         settings |= {"checkpoint_format": layout, "sym": symmetric, "desc_act": False}
         settings |= {"meta": {"quantizer": ["gptqmodel:2.0.0"]}} if writer == "words" else {}
     return PackedFolder(model, tensors, settings, maps)
+
+
+def shard(path: Path) -> tuple[str, str]:
+    """Cut a folder's file in two, a map's tensors among them; return the names of both."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    files = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    weight_map = {name: files[name.endswith(("scales", "norm.weight"))] for name in tensors}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, path / file)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return files

@@ -171,7 +171,7 @@ def _adjacent_groups(
 
     Groups of other sizes are several of ours. Raises UnsupportedModelError where there is no such size.
     """
-    per_group = num_inputs if settings.group_size == -1 else settings.group_size
+    per_group = num_inputs if settings.group_size == -1 else min(settings.group_size, num_inputs)
     plain = torch.arange(num_inputs) // per_group
     group_of = plain if g_idx is None else g_idx.long()
     if not torch.equal(group_of.unique(), plain.unique()):
