@@ -19,7 +19,7 @@ from quicksilver.errors import QuickSilverError
 from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.windows import WindowConfig, cut, default_bos
 from quicksilver.plan import Plan
-from quicksilver.quant.linear import keeping_expanded
+from quicksilver.weights.linear import keeping_expanded
 
 _COLUMNS = (
     ("flops_reduction", "FLOPs"),

@@ -26,8 +26,6 @@ from quicksilver.measure.report import build_rows
 from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import WindowConfig, cut, default_bos
 from quicksilver.plan import Plan
-from quicksilver.quant.codes import GROUP_SIZES
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import (
     ChannelBitsRule,
     EntropyBitsRule,
@@ -36,6 +34,8 @@ from quicksilver.rules import (
     UniformBitsRule,
 )
 from quicksilver.runtime.loop import Decoder
+from quicksilver.weights.codes import GROUP_SIZES
+from quicksilver.weights.config import QuantizationConfig
 
 BUDGETS = (0.010, 0.036)
 MEANS = (6.0, 5.2, 4.5, 4.0)
@@ -163,7 +163,7 @@ def main(
     except QuickSilverError as error:
         raise click.UsageError(str(error)) from None
     windows = [torch.tensor(window.token_ids) for window in calibration.windows]
-    config = QuantizationConfig(group_size=group_size, method="compensated", head=True)
+    config = QuantizationConfig(group_size=group_size, method="compensated", embeddings=False)
     quantized = quantized_copy(loaded, windows, config)
     fitted = windows[: max(len(windows) // 2, 1)]
     plans = plans_for(quantized, fitted)

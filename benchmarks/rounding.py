@@ -23,8 +23,7 @@ from benchmarks.sweep import heading, interval, read_corpus, text_options, write
 from quicksilver.calibrate.hessians import collect_hessians
 from quicksilver.core.bits import MAX_BITS
 from quicksilver.errors import InputError, QuickSilverError
-from quicksilver.families.family import family_of
-from quicksilver.families.quantize import check, part_sizes, quantized_names
+from quicksilver.families.quantize import check, is_inputs_first, part_sizes, quantized_names
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import load, load_tokenizer
 from quicksilver.measure.report import build_rows
@@ -32,16 +31,17 @@ from quicksilver.measure.scoring import run_windows
 from quicksilver.measure.windows import Window, WindowConfig, WindowedText, cut, default_bos
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
-from quicksilver.quant.codes import GROUP_SIZES, AnyPrecisionCodes, QuantGrid
-from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.rounding import REACH, quantize
 from quicksilver.runtime.loop import Decoder
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.codes import BLOCK, GROUP_SIZES, GroupedCodes
+from quicksilver.weights.config import LAYERS_ONLY
+from quicksilver.weights.rounding import REACH, quantize
 
 BITS = (8, 4, 2)
 NARROW = (4, 2)
 REACHES = (0.0, REACH, 4.0, 16.0)
 FLOAT_BITS = 16  # of a scale or gain that is kept as float16
-GRID_BITS = 16  # of a group's exponent and zero in any-precision codes
+GRID_BITS = 16  # of a group's step and zero in any-precision codes
 
 PLAIN = ("plain nearest, groups of inputs", "plain nearest, groups of outputs")
 MIDDLE = "truncated, middle"
@@ -49,26 +49,25 @@ HELD = f"compensated, reach {REACH:g}"  # to the bars
 BAR_8 = 0.002  # nats
 
 NOTES = f"""Layers' weights only, every one at the same bits; head and embeddings stay float. The group size of a row
-counts adjacent outputs of one input, but for "{PLAIN[0]}". Bars compare means, without their intervals.
+counts adjacent inputs of one output, but for "{PLAIN[1]}". Bars compare means, without their intervals.
 
 Stored: plain rows keep versions apart, each its codes, a float16 scale and a zero of as many bits as a code for each
-group. Quantized rows keep 8-bit codes once for all bits, with {GRID_BITS} bits for each group; read at b bits they
-take 8 - b bits less, rounded slices one bit more. Levels take 640 bits of a matrix, which are not counted.
+group. Quantized rows keep 8-bit codes once for all bits, with {GRID_BITS} bits for each group and {FLOAT_BITS} for 256
+inputs; read at b bits they take 8 - b bits less, rounded slices one bit more.
 
 - plain nearest: min/max of each group (zero among them), to exactly so many bits; no number of bits is within another.
-- truncated, rounded, least-squares: the leading bits of the nearest 8-bit codes, read in different ways. At 8 bits
+- truncated, rounded: the leading bits of the nearest 8-bit codes, read in different ways. At 8 bits
   all of them are the same weights, measured once, as "{MIDDLE}".
 - rounded slices (MatQuant, Nair et al. 2025): round(q / 2^(8-r)), halves up, at most 2^r - 1, times 2^(8-r). Such a
   code is not a prefix: the bit after it says whether to round up, so it must be read too, or the codes kept apart.
-- least-squares gain: a factor for each input channel and narrow bits, float16, on the middles.
-- compensated: error-compensated codes (GPTQ's walk, twice), with least-squares levels; reach is how far, in 8-bit
+- compensated: error-compensated codes (GPTQ's walk, twice); reach is how far, in 8-bit
   steps, a weight may lie outside the cell that its 4-bit version chooses."""
 
 Read = Callable[[Tensor, int, Tensor], dict[int, Tensor]]
-"""Maps a weight [in, out], a group size and a Hessian [in, in] to what each number of bits tells of the weight."""
+"""Maps a weight [out, in], a group size and a Hessian [in, in] to what each number of bits tells of the weight."""
 
 Stored = Callable[[tuple[int, int], int, int], int]
-"""Maps a shape (in, out), a group size and a number of bits to the bits kept to read a matrix at it."""
+"""Maps a shape (out, in), a group size and a number of bits to the bits kept to read a matrix at it."""
 
 
 class Method(NamedTuple):
@@ -80,7 +79,7 @@ class Method(NamedTuple):
 
 
 def plain(weight: Tensor, group_size: int, bits: int) -> Tensor:
-    """Return the levels nearest to a weight [in, out], each group of adjacent outputs from its least to its greatest.
+    """Return the levels nearest to a weight [out, in], each group of adjacent inputs from its least to its greatest.
 
     Zero is always a level, as GPTQ's quantizer has it.
     """
@@ -109,64 +108,46 @@ def lower_edges(codes: Tensor, bits: int) -> Tensor:
     return codes.int() // cell * cell
 
 
-def gains(weight: Tensor, told: Tensor) -> Tensor:
-    """Return the factor of each input channel, [in, 1], that brings `told` nearest to `weight` in squares."""
-    norms = told.square().sum(1, keepdim=True)
-    return ((weight * told).sum(1, keepdim=True) / norms).where(norms > 0, 1.0)
-
-
 def _plain_inputs(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return {bits: plain(weight.T, group_size, bits).T for bits in BITS}
+    return {bits: plain(weight, group_size, bits) for bits in BITS}
 
 
 def _plain_outputs(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return {bits: plain(weight, group_size, bits) for bits in BITS}
+    return {bits: plain(weight.T, group_size, bits).T for bits in BITS}
 
 
 def _levels(
     of: Callable[[Tensor, int], Tensor], weight: Tensor, group_size: int, _hessian: Tensor
 ) -> dict[int, Tensor]:
     """Read the nearest 8-bit codes by what `of` makes of them at a number of bits, in units of codes."""
-    grid = QuantGrid.fit(weight, group_size)
-    codes = grid.nearest(weight)
-    return {bits: grid.weights_of(of(codes, bits).float()) for bits in NARROW}
+    made = quantize(weight, group_size)
+    return {bits: made.scales.weights_of(of(made.codes, bits).float(), group_size) for bits in NARROW}
 
 
 def _middles(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return _read(quantize(weight, group_size, refit=False), BITS)
-
-
-def _least_squares(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    return _read(quantize(weight, group_size), NARROW)
-
-
-def _gained(weight: Tensor, group_size: int, _hessian: Tensor) -> dict[int, Tensor]:
-    told = _read(quantize(weight, group_size, refit=False), NARROW)
-    return {bits: gains(weight, matrix) * matrix for bits, matrix in told.items()}
+    return _read(quantize(weight, group_size))
 
 
 def _compensated(reach: float, weight: Tensor, group_size: int, hessian: Tensor) -> dict[int, Tensor]:
-    return _read(quantize(weight, group_size, hessian, reach=reach), BITS)
+    return _read(quantize(weight, group_size, hessian, reach=reach))
 
 
-def _read(codes: AnyPrecisionCodes, bits: Sequence[int]) -> dict[int, Tensor]:
-    return {each: codes.dequantize(each) for each in bits}
+def _read(codes: GroupedCodes) -> dict[int, Tensor]:
+    module = AnyPrecisionLinear(codes, None)
+    return {each: module.dequantize(each) for each in BITS}
 
 
 def _stored_by_inputs(shape: tuple[int, int], group_size: int, bits: int) -> int:
-    return _stored_by_outputs((shape[1], shape[0]), group_size, bits)
-
-
-def _stored_by_outputs(shape: tuple[int, int], group_size: int, bits: int) -> int:
     return bits * math.prod(shape) + (FLOAT_BITS + bits) * _num_groups(shape, group_size)
 
 
+def _stored_by_outputs(shape: tuple[int, int], group_size: int, bits: int) -> int:
+    return _stored_by_inputs((shape[1], shape[0]), group_size, bits)
+
+
 def _stored_quantized(shape: tuple[int, int], group_size: int, _bits: int) -> int:
-    return MAX_BITS * math.prod(shape) + GRID_BITS * _num_groups(shape, group_size)
-
-
-def _stored_gained(shape: tuple[int, int], group_size: int, bits: int) -> int:
-    return _stored_quantized(shape, group_size, bits) + len(NARROW) * FLOAT_BITS * shape[0]
+    of_scales = GRID_BITS * _num_groups(shape, group_size) + FLOAT_BITS * _num_groups(shape, BLOCK)
+    return MAX_BITS * math.prod(shape) + of_scales
 
 
 def _num_groups(shape: tuple[int, int], group_size: int) -> int:
@@ -179,20 +160,17 @@ METHODS = (
     Method("truncated, lower edge", partial(_levels, lower_edges), _stored_quantized),
     Method(MIDDLE, _middles, _stored_quantized),
     Method("rounded slices (MatQuant)", partial(_levels, rounded_slices), _stored_quantized),
-    Method("least-squares levels", _least_squares, _stored_quantized),
-    Method("least-squares gain per channel", _gained, _stored_gained),
     *(Method(f"compensated, reach {reach:g}", partial(_compensated, reach), _stored_quantized) for reach in REACHES),
 )
 
 
 def matrices(model: Any) -> list[tuple[str, Tensor]]:
-    """Return the matrices that would be quantized, in order: a map's name and [in, out], the weights themselves."""
-    family = family_of(model.config)
+    """Return the matrices that would be quantized, in order: a map's name and [out, in], the weights themselves."""
     found: list[tuple[str, Tensor]] = []
     for name in quantized_names(model):
         weight = model.get_submodule(name).weight.detach()
-        whole = weight if family.inputs_first else weight.T
-        found += [(name, part) for part in whole.split(part_sizes(model, name), dim=1)]
+        whole = weight.T if is_inputs_first(model, name) else weight
+        found += [(name, part) for part in whole.split(part_sizes(model, name))]
     return found
 
 
@@ -312,7 +290,7 @@ def main(
     """
     try:
         loaded, tokenizer = load(model), load_tokenizer(model)
-        check(loaded.model, QuantizationConfig())
+        check(loaded.model, LAYERS_ONLY)
         window_config = WindowConfig(context, context // 2, default_bos(tokenizer), max_tokens)
         measured = cut(read_corpus(text, documents), tokenizer, window_config)
         held = read_corpus(calibration_text, calibration_documents)

@@ -9,22 +9,19 @@
 #include <string>
 #include <utility>
 
+#include "attention.h"
 #include "decoder.h"
 #include "isa.h"
 #include "matrix.h"
 #include "names.h"
 #include "pool.h"
 #include "product.h"
-#include "selection.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace quicksilver {
 namespace {
-
-using Bytes2 = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Floats1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Addresses come from tensors that the Python side keeps alive; 0 is null.
 using Address = std::uintptr_t;
@@ -36,33 +33,51 @@ T* at(Address address) {
 
 const float* floats_at(Address address) { return at<const float>(address); }
 
-AnyPrecisionMatrix prepare(std::vector<Bytes2> planes, Bytes2 exponents, Bytes2 zeros, float largest, Floats1 table4,
-                     Floats1 table2, int group_size, int num_outputs, bool by_channel) {
-  if (planes.size() != kPlanes) throw std::invalid_argument("codes must have four planes");
-  const std::size_t inputs = exponents.shape(0), run = (std::size_t(num_outputs) + 3) / 4;
-  const std::size_t groups = (std::size_t(num_outputs) + group_size - 1) / group_size;
-  for (const Bytes2& plane : planes) {
-    if (plane.shape(0) != inputs || plane.shape(1) != run) throw std::invalid_argument("a plane has another shape");
+Steps steps_of(const std::string& kind) {
+  if (kind == "half") return Steps::kHalf;
+  if (kind == "unsigned") return Steps::kUnsigned;
+  if (kind == "signed") return Steps::kSigned;
+  throw std::invalid_argument("no such steps: " + kind);
+}
+
+Offsets offsets_of(const std::string& kind) {
+  if (kind == "none") return Offsets::kNone;
+  if (kind == "half") return Offsets::kHalf;
+  if (kind == "unsigned") return Offsets::kUnsigned;
+  if (kind == "zeros") return Offsets::kZeros;
+  throw std::invalid_argument("no such offsets: " + kind);
+}
+
+Matrix* new_matrix(int num_inputs, int num_outputs, int bits, int group_size, int unit, Address high, Address low,
+                   std::size_t unit_stride, const std::string& steps_kind, Address steps,
+                   const std::string& offsets_kind, Address offsets, Address block_steps, Address block_offsets,
+                   std::size_t scale_stride, int zero, float factor) {
+  if (num_inputs < 1 || num_outputs < 1 || unit < 1 || group_size < 1) {
+    throw std::invalid_argument("a matrix has inputs, outputs, groups and units");
   }
-  if (exponents.shape(1) != groups || zeros.shape(0) != inputs || zeros.shape(1) != groups || table4.shape(0) != 16 ||
-      table2.shape(0) != 4) {
-    throw std::invalid_argument("scales or levels have another shape");
-  }
-  const StoredCodes codes{{planes[0].data(), planes[1].data(), planes[2].data(), planes[3].data()},
-                          exponents.data(),
-                          zeros.data(),
-                          group_size,
-                          largest,
-                          table4.data(),
-                          table2.data()};
-  return AnyPrecisionMatrix(codes, static_cast<int>(inputs), num_outputs, by_channel ? Layout::kRuns : Layout::kQuads);
+  Matrix* matrix = new Matrix;
+  matrix->num_inputs = num_inputs;
+  matrix->num_outputs = num_outputs;
+  matrix->bits = bits;
+  matrix->group_size = group_size;
+  matrix->unit = unit;
+  matrix->high = at<const std::uint8_t>(high);
+  matrix->low = at<const std::uint8_t>(low);
+  matrix->unit_stride = unit_stride;
+  matrix->scales = {steps_of(steps_kind), offsets_of(offsets_kind), at<const void>(steps), at<const void>(offsets),
+                    at<const std::uint16_t>(block_steps), at<const std::uint16_t>(block_offsets)};
+  matrix->scale_stride = scale_stride;
+  matrix->zero = zero;
+  matrix->factor = factor;
+  matrix->find_places();
+  return matrix;
 }
 
 struct Rooms {
-  std::vector<Coefficients> coefficients;  // of each thread
-  std::vector<Selection> rows;
+  std::vector<Workroom> threads;
+  std::vector<Operand> rows;
   Sharing sharing;
-  std::vector<float> normed, y;
+  std::vector<float> normed;
 };
 
 Rooms& rooms_of_caller() {
@@ -71,9 +86,9 @@ Rooms& rooms_of_caller() {
 }
 
 // What is multiplied with a matrix: the same for all rows.
-struct Operand {
-  const AnyPrecisionMatrix& matrix;
-  Norm norm;                   // of rows first; weight null for none
+struct Multiplied {
+  const Matrix& matrix;
+  Norm norm;                 // of rows first; weight null for none
   const std::uint8_t* bits;  // [rows, in], or [rows], or null where `uniform` is every row's
   bool by_channel;
   int uniform, threads;
@@ -81,22 +96,20 @@ struct Operand {
   BitsChoice bits_of(int row) const {
     BitsChoice found;
     found.uniform = bits && !by_channel ? bits[row] : uniform;
-    if (by_channel) found.each = bits + std::size_t(row) * matrix.num_inputs();
+    if (by_channel) found.each = bits + std::size_t(row) * matrix.num_inputs;
     return found;
   }
 };
 
-// Multiplies rows [first, first + num_rows) of x, [rows, in], few enough for their selections to stay near.
-void multiply_some(const Operand& by, const float* x, float* y, int first, int num_rows) {
+constexpr int kRowsOfCall = 512;  // whose activations are held at a time
+
+// Multiplies rows [first, first + num_rows) of x, [rows, in].
+void multiply_some(const Multiplied& by, const float* x, float* y, int first, int num_rows) {
   Rooms& rooms = rooms_of_caller();
   const FloatKernels& floats = current_kernels().floats;
-  const int inputs = by.matrix.num_inputs(), outputs = by.matrix.num_outputs(), stride = by.matrix.padded_outputs();
-  const bool direct = stride == outputs;
-  if (rooms.coefficients.size() < std::size_t(by.threads)) rooms.coefficients.resize(by.threads);
+  const int inputs = by.matrix.num_inputs, groups = Operand::groups_of(inputs);
   if (rooms.rows.size() < std::size_t(num_rows)) rooms.rows.resize(num_rows);
-  if (!direct) rooms.y.resize(std::size_t(num_rows) * stride);
   x += std::size_t(first) * inputs;
-  y += std::size_t(first) * outputs;
   for (int r = 0; r < num_rows; ++r) rooms.rows[r].prepare(inputs);
   if (by.norm.weight) {
     rooms.normed.resize(std::size_t(num_rows) * inputs);
@@ -105,35 +118,29 @@ void multiply_some(const Operand& by, const float* x, float* y, int first, int n
     }
     x = rooms.normed.data();
   }
-  reserve({&by.matrix}, num_rows, rooms.sharing);
-  float* out = direct ? y : rooms.y.data();
-  const Product product{&by.matrix, rooms.rows.data(), num_rows, out, stride, nullptr};
+  reserve({&by.matrix}, num_rows, by.threads, rooms.sharing, rooms.threads);
+  const std::size_t outputs = by.matrix.num_outputs;
+  const Product product{&by.matrix, rooms.rows.data(), num_rows, y + first * outputs, outputs, nullptr};
   Pool::shared().run(by.threads, [&](int thread, Barrier& barrier) {
-    const int blocks = Selection::blocks_of(inputs);
+    const int begin = groups * thread / by.threads, end = groups * (thread + 1) / by.threads;
     for (int r = 0; r < num_rows; ++r) {
-      rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, by.matrix.base_scales(), inputs,
-                           by.bits_of(first + r), blocks * thread / by.threads, blocks * (thread + 1) / by.threads);
+      rooms.rows[r].choose(floats, x + std::size_t(r) * inputs, inputs, by.bits_of(first + r), begin, end);
     }
-    multiply(&product, 1, rooms.sharing, {}, thread, by.threads, rooms.coefficients[thread], barrier);
+    multiply(&product, 1, rooms.sharing, {}, thread, by.threads, rooms.threads[thread], barrier);
   });
-  for (int r = 0; !direct && r < num_rows; ++r) {
-    std::copy_n(out + std::size_t(r) * stride, outputs, y + std::size_t(r) * outputs);
-  }
 }
 
 // Multiplies float32 rows [num_rows, in], normed first where there is a norm's weight, into [num_rows, out]. Bits:
 // uint8 [num_rows, in] by channel, [num_rows] otherwise, or null.
-void multiply_rows(const AnyPrecisionMatrix& matrix, Address x, Address y, int num_rows, Address bits, bool by_channel,
+void multiply_rows(const Matrix& matrix, Address x, Address y, int num_rows, Address bits, bool by_channel,
                    int uniform, Address norm_weight, Address norm_bias, float epsilon, int threads) {
   if (threads < 1) throw std::invalid_argument("there must be a thread");
-  if (by_channel && !(bits && matrix.layout() == Layout::kRuns)) {
-    throw std::invalid_argument("the matrix is not laid out for bits by channel, or there are none");
-  }
+  if (by_channel && !bits) throw std::invalid_argument("there are no bits by channel");
   nb::gil_scoped_release release;
   const Norm norm{floats_at(norm_weight), floats_at(norm_bias), epsilon};
-  const Operand by{matrix, norm, at<const std::uint8_t>(bits), by_channel, uniform, threads};
-  for (int first = 0; first < num_rows; first += kSlice) {
-    multiply_some(by, floats_at(x), at<float>(y), first, std::min(kSlice, num_rows - first));
+  const Multiplied by{matrix, norm, at<const std::uint8_t>(bits), by_channel, uniform, threads};
+  for (int first = 0; first < num_rows; first += kRowsOfCall) {
+    multiply_some(by, floats_at(x), at<float>(y), first, std::min(kRowsOfCall, num_rows - first));
   }
 }
 
@@ -144,7 +151,7 @@ LinearMap& map_of(Layer& layer, const std::string& name) {
   throw std::invalid_argument("no such map: " + name);
 }
 
-void set_map(Layer& layer, const std::string& map, const AnyPrecisionMatrix& matrix, Address bias, Address mean,
+void set_map(Layer& layer, const std::string& map, const Matrix& matrix, Address bias, Address mean,
              int bits, const std::vector<std::int64_t>& channel_bytes) {
   LinearMap& linear = map_of(layer, map);
   linear.matrix = &matrix;
@@ -159,12 +166,29 @@ void grade_map(Layer& layer, const std::string& map, std::vector<float> threshol
                Address norms) {
   if (levels.size() != thresholds.size() + 1) throw std::invalid_argument("one threshold fewer than bits is needed");
   LinearMap& linear = map_of(layer, map);
-  if (!linear.matrix || linear.matrix->layout() != Layout::kRuns) {
-    throw std::invalid_argument("the matrix is not laid out for bits by channel");
-  }
+  if (!linear.matrix) throw std::invalid_argument("the map has no matrix");
   linear.thresholds = std::move(thresholds);
   linear.levels = std::move(levels);
   linear.norms = floats_at(norms);
+}
+
+// Of maps whose matrices are parts of one, in the order of their outputs.
+void join_maps(Layer& layer, bool attention, const Matrix& matrix) {
+  JoinedMaps& joined = attention ? layer.attention_input : layer.mlp_input;
+  joined.matrix = &matrix;
+  joined.bias.clear();
+  int first = 0;
+  const int begin = attention ? kQuery : kGate, end = attention ? kOutput : kDown;
+  for (int map = begin; map < end; ++map) {
+    const LinearMap& linear = layer.maps[map];
+    if (!linear.matrix) throw std::invalid_argument("a joined map has no matrix");
+    if (linear.bias) {
+      joined.bias.resize(matrix.num_outputs, 0.0f);
+      std::copy_n(linear.bias, linear.matrix->num_outputs, joined.bias.begin() + first);
+    }
+    first += linear.matrix->padded_outputs();
+  }
+  if (first != matrix.padded_outputs()) throw std::invalid_argument("joined maps are not the matrix's parts");
 }
 
 void set_shortcut(Layer& layer, bool attention, Address down, Address up, Address bias, int rank, Address gate,
@@ -245,10 +269,11 @@ void run_layers(LayerRunner& runner, int first, int last, Address hidden, int nu
              {at<std::int64_t>(counts), stride, at_places}, threads, then_others ? Next::kOthers : Next::kRun);
 }
 
-Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  throw std::invalid_argument("no such activation: " + name);
+// Of the first thread, since `time_stages`.
+nb::dict stage_seconds(LayerRunner& runner) {
+  nb::dict seconds;
+  for (int stage = 0; stage < kStages; ++stage) seconds[kStageNames[stage]] = runner.times().seconds[stage];
+  return seconds;
 }
 
 // From the bits of a number.
@@ -257,6 +282,64 @@ Kept kept_in(int bits) {
   if (bits == 16) return Kept::kBfloat16;
   if (bits == 8) return Kept::kCodes;
   throw std::invalid_argument("entries are kept in 32, 16 or 8 bits");
+}
+
+// Attention alone, layer after layer: from queries [rows, heads, head_dim] of all layers to entries of each, into `out`,
+// likewise. A row: its sequence, and the entries [first, end) that it sees. A place: addresses of a sequence's keys,
+// values, their scales, and masses, in each layer. Returns what was left out, as counted.
+std::vector<std::int64_t> attend(Address queries, Address out, int heads, int kv_heads, int head_dim, int entry_bits,
+                                 const std::vector<std::int64_t>& rows, const std::vector<std::int64_t>& storage,
+                                 int num_sequences, float scaling, float skip_below, float estimate_dims_above,
+                                 float softcap, int threads) {
+  constexpr int kFields = 3, kPlaces = 5;
+  const std::size_t num_rows = rows.size() / kFields;
+  if (heads < 1 || kv_heads < 1 || heads % kv_heads || head_dim < 1 || num_sequences < 1 || threads < 1) {
+    throw std::invalid_argument("there are no such heads, sequences or threads");
+  }
+  check_fields(rows, num_rows, kFields, "rows");
+  check_fields(storage, storage.size() / kPlaces / num_sequences * num_sequences, kPlaces, "places");
+  const std::int64_t width = std::int64_t{kv_heads} * head_dim;
+  const Kept kept = kept_in(entry_bits);
+  std::vector<std::vector<Asking>> layers;
+  int most = 1;
+  for (auto s = storage.begin(); s != storage.end(); s += kPlaces * num_sequences) {
+    std::vector<Asking>& layer = layers.emplace_back();
+    for (std::size_t i = 0; i < num_rows; ++i) {
+      const auto row = rows.begin() + i * kFields;
+      if (row[0] < 0 || row[0] >= num_sequences || row[1] < 0 || row[2] <= row[1]) {
+        throw std::invalid_argument("a row is of a sequence that there is not, or sees nothing");
+      }
+      const auto place = s + row[0] * kPlaces;
+      const Entries entries{kept, at<void>(place[0]), at<void>(place[1]), at<float>(place[2]), at<float>(place[3]),
+                            at<std::int32_t>(place[4]), width, std::int64_t{kv_heads} * scales_of(head_dim)};
+      const std::size_t first = i * heads * head_dim;
+      layer.push_back({floats_at(queries) + first, at<float>(out) + first, entries, static_cast<int>(row[1]),
+                       static_cast<int>(row[2])});
+      most = std::max(most, layer.back().end);
+    }
+  }
+  nb::gil_scoped_release release;
+  thread_local AttentionShare share;
+  share.prepare({heads, kv_heads, head_dim}, static_cast<int>(num_rows), most, threads);
+  AttentionShare& shared = share;
+  std::vector<Skipped> skipped(threads);
+  const FloatKernels& kernels = current_kernels().floats;
+  const Attention attention{scaling, skip_below, estimate_dims_above, softcap};
+  Pool::shared().run(threads, [&](int thread, Barrier& barrier) {
+    for (const std::vector<Asking>& layer : layers) {
+      skipped[thread] += shared.attend(kernels, attention, layer, thread);
+      barrier.wait();
+    }
+  });
+  Skipped all{};
+  for (const Skipped& each : skipped) all += each;
+  return {all.values, all.scores, all.scored_twice};
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  throw std::invalid_argument("no such activation: " + name);
 }
 
 LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int heads, int kv_heads, int head_dim,
@@ -270,18 +353,19 @@ LayerRunner* new_runner(std::vector<Layer> layers, int hidden, int inner, int he
 NB_MODULE(_native, m) {
   m.doc() = "Kernels over any-precision weights.";
   nb::set_leak_warnings(false);  // prepared matrices are kept for as long as their tensors, so to the interpreter's end
-  nb::class_<AnyPrecisionMatrix>(m, "AnyPrecisionMatrix")
-      .def_prop_ro("num_inputs", &AnyPrecisionMatrix::num_inputs)
-      .def_prop_ro("num_outputs", &AnyPrecisionMatrix::num_outputs)
-      .def_prop_ro("nbytes", &AnyPrecisionMatrix::nbytes);
-  m.def("prepare", &prepare, "planes"_a, "exponents"_a, "zeros"_a, "largest"_a, "table4"_a, "table2"_a, "group_size"_a,
-        "num_outputs"_a, "by_channel"_a);
+  nb::class_<Matrix>(m, "Matrix")
+      .def(nb::new_(&new_matrix), "num_inputs"_a, "num_outputs"_a, "bits"_a, "group_size"_a, "unit"_a, "high"_a, "low"_a,
+           "unit_stride"_a, "steps_kind"_a, "steps"_a, "offsets_kind"_a, "offsets"_a, "block_steps"_a,
+           "block_offsets"_a, "scale_stride"_a, "zero"_a, "factor"_a)
+      .def_ro("num_outputs", &Matrix::num_outputs);
   m.def("multiply_rows", &multiply_rows);
+  m.def("attend", &attend);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<>())
       .def("set_norm", &set_norm, "which"_a, "weight"_a, "bias"_a, "epsilon"_a)
       .def("set_map", &set_map, "map"_a, "matrix"_a, "bias"_a, "mean"_a, "bits"_a,
            "channel_bytes"_a)
+      .def("join_maps", &join_maps, "attention"_a, "matrix"_a)
       .def("grade_map", &grade_map, "map"_a, "thresholds"_a, "levels"_a, "norms"_a)
       .def("set_shortcut", &set_shortcut, "attention"_a, "down"_a, "up"_a, "bias"_a, "rank"_a, "gate"_a,
            "log_threshold"_a)
@@ -291,6 +375,7 @@ NB_MODULE(_native, m) {
             layer.attention = {scaling, skip_below, estimate_dims_above, softcap};
           },
           "scaling"_a, "skip_below"_a, "estimate_dims_above"_a, "softcap"_a)
+      .def("set_key_centre", [](Layer& layer, Address centre) { layer.key_centre = floats_at(centre); }, "centre"_a)
       .def(
           "set_place",
           [](Layer& layer, int window, int rotary) {
@@ -308,7 +393,9 @@ NB_MODULE(_native, m) {
   nb::class_<LayerRunner>(m, "LayerRunner")
       .def(nb::new_(&new_runner), "layers"_a, "hidden"_a, "inner"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "activation"_a, "entry_bits"_a)
-      .def("run", &run_layers);
+      .def("run", &run_layers)
+      .def("time_stages", [](LayerRunner& runner) { runner.times() = StageTimes{true, {}}; })
+      .def_prop_ro("stage_seconds", &stage_seconds);
   m.attr("COUNTS") = std::vector<std::string>(std::begin(kCountNames), std::end(kCountNames));
   m.def("instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(current_kernels().name); });

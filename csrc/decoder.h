@@ -11,13 +11,13 @@
 #include "floats.h"
 #include "matrix.h"
 #include "product.h"
-#include "selection.h"
+#include "stages.h"
 
 namespace quicksilver {
 
 // A linear map, and how its bits are chosen.
 struct LinearMap {
-  const AnyPrecisionMatrix* matrix = nullptr;
+  const Matrix* matrix = nullptr;
   const float* bias = nullptr;  // [out]; the mean's product included
   const float* mean = nullptr;  // [in], taken from the input first
   std::array<std::int64_t, kMaxBits + 1> channel_bytes{};  // of a channel read at each number of bits
@@ -26,8 +26,17 @@ struct LinearMap {
   std::vector<std::uint8_t> levels;  // empty where bits are uniform
   const float* norms = nullptr;      // [in]; null where |x| alone is the score
 
-  // A number of bits that many channels are likely to be read at.
-  int likely_bits() const { return levels.empty() ? bits : levels[levels.size() / 2]; }
+  // Whether channels of one input are read alike for both.
+  bool decides_like(const LinearMap& other) const {
+    return mean == other.mean && thresholds == other.thresholds && levels == other.levels && norms == other.norms &&
+           (!levels.empty() || bits == other.bits);
+  }
+};
+
+// Maps of one input whose codes lie side by side, so that one product makes them all.
+struct JoinedMaps {
+  const Matrix* matrix = nullptr;  // null where there are none
+  std::vector<float> bias;         // [outputs]; empty for none
 };
 
 // x @ weight + bias, or x @ down @ up + bias; both row-major.
@@ -55,8 +64,10 @@ struct Layer {
   bool norms_projections = false;  // these two norm all heads together
   float residual_scale = 1.0f;     // factor of what a sublayer adds
   int window = 0;                  // keys that a query may see, by their positions; 0: all
+  const float* key_centre = nullptr;  // [kv_heads, head_dim] that keys are kept less of; null for nothing
   int rotary = -1;                 // which of the rotations of a run; -1: none
   LinearMap maps[kMaps];
+  JoinedMaps attention_input, mlp_input;  // of query, key and value; of gate and up
   Shortcut attention_shortcut, mlp_shortcut;
   Attention attention{};
 };
@@ -131,6 +142,8 @@ class LayerRunner {
   int num_layers() const { return static_cast<int>(layers_.size()); }
 
   int num_rotations() const;  // that layers name
+
+  StageTimes& times();  // of its runs, added up; off until they are wanted
 
   // Runs layers [first, last) for rows [rows, hidden], in place.
   // storage: [last - first, sequences]. table: of layer `first` and those after it.

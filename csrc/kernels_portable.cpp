@@ -6,75 +6,98 @@
 #include "kernels.h"
 
 namespace quicksilver {
-
-const float kFractions[16] = {1.0f,         0.957603281f, 0.917004043f, 0.878126080f, 0.840896415f, 0.805245166f,
-                              0.771105413f, 0.738413073f, 0.707106781f, 0.677127773f, 0.648419777f, 0.620928906f,
-                              0.594603558f, 0.569394317f, 0.545253866f, 0.522136891f};
-
-const std::uint16_t kMultipliers[32] = {31379, 30048, 28774, 27554, 26386, 25268, 24196, 23170, 22188, 21247, 20347,
-                                        19484, 18658, 17867, 17109, 16384, 31379, 30048, 28774, 27554, 26386, 25268,
-                                        24196, 23170, 22188, 21247, 20347, 19484, 18658, 17867, 17109, 16384};
-
 namespace {
 
-// Levels of a channel's codes, [outputs], as `bits` bits tell them but for the offset.
-void unpack_channel(const Tile& tile, const Levels& levels, std::uint32_t channel, int bits,
-                                     std::uint8_t* codes) {
-  const std::uint8_t* table = bits == 4 ? levels.table4[1] : bits == 2 ? levels.table2[0] : nullptr;
-  const int outputs = tile.outputs(), dropped = 2 * planes_of(bits) - bits;
-  for (int o = 0; o < outputs; ++o) {
-    int code = 0;
-    for (int p = 0; p < planes_of(bits); ++p) {
-      code = code << 2 | (tile.planes[p][tile.offset(p, channel, o)] >> (2 * (field_of(o) ^ p)) & 3);
-    }
-    code >>= dropped;
-    codes[o] = static_cast<std::uint8_t>(table ? table[code] : code << (kMaxBits - bits));
+// Where a tile has a channel's bits of an output, [eighth, quarter, place] of half a tile, and in which of a byte's.
+struct Spot {
+  std::size_t high, pairs;  // bytes
+  int high_shift, pairs_shift;
+};
+
+Spot spot_of(const Term& term, int channel, int output) {
+  const int half = output / 32, eighth = output % 32 / 8, quarter = output % 8 / 4, place = output % 4;
+  const int lane = term.interleaved ? channel % kQuadChannels : 0, step = term.interleaved ? kQuadChannels : 1;
+  const std::size_t in_order = term.interleaved ? (eighth * 2 + quarter) * 4 + place : quarter * 16 + eighth * 4 + place;
+  return {in_order * step + lane, std::size_t((eighth * 4 + place) * step + lane), 4 * half, 2 * half + 4 * quarter};
+}
+
+int code_at(const Term& term, int channel, int tile, int output) {
+  const std::size_t at = term.places[channel] + tile * term.tile_stride;
+  const Spot spot = spot_of(term, channel, output);
+  const auto nibble = [&](const std::uint8_t* plane) { return plane[at + spot.high] >> spot.high_shift & 15; };
+  const auto pair = [&] { return term.low[at / 2 + spot.pairs] >> spot.pairs_shift & 3; };
+  switch (term.plane) {
+    case Plane::kHigh:
+      return nibble(term.high) & term.mask;
+    case Plane::kLow:
+      return nibble(term.low) & term.mask;
+    case Plane::kPairs:
+      return pair() & term.mask;
+    case Plane::kBoth:
+      return nibble(term.high) << 4 | nibble(term.low);
+    default:
+      return nibble(term.high) << 2 | pair();
   }
 }
 
-// The chunk's activations times scales, as integers in one unit.
-void make_coefficients(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c) {
-  c.scale = chunk.unit * levels.unit;
-  for (int g = 0; g < 4 * tile.halves; ++g) {
-    std::int32_t zero_sum = 0;
-    float offset = 0.0f;
-    int j = 0;
-    for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
-      std::int32_t sum = 0;
-      for (const int end = j + part->slots; j < end; ++j) {
-        const std::uint8_t* record = tile.record(chunk.channels[j]);
-        const std::int32_t q = coefficient_of(chunk.x[j], record[g]);
-        c.words[j * kTileGroups + g] = q;
-        zero_sum += q * record[kTileGroups + g];
-        sum += q;
+float half_at(const void* from, int at) {
+  std::uint16_t bits;
+  std::memcpy(&bits, static_cast<const std::uint16_t*>(from) + at, sizeof bits);
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25)
+                                    : std::ldexp(static_cast<float>(fraction), -24);
+  return bits >> 15 ? -size : size;
+}
+
+void add_output(const Scales& scales, const Share& share, int at, float sum, float* y) {
+  float step;
+  if (scales.steps_kind == Steps::kHalf) {
+    step = half_at(scales.steps, at);
+  } else {
+    const std::uint8_t whole = static_cast<const std::uint8_t*>(scales.steps)[at];
+    const int value = scales.steps_kind == Steps::kSigned ? static_cast<std::int8_t>(whole) : whole;
+    step = static_cast<float>(value) * half_at(scales.block_steps, at);
+  }
+  float total = std::fma(sum, step, *y);
+  if (scales.offsets_kind == Offsets::kHalf) {
+    total = std::fma(-half_at(scales.offsets, at), share.sum, total);
+  } else if (scales.offsets_kind != Offsets::kNone) {
+    const float whole = static_cast<const std::uint8_t*>(scales.offsets)[at];
+    const float times = scales.offsets_kind == Offsets::kUnsigned ? half_at(scales.block_offsets, at) : step;
+    total = std::fma(-(whole * times), share.sum, total);
+  }
+  *y = total;
+}
+
+// Adds what a half comes to.
+float add_half(const Term* terms, int num_terms, const Share& share, int half, float sum, int tile, int output) {
+  std::int32_t total = share.begin[half];
+  for (int t = 0; t < num_terms; ++t) {
+    std::int32_t part = 0;
+    const int first = half ? terms[t].quads[0] : 0, end = first + terms[t].quads[half];
+    for (int c = kQuadChannels * first; c < kQuadChannels * end; ++c) {
+      part += share.words[t][c] * code_at(terms[t], c, tile, output);
+    }
+    total += part * (1 << terms[t].shift);
+  }
+  return std::fma(static_cast<float>(total), share.unit[half], sum);
+}
+
+void multiply(const Term* terms, int num_terms, const Share* shares, int num_rows, const Scales& scales, int first,
+              int end, float* y, std::size_t stride, const Ahead&) {
+  for (int r = 0; r < num_rows; ++r) {
+    for (int at = first * kTileOutputs; at < end * kTileOutputs; ++at) {
+      float sum = 0.0f;
+      for (int half : {0, 1}) {
+        sum = add_half(terms, num_terms, shares[r], half, sum, at / kTileOutputs, at % kTileOutputs);
       }
-      offset += static_cast<float>(sum) * levels.offset[part->bits];
+      add_output(scales, shares[r], at, sum, y + r * stride + at);
     }
-    c.zero_sums[g] = zero_sum;
-    c.offsets[g] = c.scale * offset;
   }
 }
 
-void tile_chunk(const Tile& tile, const Chunk& chunk, const Levels& levels, Coefficients& c, bool adds, float* y,
-                Upcoming&) {
-  make_coefficients(tile, chunk, levels, c);
-  std::int32_t sums[kTileOutputs] = {};
-  std::uint8_t codes[kTileOutputs];
-  int j = 0;
-  for (const Part* part = chunk.parts; part < chunk.parts + chunk.num_parts; ++part) {
-    for (const int end = j + part->slots; j < end; ++j) {
-      unpack_channel(tile, levels, chunk.channels[j], part->bits, codes);
-      for (int o = 0; o < tile.outputs(); ++o) sums[o] += c.words[j * kTileGroups + o / kLaneOutputs] * codes[o];
-    }
-  }
-  for (int o = 0; o < tile.outputs(); ++o) {
-    const int g = o / kLaneOutputs;
-    const float share = c.scale * static_cast<float>(sums[o] - c.zero_sums[g]) + c.offsets[g];
-    y[o] = adds ? y[o] + share : share;
-  }
-}
-
-const Kernels kPortable = {"portable", tile_chunk, kFloats};
+const Kernels kPortable = {"portable", true, multiply, kFloats};
 
 }  // namespace
 

@@ -24,4 +24,7 @@ inline constexpr const char* kCountNames[] = {
     "fitted_macs",       "fitted_bytes", "weight_bytes", "signal_entry", "signal_score", "signal_query"};
 static_assert(std::size(kCountNames) == kLayerCounts, "every count has a name");
 
+inline constexpr const char* kStageNames[] = {"norms", "inputs", "matrices", "entries", "attention"};
+static_assert(std::size(kStageNames) == kStages, "every stage has a name");
+
 }  // namespace quicksilver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -12,11 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import tiny
+from tests import rounding, tiny
 
 torch.set_num_threads(1)  # tiny models run fastest on one thread
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+@pytest.fixture
+def rounding_as_kernels() -> Iterator[None]:
+    """PyTorch's products of quantized maps, activations rounded as the kernels round them."""
+    with rounding.rounding_as_kernels():
+        yield
 
 
 @pytest.fixture(scope="session")

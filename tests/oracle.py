@@ -292,13 +292,20 @@ def _fuse(
 
 
 def code(entries: Tensor) -> Tensor:
-    """Return keys or values [Hkv, T, D] as they are kept: whole multiples of a float32, the largest 127 times it."""
+    """Return keys or values [Hkv, T, D] as they are kept: whole multiples of a float32, the largest 127 times it.
+
+    There is one for every sixteen dimensions of the first half together with those so far into the second.
+    """
     kept = torch.zeros_like(entries)
-    for head in range(entries.shape[0]):
-        for t in range(entries.shape[1]):
-            scale = float((entries[head, t].abs().max() / 127).float())
-            if scale > 0:
-                kept[head, t] = torch.round(entries[head, t] / scale) * scale
+    half = (entries.shape[-1] + 1) // 2
+    for first in range(0, half, 16):
+        group = [d for d in range(entries.shape[-1]) if first <= d % half < first + 16]
+        for head in range(entries.shape[0]):
+            for t in range(entries.shape[1]):
+                values = entries[head, t, group]
+                scale = float((values.abs().max() / 127).float())
+                if scale > 0:
+                    kept[head, t, group] = torch.round(values / scale) * scale
     return kept
 
 

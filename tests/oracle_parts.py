@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quicksilver.quant import AnyPrecisionSplit
+from quicksilver.weights import AnyPrecisionSplit
 
 Read = Callable[[int, Any, Tensor], Tensor]
 """(layer, a linear map's module, its inputs [T, in]) to its outputs [T, out]."""

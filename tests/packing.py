@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quicksilver.families.family import family_of
-from quicksilver.families.quantize import quantized_names
-from quicksilver.quant.storage import INDEX
+from quicksilver.families.quantize import HEAD, is_inputs_first, quantized_names
+from quicksilver.weights import AnyPrecisionSplit, AnyPrecisionWeight
+from quicksilver.weights.storage import INDEX
 from tests import tiny
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each nibble of a word holds, the lowest first
@@ -175,6 +176,23 @@ def packed_folder(
         settings |= {"checkpoint_format": layout, "sym": symmetric, "desc_act": False}
         settings |= {"meta": {"quantizer": ["gptqmodel:2.0.0"]}} if writer == "words" else {}
     return PackedFolder(model, tensors, settings, maps)
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Return a model's weights by transformers' names and as transformers has them, those in codes as floats."""
+    family, weights = family_of(model.config), dict(model.state_dict())
+    for name in (*quantized_names(model), HEAD, family.embedding):
+        module = model.get_submodule(name)
+        parts = list(module.parts) if isinstance(module, AnyPrecisionSplit) else [module]
+        if not isinstance(parts[0], AnyPrecisionWeight):
+            continue
+        weight = torch.cat([part.dequantize() for part in parts])
+        biases = [getattr(part, "bias", None) for part in parts]
+        weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
+        weights[f"{name}.weight"] = weight.T.contiguous() if is_inputs_first(model, name) else weight
+        if biases[0] is not None:
+            weights[f"{name}.bias"] = torch.cat(biases)
+    return weights
 
 
 def shard(path: Path) -> tuple[str, str]:

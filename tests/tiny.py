@@ -26,8 +26,8 @@ from transformers import (
 
 from quicksilver.families.quantize import quantize_model
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import Part
+from quicksilver.weights.config import LAYERS_ONLY
 
 MAX_POSITIONS = 64
 NUM_LAYERS = 4
@@ -193,7 +193,7 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 def quantized(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return the tiny model of a family or variant with any-precision weights; shared, so tests must not change it."""
     made = from_config(config_of(name)).to(dtype)
-    quantize_model(made, QuantizationConfig())
+    quantize_model(made, LAYERS_ONLY)
     return made
 
 

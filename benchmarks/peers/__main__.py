@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import rows
-from benchmarks.gate import GateError
 from benchmarks.peers import files, report, roster
 from benchmarks.peers.measuring import Settings, measure, measure_memory, say
-from benchmarks.peers.remote import WorkerError
+from benchmarks.peers.remote import explained
 from benchmarks.peers.subjects import SHAPES, Subject
-from quicksilver.errors import QuickSilverError
 from quicksilver.measure.texts import read_text
 
 _RESULTS = Path(__file__).parent.parent / "results" / "peers.jsonl"
@@ -79,7 +77,7 @@ def main(
     logging.disable_progress_bar()
     settings = Settings(rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS), quick=quick, **sizes)
     runs = []
-    with ExitStack() as stack, _explained():
+    with ExitStack() as stack, explained():
         words = None if text is None else read_text(text).texts[0]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
         subjects = [Subject.of(name, folder, quick) for name in _listed(shapes)]
@@ -105,19 +103,6 @@ def _compare(
     torch.set_num_threads(settings.threads)
     for (subject, names), ids, weighed in zip(rosters, tokens, memories, strict=True):
         yield measure(subject, names, settings, ids, weighed)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Have what a user can mend, or must know, end the command in one line."""
-    try:
-        yield
-    except GateError as error:
-        raise click.ClickException(f"correctness gate failed, nothing was timed: {error}") from None
-    except WorkerError as error:
-        raise click.ClickException(str(error)) from None
-    except (QuickSilverError, ValueError) as error:
-        raise click.UsageError(str(error)) from None
 
 
 def _listed(names: str) -> list[str]:

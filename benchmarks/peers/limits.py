@@ -57,7 +57,7 @@ _BARS: dict[str, tuple[Bar, ...]] = {
 }
 
 
-def check(found: Mapping[str, Quality], what: str = "logits") -> None:
+def check(found: Mapping[str, Quality], what: str = "logits", tolerances: Mapping[str, float] = TOLERANCES) -> None:
     """Raise GateError where engines' logits are further from the float model's than they may be.
 
     Forced halting has no such limit: what it computes is another function. Its plan without halting is checked, and
@@ -66,11 +66,12 @@ def check(found: Mapping[str, Quality], what: str = "logits") -> None:
     Args:
         found: by engine.
         what: was compared, in words.
+        tolerances: by engine.
     """
     failed = [
         f"{name}: {what} differ from the float model's by {quality.relative:.3g} of their spread, allowed {limit}"
         for name, quality in found.items()
-        if not quality.relative <= (limit := TOLERANCES.get(name, np.inf))  # NaN fails too
+        if not quality.relative <= (limit := tolerances.get(name, np.inf))  # NaN fails too
     ]
     if failed:
         raise GateError("; ".join(failed))

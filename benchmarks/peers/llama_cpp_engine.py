@@ -6,16 +6,18 @@ It does without PyTorch, so that a process that runs llama.cpp has one OpenMP in
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.timing import Case, interleaved
 
 _TRIALS, _TRIAL_PROMPT, _TRIAL_TOKENS = 2, 64, 8
+_BATCH = 512  # tokens computed at a time, llama.cpp's default
 
 
 @cache
@@ -28,11 +30,17 @@ def library() -> tuple[Any, Any]:
     return lib, quiet
 
 
+class Setting(NamedTuple):
+    """How a context computes: with flash attention or without, and how many tokens at a time (`n_ubatch`)."""
+
+    flash: bool
+    batch: int = _BATCH
+
+
 class LlamaCpp:
     """A GGUF file, memory-mapped, with float16 keys and values as by default.
 
-    There are two contexts over the same weights, with and without flash attention; `tune` takes the faster one for
-    each task.
+    There is a context for each setting over the same weights; `tune` takes the fastest one for each task.
 
     Args:
         name: as in rows.
@@ -40,13 +48,22 @@ class LlamaCpp:
         path: the file.
         threads: for single tokens and for batches alike.
         context: tokens that fit.
+        settings: those to be tried.
     """
 
-    def __init__(self, name: str, baseline: str, path: Path, threads: int, context: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        baseline: str,
+        path: Path,
+        threads: int,
+        context: int,
+        settings: Sequence[Setting] = (Setting(False), Setting(True)),
+    ) -> None:
         lib, _ = library()
         self.name, self.baseline = name, baseline
-        self.weight_bytes = float(_bytes_read(path))
-        self._lib, self._size = lib, context
+        self.weight_bytes = 0.0
+        self._lib, self._path, self._size = lib, path, context
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
@@ -54,25 +71,29 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self._vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
-        self._contexts = {flash: self._context(threads, flash) for flash in (False, True)}
-        self._flash = {"prefill": False, "decode": False}
+        self._contexts = {setting: self._context(threads, setting) for setting in settings}
+        self._chosen = dict.fromkeys(("prefill", "decode"), settings[0])
         self._prefilled: Any = None  # the context that `prefill` fed last
         self._batch = self._new_batch()
         self._sampler = lib.llama_sampler_init_greedy()
         self.details: dict[str, Any] = {"system": lib.llama_print_system_info().decode().strip()}
 
     def tune(self, ids: Sequence[int], prompt: int, prefill: int) -> None:
-        """Time a prompt, and a few tokens after its start, with flash attention and without; keep the faster for each.
+        """Time a prompt, and a few tokens after its start, under each setting; keep the fastest for each task.
 
         Args:
             ids: tokens of a text.
             prompt: not used.
             prefill: tokens of the prompt.
         """
-        cases = [case for flash in (False, True) for case in self._trials(flash, ids[:prefill])]
+        self.weight_bytes = float(_bytes_read(self._path))
+        cases = [case for setting in self._contexts for case in self._trials(setting, ids[:prefill])]
         seconds = interleaved(cases, _TRIALS, warmup=1)
-        self._flash = {task: min(seconds[f"{task} True"]) < min(seconds[f"{task} False"]) for task in self._flash}
-        self.details["flash_attention"] = dict(self._flash)
+        self._chosen = {
+            task: min(self._contexts, key=lambda setting: min(seconds[f"{task} {setting}"])) for task in self._chosen
+        }
+        self.details["flash_attention"] = {task: setting.flash for task, setting in self._chosen.items()}
+        self.details["n_ubatch"] = self._chosen["prefill"].batch
 
     def logits(self, ids: Sequence[int], singly: int) -> np.ndarray:
         """Return every token's logits, [T, vocab] float32."""
@@ -116,25 +137,29 @@ class LlamaCpp:
             tokens.append(self._lib.llama_sampler_sample(self._sampler, context, -1))
         return tokens
 
-    def _trials(self, flash: bool, prompt: Sequence[int]) -> tuple[Case, Case]:
-        """Return a prefill and some decoding to time, with flash attention or without."""
+    def _trials(self, setting: Setting, prompt: Sequence[int]) -> tuple[Case, Case]:
+        """Return a prefill and some decoding to time under a setting."""
 
         def switched(prepare: Callable[[], Any] = lambda: None) -> Any:
-            self._flash = dict.fromkeys(self._flash, flash)
+            self._chosen = dict.fromkeys(self._chosen, setting)
             return prepare()
 
         start, fed = prompt[:_TRIAL_PROMPT], prompt[:_TRIAL_TOKENS]
         return (
-            Case(f"prefill {flash}", switched, lambda _: self.prefill(prompt)),
-            Case(f"decode {flash}", lambda: switched(lambda: self.start(start)), lambda state: self.decode(state, fed)),
+            Case(f"prefill {setting}", switched, lambda _: self.prefill(prompt)),
+            Case(
+                f"decode {setting}", lambda: switched(lambda: self.start(start)), lambda state: self.decode(state, fed)
+            ),
         )
 
-    def _context(self, threads: int, flash: bool) -> Any:
+    def _context(self, threads: int, setting: Setting) -> Any:
         lib = self._lib
         params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = self._size
+        params.n_ctx = params.n_batch = self._size
+        params.n_ubatch = min(setting.batch, self._size)
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        enabled, disabled = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = enabled if setting.flash else disabled
         params.no_perf = True
         context = lib.llama_init_from_model(self._model, params)
         if not context:
@@ -150,7 +175,7 @@ class LlamaCpp:
         return batch
 
     def _emptied(self, task: str) -> Any:
-        context = self._contexts[self._flash[task]]
+        context = self._contexts[self._chosen[task]]
         self._lib.llama_memory_clear(self._lib.llama_get_memory(context), False)
         return context
 
@@ -175,6 +200,47 @@ class LlamaCpp:
         if self._lib.llama_decode(context, self._batch):
             raise RuntimeError(f"{self.name}: llama.cpp did not run {count} tokens")
         self._lib.llama_synchronize(context)
+
+
+class HeldLlamaCpp(LlamaCpp):
+    """The same, but `start` keeps what is held already of a prompt, so that a long one is fed once.
+
+    Args:
+        args, kwargs: as a `LlamaCpp`'s.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: list[int] = []
+
+    def start(self, prompt: Sequence[int]) -> tuple[Any, int]:
+        """Forget what follows the prompt, feed what is missing; return the context and how many tokens it holds."""
+        context, kept = self._contexts[self._chosen["decode"]], len(self._held)
+        if not kept or self._held != list(prompt[:kept]):
+            context, kept = self._emptied("decode"), 0
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(context), 0, kept, -1)
+        if kept < len(prompt):
+            self._feed(context, prompt[kept:], kept)
+        self._held = list(prompt)
+        return context, len(prompt)
+
+    def _emptied(self, task: str) -> Any:
+        self._held = []
+        return super()._emptied(task)
+
+
+def load_held(name: str, path: Path, threads: int, context: int, batches: Sequence[int]) -> list[HeldLlamaCpp]:
+    """Return an engine of one file that is compared with nobody, `batches` tokens at a time to be tried."""
+    settings = [Setting(flash, batch) for batch in batches for flash in (False, True)]
+    return [HeldLlamaCpp(name, name, path, threads, context, settings)]
+
+
+def seconds_to_load(path: Path, threads: int, context: int) -> float:
+    """Return the seconds until a file's model can be used."""
+    library()
+    start = time.perf_counter()
+    LlamaCpp("", "", path, threads, context, (Setting(True),))
+    return time.perf_counter() - start
 
 
 def load(files: Sequence[tuple[str, Path]], baseline: str, threads: int, context: int) -> list[LlamaCpp]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,7 +97,13 @@ def measure(
     return measured
 
 
-def check(engines: Sequence[RemoteEngine], settings: Settings, ids: list[int], references: References) -> None:
+def check(
+    engines: Sequence[RemoteEngine],
+    settings: Settings,
+    ids: list[int],
+    references: References,
+    tolerances: Mapping[str, float] = limits.TOLERANCES,
+) -> None:
     """Have engines tuned, hold their logits against the float model's, and keep the figures for their rows.
 
     Logits of every token are one thing, what `prefill` comes to in the very call that is timed is another: an engine
@@ -119,8 +125,8 @@ def check(engines: Sequence[RemoteEngine], settings: Settings, ids: list[int], r
             f"gate: {engine.name}: relative error {found.relative:.3g}, KL {found.kl:.3g};"
             f" after the prompt {after.relative:.3g}, {after.kl:.3g}"
         )
-    limits.check(tokens)
-    limits.check(prefill, "logits after the prompt that is timed")
+    limits.check(tokens, tolerances=tolerances)
+    limits.check(prefill, "logits after the prompt that is timed", tolerances)
 
 
 def measure_seconds(
@@ -134,9 +140,9 @@ def measure_seconds(
 
     def timed(task: str, turn: Callable[[RemoteEngine], float]) -> dict[str, list[float]]:
         say(task)
-        turns = {engine.name: partial(_settled, partial(turn, engine)) for engine in engines}
+        turns = {engine.name: partial(settled, partial(turn, engine)) for engine in engines}
         if task == "decode":
-            turns = {limits.STREAMING_READ: partial(_settled, read.seconds), **turns}
+            turns = {limits.STREAMING_READ: partial(settled, read.seconds), **turns}
         return timing.in_turn(turns, settings.rounds, _WARMUP)
 
     prefilled = timed("prefill", lambda engine: engine.prefill(prefill))
@@ -181,7 +187,8 @@ def _with_details(memory: Measurement, engines: Sequence[RemoteEngine]) -> Measu
     return Measurement(memory.task, memory.engine, engine.baseline, memory.unit, memory.values, details)
 
 
-def _settled(turn: Callable[[], float]) -> float:
+def settled(turn: Callable[[], float]) -> float:
+    """Return what a turn took, once threads of the engine before it have ceased to spin."""
     time.sleep(_SETTLE_SECONDS)
     return turn()
 

@@ -70,10 +70,10 @@ def quantize_to(floats: Path, target: Path) -> None:
     from quicksilver.families.quantize import quantize_model
     from quicksilver.loading.load import load_plain
     from quicksilver.loading.quantized import save_quantized
-    from quicksilver.quant.config import QuantizationConfig
+    from quicksilver.weights.config import QuantizationConfig
 
     model = load_plain(floats)
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     save_quantized(model, target)
 
 

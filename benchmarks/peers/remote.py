@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import click
 import numpy as np
 
 from benchmarks.gate import GateError
@@ -88,6 +89,19 @@ def worker(name: str, load: Callable[[], Sequence[Engine]]) -> Iterator[list[Rem
         yield [RemoteEngine(process, facts) for facts in process.receive()]
     finally:
         process.close()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Have what a user can mend, or must know, end a command in one line."""
+    try:
+        yield
+    except GateError as error:
+        raise click.ClickException(f"correctness gate failed, nothing was timed: {error}") from None
+    except WorkerError as error:
+        raise click.ClickException(str(error)) from None
+    except (QuickSilverError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
 
 
 class _Worker:

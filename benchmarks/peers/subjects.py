@@ -91,14 +91,7 @@ class Subject:
             generator = torch.Generator().manual_seed(SEED)
             vocab_size = config_of(self.name, self.quick).vocab_size
             return torch.randint(3, vocab_size - 1, (count,), generator=generator).tolist()
-        from quicksilver.loading.load import load_tokenizer
-
-        if text is None:
-            text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(_DEMO_TEXTS.glob("*.txt")))
-        ids = load_tokenizer(str(self.floats))(text).input_ids
-        if len(ids) < count:
-            raise ValueError(f"the text holds {len(ids)} tokens, {count} are needed")
-        return ids[:count]
+        return text_ids(self.floats, count, text)
 
     def describe(self) -> dict[str, Any]:
         """Return what a reader must know of the model."""
@@ -118,6 +111,24 @@ class Subject:
             "tied": config.tie_word_embeddings,
             "dtype": str(config.dtype).removeprefix("torch."),
         }
+
+
+def text_ids(model: Path, count: int, text: str | None = None) -> list[int]:
+    """Return the ids of a text's first `count` tokens, the demo's texts by default; ValueError where it is too short.
+
+    Args:
+        model: a folder, or a GGUF file.
+        count: how many.
+        text: what is cut.
+    """
+    from quicksilver.loading.load import load_tokenizer
+
+    if text is None:
+        text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(_DEMO_TEXTS.glob("*.txt")))
+    ids = load_tokenizer(str(model))(text).input_ids
+    if len(ids) < count:
+        raise ValueError(f"the text holds {len(ids)} tokens, {count} are needed")
+    return ids[:count]
 
 
 def config_of(shape: str, quick: bool) -> Any:

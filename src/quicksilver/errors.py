@@ -45,6 +45,10 @@ class WeightFilesWarning(UserWarning):
     """Weight files hold what the configuration has no place for: tensors, or a head of its own where it is tied."""
 
 
+class TokenizerWarning(UserWarning):
+    """A model's file leaves something of its tokenizer open, or says something of it that makes no sense."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, or its type's name."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

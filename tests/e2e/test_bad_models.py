@@ -283,8 +283,19 @@ def test_a_tokenizer_of_another_model(
     refused("generate", folder, "The zebra", "--max-new-tokens", 3, names=names)
 
 
-def test_a_folder_of_gguf_files_is_named_as_such(refused: Callable[..., str], tmp_path: Path, text_file: Path) -> None:
+def test_a_folder_that_has_gguf_weights_only_says_how_to_name_them(
+    refused: Callable[..., str], folder: Path, tmp_path: Path, text_file: Path
+) -> None:
+    model = tmp_path / "mixed"
+    model.mkdir()
+    (model / "config.json").write_text((folder / "config.json").read_text())
+    (model / "model.gguf").write_bytes(b"GGUF")
+    refused("eval", model, "--text", text_file, names=(model, "a GGUF file in it is read where it is named"))
+
+
+def test_a_gguf_file_that_is_cut_off_is_refused(refused: Callable[..., str], tmp_path: Path, text_file: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model-q4.gguf").write_bytes(b"GGUF")
-    refused("eval", folder, "--text", text_file, names=(folder, "holds no config.json", "GGUF files are not read"))
+    for model in (folder, folder / "model-q4.gguf"):
+        refused("eval", model, "--text", text_file, names=(folder / "model-q4.gguf", "it is cut off"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import quicksilver
 from quicksilver.errors import ModelError, UnsupportedModelError
-from quicksilver.loading.packed import float_model
+from quicksilver.loading.packed import packed_model
 from tests import tiny
 from tests.packing import PackedFolder, packed_folder, shard
 
@@ -29,7 +29,7 @@ def folder() -> PackedFolder:
 
 def refusal(path: Path) -> str:
     with pytest.raises(ModelError) as refused:
-        float_model(path)
+        packed_model(path)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -178,11 +178,6 @@ def test_plain_weights_that_are_called_quantized_are_refused(tmp_path: Path, met
     settings = {"quant_method": method, "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps({**stored, "quantization_config": settings}))
     assert refusal(tmp_path).endswith(f"says {method}, but no weight of the folder is quantized so")
-
-
-def test_it_is_not_quantized_again(refused: Refused, tmp_path: Path, folder: PackedFolder) -> None:
-    path = folder.write(tmp_path / "folder")
-    refused("quantize", path, "-o", tmp_path / "made", names=(path, "quantized already"))
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "another tensor"])

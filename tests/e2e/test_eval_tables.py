@@ -162,7 +162,7 @@ def test_settings_say_what_was_quantized_and_fitted(
     assert (settled["calibration"], channel["calibration"]) == (None, calibration)
     assert settled["baseline"] == channel["baseline"] == ("nested" if quantized else "plain")
     sizes = {"method": "compensated" if quantized else "nearest", "group_size": 64 if quantized else 32}
-    quantizing = {**sizes, "head": False, "embeddings": False, "in_memory": not quantized}
+    quantizing = {**sizes, "head": quantized, "embeddings": quantized, "in_memory": not quantized}
     assert channel["nesting"] == quantizing
     assert settled["nesting"] == (quantizing if quantized else None)
     if quantized:

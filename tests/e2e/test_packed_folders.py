@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import torch
 import quicksilver
 from quicksilver.errors import ModelError, WeightFilesWarning
 from quicksilver.families.family import family_of
-from quicksilver.loading.packed import float_model, read_packed
+from quicksilver.loading.packed import packed_model, read_packed
+from quicksilver.weights import AnyPrecisionLinear
 from quicksilver.weights.codes import GroupedCodes
-from tests import tiny
-from tests.packing import PackedFolder, draw, packed_folder, shard
+from tests import tiny, tolerances
+from tests.e2e.conftest import Outcome, assert_refusal
+from tests.packing import PackedFolder, draw, packed_folder, shard, weights_of
+
+Cli = Callable[..., Outcome]
 
 V_PROJ, DOWN_PROJ = "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,7 +41,7 @@ def assert_read(path: Path, wanted: Any) -> None:
     """Check that a folder is read as this model's weights, bit for bit, and nothing is said."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", WeightFilesWarning)
-        found, wanted = float_model(path).state_dict(), wanted.state_dict()
+        found, wanted = weights_of(packed_model(path)), wanted.state_dict()
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
@@ -53,8 +59,11 @@ def test_a_folder_is_run_with_exactly_its_weights(tmp_path: Path, name: str, kin
     assert_read(path, made.model)
     ids = tiny.token_ids(12)[None]
     loaded = quicksilver.load(path)
-    assert torch.equal(loaded(ids).logits, quicksilver.accelerate(made.model)(ids).logits)
-    assert getattr(loaded.config, "quantization_config", None) is None
+    expected = quicksilver.accelerate(made.model)(ids).logits
+    torch_only = quicksilver.load(path, kernels="torch")(ids).logits
+    torch.testing.assert_close(torch_only, expected, atol=tolerances.LOGITS[torch.float32], rtol=0)
+    assert (loaded(ids).logits - expected).norm() < 0.03 * expected.norm()  # kernels round activations
+    assert loaded.config.quantization_config["method"] == "taken over"
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
@@ -80,6 +89,9 @@ def test_other_dtypes_round_the_same_weights(tmp_path: Path, folder: PackedFolde
     wanted = torch.float16 if dtype == "auto" else getattr(torch, dtype)
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(weight, folder.model.get_parameter(name).to(wanted))
+    found = weights_of(loaded.model)
+    for name in folder.maps:  # codes are what they are
+        assert torch.equal(found[f"{name}.weight"], folder.model.get_submodule(name).weight)
     inv_freq = loaded.model.get_buffer("model.rotary_emb.inv_freq")
     assert torch.equal(inv_freq, folder.model.get_buffer("model.rotary_emb.inv_freq"))
 
@@ -107,7 +119,7 @@ def test_maps_with_bits_and_groups_of_their_own(tmp_path: Path, folder: PackedFo
         for part, value in other.gptq(writer="words").items():
             folder.edit(path, part, value)
     with pytest.raises(ModelError, match=rf"'{V_PROJ}\.qweight' has shape .* 4 bits and group_size 32"):
-        float_model(folder.write(tmp_path / "without"))
+        packed_model(folder.write(tmp_path / "without"))
     folder.settings["dynamic"] = {rf"{V_PROJ}$": {"bits": 8}, r".*\.1\.mlp\.down": {"group_size": 16}}
     assert_read(folder.write(tmp_path / "with"), folder.model)
 
@@ -126,7 +138,7 @@ def test_a_head_may_be_quantized_tied_to_a_plain_embedding_or_not(tmp_path: Path
     path = made.write(tmp_path, {"tie_word_embeddings": tied})
     assert_read(path, made.model)
     loaded = quicksilver.load(path).model
-    assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
+    assert isinstance(loaded.lm_head, AnyPrecisionLinear)
     assert not loaded.config.tie_word_embeddings
 
 
@@ -209,12 +221,46 @@ def test_zeros_that_programs_read_in_different_ways_are_told_once(tmp_path: Path
         loaded = quicksilver.load(path)
     assert [warning.filename for warning in caught if warning.category is WeightFilesWarning] == [__file__]
     for name, made_of in made.maps.items():
-        assert torch.equal(loaded.model.get_submodule(name).weight, made_of.weight())
+        assert torch.equal(loaded.model.get_submodule(name).dequantize(), made_of.weight())
 
 
 def test_the_weights_of_a_family_that_puts_inputs_first_are_not_transposed_twice(tmp_path: Path) -> None:
     made = packed_folder("gpt2")
     assert family_of(made.model.config).inputs_first
     square = "transformer.h.0.attn.c_proj"
-    found = float_model(made.write(tmp_path)).get_submodule(square).weight
-    assert torch.equal(found, made.maps[square].weight().T)
+    found = packed_model(made.write(tmp_path)).get_submodule(square)
+    assert torch.equal(found.dequantize(), made.maps[square].weight())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "qwen2"])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_codes_are_written_and_read_again_bit_for_bit(cli: Cli, tmp_path: Path, kind: str, name: str) -> None:
+    made = packed_folder(name, kind)
+    path = made.write(tmp_path / "packed")
+    outcome = cli("quantize", path, "-o", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    first, second = (quicksilver.load(folder).model for folder in (path, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["method"] == "taken over"
+    found, wanted = weights_of(second), weights_of(first)
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    stored = dict(second.named_buffers())
+    for key, buffer in first.named_buffers():
+        assert torch.equal(stored[key], buffer), key
+
+
+def test_a_folder_with_plain_maps_runs_as_floats(cli: Cli, tmp_path: Path) -> None:
+    made = packed_folder("llama", "awq")
+    for part in ("qweight", "qzeros", "scales"):
+        made.edit(V_PROJ, part, None)
+    made.edit(V_PROJ, "weight", made.model.get_submodule(V_PROJ).weight.detach())
+    path = made.write(tmp_path / "packed")
+    assert not any(isinstance(module, AnyPrecisionLinear) for module in quicksilver.load(path).model.modules())
+    assert_refusal(cli("quantize", path, "-o", tmp_path / "out"), path, "others codes")
+
+
+@pytest.mark.parametrize("option", ["--keep-head", "--group-size=64"])
+def test_what_is_taken_over_is_not_rounded(cli: Cli, tmp_path: Path, folder: PackedFolder, option: str) -> None:
+    outcome = cli("quantize", folder.write(tmp_path / "packed"), "-o", tmp_path / "out", option)
+    assert_refusal(outcome, "taken over as they are", option.split("=")[0])
+    assert not (tmp_path / "out").exists()

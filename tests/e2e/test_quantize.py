@@ -21,10 +21,10 @@ from transformers import GPT2Config, LlamaConfig
 import quicksilver
 from quicksilver.core.sources import embedded_models
 from quicksilver.errors import InputError, ModelError
-from quicksilver.families.quantize import quantize_model
+from quicksilver.families.quantize import is_tied, quantize_model
 from quicksilver.loading.quantized import save_quantized
-from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit
+from quicksilver.weights.config import LAYERS_ONLY, QuantizationConfig
 from tests import HANGS, tiny
 from tests.e2e.conftest import Hub, ModelFolder, Outcome, assert_refusal
 
@@ -32,7 +32,8 @@ Cli = Callable[..., Outcome]
 Refused = Callable[..., str]
 ModelCopy = Callable[..., ModelFolder]
 NAMES = (*tiny.FAMILIES, *tiny.VARIANTS)
-ALL = {"head": True, "embeddings": True}
+ALL: dict[str, Any] = {}
+NONE, HEAD = {"head": False, "embeddings": False}, {"embeddings": False}
 
 
 def quantized(name: str | Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -58,21 +59,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), tiny.on_telling((ALL, {}, {"head": True}, {"group_size": 128}), (ALL,), NAMES), ids=str
+    ("name", "options"), tiny.on_telling((ALL, NONE, HEAD, {**NONE, "group_size": 128}), (ALL,), NAMES), ids=str
 )
 def test_a_reloaded_model_is_the_saved_one(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     model = quantized(name, **options)
     save_quantized(model, tmp_path / "quantized")
     loaded = quicksilver.load(tmp_path / "quantized").model
     assert torch.equal(logits(loaded), logits(model))
-    assert isinstance(loaded.lm_head, AnyPrecisionLinear) == bool(options.get("head"))
-    assert isinstance(loaded.get_input_embeddings(), AnyPrecisionEmbedding) == bool(options.get("embeddings"))
-    tied = tiny.model(name).config.tie_word_embeddings and not options.get("head")
-    assert loaded.config.tie_word_embeddings == tied
-    assert not tied or loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert isinstance(loaded.lm_head, AnyPrecisionLinear) == options.get("head", True)
+    assert isinstance(loaded.get_input_embeddings(), AnyPrecisionEmbedding) == options.get("embeddings", True)
+    tied = tiny.model(name).config.tie_word_embeddings and options != HEAD
+    assert loaded.config.tie_word_embeddings == tied == is_tied(loaded)
 
 
-@pytest.mark.parametrize("options", [{}, ALL], ids=str)
+@pytest.mark.parametrize("options", [NONE, ALL], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2-tied"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(tmp_path: Path, name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -134,15 +134,15 @@ def test_files_can_be_read_by_others(folder: Path) -> None:
 
 
 def test_biases_and_parts() -> None:
-    plain, model = tiny.model("gpt2"), quantized("gpt2")
+    plain, model = tiny.model("gpt2"), quantized("gpt2", **NONE)
     c_attn = model.transformer.h[1].attn.c_attn
     assert isinstance(c_attn, AnyPrecisionSplit)
     assert torch.equal(torch.cat([part.bias for part in c_attn.parts]), plain.transformer.h[1].attn.c_attn.bias)
-    joined = torch.cat([part.codes.dequantize() for part in c_attn.parts], dim=1)
-    assert (joined - plain.transformer.h[1].attn.c_attn.weight).abs().max() < 0.01
+    joined = torch.cat([part.dequantize() for part in c_attn.parts])
+    assert (joined - plain.transformer.h[1].attn.c_attn.weight.T).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("options", [[], ["--head"], ["--head", "--embeddings"], ["--calibration", "book.txt"]])
+@pytest.mark.parametrize("options", [[], ["--keep-head"], ["--calibration", "book.txt"]])
 @pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_every_command_takes_the_folder(
     cli: Cli, tiny_model_dir: Any, text_file: Path, tmp_path: Path, family: str, options: list[str]
@@ -171,8 +171,9 @@ def test_the_embedded_model_takes_at_most_8_6_bits(cli: Cli, tmp_path: Path) -> 
     quantized_weights = int(made.out.split(" weights;")[0].split()[-1].replace(",", ""))
     model = quicksilver.load(tmp_path / "out", dtype="auto").model
     others = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert 8 * (size - others) / quantized_weights <= 8.6  # the header, too
+    file = tmp_path / "out" / "model.safetensors"
+    size = file.stat().st_size - int.from_bytes(file.read_bytes()[:8], "little")  # of names
+    assert 8 * (size - others) / quantized_weights <= 8.6
 
 
 @pytest.mark.parametrize("how", ["truncated", "header", "data", "gone"])
@@ -180,12 +181,12 @@ def test_damaged_weights(refused: Refused, folder: Path, text_file: Path, how: s
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    name = "model.layers.2.mlp.up_proj.codes"
+    name = "model.layers.2.mlp.up_proj.high"
     data = 8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0]
     if how == "truncated":
         del content[-100:]
     elif how == "header":
-        content[content.index(b"up_proj.codes")] ^= 1
+        content[content.index(b"up_proj.high")] ^= 1
     else:
         content[data + 3] ^= 4
     weights.write_bytes(content)
@@ -195,41 +196,45 @@ def test_damaged_weights(refused: Refused, folder: Path, text_file: Path, how: s
         refused(*command, names=(folder, "model.safetensors", name if how == "data" else ""))
 
 
-def test_a_file_holds_two_tensors_of_a_map(folder: Path) -> None:
-    """And the codes hold what is kept of each input channel: its planes, exponents and zeros, end to end."""
+def test_a_file_holds_the_buffers_of_a_map(folder: Path) -> None:
     tensors, module = load_file(folder / "model.safetensors"), quantized("llama").model.layers[1].mlp.down_proj
     names = [name for name in tensors if name.startswith("model.layers.1.mlp.down_proj.")]
-    assert sorted(names) == [f"model.layers.1.mlp.down_proj.{part}" for part in ("codes", "constants")]
-    kept = [*module.codes.planes, module.codes.grid.exponents, module.codes.grid.zeros]
-    assert torch.equal(tensors["model.layers.1.mlp.down_proj.codes"], torch.cat(kept, dim=1))
+    parts = ("block_steps", "form", "high", "low", "steps", "zeros")
+    assert sorted(names) == [f"model.layers.1.mlp.down_proj.{part}" for part in parts]
+    for part in parts:
+        assert torch.equal(tensors[f"model.layers.1.mlp.down_proj.{part}"], module.get_buffer(part))
+
+
+def test_a_table_that_head_and_embedding_share_is_stored_once(tmp_path: Path) -> None:
+    save_quantized(quantized("gpt2"), tmp_path / "quantized")
+    names = load_file(tmp_path / "quantized" / "model.safetensors").keys()
+    assert "transformer.wte.high" in names
+    assert not [name for name in names if name.startswith("lm_head")]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [0, 1, 20])  # the largest scale, a level of 4 bits, a level of 2
-def test_levels_that_are_not_finite(
-    refused: Refused, tmp_path: Path, text_file: Path, place: int, value: float
-) -> None:
+def test_scales_that_are_not_finite(refused: Refused, tmp_path: Path, text_file: Path, value: float) -> None:
     """A file that is whole may still hold nonsense."""
     model = quantized("llama")
-    model.model.layers[1].mlp.up_proj.constants.view(torch.float32)[place] = value
+    model.model.layers[1].mlp.up_proj.block_steps.view(torch.float16)[0, 3] = value
     save_quantized(model, tmp_path / "quantized", tiny.tokenizer())
-    names = (tmp_path / "quantized", "'model.layers.1.mlp.up_proj.constants' holds NaN or infinite values")
+    names = (tmp_path / "quantized", "'model.layers.1.mlp.up_proj.block_steps' holds NaN or infinite values")
     refused("eval", tmp_path / "quantized", "--text", text_file, names=names)
 
 
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"group_size": 64}, ("tensor", ".codes", "shape")),
         ({"group_size": 48}, ("config.json", "group_size", "48")),
         ({"group_size": "32"}, ("config.json", "group_size")),
-        ({"version": 2}, ("config.json", "version", "2")),
-        ({"planes": [4, 4]}, ("config.json", "planes", "[4, 4]")),
+        ({"group_size": None}, ("config.json", "group_size", "None")),
+        ({"version": 1}, ("config.json", "version", "earlier", "quantize the model again")),
+        ({"version": 3}, ("config.json", "version", "3")),
         ({"method": "magic"}, ("config.json", "magic")),
         ({"colour": "red"}, ("config.json", "colour")),
-        ({"head": True}, ("lm_head",)),
+        ({"head": False}, ("lm_head",)),
         ({"head": 1}, ("config.json", "head")),
-        ({"embeddings": True}, ("embed_tokens",)),
+        ({"embeddings": False}, ("embed_tokens",)),
     ],
     ids=str,
 )
@@ -270,7 +275,7 @@ def test_nest_changes_nothing_where_a_weight_is_not_finite() -> None:
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight[2, 2] = float("nan")
     with pytest.raises(ModelError, match=r"'model\.layers\.3\.mlp\.down_proj\.weight' holds NaN or infinite values"):
-        quantize_model(model, QuantizationConfig())
+        quantize_model(model, LAYERS_ONLY)
     assert not any(isinstance(module, AnyPrecisionLinear) for module in model.modules())
 
 
@@ -302,7 +307,7 @@ def test_an_empty_folder_is_taken(cli: Cli, tiny_model_dir: Any, tmp_path: Path)
     [
         (["--calibration", "nowhere.txt"], ["nowhere.txt"]),
         (["--group-size", "48"], ["48"]),
-        (["--embeddings"], ["head"]),
+        (["--head"], ["--head"]),
         (["--device", "tpu"], ["tpu"]),
     ],
     ids=str,

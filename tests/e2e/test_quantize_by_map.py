@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from quicksilver.families.quantize import quantized_names
 from quicksilver.loading.load import load_plain
 from quicksilver.loading.quantized import quantize_and_save, save_quantized
-from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.rounding import quantize
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.config import QuantizationConfig
+from quicksilver.weights.rounding import quantize
 from tests import tiny
 from tests.e2e.conftest import assert_refusal
-from tests.e2e.test_quantize import ALL, NAMES, Cli, ModelCopy, quantized
+from tests.e2e.test_quantize import ALL, NAMES, NONE, Cli, ModelCopy, quantized
 
-OPTIONS = (["--head", "--embeddings"], [], ["--head"], ["--group-size", "64"])
+OPTIONS = ([], ["--keep-head"], ["--group-size", "64"])
 BEYOND = 3e38 * (torch.arange(48) % 2 * 2.0 - 1.0)
 """Weights of one channel: each is in the range of float32, and what lies between them is not."""
 
@@ -32,9 +32,9 @@ def test_a_model_written_map_by_map_is_the_one_quantized_in_memory(
     cli: Cli, tmp_path: Path, name: str, options: list[str]
 ) -> None:
     dtypes = [torch.float32]
-    if "--embeddings" in options and name in tiny.TELLING:
+    if not options and name in tiny.TELLING:
         dtypes += [torch.bfloat16, torch.float16]
-    chosen = {"head": "--head" in options, "embeddings": "--embeddings" in options}
+    chosen = NONE if "--keep-head" in options else ALL
     size = 64 if "--group-size" in options else 32
     for dtype in dtypes:
         source, made, expected = (tmp_path / f"{kind} {dtype}" for kind in ("plain", "made", "expected"))
@@ -60,12 +60,12 @@ def test_the_codes_of_one_map_are_in_memory_at_a_time(
     def watched(*args: Any, **kwargs: Any) -> Any:
         alive.append(sum(each() is not None for each in made))
         codes = quantize(*args, **kwargs)
-        made.append(weakref.ref(codes.planes[0]))
+        made.append(weakref.ref(codes.codes))
         return codes
 
     monkeypatch.setattr("quicksilver.families.quantize.quantize", watched)
-    assert cli("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out", "--head").status == 0
-    assert len(alive) == 4 * 7 + 1
+    assert cli("quantize", tiny_model_dir("llama"), "-o", tmp_path / "out").status == 0
+    assert len(alive) == 4 * 7 + 2
     assert max(alive) <= 1
 
 
@@ -74,7 +74,7 @@ def test_shards_written_map_by_map_are_those_of_a_model_in_memory(tmp_path: Path
     model, config = load_plain(tmp_path / "plain"), QuantizationConfig(**ALL)
     counted: list[int] = []
     quantize_and_save(model, config, tmp_path / "made", max_shard_size="20KB", on_map=lambda: counted.append(1))
-    assert len(counted) == len(quantized_names(tiny.model("gpt2"), config)) + 1
+    assert len(counted) == len(quantized_names(tiny.model("gpt2"), config)) == 4 * 4 + 1
     assert all(
         tensor.is_meta for part in model.modules() if isinstance(part, AnyPrecisionLinear) for tensor in part.buffers()
     )

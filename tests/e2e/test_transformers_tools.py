@@ -16,7 +16,7 @@ import quicksilver
 from quicksilver.errors import UnsupportedFeatureError
 from quicksilver.families.quantize import quantize_model
 from quicksilver.loading.quantized import save_quantized
-from quicksilver.quant.config import QUANT_METHOD, QuantizationConfig
+from quicksilver.weights.config import QUANT_METHOD, QuantizationConfig
 from tests import HANGS, tiny
 from tests.e2e.prompts import PROMPT
 
@@ -56,7 +56,7 @@ def test_quantized_weights_are_counted(quantized_dir: Path) -> None:
     assert model.name_or_path == str(quantized_dir)
     both = tiny.from_config(tiny.CONFIGS["qwen2"]())
     before = {exclude: both.num_parameters(exclude_embeddings=exclude) for exclude in (True, False)}
-    quantize_model(both, QuantizationConfig(head=True, embeddings=True))
+    quantize_model(both, QuantizationConfig())
     assert {each: quicksilver.accelerate(both).num_parameters(exclude_embeddings=each) for each in before} == before
 
 

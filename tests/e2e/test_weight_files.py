@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import quicksilver
 from quicksilver.errors import ModelError, WeightFilesWarning
-from quicksilver.quant.storage import INDEX
+from quicksilver.weights.storage import INDEX
 from tests import tiny
 from tests.e2e.conftest import ModelFolder, Outcome
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quicksilver.core.bits import WEIGHT_BITS
 from quicksilver.ops import native
-from quicksilver.ops.any_precision_linear import StoredMatrix, check_rows, multiply, prepared
-from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.quant.codes import AnyPrecisionCodes, QuantGrid, centres
-from quicksilver.quant.rounding import quantize
+from quicksilver.ops.any_precision_linear import StoredMatrix, check_rows, multiply, native_matrix
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.codes import BLOCK, GroupedCodes, Scales
+from tests import tolerances
+from tests.rounding import rounded
 
-INSTRUCTION_SETS = native.instruction_sets() if native.is_available() else ()
+INSTRUCTION_SETS: tuple[str, ...] = native.instruction_sets() if native.is_available() else ()
 
-_CHUNK = 64  # neighbouring channels whose coefficients share a unit
-_STEPS = 127 * 256 / 2 ** (1 / 16)  # units in the largest product of an activation and its channel's largest scale
-_FLOATS = 2e-6  # of the sum of magnitudes: roundings of float32 on the way
+Bits = int | Tensor
+"""What is read: one number, [N] for each row, or [N, in] for each channel."""
+
+_SUBNORMAL = 2.0**-149  # float32's least: what is as small is off by as much
+_ODD_HALVES = (0.0, -0.0, 2.0**-24, -(2.0**-24), 37 * 2.0**-24, 2.0**-14, -0.5, 1000.0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -29,65 +33,135 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def draw_bits(*shape: int, seed: int = 0) -> Tensor:
     """Return bits from 0 to 8, even, uint8."""
-    return 2 * torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return 2 * draw_whole(0, 5, *shape, seed=seed).to(torch.uint8)
+
+
+def draw_whole(first: int, end: int, *shape: int, seed: int = 0) -> Tensor:
+    """Return whole numbers from `first` to `end` - 1, those two more often than others, int64."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers, odd = torch.randint(first, end, shape, generator=generator), torch.rand(shape, generator=generator)
+    return torch.where(odd < 0.1, first, torch.where(odd > 0.9, end - 1, numbers))
+
+
+def draw_halves(*shape: int, seed: int = 0) -> Tensor:
+    """Return half-precision numbers, among them zeros, negative and subnormal ones, and large ones."""
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.tensor(_ODD_HALVES)[torch.randint(0, len(_ODD_HALVES), shape, generator=generator)]
+    return torch.where(torch.rand(shape, generator=generator) < 0.1, odd, 0.01 * draw(*shape, seed=seed)).half()
+
+
+def _zero(out: int, groups: int, _: int, bits: int, seed: int) -> Scales:
+    return Scales(draw_halves(out, groups, seed=seed), 2 ** (bits - 1))
+
+
+def _zeros(out: int, groups: int, _: int, bits: int, seed: int) -> Scales:
+    zeros = draw_whole(0, 2**bits, out, groups, seed=seed + 1).to(torch.uint8)
+    return Scales(draw_halves(out, groups, seed=seed), zeros)
+
+
+def _offsets(out: int, groups: int, _: int, __: int, seed: int) -> Scales:
+    return Scales(draw_halves(out, groups, seed=seed), None, draw_halves(out, groups, seed=seed + 1))
+
+
+def _two_levels(out: int, groups: int, blocks: int, _: int, seed: int) -> Scales:
+    steps, offsets = (draw_whole(0, 256, out, groups, seed=seed + i).to(torch.uint8) for i in (0, 1))
+    return Scales(
+        steps, None, offsets, draw_halves(out, blocks, seed=seed + 2), draw_halves(out, blocks, seed=seed + 3)
+    )
+
+
+def _zeros_in_blocks(out: int, groups: int, blocks: int, bits: int, seed: int) -> Scales:
+    steps, zeros = (
+        draw_whole(0, end, out, groups, seed=seed + i).to(torch.uint8) for i, end in enumerate((256, 2**bits))
+    )
+    return Scales(steps, zeros, None, 1000 * draw_halves(out, blocks, seed=seed + 2).clamp(-1, 1), factor=2.0**-20)
+
+
+def _signed(out: int, groups: int, blocks: int, bits: int, seed: int) -> Scales:
+    steps = draw_whole(-128, 128, out, groups, seed=seed).to(torch.int8)
+    return Scales(steps, 2 ** (bits - 1), None, draw_halves(out, blocks, seed=seed + 1))
+
+
+FORMS: dict[str, Callable[[int, int, int, int, int], Scales]] = {
+    "zero": _zero,
+    "zeros": _zeros,
+    "offsets": _offsets,
+    "two levels": _two_levels,
+    "zeros in blocks": _zeros_in_blocks,
+    "signed": _signed,
+}
+"""Kinds of scales: of outputs, groups, blocks, bits and a seed."""
 
 
 def module(
-    num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 1, spread: float = 1.0
+    num_inputs: int,
+    num_outputs: int,
+    bits: int = 8,
+    group_size: int = 32,
+    form: str = "offsets",
+    unit: int | None = None,
+    seed: int = 1,
 ) -> AnyPrecisionLinear:
-    """Return a map without bias whose channels differ in size by up to `spread`, so that its scales do too."""
-    weight = draw(num_inputs, num_outputs, seed=seed) * torch.logspace(0.0, spread, num_inputs)[:, None]
-    return AnyPrecisionLinear(quantize(weight, group_size), None)
+    """Return a map without bias of random codes and scales, odd ones among them; no matrix was rounded to it."""
+    groups, blocks = -(-num_inputs // group_size), -(-num_inputs // BLOCK)
+    scales = FORMS[form](num_outputs, groups, blocks, bits, seed)
+    if bits == 6:
+        scales = replace(scales, factor=scales.factor / 2)  # as codes of five bits have it
+    codes = draw_whole(0, 2**bits, num_outputs, num_inputs, seed=seed).to(torch.uint8)
+    return AnyPrecisionLinear(GroupedCodes(codes, bits, group_size, scales), None, unit)
 
 
-def random_codes(num_inputs: int, num_outputs: int, group_size: int = 32, seed: int = 0) -> AnyPrecisionLinear:
-    """Return a map of random codes, scales and zeros, extremes among them; no matrix was rounded to it."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def bytes_of(*shape: int) -> Tensor:
-        drawn = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-        extremes = torch.where(drawn < 128, 0, 255).to(torch.uint8)
-        return torch.where(torch.rand(shape, generator=generator) < 0.2, extremes, drawn)
-
-    groups = -(-num_outputs // group_size)
-    grid = QuantGrid(bytes_of(num_inputs, groups), bytes_of(num_inputs, groups), torch.tensor(0.37), group_size)
-    tables = {bits: centres(bits).round().clamp(0, 255) for bits in (4, 2)}
-    return AnyPrecisionLinear(AnyPrecisionCodes.pack(bytes_of(num_inputs, num_outputs), grid, tables), None)
+def plain(codes: Tensor, bits: int, group_size: int = 32, unit: int | None = None) -> AnyPrecisionLinear:
+    """Return a map whose weights are codes [out, in] themselves."""
+    steps = torch.ones(codes.shape[0], -(-codes.shape[1] // group_size), dtype=torch.float16)
+    return AnyPrecisionLinear(GroupedCodes(codes, bits, group_size, Scales(steps, 0)), None, unit)
 
 
-def expected(linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> Tensor:
-    """Return the product that defines the operator, [N, out] float64."""
-    y = torch.zeros(x.shape[0], linear.num_outputs, dtype=torch.float64)
+def spread(bits: Bits, x: Tensor) -> Tensor:
+    """Return bits channel by channel, [N, in]."""
+    each = torch.full((len(x), 1), bits, dtype=torch.uint8) if isinstance(bits, int) else bits
+    return each.view(len(x), -1).expand_as(x)
+
+
+def of_rows(bits: Bits, rows: slice) -> Bits:
+    """Return the bits of some rows."""
+    return bits if isinstance(bits, int) else bits[rows]
+
+
+def weights(linear: AnyPrecisionLinear, bits: int) -> tuple[Tensor, Tensor]:
+    """Return weights as `bits` bits tell them, [out, in] float64, and the size of what they are the difference of."""
+    codes, zero = linear.codes, linear.codes.scales.zero
+
+    def of_inputs(of_groups: Tensor) -> Tensor:
+        return of_groups.double().repeat_interleave(codes.group_size, 1)[:, : codes.num_inputs]
+
+    scale, offset = (of_inputs(t) for t in codes.scales.expand(codes.group_size))
+    if zero is not None:
+        offset = scale * (of_inputs(zero) if isinstance(zero, Tensor) else zero)
+    cell = 2 ** max(codes.bits - bits, 0)
+    levels = (codes.codes // cell * cell).double() + (cell - 1) / 2
+    return levels * scale - offset, levels * scale.abs() + offset.abs()
+
+
+def expected(linear: AnyPrecisionLinear, x: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Return the product that defines the operator, and how far off float32 may be, [N, out] float64 each."""
+    y, bound = torch.zeros(2, len(x), linear.num_outputs, dtype=torch.float64)
+    each = spread(bits, x)
+    activations = rounded(x, each > 0).double()
+    finest = 127 * _SUBNORMAL / linear.codes.scales.factor  # kernels multiply units by the factor first
     for value in WEIGHT_BITS:
-        y += torch.where(bits == value, x, 0.0).double() @ linear.codes.dequantize(value).double()
-    return y
+        read = torch.where(each == value, activations, 0.0)
+        if bool(read.any()):
+            weight, size = weights(linear, value)
+            y += read @ weight.T
+            bound += (tolerances.PRODUCT * read.abs() + finest * (read != 0)) @ size.T
+    return y, bound + linear.num_inputs * _SUBNORMAL
 
 
-def bounds(linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> Tensor:
-    """Return how far the kernels may be from the definition, [N, out] float64.
-
-    A coefficient, activation times scale, is off by two units at most: half a unit for the activation, half for the
-    product, one for the scale. What it multiplies is a level less a zero.
-    """
-    grid, out = linear.codes.grid, linear.num_outputs
-    scales, zeros = (grid.spread(t, out).double() for t in (grid.scales, grid.zeros.float()))
-    limit = torch.zeros(x.shape[0], out, dtype=torch.float64)
-    for row in range(x.shape[0]):
-        magnitudes = x[row].double().abs() * (bits[row] > 0)
-        reach = torch.zeros_like(scales)
-        for value in WEIGHT_BITS:
-            levels = linear.codes.dequantize(value).double() / scales + zeros
-            reach += (levels - zeros).abs() * (bits[row] == value)[:, None]
-        blocks = zip(*(t.split(_CHUNK) for t in (magnitudes, scales, reach)), strict=True)
-        for activation, scale, multiplied in blocks:
-            unit = (activation * scale.amax(1)).amax() / _STEPS
-            limit[row] += 2.001 * unit * multiplied.sum(0) + _FLOATS * (activation[:, None] * scale * multiplied).sum(0)
-    return limit
-
-
-def assert_close(y: Tensor, linear: AnyPrecisionLinear, x: Tensor, bits: Tensor) -> None:
-    """Fail where a product is further from its definition than the kernels' rounding explains."""
-    excess = (y.double() - expected(linear, x, bits)).abs() - bounds(linear, x, bits)
+def assert_close(y: Tensor, linear: AnyPrecisionLinear, x: Tensor, bits: Bits) -> None:
+    """Fail where a product is further from its definition than float32 explains."""
+    wanted, bound = expected(linear, x, bits)
+    excess = (y.double() - wanted).abs() - bound
     assert bool((excess <= 0).all()), f"beyond the bound by up to {float(excess.nan_to_num(float('inf')).max()):.3g}"
 
 
@@ -113,9 +187,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def product(x: Tensor, stored: StoredMatrix, bits: int | Tensor) -> Tensor:
-    """Return rows times a matrix, checked as a module's are."""
+def product(matrix: AnyPrecisionLinear | StoredMatrix, x: Tensor, bits: Bits = 8) -> Tensor:
+    """Return rows times a matrix by the instruction set in use, checked as a module's are."""
     each, uniform = (None, bits) if isinstance(bits, int) else (bits, 8)
-    matrix = prepared(stored, by_channel=each is not None and each.dim() == 2)
-    check_rows(x, stored, each, uniform)
-    return multiply(x, matrix, each, uniform)
+    stored = matrix if isinstance(matrix, StoredMatrix) else matrix.stored
+    check_rows(x, stored.num_inputs, each, uniform)
+    return multiply(x, native_matrix(stored), each, uniform)
+
+
+def products(matrix: AnyPrecisionLinear | StoredMatrix, x: Tensor, bits: Bits = 8) -> Tensor:
+    """Return the same from every instruction set, which must agree in every bit."""
+    found: list[Tensor] = []
+    for isa in INSTRUCTION_SETS:
+        with using(isa):
+            found.append(product(matrix, x, bits))
+        assert torch.equal(found[-1], found[0]), f"{isa} differs from {INSTRUCTION_SETS[0]}"
+    return found[0]

@@ -10,6 +10,7 @@ import torch
 from quicksilver.core.trace import COUNT
 from quicksilver.families.spec import MapRole
 from quicksilver.ops import native
+from tests.ops.any_precision import module
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
 
@@ -29,7 +30,7 @@ def test_every_count_of_the_kernels_has_a_place_in_a_trace() -> None:
 
 @pytest.mark.parametrize("role", get_args(MapRole))
 def test_maps_are_known_by_their_roles(role: str) -> None:
-    with pytest.raises(ValueError, match="not laid out for bits by channel"):
+    with pytest.raises(ValueError, match="the map has no matrix"):
         native.extension().Layer().grade_map(role, [], [8], 0)
 
 
@@ -60,8 +61,20 @@ def test_counts_without_a_place_are_refused() -> None:
         runner().run(0, 1, 0, 0, [], [], [], 0, 0, 0, [0], 1, False)
 
 
-@pytest.mark.parametrize("name", ["set_map", "grade_map"])
-def test_maps_that_there_are_not_are_refused(name: str) -> None:
-    layer = native.extension().Layer()
-    with pytest.raises((ValueError, TypeError)):
-        getattr(layer, name)("sideways", *([], [8], 0) if name == "grade_map" else (None, 0, 0, 8))
+def test_maps_that_there_are_not_are_refused() -> None:
+    layer, matrix = native.extension().Layer(), module(32, 64).matrix
+    for name, arguments in {"set_map": (matrix, 0, 0, 8, [0] * 9), "grade_map": ([], [8], 0)}.items():
+        with pytest.raises(ValueError, match="no such map: sideways"):
+            getattr(layer, name)("sideways", *arguments)
+    with pytest.raises(ValueError, match="bytes of 0 to 8 bits"):
+        layer.set_map("query", matrix, 0, 0, 8, [0] * 8)
+    with pytest.raises(ValueError, match="one threshold fewer than bits"):
+        layer.grade_map("query", [1.0], [8], 0)
+
+
+def test_maps_that_are_not_the_parts_of_a_matrix_are_not_joined() -> None:
+    layer, part, whole = native.extension().Layer(), module(32, 64).matrix, module(32, 200).matrix
+    for role in ("query", "key", "value"):
+        layer.set_map(role, part, 0, 0, 8, [0] * 9)
+    with pytest.raises(ValueError, match="not the matrix's parts"):
+        layer.join_maps(True, whole)

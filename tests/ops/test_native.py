@@ -12,12 +12,9 @@ import torch
 
 from quicksilver.errors import InputError, KernelsMissingWarning, KernelsUnavailableError
 from quicksilver.families import kernels
-from quicksilver.families.quantize import quantize_model
 from quicksilver.families.registry import adapt
 from quicksilver.loading.load import accelerate, load
 from quicksilver.ops import native
-from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.quant.config import QuantizationConfig
 from tests import tiny
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
@@ -72,18 +69,6 @@ def test_other_types_are_said_once_and_refused_where_kernels_were_asked_for() ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert adapt(model).kernels == "torch"
-
-
-@needs_kernels
-def test_a_model_quantized_by_an_earlier_version_is_read_map_by_map() -> None:
-    model = tiny.from_config(tiny.CONFIGS["llama"]())
-    quantize_model(model, QuantizationConfig())
-    odd = next(module for module in model.modules() if isinstance(module, AnyPrecisionLinear))
-    odd.get_buffer("constants").view(torch.float32)[3] += 0.5
-    with pytest.raises(KernelsUnavailableError, match=r"'model.layers.0.self_attn.q_proj' are not whole codes"):
-        adapt(model, "native")
-    with pytest.warns(KernelsMissingWarning, match="quantize the model again"):
-        assert adapt(model).kernels == "native"
 
 
 @pytest.mark.usefixtures("missing")

@@ -12,7 +12,7 @@ import quicksilver
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.families.quantize import quantize_model
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights.config import QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, run_chunks, run_steps, run_whole
 
@@ -54,7 +54,7 @@ def test_dense_equals_transformers_in_bfloat16(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_quantized_weights_are_read_as_in_transformers(family: str) -> None:
     model, ids = tiny.from_config(tiny.CONFIGS[family]()), tiny.token_ids(40)
-    quantize_model(model, QuantizationConfig(head=True, embeddings=True))
+    quantize_model(model, QuantizationConfig())
     found = quicksilver.accelerate(model, kernels="torch")(ids[None]).logits[0]
     torch.testing.assert_close(found, reference(model, ids), atol=tolerances.LOGITS[torch.float32], rtol=0)
 

@@ -15,8 +15,8 @@ import quicksilver
 from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.families.quantize import quantize_model
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import DropFill, ForcedRule, PropagateFill, Shortcut, ZeroFill
+from quicksilver.weights.config import LAYERS_ONLY
 from tests import tiny, tolerances
 from tests.engines import halting_plan, shortcut_plan
 
@@ -170,7 +170,7 @@ def test_hooks_on_the_wrapper_are_refused_by_name() -> None:
 def test_a_model_is_not_quantized_past_its_adapters(family: str) -> None:
     model = adapted(family).base_model.model
     with pytest.raises(ModelError, match="merge adapters"):
-        quantize_model(model, QuantizationConfig())
+        quantize_model(model, LAYERS_ONLY)
 
 
 def test_plain_and_adapted_models_cost_the_same_multiply_adds() -> None:

@@ -22,13 +22,16 @@ from quicksilver.families.rotary import Rotation
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
-from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import ChannelBitsRule, KVConfig
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.config import LAYERS_ONLY
 from tests import tiny, tolerances
 from tests.engines import decoder, precision_plan, run_steps
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels"),
+    pytest.mark.usefixtures("rounding_as_kernels"),
+]
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.deepcopy,
@@ -39,7 +42,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def quantized(family: str = "llama", seed: int = 0) -> Any:
     """Return a quantized model that a test may change."""
     model = tiny.from_config(tiny.CONFIGS[family](), seed)
-    quantize_model(model, QuantizationConfig())
+    quantize_model(model, LAYERS_ONLY)
     return model
 
 
@@ -93,7 +96,7 @@ CHANNEL = precision_plan(ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2,
 def write_codes(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, AnyPrecisionLinear):
-            module.get_buffer("plane_0")[::3] ^= 0b01
+            module.get_buffer("high")[::3] ^= 0b01
 
 
 def write_norms(model: Any) -> None:

@@ -7,6 +7,7 @@ between two codes that rounding decides.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quicksilver import rules
+from quicksilver.backends.resolved import resolve
 from quicksilver.cache import CacheShape, ModelIdentity, SequenceCache
 from quicksilver.cache.coded import decode, encode
 from quicksilver.families.cost import dense_cost, executed_cost, kv_read_bytes
+from quicksilver.families.quantize import quantize_model
+from quicksilver.ops import native
 from quicksilver.plan import Plan
+from quicksilver.weights.config import LAYERS_ONLY
 from tests import oracle, tiny, tolerances
 from tests.engines import (
     FILLS,
@@ -180,9 +185,23 @@ def test_codes_by_hand() -> None:
     codes, scales = encode(rows)
     assert codes.dtype == torch.int8
     assert codes.tolist() == [[1, -127, 0, 64], [0, 0, 0, 0], [127, -127, 0, 0], [-127, 64, 0, 0]]
-    assert scales.tolist() == pytest.approx([1.0, 0.0, 3e38 / 127, 2e-3 / 127])
+    assert scales.flatten().tolist() == pytest.approx([1.0, 0.0, 3e38 / 127, 2e-3 / 127])
     assert decode(codes, scales, torch.float32)[0].tolist() == [1.0, -127.0, 0.0, 64.0]
     assert decode(codes, scales, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 16, 31, 32, 33, 40, 64, 80, 96, 128, 256])
+def test_dimensions_that_a_rotation_turns_share_a_scale(head_dim: int) -> None:
+    """With 16 pairs of neighbours: a group's large numbers take nothing from the others'."""
+    rows = torch.randn(4, 2, head_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(decode(*encode(rows), torch.float64), oracle.code(rows))
+    half = (head_dim + 1) // 2
+    last = [d for d in range(head_dim) if d % half >= (half - 1) // 16 * 16]
+    others = [d for d in range(head_dim) if d not in last]
+    rows[..., last] *= 1000
+    error = (decode(*encode(rows), torch.float64) - rows).abs()
+    assert encode(rows)[1].shape == (4, 2, -(-half // 16))
+    assert not others or float(error[..., others].max()) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -220,3 +239,61 @@ def test_entries_of_fewer_bits_are_kept_as_what_they_mean(bits: int) -> None:
     assert cache.entries(0).keys.shape == (4, 2, 4)
     assert cache.used_nbytes == 4 * (2 * 2 * (4 + 4) + 4)  # of codes and a scale, or of halves; and a position
     assert cache.copy().nbytes == cache.used_nbytes
+
+
+def biased(name: str) -> Any:
+    """Return a model whose keys have large biases in dimensions that rotate slowly, as Qwen2.5's first layers have."""
+    model = tiny.from_config(tiny.config_of(name))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith(("k_proj.bias", "c_attn.bias")):
+                keys = parameter if path.endswith("k_proj.bias") else parameter.view(3, -1)[1]
+                keys[3::8], keys[7::8] = 300.0, -200.0
+    return model
+
+
+@BITS
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama-tied-biased"])
+def test_large_biases_of_keys_leave_entries_exact(name: str, kernels: Any, bits: int) -> None:
+    """Unless it is taken out, what all keys have in common takes the codes of what tells them apart."""
+    if kernels == "native" and not native.is_available():
+        pytest.skip("there are no compiled kernels")
+    model, ids = biased(name), tiny.token_ids(LENGTH)
+    if kernels == "native":
+        quantize_model(model, LAYERS_ONLY)
+    exact, engine = (decoder(model, with_kv(Plan("test"), bits=each), kernels=kernels) for each in (None, bits))
+    wanted, whole, steps = run_whole(exact, ids), run_whole(engine, ids), run_steps(engine, ids, prompt=9)
+    assert all(centre is not None for centre in engine.adapter.key_centres)
+    for run in (whole, steps):  # without it they are 2 to 6 apart
+        assert float((run.logits - wanted.logits).abs().max()) < 0.8
+        assert float((run.logits - wanted.logits).square().mean().sqrt()) < 0.1
+    torch.testing.assert_close(steps.logits, whole.logits, atol=tolerances.KERNEL_LOGITS, rtol=0)
+
+
+@BITS
+@pytest.mark.parametrize("fill", FILLS, ids=lambda f: type(f).__name__)
+def test_what_halted_tokens_leave_is_kept_like_other_keys(fill: rules.FillRule, bits: int) -> None:
+    """A key of zeros, too, is one from which what keys have in common is taken."""
+    depths = torch.randint(1, 6, (LENGTH,), generator=torch.Generator().manual_seed(3))
+    plan, model = halting_plan(rules.ForcedRule(tuple(depths.tolist())), fill), biased("qwen2")
+    ids = tiny.token_ids(LENGTH)
+    wanted, run = (run_steps(decoder(model, with_kv(plan, bits=each)), ids, prompt=9) for each in (None, bits))
+    assert float((run.logits - wanted.logits).square().mean().sqrt()) < 0.1
+
+
+def test_plans_that_continue_one_cache_take_out_the_same() -> None:
+    """Whatever has become of the model's biases when the second plan is resolved."""
+    model = biased("qwen2")
+    adapter = decoder(model, CODED).adapter
+    before = adapter.key_centres
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.bias += 1000.0
+    assert resolve(CODED, adapter).layers[0].key_centre is before[0]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3-biased", "olmo2-biased", "phi3", "qwen2"])
+def test_nothing_is_taken_out_where_it_would_matter_or_is_little(name: str) -> None:
+    """Scores with a cap, keys with a norm, maps without biases, small biases."""
+    model = biased(name) if name != "qwen2" else tiny.model(name)
+    assert decoder(model, CODED).adapter.key_centres == (None,) * tiny.NUM_LAYERS

@@ -19,9 +19,9 @@ from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import ragged_attention
 from quicksilver.plan import Plan
 from quicksilver.plan.tensors import PlanTensors
-from quicksilver.quant import AnyPrecisionLinear
-from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.rounding import quantize
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.config import LAYERS_ONLY
+from quicksilver.weights.rounding import quantize
 from tests import tiny, tolerances
 from tests.engines import (
     decoder,
@@ -65,7 +65,7 @@ def model(name: str, quantized: bool = False) -> tuple[Any, Any]:
         weight[slowest], bias[slowest] = 0.0, BIAS
     narrow = made.half()
     if quantized:
-        quantize_model(narrow, QuantizationConfig())
+        quantize_model(narrow, LAYERS_ONLY)
     return narrow, copy.deepcopy(narrow).float()
 
 
@@ -200,8 +200,8 @@ def test_fitted_maps_of_large_states_are_those_of_float32(rank: int | None) -> N
 
 
 def test_parts_of_a_sum_over_channels_need_not_fit_float16() -> None:
-    weight = torch.full((64, 32), 40.0)
-    weight[32:] = -40.0
+    weight = torch.full((32, 64), 40.0)
+    weight[:, 32:] = -40.0
     module = AnyPrecisionLinear(quantize(weight, 32), None)
     x, bits = torch.full((3, 64), 60.0), torch.full((3, 64), 8, dtype=torch.uint8)
     x[:, 0], bits[:, 32:] = 61.0, 6

@@ -21,13 +21,16 @@ from quicksilver.families.registry import adapt
 from quicksilver.loading.load import accelerate
 from quicksilver.ops import any_precision_linear, native
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
 from quicksilver.rules import ChannelBitsRule, EntropyBitsRule, UniformBitsRule
+from quicksilver.weights.config import QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import Run, decoder, precision_plan, run_batch, run_chunks, run_steps, run_whole
 from tests.ops.any_precision import draw
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels"),
+    pytest.mark.usefixtures("rounding_as_kernels"),
+]
 
 PLANS = {
     "dense": Plan.dense(),
@@ -102,7 +105,7 @@ def test_a_batch_is_its_sequences_alone(family: str) -> None:
 
 def test_a_quantized_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     seen, run = [], any_precision_linear.multiply
 
     def multiply(x: Tensor, matrix: Any, **rest: Any) -> Tensor:
@@ -119,7 +122,7 @@ def test_a_quantized_head_is_read_by_them_too(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_a_head_norms_its_rows_as_the_norm_does(family: str, rows: int) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]())
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     adapter = adapt(model, "native")
     hidden = draw(rows, adapter.spec.hidden_size)
     torch.testing.assert_close(adapter.logits(hidden), adapter.head(adapter.final_norm(hidden)), atol=ATOL, rtol=0)
@@ -158,7 +161,7 @@ def test_the_kernels_take_norms_of_contiguous_float32_alone(name: str, odd: str)
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_norm_that_is_not_contiguous_is_run_by_pytorch(name: str, place: str) -> None:
     model = tiny.from_config(tiny.CONFIGS["gpt2"]())
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     norm = model.transformer.h[1].ln_2 if place == "layer" else model.transformer.ln_f
     setattr(norm, name, nn.Parameter(strided(getattr(norm, name).detach())))
     runs = [run_steps(decoder(model, Plan.dense(), kernels=each), tiny.token_ids(9)) for each in ("native", "torch")]
@@ -168,7 +171,7 @@ def test_a_norm_that_is_not_contiguous_is_run_by_pytorch(name: str, place: str) 
 @pytest.mark.parametrize("family", tiny.LAYOUTS)
 def test_a_head_leaves_gradients_of_its_norm_to_pytorch(family: str) -> None:
     model = tiny.from_config(tiny.CONFIGS[family]())
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     adapter = adapt(model, "native")
     adapter.logits(draw(2, adapter.spec.hidden_size)).sum().backward()
     weight = cast(torch.nn.Module, adapter.final_norm).weight

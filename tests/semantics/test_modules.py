@@ -21,9 +21,11 @@ from quicksilver.errors import ModelError, UnsupportedModelError
 from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights.config import LAYERS_ONLY, QuantizationConfig
 from tests import tiny, tolerances
 from tests.engines import decoder, run_steps
+
+pytestmark = pytest.mark.usefixtures("rounding_as_kernels")  # of quantized maps, where PyTorch runs them
 
 IDS = tiny.token_ids(9)[None]
 RUN = {
@@ -63,7 +65,7 @@ def fresh(family: str, quantized: bool = False) -> Any:
     """Return a model that a test may change."""
     model = tiny.from_config(tiny.CONFIGS[family]())
     if quantized:
-        quantize_model(model, QuantizationConfig(head=True))
+        quantize_model(model, QuantizationConfig(embeddings=False))
     return model
 
 
@@ -104,7 +106,7 @@ def test_what_hangs_on_called_modules_runs(family: str, path: str, hang: Callabl
     assert_as_transformers(accelerated, model, atol)
     hang(model.get_submodule(path))
     after = logits(model)
-    assert float((after - before).abs().max()) > 10 * atol
+    assert float((after - before).abs().max()) > 3 * atol
     for each in (accelerated, quicksilver.accelerate(model)):
         assert_as_transformers(each, model, atol)
         engine, cache, trace = each.decoder, each.decoder.new_cache(1), each.decoder.new_trace()
@@ -316,7 +318,7 @@ def test_a_model_is_not_quantized_past_what_hangs_on_its_maps() -> None:
     model = fresh("llama")
     HANGERS["hook"](model.model.layers[1].mlp.up_proj)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        quantize_model(model, QuantizationConfig())
+        quantize_model(model, LAYERS_ONLY)
 
 
 def test_a_map_that_is_not_quantized_among_quantized_ones_is_refused_by_name() -> None:

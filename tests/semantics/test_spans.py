@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from statistics import mean
 from threading import Thread
@@ -14,10 +13,8 @@ import torch
 from quicksilver.backends.native import span_ends
 from quicksilver.families.cost import Cost, executed_cost
 from quicksilver.families.quantize import quantize_model
-from quicksilver.ops import any_precision_linear, native
+from quicksilver.ops import native
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
-from quicksilver.quant.linear import keeping_expanded
 from quicksilver.rules import (
     ChannelBitsRule,
     DropFill,
@@ -32,6 +29,8 @@ from quicksilver.rules import (
     ZeroFill,
 )
 from quicksilver.runtime.loop import Decoder
+from quicksilver.weights.config import LAYERS_ONLY
+from quicksilver.weights.linear import keeping_expanded
 from tests import tiny, tolerances
 from tests.engines import (
     Run,
@@ -49,7 +48,10 @@ from tests.engines import (
 )
 from tests.ops.any_precision import threads
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels")
+pytestmark = [
+    pytest.mark.skipif(not native.is_available(), reason="there are no compiled kernels"),
+    pytest.mark.usefixtures("rounding_as_kernels"),
+]
 
 FORCED = ForcedRule((2, 99, 3, 99, 99))
 CHANNEL = ChannelBitsRule((3.0, 1.5, 0.7, 0.3), bits=(8, 6, 4, 2, 0))
@@ -165,7 +167,7 @@ def bfloat16_step(numbers: torch.Tensor) -> torch.Tensor:
 
 def test_entries_of_16_bits_keep_what_is_no_number() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    quantize_model(model, QuantizationConfig())
+    quantize_model(model, LAYERS_ONLY)
     engine = decoder(model, ROUGH["entries of 16 bits"], kernels="native")
     model.model.embed_tokens.weight.data[7] = float("nan")
     kept = entries(run_steps(engine, torch.tensor([1, 7, 2])), engine)
@@ -237,18 +239,6 @@ def test_a_token_takes_one_call_where_nobody_is_asked_and_more_where_someone_is(
     assert span_ends(6, (2, 3)) == [2, 2, 3, 4, 6, 6]
 
 
-def test_weights_are_packed_when_a_span_first_runs() -> None:
-    packed = any_precision_linear._entries
-    plan, model = precision_plan(CHANNEL), copy.deepcopy(tiny.quantized("llama"))  # of tensors that nobody has packed
-    before = set(packed)
-    engine = decoder(model, plan, kernels="native")
-    assert set(packed) <= before
-    run_steps(engine, tiny.token_ids(3))
-    layers = set(packed) - before
-    assert len(layers) == sum(len(layer.quantized) for layer in engine.adapter.layers)
-    assert all(list(packed[key].layouts or ()) == [True] for key in layers)
-
-
 def test_kept_floats_come_first() -> None:
     model = tiny.quantized("llama")
     engine, ids = decoder(model, Plan.dense(), kernels="native"), tiny.token_ids(6)
@@ -259,7 +249,7 @@ def test_kept_floats_come_first() -> None:
 
 def test_a_state_that_is_no_number_stays_none() -> None:
     model = tiny.from_config(tiny.CONFIGS["llama"]())
-    quantize_model(model, QuantizationConfig())
+    quantize_model(model, LAYERS_ONLY)
     engine = decoder(model, Plan.dense(), kernels="native")
     model.model.embed_tokens.weight.data[7] = float("nan")
     logits = run_steps(engine, torch.tensor([1, 7, 2])).logits
@@ -271,7 +261,7 @@ def test_a_state_that_is_no_number_stays_none() -> None:
 def test_variants_of_families_are_run_as_they_are_defined(name: str) -> None:
     """Scaling by layer, other activations, biases and rotary scaling: run by the kernels, or left to PyTorch."""
     model = tiny.from_config(tiny.VARIANTS[name]())
-    quantize_model(model, QuantizationConfig())
+    quantize_model(model, LAYERS_ONLY)
     engines = (decoder(model, Plan.dense(), kernels=kernels) for kernels in ("torch", "native"))
     one, other = (run_steps(engine, tiny.token_ids(9)).logits for engine in engines)
     torch.testing.assert_close(one, other, atol=tolerances.KERNEL_LOGITS, rtol=0)

@@ -10,7 +10,7 @@ import torch
 from quicksilver.families.fingerprint import fingerprint
 from quicksilver.families.quantize import quantize_model
 from quicksilver.families.registry import adapt
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights.config import LAYERS_ONLY, QuantizationConfig
 from tests import tiny
 
 
@@ -36,12 +36,12 @@ def test_weights_count() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.1)
     assert taken(model) != taken(tiny.model("llama"))
-    quantize_model(model, QuantizationConfig())
+    quantize_model(model, LAYERS_ONLY)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.plane_0.bitwise_not_()
+        model.model.layers[1].mlp.up_proj.high.bitwise_not_()
     changed = taken(model)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.plane_0.bitwise_not_()
+        model.model.layers[1].mlp.up_proj.high.bitwise_not_()
     assert changed != taken(model)
 
 

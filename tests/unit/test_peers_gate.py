@@ -19,7 +19,7 @@ from benchmarks.peers.measuring import References, Settings, check
 from benchmarks.peers.subjects import Subject
 from quicksilver.families.quantize import quantize_model
 from quicksilver.ops import native
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights.config import QuantizationConfig
 from tests import tiny, tolerances
 
 _IDS = list(range(3, 43))
@@ -125,7 +125,7 @@ def test_the_reference_of_a_prompt_is_the_float_models_last_row(
 def test_a_prompt_gives_the_logits_of_its_last_token_among_those_of_every_token() -> None:
     """So that what is compared is what is timed."""
     model = tiny.from_config(GPT2Config(**{**tiny.CONFIGS["gpt2"]().to_dict(), "n_positions": 256}))
-    quantize_model(model, QuantizationConfig(head=True))
+    quantize_model(model, QuantizationConfig(embeddings=False))
     engine = TorchEngine(ours.UNIFORM_8, Q8, quicksilver.accelerate(model, "uniform-8bit"))
     prompt = _IDS * 5
     engine.prefill(prompt)

@@ -12,7 +12,7 @@ from quicksilver.measure.report import evaluate
 from quicksilver.measure.texts import Corpus
 from quicksilver.measure.windows import WindowConfig, cut
 from quicksilver.plan import Plan
-from quicksilver.quant.config import QuantizationConfig
+from quicksilver.weights.config import QuantizationConfig
 from tests import tiny
 from tests.engines import precision_plan
 
@@ -23,7 +23,7 @@ def test_rows_have_as_many_cells_as_the_table_has_columns() -> None:
     text = cut(Corpus("text", ("The river rises in the hills. " * 3,), separate=False), tiny.tokenizer(), window_config)
     plans = [precision_plan(precision.UniformBitsRule(bits)) for bits in (8, 6)]
     measured = evaluate(accelerate(tiny.quantized("llama")), plans, text, window_config, name="tiny")
-    quantizing = precision.settings(QuantizationConfig(head=True), "book.txt", windows * 2, windows)
+    quantizing = precision.settings(QuantizationConfig(embeddings=False), "book.txt", windows * 2, windows)
     rows = [{**row, "nesting": quantizing} for row in measured]
     rows += [{**rows[0], "plan": {"name": name}} for name, _ in precision.wanted()]
     table = precision.markdown(rows)

@@ -14,8 +14,8 @@ from quicksilver.calibrate.splits import Part
 from quicksilver.measure.report import evaluate
 from quicksilver.measure.windows import WindowConfig, WindowedText, slide
 from quicksilver.plan import Plan
-from quicksilver.quant.linear import keeping_expanded
 from quicksilver.rules import ForcedRule, RandomFusionRule, RandomRule, Shortcut, UniformBitsRule
+from quicksilver.weights.linear import keeping_expanded
 from tests import tiny
 from tests.engines import fusion_plan, halting_plan, precision_plan, shortcut_plan, skipping_plan, with_maps
 

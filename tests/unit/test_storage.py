@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quicksilver.errors import ModelError
-from quicksilver.quant.storage import INDEX, SINGLE, Expected, give_back, read_tensors, write_tensors
+from quicksilver.weights.storage import INDEX, SINGLE, Expected, StoredTensors, give_back, write_tensors
 
 TENSORS = {
     "layer.zeros": torch.arange(60, dtype=torch.uint8).view(20, 3),
@@ -45,7 +45,7 @@ def shards(tmp_path: Path) -> Path:
 
 def refused(folder: Path, *names: str, wanted: dict[str, Expected] | None = None) -> None:
     with pytest.raises(ModelError) as caught:
-        read_tensors(folder, expected() if wanted is None else wanted)
+        StoredTensors(folder).read_all(expected() if wanted is None else wanted)
     assert str(folder) in str(caught.value)
     assert all(name in str(caught.value) for name in names), caught.value
 
@@ -63,7 +63,7 @@ def header_size(path: Path) -> int:
 @pytest.mark.parametrize("max_shard_size", ["2GB", 20, 1])
 def test_tensors_come_back_as_they_were(tmp_path: Path, max_shard_size: int | str) -> None:
     write_tensors(TENSORS, tmp_path, max_shard_size)
-    read = read_tensors(tmp_path, expected())
+    read = StoredTensors(tmp_path).read_all(expected())
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
@@ -90,7 +90,7 @@ def test_a_flipped_bit_anywhere_in_the_header_is_refused(tmp_path: Path) -> None
         flip(path, offset, offset * 5 % 8)
         refused(tmp_path, SINGLE, wanted=wanted)
         path.write_bytes(good)
-    assert read_tensors(tmp_path, wanted).keys() == tensors.keys()
+    assert StoredTensors(tmp_path).read_all(wanted).keys() == tensors.keys()
 
 
 def test_a_flipped_bit_of_the_data_is_refused_and_its_tensor_named(single: Path) -> None:

@@ -1,6 +1,6 @@
 """Quantized maps by PyTorch or map by map by the kernels: ask the rule how many bits are read, read them, count them.
 
-The rules themselves are in `quicksilver.rules`; reading is `quicksilver.quant`'s.
+The rules themselves are in `quicksilver.rules`; reading is `quicksilver.weights`'s.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from quicksilver.core.decisions import ChannelView
 from quicksilver.core.trace import Trace
 from quicksilver.errors import PlanError
 from quicksilver.families.spec import Adapter, Apply
-from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.weights import AnyPrecisionLinear
 
 
 class _Rows(NamedTuple):
@@ -55,10 +55,11 @@ class MapReader:
             x = x - mean
         bits = self._choose(rows, module, x)
         counts = _channels_by_bits(bits, x)
-        rows.trace.add_channels(rows.layer_idx, counts, module.num_outputs, module.channel_bytes)
         present = [each for each, count in enumerate(counts) if each and count]
         if not set(present) <= set(WEIGHT_BITS):
             raise PlanError(f"{type(self._rule).__name__}.decide must give 0, 2, 4, 6 or 8 bits, got {present}")
+        counts[module.bits :] = [sum(counts[module.bits :])]  # of more bits than codes have, all are read
+        rows.trace.add_channels(rows.layer_idx, counts, module.num_outputs, module.channel_bytes)
         y = module(x, bits=bits, present=present, kernels=self._kernels)
         return y if product is None else y + product
 

@@ -23,9 +23,10 @@ from quicksilver.families.family import MapRole
 from quicksilver.families.kernels import activation_name, norm_operands
 from quicksilver.families.spec import Adapter, LayerOps
 from quicksilver.ops import AttentionBackend, native
-from quicksilver.ops.any_precision_linear import has_whole_levels, prepared
-from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.ops.any_precision_linear import native_matrix
 from quicksilver.rules.registry import guarded
+from quicksilver.weights import AnyPrecisionLinear
+from quicksilver.weights.joined import LargePages, lay_out
 
 
 def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
@@ -36,8 +37,6 @@ def unsupported_reason(adapter: Adapter, plan: ResolvedPlan) -> str | None:
         return "the kernels do not read its weights"
     if any(map(_is_unknown, adapter.layers)):
         return "it has norms or an activation that the kernels do not know"
-    if not all(has_whole_levels(module.stored) for layer in adapter.layers for module in layer.quantized):
-        return "levels of fewer bits are not whole codes"
     if plan.bits is not None and guarded(plan.bits.kernel_bits, 0, 0, len(adapter.layers[0].quantized)) is None:
         return f"the kernels do not know how {type(plan.bits).__name__} chooses bits"
     if len({layer.fill for layer in plan.layers}) > 1:
@@ -75,11 +74,13 @@ class NativeBackend:
         self._kept: list[Any] = []  # what the kernels hold addresses of
         self._ends = span_ends(spec.num_layers, asked)
         self._places: list[int] = [COUNT[name] for name in native.extension().COUNTS]
+        self._pages = LargePages()
+        self._joined = [self._lay_out(ops) for ops in adapter.layers]
         self._runner: Any = None
 
     def spans(self, state: State, context: PassContext) -> Iterator[range]:
         first = 0
-        while first < self._spec.num_layers and (len(state.hidden) or self._plan.fills):
+        while first < self._spec.num_layers and (state.hidden.shape[0] or self._plan.fills):
             span = range(first, self._ends[first] if self._unsupported_reason(state, context) is None else first + 1)
             yield span
             first = span.stop
@@ -95,13 +96,13 @@ class NativeBackend:
         layout, rotations = (state.layout, state.rotations) if halted is None else (state.chunk, context.rotations)
         hidden = self._rows(state, halted)
         counts = context.trace.counts
-        if self._runner is None:  # not before it is needed: it takes as much memory as the weights
+        if self._runner is None:
             self._runner = self._new_runner()
         self._runner.run(
             span.start,
             span.stop,
             hidden.data_ptr(),
-            len(hidden),
+            hidden.shape[0],
             _fields(layout, halted, state, context),
             [address for each in rotations for address in (each.cos.data_ptr(), each.sin.data_ptr())],
             extend(context.caches, span, layout.lengths),
@@ -125,14 +126,13 @@ class NativeBackend:
             return "weights are kept as floats"
         if state.halted is not None and self._fill is Fill.ZERO:
             return "halted tokens leave zeros"
-        if not len(state.hidden) and self._fill is not Fill.PROJECT:
+        if not state.hidden.shape[0] and self._fill is not Fill.PROJECT:
             return "no token runs on"
         hidden = state.hidden
         fit = hidden.dtype == torch.float32 and hidden.is_cpu and hidden.shape[1] == self._spec.hidden_size
-        each = (rotation.cos for rotation in state.rotations)
-        if not fit or any(cos.dtype != torch.float32 or cos.shape[-1] != self._spec.head_dim for cos in each):
-            return "states are not the model's, in float32 on the CPU"
-        return None
+        for rotation in state.rotations:
+            fit = fit and rotation.cos.dtype == torch.float32 and rotation.cos.shape[-1] == self._spec.head_dim
+        return None if fit else "states are not the model's, in float32 on the CPU"
 
     @staticmethod
     def _rows(state: State, halted: Tensor | None) -> Tensor:
@@ -161,6 +161,8 @@ class NativeBackend:
         layer.set_sublayers(ops.norms_projections, ops.residual_scale or 1.0)
         for map_idx, (role, module) in enumerate(zip(ops.spec.maps, ops.quantized, strict=True)):
             self._set_map(layer, layer_idx, map_idx, role, module)
+        for of_attention, matrix in self._joined[layer_idx].items():
+            layer.join_maps(of_attention, matrix)
         for shortcut in (plan.attention, plan.mlp):
             if shortcut is not None:
                 self._set_shortcut(layer, shortcut)
@@ -170,8 +172,20 @@ class NativeBackend:
             plan.estimate_dims_above,
             ops.spec.softcap or 0.0,
         )
+        layer.set_key_centre(self._address(plan.key_centre))
         layer.set_place(ops.spec.window or 0, -1 if ops.spec.rotary is None else ops.spec.rotary)
         return layer
+
+    def _lay_out(self, ops: LayerOps) -> dict[bool, Any]:
+        """Lay a layer's maps out in memory; return those of one input as one matrix, by whether it is attention's."""
+        maps = dict(zip(ops.spec.maps, ops.quantized, strict=True))
+        found: dict[bool, Any] = {}
+        for roles in (("query", "key", "value"), ("output",), ("gate", "up"), ("down",)):
+            modules = [maps[role] for role in roles if role in maps]
+            stored = lay_out(modules, self._pages)
+            if stored is not None:
+                found[roles[0] == "query"] = native_matrix(stored)
+        return found
 
     def _norm(self, norm: nn.Module) -> tuple[int, int, float]:
         operands = norm_operands(norm)
@@ -187,8 +201,8 @@ class NativeBackend:
         num_maps = len(self._layers[0].quantized)
         chosen = KernelBits((MAX_BITS,)) if rule is None else guarded(rule.kernel_bits, layer_idx, map_idx, num_maps)
         assert chosen is not None  # see `unsupported_reason`
-        matrix = prepared(module.stored, by_channel=bool(chosen.thresholds))
-        self._kept.append(matrix)
+        matrix = module.matrix
+        self._kept += [matrix, *module.buffers()]
         layer.set_map(role, matrix, self._address(bias), self._address(mean), chosen.bits[0], module.channel_bytes)
         if chosen.thresholds:
             norms = self._address(module.channel_norms)
@@ -231,11 +245,11 @@ def _marks(
     layout: RaggedLayout, halted: Tensor | None, state: State, context: PassContext
 ) -> list[tuple[bool, bool, bool, int]]:
     """Return for each row whether it has halted, reads all bits, and runs all sublayers, and its bits at most."""
-    given = context.protected.bits, context.protected.shortcuts, state.max_bits
-    if halted is None and all(tensor is None for tensor in given):
+    bits, shortcuts, most = context.protected.bits, context.protected.shortcuts, state.max_bits
+    if halted is None and bits is None and shortcuts is None and most is None:
         return [(False, False, False, MAX_BITS)] * sum(layout.lengths)
     stopped = set() if halted is None else set(halted.tolist())
-    bits, shortcuts, most = (None if tensor is None else tensor.tolist() for tensor in given)
+    bits, shortcuts, most = (None if tensor is None else tensor.tolist() for tensor in (bits, shortcuts, most))
     return [
         (
             origin in stopped,

@@ -15,9 +15,9 @@ from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
 from quicksilver.plan.affine import AffineMap
 from quicksilver.plan.tensors import named_vector
-from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import Part, PrecisionRule, Shortcut, threshold_at
 from quicksilver.rules.precision.base import mean_name
+from quicksilver.weights import AnyPrecisionLinear
 
 _SKIPPED: dict[Part, int] = {"mlp": COUNT["skipped_mlp"], "attention": COUNT["skipped_attention"]}
 
@@ -65,6 +65,7 @@ class LayerPlan:
     attention: BoundShortcut | None  # the shortcut past attention, None where there is none
     mlp: BoundShortcut | None  # the shortcut past the MLP
     centres: Mapping[int, Centre]  # the means of its maps' inputs, by the map's identity
+    key_centre: Tensor | None  # [num_kv_heads, head_dim] float32, what keys are kept less of; None for nothing
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _layer(
         attention=shortcuts.get((layer_idx, "attention")),
         mlp=shortcuts.get((layer_idx, "mlp")),
         centres=_centres(plan, adapter, layer_idx),
+        key_centre=None if plan.kv.bits is None else adapter.key_centres[layer_idx],
     )
 
 

@@ -120,13 +120,13 @@ class TorchBackend:
 
     def _write(self, layer_idx: int, key: Tensor, value: Tensor, state: State, context: PassContext) -> None:
         """Write running tokens' keys and values and, as the fill says, halted tokens', in order of position."""
-        caches, row, fill = context.caches, context.trace.rows[layer_idx], self._plan.layers[layer_idx].fill
+        row, fill = context.trace.rows[layer_idx], self._plan.layers[layer_idx].fill
         coded = self._plan.entry_bits == ENTRY_BITS
         if coded:
             row[_ENTRY] += key.shape[0]
         if state.halted is None or fill is Fill.NONE:
             masses = None if state.masses is None else state.mass
-            append_rows(caches, layer_idx, state.layout, key, value, masses)
+            self._append(layer_idx, state.layout, key, value, masses, context)
             return
         keys, values = (t.new_zeros((state.chunk.num_tokens, *t.shape[1:])) for t in (key, value))
         keys.index_copy_(0, state.layout.origin, key)
@@ -141,7 +141,21 @@ class TorchBackend:
         if state.present is not state.chunk:
             keys, values = (t.index_select(0, state.present.origin) for t in (keys, values))
         masses = None if state.masses is None else state.masses.index_select(0, state.present.origin)
-        append_rows(caches, layer_idx, state.present, keys, values, masses)
+        self._append(layer_idx, state.present, keys, values, masses, context)
+
+    def _append(
+        self,
+        layer_idx: int,
+        layout: RaggedLayout,
+        keys: Tensor,
+        values: Tensor,
+        masses: Tensor | None,
+        context: PassContext,
+    ) -> None:
+        """Keep entries, keys less what they have in common where they are kept in few bits."""
+        centre = self._plan.layers[layer_idx].key_centre
+        keys = keys if centre is None else keys - centre.to(keys.device, keys.dtype)
+        append_rows(context.caches, layer_idx, layout, keys, values, masses)
 
     def _project(self, layer_idx: int, state: State, context: PassContext) -> tuple[Tensor, Tensor]:
         """Return keys and values of halted tokens, of the states with which they halted."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quicksilver.cache.coded import SCALE_BYTES
+from quicksilver.cache.coded import SCALE_BYTES, num_scales
 from quicksilver.core.bits import ENTRY_BITS, HALF_BITS
 
 _STORED = {HALF_BITS: torch.bfloat16, ENTRY_BITS: torch.int8}  # by the bits of a number
@@ -23,7 +23,7 @@ class CacheShape:
     head_dim: int  # width of each
     dtype: torch.dtype  # of keys and values as they are written and read
     device: torch.device  # where they live
-    # they are kept in so many: 8 for int8 codes with a scale for each entry and head, 16 for bfloat16; None for their
+    # they are kept in so many: 8 for int8 codes with scales for groups of dimensions, 16 for bfloat16; None for their
     # own dtype
     entry_bits: int | None = None
 
@@ -35,7 +35,8 @@ class CacheShape:
     def entry_bytes(self) -> int:
         """Bytes of one entry's key and value."""
         bits = 8 * self.dtype.itemsize if self.entry_bits is None else self.entry_bits
-        return 2 * self.num_kv_heads * (self.head_dim * bits // 8 + (SCALE_BYTES if self.coded else 0))
+        scales = num_scales(self.head_dim) if self.coded else 0
+        return 2 * self.num_kv_heads * (self.head_dim * bits // 8 + scales * SCALE_BYTES)
 
 
 class Entries(NamedTuple):
@@ -56,10 +57,11 @@ class LayerEntries:
     def __init__(self, shape: CacheShape) -> None:
         stored = shape.dtype if shape.entry_bits is None else _STORED[shape.entry_bits]
         rows = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=stored, device=shape.device)
-        scales = rows.new_empty(rows.shape[:2], dtype=torch.float32) if shape.coded else None
+        scales = rows.new_empty((*rows.shape[:2], num_scales(shape.head_dim)), dtype=torch.float32)
         self.length = self.capacity = 0  # entries held, and those that there is room for
         self.keys = self.values = rows  # [capacity, num_kv_heads, head_dim] as they are kept: floats, or int8 codes
-        self.key_scales = self.value_scales = scales  # [capacity, num_kv_heads] of codes, None where there are none
+        # [capacity, num_kv_heads, scales] of codes, None where there are none
+        self.key_scales = self.value_scales = scales if shape.coded else None
         self.positions = rows.new_empty(0, dtype=torch.int32)  # [capacity]
         self.masses: Tensor | None = None  # [capacity] int32, None where each entry stands for one token
         self.row_nbytes = shape.entry_bytes + self.positions.element_size()  # of one entry, its mass included

@@ -20,11 +20,11 @@ from quicksilver.core.decisions import ChannelView, TokenBitsView
 from quicksilver.errors import InputError, PlanError
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
-from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import ChannelBitsRule, GradedBitsRule, PrecisionConfig
 from quicksilver.rules.precision.graded import Thresholds
 from quicksilver.runtime.loop import Decoder
 from quicksilver.runtime.protection import Protection
+from quicksilver.weights import AnyPrecisionLinear
 
 _BISECTIONS = 80
 
@@ -198,11 +198,10 @@ def _watch_maps(
 
 
 def _map_scores(rule: ChannelBitsRule, module: AnyPrecisionLinear, counts: Tensor, power: float) -> MapScores:
-    weight = module.codes.dequantize()
+    weight = module.dequantize()
     total = max(float(weight.double().square().sum()), 1e-30)
     lost = tuple(
-        float((weight - module.codes.dequantize(bits)).double().square().sum()) / total if bits else 1.0
-        for bits in rule.bits
+        float((weight - module.dequantize(bits)).double().square().sum()) / total if bits else 1.0 for bits in rule.bits
     )
     return MapScores(counts, module.num_inputs, module.num_outputs, 1.0 / max(power, 1e-30), lost)
 

@@ -22,7 +22,7 @@ from quicksilver.core.files import write_atomically
 from quicksilver.measure.windows import WindowConfig
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.plan import Plan
-from quicksilver.quant.linear import keeping_expanded
+from quicksilver.weights.linear import keeping_expanded
 
 _PAPER_TRIALS = 10
 _FREE = 0.05  # share of the budget that coded entries may cost and be taken though the objective does not gain by them

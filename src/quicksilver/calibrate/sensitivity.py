@@ -18,9 +18,9 @@ from quicksilver.calibrate.outputs import divergence
 from quicksilver.families.cost import executed_cost
 from quicksilver.families.spec import Adapter
 from quicksilver.plan import Plan
-from quicksilver.quant import AnyPrecisionLinear
 from quicksilver.rules import KVConfig, Threshold
 from quicksilver.runtime.loop import Decoder
+from quicksilver.weights import AnyPrecisionLinear
 
 SKIPPED = 0.5  # share of a map's channels that is left out to learn what its error is worth
 THRESHOLDS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)

@@ -131,13 +131,22 @@ def own_lines() -> Iterator[None]:
     """Say on lines of our own, on stderr, what the library warns of as it reads; others' warnings pass through."""
     from quicksilver import errors
 
-    notes = (errors.ByteOrderMarkWarning, errors.KernelsMissingWarning, errors.WeightFilesWarning)
+    notes = (
+        errors.ByteOrderMarkWarning,
+        errors.KernelsMissingWarning,
+        errors.TokenizerWarning,
+        errors.WeightFilesWarning,
+    )
     with warnings.catch_warnings(record=True) as caught:
         for category in notes:
             warnings.simplefilter("always", category)
         warnings.simplefilter("ignore", errors.FittedElsewhereWarning)  # `warn_fitted_elsewhere` says it
         yield
+    said = set()
     for warning in caught:  # an error stands alone: it is one line
+        if str(warning.message) in said:  # a file that is opened for its weights, and for its tokenizer
+            continue
+        said.add(str(warning.message))
         if issubclass(warning.category, notes):
             print(f"quicksilver: note: {warning.message}", file=sys.stderr)
         else:
@@ -195,7 +204,7 @@ def calibration_windows(
 
 def display_name(model: str) -> str:
     """Return a model's name for tables: the folder's own name, or the id as given."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def command(
 ) -> None:
     """Measure plans against the dense MODEL, in the same run, on the same windows.
 
-    MODEL is an embedded model's name, a local folder, or an id on the hub.
+    MODEL is an embedded model's name, a local folder, a GGUF file, or an id on the hub.
 
     \b
     Examples:

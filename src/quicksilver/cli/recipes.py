@@ -63,9 +63,9 @@ def quantized_copy(model: Any) -> Any:
 
     from quicksilver.families.quantize import quantize_model, quantized_names
     from quicksilver.loading.load import accelerate
-    from quicksilver.quant.config import QuantizationConfig
+    from quicksilver.weights.config import LAYERS_ONLY
 
-    config, plain = QuantizationConfig(), copy.deepcopy(model.model)
+    config, plain = LAYERS_ONLY, copy.deepcopy(model.model)
     with progress("quantizing weights", len(quantized_names(plain, config))) as advance:
         quantize_model(plain, config, on_map=advance)
     print(

@@ -1,4 +1,4 @@
-"""Where a model comes from (embedded, a local folder, the hub) and which devices there are names for."""
+"""Where a model comes from (embedded, a local folder or file, the hub) and which devices there are names for."""
 
 import os
 import re
@@ -9,7 +9,8 @@ from quicksilver.errors import ModelError, first_line
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "models"
 _HUB_TIMEOUT_S = 10.0
-_READ_SUFFIXES = (".json", ".safetensors", ".model")
+_READ_SUFFIXES = (".json", ".safetensors", ".model", ".gguf")
+_SHARD = re.compile(r"-\d{5}(?=-of-\d{5}\.gguf$)")
 _DEVICES = re.compile(r"auto|(cpu|cuda)(:(0|[1-9]\d?))?")
 
 
@@ -19,28 +20,58 @@ def embedded_models() -> list[str]:
 
 
 def resolve_model(path_or_id: str | os.PathLike[str]) -> str:
-    """Return the folder of an embedded or local model, or the hub id; ModelError for a path that is no folder."""
+    """Return the folder or the GGUF file of a local model, the folder of an embedded one, or the hub id.
+
+    A folder without a config.json stands for the GGUF file in it, or the first file of the set.
+
+    Raises:
+        ModelError: a path that leads to neither, or to several models.
+    """
     name = os.fspath(path_or_id)
     if name in embedded_models():
         return str(EMBEDDED / name)
     if _is_folder(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            gguf = "; GGUF files are not read" if any(Path(name).glob("*.gguf")) else ""
-            raise ModelError(f"{name}: the folder holds no config.json{gguf}")
-        return name
+        return name if os.path.isfile(os.path.join(name, "config.json")) else str(find_gguf(name))
     if os.path.isfile(name):
+        if is_gguf(name):
+            return name
         raise ModelError(
-            f"{name}: no such model folder; it is a file, and folders with config.json and safetensors are read"
+            f"{name}: no such model folder; it is a file, and folders with config.json and safetensors, or GGUF files,"
+            " are read"
         )
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise ModelError(f"{name or repr(name)}: no such model folder")
     return name
 
 
+def is_gguf(source: str) -> bool:
+    """Whether a local model is a GGUF file: it is called so, or begins so."""
+    if not os.path.isfile(source):
+        return False
+    if source.lower().endswith(".gguf"):
+        return True
+    try:
+        with open(source, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelError(f"{source}: {error.strerror or error}") from None
+
+
+def find_gguf(folder: str | os.PathLike[str]) -> Path:
+    """Return the GGUF file in a folder, or the first of a set; ModelError where there is none, or more than one."""
+    files = sorted(Path(folder).glob("*.gguf"))
+    models = {_SHARD.sub("", file.name): file for file in reversed(files)}
+    if not models:
+        raise ModelError(f"{folder}: the folder holds no config.json, and no GGUF file")
+    if len(models) > 1:
+        raise ModelError(f"{folder}: the folder holds several GGUF files; name one: {', '.join(sorted(models))}")
+    return next(iter(models.values()))
+
+
 def check_model(path_or_id: str | os.PathLike[str]) -> None:
-    """Raise ModelError where a model is neither a folder, nor downloaded, nor on the hub; only then is that asked."""
+    """Raise ModelError where a model is neither local, nor downloaded, nor on the hub; only then is that asked."""
     source = resolve_model(path_or_id)
-    if not os.path.isdir(source) and not _is_downloaded(source):
+    if not os.path.exists(source) and not _is_downloaded(source):
         is_local(source)
 
 
@@ -79,8 +110,8 @@ def hub_answers(kind: str, repo_id: str) -> str | None:
 
 
 def is_local(source: str) -> bool:
-    """Whether a model must come from disk: a folder, or a download where the hub does not answer; else ModelError."""
-    if os.path.isdir(source):
+    """Whether a model must come from disk: a folder or file, or a download where the hub is silent; else ModelError."""
+    if os.path.exists(source):
         return True
     reason = hub_answers("model", source)
     if reason is None:

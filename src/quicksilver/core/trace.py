@@ -84,7 +84,7 @@ class Trace:
     Args:
         num_layers: layers of the model.
         per_token: also keep, per pass, how many layers each token ran.
-        entry_bits: bits of the keys and values that are read: 8 for codes with a scale for each entry and K/V head,
+        entry_bits: bits of the keys and values that are read: 8 for codes with scales for groups of dimensions,
             None for the model's own.
 
     Attributes:

@@ -3,12 +3,13 @@
 2 FLOPs per multiply-add. Weight matrices, attention pairs, the head, signals, fitted maps and merging count; norms,
 activations, bounds, factors, residual additions and what the softmax does to weights (leaving some out included) count
 on neither side. Estimating weights counts: a query's mean square, and a softmax that dense does not make. Keys
-and values kept as codes are multiplied as codes: their scales take one multiplication for each score, for each score
-completed in a second step, and for each value read.
+and values kept as codes are multiplied as codes: each of their scales takes one multiplication for each score, for each
+score completed in a second step, and for each value read.
 """
 
 from dataclasses import dataclass
 
+from quicksilver.cache.coded import num_scales
 from quicksilver.core.bits import ENTRY_BITS
 from quicksilver.core.trace import LayerCounts, Trace
 from quicksilver.families.spec import ENTRY, MLP, QUERY, LayerSpec, ModelSpec
@@ -72,9 +73,9 @@ def executed_cost(spec: ModelSpec, trace: Trace) -> Cost:
         other = sum(signals.values()) - of_head + layer.rule_macs + layer.fitted_macs
         if layer.signal_query:
             other += spec.num_heads * layer.attended  # the softmax that estimates weights
-        if coded:
-            other += 2 * spec.num_heads * layer.attended - layer.values_skipped
-            other += layer.scored_twice
+        if coded:  # products with scales
+            scaled = 2 * spec.num_heads * layer.attended - layer.values_skipped + layer.scored_twice
+            other += num_scales(spec.head_dim) * scaled
         macs += linear + of_head + attention + other
         read += of_head * spec.head_bits + attention * entry_bits + other * activation_bits
         bitops += read * activation_bits

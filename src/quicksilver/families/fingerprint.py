@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.families.spec import ModelSpec
-from quicksilver.quant import AnyPrecisionWeight
+from quicksilver.weights import AnyPrecisionLinear
+
+HEAD = "lm_head"
 
 _SAMPLES = 64
 _FACTS = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
@@ -29,13 +31,12 @@ def fingerprint(model: nn.Module, spec: ModelSpec) -> str:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return any-precision weights but for levels, which depend on the machine, or all parameters where none are."""
+    """Return any-precision weights, or all parameters where none are."""
     quantized: list[tuple[str, Any]] = [
         (f"{path}.{name}", buffer)
         for path, module in model.named_modules()
-        if isinstance(module, AnyPrecisionWeight)
+        if isinstance(module, AnyPrecisionLinear) and path != HEAD
         for name, buffer in module.named_buffers()
-        if name != "constants"
     ]
     return sorted(quantized or [(name, p.detach()) for name, p in model.named_parameters()], key=lambda pair: pair[0])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quicksilver.families.modules import runs_only
-from quicksilver.quant import AnyPrecisionSplit
+from quicksilver.weights import AnyPrecisionSplit
 
 Parts = tuple[Tensor, ...]
 

@@ -13,9 +13,9 @@ from quicksilver.families.modules import defined_in, is_observed
 from quicksilver.families.names import FAMILIES
 from quicksilver.families.spec import ModelSpec
 from quicksilver.ops import native
-from quicksilver.ops.any_precision_linear import NormOperands, accepts, has_whole_levels, multiply, prepared
+from quicksilver.ops.any_precision_linear import NormOperands, accepts, multiply
 from quicksilver.ops.native import KernelChoice, Kernels
-from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.weights import AnyPrecisionLinear
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 """Classes of PyTorch and transformers by name, and what the kernels call them."""
 
 
-def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
+def resolve(choice: KernelChoice, spec: ModelSpec) -> Kernels:
     """Return which kernels read a model's any-precision weights; "auto" uses the compiled ones map by map if it can.
 
     Where it cannot, KernelsMissingWarning says so once for each reason; where another choice cannot be had,
@@ -38,13 +38,12 @@ def resolve(choice: KernelChoice, model: nn.Module, spec: ModelSpec) -> Kernels:
         if choice == "native":
             native.extension()
         return "torch"
-    missing = native.why_unavailable() or _unfit(spec)
-    problem = missing or _unreadable(model)
+    problem = native.why_unavailable() or _unfit(spec)
     if problem is not None and choice == "native":
         raise KernelsUnavailableError(f"native kernels cannot be used: {problem}")
     if problem is not None:
         _warn_once(problem)
-    return "native" if missing is None else "torch"
+    return "native" if problem is None else "torch"
 
 
 def norm_operands(norm: object) -> NormOperands | None:
@@ -89,10 +88,9 @@ def head(module: AnyPrecisionLinear, hidden: Tensor, norm: nn.Module | None = No
     operands = None if norm is None else norm_operands(norm)
     known = norm is None or (operands is not None and not _wants_gradient(operands) and not is_observed(norm))
     reads = known and accepts(hidden) and not module.is_expanded and not is_observed(module)
-    matrix = prepared(module.stored, by_channel=False) if reads else None
-    if matrix is None:
+    if not reads:
         return module(hidden if norm is None else norm(hidden), kernels="native")
-    logits = multiply(hidden, matrix, norm=operands)
+    logits = multiply(hidden, module.matrix, norm=operands)
     return logits if module.bias is None else logits + module.bias
 
 
@@ -107,22 +105,6 @@ def _unfit(spec: ModelSpec) -> str | None:
         return None
     dtype = str(spec.dtype).removeprefix("torch.")
     return f"they read float32 on the CPU, and the model runs in {dtype} on {spec.device.type}"
-
-
-def _unreadable(model: nn.Module) -> str | None:
-    """Return which quantized maps the kernels cannot read, and why; None where they read all."""
-    odd = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, AnyPrecisionLinear) and not has_whole_levels(module.stored)
-    ]
-    if not odd:
-        return None
-    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-    return (
-        f"the levels of 4 or 2 bits of {odd[0]!r}{more} are not whole codes (quantized by an earlier version);"
-        " quantize the model again"
-    )
 
 
 @cache

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from quicksilver.errors import UnsupportedModelError
 from quicksilver.families.family import Family, family_of, modeling_module
 from quicksilver.families.weights import WeightPlaces
-from quicksilver.quant import AnyPrecisionLinear, AnyPrecisionSplit
+from quicksilver.weights import AnyPrecisionLinear, AnyPrecisionSplit
 
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 _LIBRARIES = ("torch", "transformers", "peft", "quicksilver")

@@ -11,7 +11,7 @@ from quicksilver.families.modules import ModuleWatch, causal_lm, check_quantized
 from quicksilver.families.spec import Adapter
 from quicksilver.families.weights import check_weights
 from quicksilver.ops.native import KernelChoice
-from quicksilver.quant import AnyPrecisionLinear
+from quicksilver.weights import AnyPrecisionLinear
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _SIZES = ("num_hidden_layers", *_HEADS, "max_position_embeddings", "vocab_size")
@@ -40,7 +40,7 @@ def adapt(model: Any, kernels: KernelChoice = "auto") -> Adapter:
     adapter = family.adapt(base)
     if adapter.spec.is_quantized:
         check_quantized_maps(base, family)
-    resolved = resolve(kernels, base, adapter.spec)
+    resolved = resolve(kernels, adapter.spec)
     if resolved == "native" and isinstance(base.lm_head, AnyPrecisionLinear):
         by_kernels = partial(head, base.lm_head)
         adapter = replace(adapter, head=by_kernels, normed_head=partial(by_kernels, norm=adapter.final_norm))

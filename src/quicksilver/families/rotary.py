@@ -41,9 +41,10 @@ class RotationTable:
         self._known = Rotation(torch.empty(0), torch.empty(0))
 
     def __call__(self, positions: Tensor) -> Rotation:
-        if positions.device.type != "cpu" or len(positions) == 0:
+        count = positions.shape[0]
+        if not positions.is_cpu or count == 0:
             return self._compute(positions)
-        last = max(positions.tolist()) if len(positions) <= _FEW else int(positions.max())
+        last = max(positions.tolist()) if count <= _FEW else int(positions.max())
         known, needed = self._known, last + 1
         if needed > known.cos.shape[0]:
             known = self._known = self._compute(torch.arange(min(max(_FIRST, 2 * needed), self._num_positions)))

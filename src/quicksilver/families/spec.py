@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from quicksilver.cache import CacheShape, ModelIdentity
 from quicksilver.core.bits import MAX_BITS
 from quicksilver.core.signals import softmax_entropy
+from quicksilver.families.centres import key_centres
 from quicksilver.families.family import MapRole, MapShape
 from quicksilver.families.modules import ModuleWatch, float_weight
 from quicksilver.families.rotary import Rotation
 from quicksilver.ops.native import Kernels
-from quicksilver.quant import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
+from quicksilver.weights import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
 
 Map = Callable[[Tensor], Tensor]
 Apply = Callable[[Any, Tensor], Tensor]
@@ -150,6 +152,11 @@ class Adapter:
     modules: ModuleWatch | None = None  # says whether the model's modules are still those that this was made of
     # of the model, by which its caches know it; a copy has another
     identity: ModelIdentity = field(default_factory=ModelIdentity)
+
+    @cached_property
+    def key_centres(self) -> tuple[Tensor | None, ...]:
+        """What keys of each layer are kept less of in few bits; always the same, as caches outlive plans."""
+        return key_centres(self)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [N, vocab] of states [N, d]: the final norm, then the head."""

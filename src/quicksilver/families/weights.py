@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quicksilver.errors import UnsupportedModelError
-from quicksilver.quant.config import is_quantized
+from quicksilver.weights.config import is_quantized
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from quicksilver.core.sources import is_gguf
 from quicksilver.errors import InputError, QuickSilverError
 from quicksilver.loading.load import load, load_tokenizer, resolve_device, resolve_model
 from quicksilver.model import QuickSilverForCausalLM
@@ -191,7 +192,8 @@ class QuickSilverLM(_HarnessLM):
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = resolve_model(tokenizer or getattr(pretrained, "name_or_path", pretrained))
-            load_tokenizer(tokenizer)  # says in a line what is missing or damaged
+            loaded = load_tokenizer(tokenizer)  # says in a line what is missing or damaged
+            tokenizer = loaded if is_gguf(tokenizer) else tokenizer
         super()._create_tokenizer(pretrained, tokenizer, **options)
 
     def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -233,11 +235,11 @@ def main() -> None:
 
 
 def _source(pretrained: object) -> str:
-    """Return the folder of a model that is on disk, or its id on the hub."""
+    """Return the folder or file of a model that is on disk, or its id on the hub."""
     if not isinstance(pretrained, (str, os.PathLike)) or not os.fspath(pretrained):
         raise InputError(f"pretrained={pretrained!r}: give an embedded model's name, a folder or an id on the hub")
     source = resolve_model(pretrained)
-    return os.path.abspath(source) if os.path.isdir(source) else source
+    return os.path.abspath(source) if os.path.exists(source) else source
 
 
 def _check(batch_size: object, max_length: object, add_bos_token: object, others: Mapping[str, Any]) -> None:

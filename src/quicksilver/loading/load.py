@@ -1,4 +1,4 @@
-"""From a name to a running model: embedded models, local folders, the hub, or a model already in memory."""
+"""From a name to a running model: embedded models, local folders and files, the hub, or a model in memory."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quicksilver.core.sources import check_device, is_local, resolve_model
+from quicksilver.core.sources import check_device, is_gguf, is_local, resolve_model
 from quicksilver.errors import FittedElsewhereWarning, ModelError, first_line
 from quicksilver.families import registry
 from quicksilver.families.fingerprint import fingerprint
@@ -16,17 +16,19 @@ from quicksilver.families.modules import causal_lm
 from quicksilver.families.names import check_family
 from quicksilver.families.quantize import quantize_model
 from quicksilver.families.spec import Adapter
-from quicksilver.loading.packed import float_model, is_packed
+from quicksilver.loading.packed import is_packed, packed_model
 from quicksilver.loading.plain import read_plain
-from quicksilver.loading.tokenizers import read_tokenizer
+from quicksilver.loading.tokenizers import read_special_ids, read_tokenizer
 from quicksilver.model import QuickSilverForCausalLM
 from quicksilver.ops import native
 from quicksilver.ops.native import KernelChoice
 from quicksilver.plan import Plan
 from quicksilver.plan.presets import resolve_plan
-from quicksilver.quant.config import QuantizationConfig, is_quantized
-from quicksilver.quant.storage import give_back
+from quicksilver.weights.config import LAYERS_ONLY, is_quantized
 from quicksilver.weights.packed_settings import method_of, unsupported_method
+from quicksilver.weights.storage import give_back
+
+_QUANTIZED = "the model's weights are quantized already"
 
 
 def accelerate(
@@ -81,13 +83,13 @@ def load(
     special_ids: Sequence[int] | None = None,
     kernels: KernelChoice = "auto",
 ) -> QuickSilverForCausalLM:
-    """Load a model from an embedded name, a local folder or a hub id, and run it under a plan.
+    """Load a model from an embedded name, a local folder or GGUF file, or a hub id, and run it under a plan.
 
-    Where the plan chooses bits and the weights are plain, they are quantized in memory. A folder of GPTQ or AWQ runs
-    with exactly the weights that its codes stand for, as plain weights.
+    Where the plan chooses bits and the weights are plain, the layers' maps are quantized in memory; the head and the
+    embedding are not. A folder of GPTQ or AWQ runs on the codes that it holds, nothing rounded anew.
 
     Args:
-        path_or_id: "ref-llama" or another embedded name, a folder, or an id on the hub.
+        path_or_id: "ref-llama" or another embedded name, a folder, a GGUF file (any of a set), or an id on the hub.
         plan: a `Plan`, a preset's name, or the path of a plan file.
         dtype: "float32", "bfloat16", "float16", or None for float32 on the CPU and the model's own elsewhere.
         device: "cpu", "cuda", "cuda:1", ...
@@ -115,10 +117,10 @@ def load(
     local = is_local(source)
     model = _read_model(source, resolve_dtype(dtype, target), local)
     if resolved.precision is not None and not is_quantized(model.config):
-        quantize_model(model, QuantizationConfig())
+        quantize_model(model, LAYERS_ONLY)  # a plan chooses the bits of these; the head and the embedding stay floats
     try:
         if special_ids is None:
-            special_ids = list({*configured_special_ids(model), *_tokenizer_special_ids(source, local)})
+            special_ids = list({*configured_special_ids(model), *read_special_ids(source, local)})
         return accelerate(model.eval().to(target), resolved, sorted(special_ids), kernels)
     except ModelError as error:
         raise type(error)(f"{source}: {error}") from None
@@ -137,10 +139,13 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
     """
     source, target = resolve_model(path_or_id), resolve_device(device)
     local = is_local(source)
-    config = _read_config(source, local)
-    if is_quantized(config) or is_packed(source, config):
-        raise ModelError(f"{source}: the model's weights are quantized already")
-    model = read_plain(source, config, "auto", local)
+    if is_gguf(source):
+        model = _read_gguf(source, "auto", allow_codes=False)
+    else:
+        config = _read_config(source, local)
+        if is_quantized(config) or is_packed(source, config):
+            raise ModelError(f"{source}: {_QUANTIZED}")
+        model = read_plain(source, config, "auto", local)
     try:
         registry.adapt(model)
         check_finite(model, give_back)
@@ -149,17 +154,35 @@ def load_plain(path_or_id: str | os.PathLike[str], device: str | torch.device = 
     return model.eval().to(target)
 
 
+def load_taken_over(path_or_id: str | os.PathLike[str]) -> Any:
+    """Load a folder of GPTQ or AWQ, or a GGUF file, with its codes as they are; None where a model is none of these.
+
+    Raises:
+        ModelError: the model cannot be found or read, or its weights are corrupt, missing or not finite.
+        UnsupportedModelError: the family or an option of it, or how the weights are quantized, is not supported.
+
+    Warns:
+        WeightFilesWarning: as `load` does.
+    """
+    source = resolve_model(path_or_id)
+    local = is_local(source)
+    if not (_is_gguf_in_codes(source) if is_gguf(source) else is_packed(source, _read_config(source, local))):
+        return None
+    model = _read_model(source, "auto", local)
+    if not is_quantized(model.config):
+        raise ModelError(f"{source}: some maps of its layers are plain, others codes: it can be run, not written anew")
+    try:
+        registry.adapt(model)
+        check_finite(model)
+    except ModelError as error:
+        raise type(error)(f"{source}: {error}") from None
+    return model.eval()
+
+
 def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
     """Load a model's tokenizer; ModelError where there is none, or it cannot be read."""
     source = resolve_model(path_or_id)
     return read_tokenizer(source, is_local(source))
-
-
-def _tokenizer_special_ids(source: str, local: bool) -> list[int]:
-    try:
-        return read_tokenizer(source, local).all_special_ids
-    except ModelError:
-        return []
 
 
 def check_fitted_to(plan: Plan, model: Any, adapter: Adapter) -> str | None:
@@ -217,15 +240,36 @@ def check_finite(model: Any, after: Callable[[Tensor], None] = lambda weight: No
 
 
 def _read_model(source: str, dtype: torch.dtype | str, local: bool) -> Any:
-    """Read configuration and safetensors weights, plain or quantized, by us or as GPTQ and AWQ do."""
+    """Read configuration and weights, plain or quantized, by us, as GPTQ and AWQ do, or in a GGUF file."""
+    if is_gguf(source):
+        return _read_gguf(source, dtype)
     config = _read_config(source, local)
     if is_packed(source, config):
-        return float_model(_folder(source, local), dtype)
+        return packed_model(_folder(source, local), dtype)
     if not is_quantized(config):
         return read_plain(source, config, dtype, local)
     from quicksilver.loading.quantized import load_quantized
 
     return load_quantized(_folder(source, local), config, dtype)
+
+
+def _is_gguf_in_codes(source: str) -> bool:
+    from quicksilver.loading.gguf.model import GgufModel
+
+    return GgufModel(source).is_quantized
+
+
+def _read_gguf(source: str, dtype: torch.dtype | str, allow_codes: bool = True) -> Any:
+    """Read a GGUF file, codes as they are and the rest in float32 unless a dtype is named."""
+    from quicksilver.loading.gguf import model as gguf
+
+    model = gguf.GgufModel(source)
+    if model.is_quantized and not allow_codes:
+        raise ModelError(f"{source}: {_QUANTIZED}")
+    if model.is_quantized:
+        return gguf.codes_model(model, dtype)
+    made = gguf.float_model(model)
+    return made if isinstance(dtype, str) else made.to(dtype)
 
 
 def _read_config(source: str, local: bool) -> Any:

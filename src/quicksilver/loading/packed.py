@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from quicksilver.errors import ModelError, WeightFilesWarning, first_line
 from quicksilver.families.family import family_of
-from quicksilver.families.quantize import HEAD, is_tied, quantized_names
+from quicksilver.families.quantize import HEAD, is_inputs_first, is_tied, quantized_names, take_over
 from quicksilver.families.weights import FLOATS
 from quicksilver.loading.plain import own_head, read_generation_config, some, warn
 from quicksilver.loading.quantized import blank
-from quicksilver.quant.storage import list_shards
 from quicksilver.weights.codes import GroupedCodes
 from quicksilver.weights.packed import PARTS, unpack, zeros_in_doubt
 from quicksilver.weights.packed_settings import METHODS, SIDE_FILES, PackedSettings, method_of
+from quicksilver.weights.storage import Expected, StoredTensors
 
 _KEY = "quantization_config"
 _CODES = PARTS[0]
 _CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 """Tensors of old files that are no weights; models compute them."""
-_CALLER = 5  # frames from a generator of this file to whoever called `load`
+_CALLER = 6  # frames from a generator of this file to whoever called `load`
 
 
 def is_packed(source: str, config: Any) -> bool:
@@ -43,17 +43,17 @@ def is_packed(source: str, config: Any) -> bool:
     if not any((folder / file).is_file() for file in SIDE_FILES):
         return False
     try:
-        return any(name.endswith(f".{_CODES}") for name in _StoredTensors(folder).names)
+        return any(name.endswith(f".{_CODES}") for name in StoredTensors(folder, checked=False).names)
     except ModelError:  # whoever reads the weights will say so
         return False
 
 
-def float_model(folder: str | Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    """Load a folder of GPTQ or AWQ as a plain model of transformers, on the CPU; in float32 with exactly its weights.
+def packed_model(folder: str | Path, dtype: torch.dtype | str = torch.float32) -> Any:
+    """Load a folder of GPTQ or AWQ on the CPU, its codes as they are, as any-precision weights.
 
     Args:
         folder: holds config.json and safetensors.
-        dtype: of the model; "auto" is the configuration's.
+        dtype: of the other weights; "auto" is the configuration's.
 
     Raises:
         ModelError: as `read_packed` does, or the configuration cannot be used.
@@ -63,19 +63,10 @@ def float_model(folder: str | Path, dtype: torch.dtype | str = torch.float32) ->
         WeightFilesWarning: as `read_packed` does, or a head has a table where the configuration ties it.
     """
     model = _outline(Path(folder), dtype)
-    family, maps = family_of(model.config), {f"{name}.weight" for name in quantized_names(model)}
-    own, weights = model.state_dict(), {}
-    for name, value in read_packed(folder, model):
-        if isinstance(value, Tensor) and name == f"{HEAD}.weight" and is_tied(model):
-            warn(own_head(folder))
-        if isinstance(value, GroupedCodes):
-            value = value.dequantize()
-            value = value.T.contiguous() if family.inputs_first and name in maps else value
-        weights[name] = value.to(own[name].dtype)
-    if is_tied(model) and f"{HEAD}.weight" in weights:
-        model.config.tie_word_embeddings = False
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    tied = is_tied(model)
+    take_over(model, read_packed(folder, model))
+    if tied and not is_tied(model) and isinstance(model.get_submodule(HEAD), nn.Linear):
+        warn(own_head(folder))
     return model
 
 
@@ -98,15 +89,15 @@ def read_packed(folder: str | Path, model: nn.Module) -> Iterator[tuple[str, Gro
         WeightFilesWarning: programs disagree on what some zeros stand for.
     """
     folder = Path(folder)
-    settings, stored = _read_settings(folder), _StoredTensors(folder)
-    doubted = []
+    settings, stored = _read_settings(folder), StoredTensors(folder, checked=False)
+    doubted, shapes = [], {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
     for name, packed in _match(model, stored, settings).items():
-        shape = tuple(model.get_parameter(name).shape)
+        shape = shapes[name]
         if not packed:
-            yield name, stored.read_plain(name, shape)
+            yield name, _read_plain(stored, name, shape)
             continue
         module = name.removesuffix(".weight")
-        if family_of(model.config).inputs_first and module != HEAD:
+        if is_inputs_first(model, module):
             shape = shape[::-1]
         own, parts = settings.of(module), {part: stored.read(f"{module}.{part}") for part in packed}
         yield name, unpack(parts, own, shape, lambda part, module=module: stored.describe(f"{module}.{part}"))
@@ -121,50 +112,15 @@ def read_packed(folder: str | Path, model: nn.Module) -> Iterator[tuple[str, Gro
         )
 
 
-class _StoredTensors:
-    """Tensors of a folder's safetensors by name, read when they are asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._folder = folder
-        self._held: dict[str, tuple[Path, Any]] = {}
-        for file, names in list_shards(folder).items():
-            path = folder / file
-            try:
-                shard = safe_open(path, framework="pt")
-                held = set(shard.keys())
-            except FileNotFoundError:
-                raise ModelError(f"{path}: this weight file is missing") from None
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path}: the weight file is damaged or cut off: {first_line(error)}") from None
-            for name in sorted(held ^ (held if names is None else names)):
-                place = "its index does not" if name in held else "it does not, but its index does"
-                raise ModelError(f"{path}: tensor {name!r}: {place} name it")
-            self._held |= dict.fromkeys(held, (path, shard))
-        self.names = frozenset(self._held)
-
-    def describe(self, name: str) -> str:
-        """Return how messages name a tensor: with its file, or the folder where it is missing."""
-        path = self._held[name][0] if name in self._held else self._folder
-        return f"{path}: tensor {name!r}"
-
-    def read(self, name: str) -> Tensor:
-        return self._held[name][1].get_tensor(name)
-
-    def read_plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Read a weight that is not packed; ModelError where it is not what a model of this shape needs."""
-        tensor = self.read(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"{self.describe(name)} has shape {list(tensor.shape)}, not {list(shape)}")
-        if tensor.dtype not in FLOATS:
-            raise ModelError(f"{self.describe(name)} is {str(tensor.dtype).removeprefix('torch.')}, not floats")
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise ModelError(f"{self.describe(name)} holds NaN or infinite values")
-        return tensor
+def _read_plain(stored: StoredTensors, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Read a weight that is not packed; ModelError where it is not what a model of this shape needs."""
+    tensor = stored.read(name, Expected(shape, FLOATS))
+    if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        raise ModelError(f"{stored.describe(name)} holds NaN or infinite values")
+    return tensor
 
 
-def _match(model: nn.Module, stored: _StoredTensors, settings: PackedSettings) -> dict[str, list[str]]:
+def _match(model: nn.Module, stored: StoredTensors, settings: PackedSettings) -> dict[str, list[str]]:
     """Return a model's weights by name, with the parts that are stored of those that are packed.
 
     Raises ModelError where one is missing, none is packed, or a tensor has no place.
@@ -189,7 +145,7 @@ def _match(model: nn.Module, stored: _StoredTensors, settings: PackedSettings) -
     return found
 
 
-def _parts_of(name: str, packable: set[str], stored: _StoredTensors) -> list[str]:
+def _parts_of(name: str, packable: set[str], stored: StoredTensors) -> list[str]:
     """Return the parts that are stored of a weight, none where it is plain; ModelError where it is neither."""
     if name in stored.names:
         return []
@@ -202,7 +158,7 @@ def _parts_of(name: str, packable: set[str], stored: _StoredTensors) -> list[str
     raise ModelError(f"{stored.describe(name)} is missing{either}{found}")
 
 
-def _has_own_head(model: nn.Module, stored: _StoredTensors) -> bool:
+def _has_own_head(model: nn.Module, stored: StoredTensors) -> bool:
     """Whether files hold another head than the embedding's table, to which the model ties it."""
     plain, embedding = f"{HEAD}.weight", f"{family_of(model.config).embedding}.weight"
     if plain not in stored.names or embedding not in stored.names:

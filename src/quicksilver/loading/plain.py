@@ -11,7 +11,7 @@ import torch
 
 from quicksilver.errors import ModelError, WeightFilesWarning, first_line
 from quicksilver.families.quantize import is_tied
-from quicksilver.quant.storage import INDEX, list_shards
+from quicksilver.weights.storage import INDEX, list_shards
 
 GENERATION_CONFIG = "generation_config.json"
 _NAMED = 3  # of all names, where there are many
@@ -86,7 +86,8 @@ def read_generation_config(folder: Path) -> Any:
 
 def _check_files(folder: Path) -> None:
     if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no .safetensors weights (other formats are not read)")
+        gguf = "; a GGUF file in it is read where it is named" if list(folder.glob("*.gguf")) else ""
+        raise ModelError(f"{folder}: no .safetensors weights (other formats are not read{gguf})")
     for file in list_shards(folder):
         if not (folder / file).is_file():
             raise ModelError(f"{folder / file}: this weight file is missing; {INDEX} names it")

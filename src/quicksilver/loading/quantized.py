@@ -4,7 +4,7 @@ import copy
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,19 @@ from quicksilver.errors import InputError, ModelError, first_line
 from quicksilver.families import quantize
 from quicksilver.families.weights import FLOATS
 from quicksilver.loading.plain import read_generation_config
-from quicksilver.quant import AnyPrecisionWeight
-from quicksilver.quant.config import QuantizationConfig, is_quantized
-from quicksilver.quant.linear import BY_CHANNEL
-from quicksilver.quant.storage import MAX_SHARD_SIZE, Expected, TensorWriter, give_back, read_tensors, write_tensors
+from quicksilver.weights.config import QuantizationConfig, is_quantized
+from quicksilver.weights.forms import EXPECTED_FORM, check_form, expected_parts, not_finite
+from quicksilver.weights.linear import BUFFERS, FORM
+from quicksilver.weights.registration import register_method
+from quicksilver.weights.storage import (
+    MAX_SHARD_SIZE,
+    Expected,
+    StoredTensors,
+    TensorWriter,
+    give_back,
+    write_tensors,
+)
 
-_CODES = "codes"  # of an any-precision weight: one tensor for all that is kept by channel, so that headers stay short
 _NO_FILE = "load-with-quicksilver.safetensors"
 """Where transformers is told to look for weights that it would else replace by random ones: it says what is missing."""
 
@@ -76,7 +83,8 @@ def quantize_and_save(
             for name, module in quantize.quantize_each(model, config, after=give_back):
                 for part, tensor in _stored_tensors(module).items():
                     writer.write(f"{name}.{part}", tensor)
-                module.to("meta")
+                for each in (module, *getattr(module, "sharing", ())):
+                    each.to("meta")
                 on_map()
             for name, tensor in _stored_tensors(model).items():
                 if not tensor.is_meta:
@@ -119,31 +127,57 @@ def load_quantized(source: str, config: Any, dtype: torch.dtype | str) -> Any:
         dtype = config.dtype or torch.float32
     try:
         model = blank(plain, dtype)
-        quantize.outline(model, quantization)
     except Exception as error:  # a configuration may ask for anything
         raise ModelError(f"{source}: cannot build the model of its configuration: {first_line(error)}") from None
     if (settings := read_generation_config(folder)) is not None:
         model.generation_config = settings
-    own = _stored_tensors(model)
-    tensors = read_tensors(
-        folder,
-        {
-            name: Expected(tuple(tensor.shape), FLOATS if tensor.is_floating_point() else (tensor.dtype,))
-            for name, tensor in own.items()
-        },
-    )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            tensors[name] = tensor.to(own[name].dtype)
-    for name, module in _quantized_weights(model):
-        parts = module.unpack_channels(tensors.pop(f"{name}.{_CODES}"))
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    for name, module in _quantized_weights(model):
-        if not bool(torch.isfinite(module.get_buffer("constants").view(torch.float32)).all()):
-            raise ModelError(f"{source}: tensor '{name}.constants' holds NaN or infinite values")
+    _read_weights(model, StoredTensors(folder), quantization)
+    register_method()
+    model.config.quantization_config = quantization.to_dict()
     return model
+
+
+def _read_weights(model: Any, stored: StoredTensors, config: QuantizationConfig) -> None:
+    """Give a plain model what is stored; ModelError where that is damaged or does not fit the model or `config`."""
+    shapes = {name: quantize.part_shapes(model, name) for name in quantize.quantized_names(model, config)}
+    used, shared = set[str](), quantize.shares_table(model, config)
+    for name, parts in shapes.items():
+        expected = {path: _expected(stored, path, shape) for path, shape in parts.items()}
+        quantize.put(model, name, [_read_matrix(stored, path, wanted) for path, wanted in expected.items()])
+        used |= {f"{path}.{buffer}" for path, wanted in expected.items() for buffer in wanted}
+    if shared:
+        quantize.share_table(model)
+    plain = {name: tensor for name, tensor in _stored_tensors(model).items() if name not in used}
+    stored.check_names({*plain, *used})
+    for name, own in plain.items():
+        tensor = stored.read(name, Expected(tuple(own.shape), FLOATS)).to(own.dtype, copy=True)
+        quantize.set_tensor(model, name, tensor)
+    if not shared:
+        model.tie_weights()
+
+
+def _read_matrix(stored: StoredTensors, path: str, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
+    """Return the tensors of a matrix in codes, by the names of buffers, each in memory of its own."""
+    tensors = {buffer: stored.read(f"{path}.{buffer}", wanted).clone() for buffer, wanted in expected.items()}
+    if (name := not_finite(tensors)) is not None:
+        raise ModelError(f"{stored.describe(f'{path}.{name}')} holds NaN or infinite values")
+    return tensors
+
+
+def _expected(stored: StoredTensors, path: str, shape: tuple[int, int]) -> dict[str, Expected]:
+    """Return what the tensors of a matrix [out, in] in codes must be by the names of buffers.
+
+    ModelError where its form is that of no such matrix.
+    """
+    name = f"{path}.{FORM}"
+    form = stored.read(name, EXPECTED_FORM).tolist()
+    held = [buffer for buffer in BUFFERS if f"{path}.{buffer}" in stored.names]
+    try:
+        check_form(form, shape)
+        parts = expected_parts(form, held, lambda buffer: stored.shape_of(f"{path}.{buffer}"))
+    except ModelError as error:
+        raise ModelError(f"{stored.describe(name)} {error}") from None
+    return {FORM: EXPECTED_FORM, **parts}
 
 
 @contextmanager
@@ -162,19 +196,10 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters, persistent buffers and codes by name; a parameter that has two names goes by the first."""
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-    for name, module in _quantized_weights(model):
-        prefix = f"{name}." if name else ""
-        tensors[f"{prefix}{_CODES}"] = module.pack_channels()
-        for part in BY_CHANNEL:
-            del tensors[f"{prefix}{part}"]
-    return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **tensors}
-
-
-def _quantized_weights(model: nn.Module) -> list[tuple[str, AnyPrecisionWeight]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, AnyPrecisionWeight)]
+    """Return parameters and persistent buffers by name; what has two names goes by the first."""
+    tensors = dict(model.named_parameters())
+    kept, named = model.state_dict(), dict(model.named_buffers())
+    return {**{n: p.detach() for n, p in tensors.items()}, **{n: tensor for n, tensor in named.items() if n in kept}}
 
 
 def _stored_config(model: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 SPACE = "▁"  # what sentencepiece writes for a space
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # kinds of pieces; 2 is the unknown piece, 5 unused ones
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces
 _UNIGRAM, _BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 
@@ -36,6 +36,7 @@ class SentencePieceModel:
     charsmap: bytes  # how characters are normalized, compiled; empty for not at all
     add_dummy_prefix: bool  # whether a space is put before every text
     remove_extra_whitespaces: bool  # whether spaces at both ends, and all but one of several, are dropped
+    adds_symbols: bool = False  # whether symbols of the model's maker cut a text up before all else, as in llama.cpp
 
     @classmethod
     def parse(cls, data: bytes) -> SentencePieceModel:
@@ -79,9 +80,15 @@ class SentencePieceModel:
         if (pre_tokenizer := self._pre_tokenizer()) is not None:
             made.pre_tokenizer = pre_tokenizer
         made.decoder = self._decoder()
-        special = {*self.special_ids.values(), *(i for i, piece in enumerate(self.pieces) if piece.kind == _CONTROL)}
+        special = {*self.special_ids.values(), *(i for i, piece in enumerate(self.pieces) if piece.kind == CONTROL)}
         made.add_special_tokens([AddedToken(self.pieces[i].text, normalized=False) for i in sorted(special)])
+        if self.adds_symbols:  # of normal form, unless that would put a space before each
+            form = not self.add_dummy_prefix
+            made.add_tokens([AddedToken(text, normalized=form, special=False) for text in self._symbols()])
         return made
+
+    def _symbols(self) -> list[str]:
+        return [piece.text for piece in self.pieces if piece.kind == USER_DEFINED]
 
     def _unigram(self) -> Any:
         from tokenizers.models import Unigram
@@ -93,17 +100,17 @@ class SentencePieceModel:
         from tokenizers.models import BPE
 
         return BPE(
-            {piece.text: index for index, piece in enumerate(self.pieces)},
+            {piece.text: index for index, piece in enumerate(self.pieces) if piece.kind != UNUSED},
             self._merges(),
             unk_token=self.special_tokens.get("unk_token"),
             fuse_unk=True,
             byte_fallback=self.byte_fallback,
-            ignore_merges=any(piece.kind == _USER_DEFINED for piece in self.pieces),  # these stand alone, and whole
+            ignore_merges=not self.adds_symbols and bool(self._symbols()),  # these stand alone, and whole
         )
 
     def _merges(self) -> list[tuple[str, str]]:
         """Return every pair of pieces that makes a piece, those of the highest score first."""
-        rank = {piece.text: index for index, piece in enumerate(self.pieces) if piece.kind == _NORMAL}
+        rank = {piece.text: index for index, piece in enumerate(self.pieces) if piece.kind == NORMAL}
         merges = []
         for text in rank:
             pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
@@ -129,10 +136,10 @@ class SentencePieceModel:
         """Return what sets apart symbols of the model's maker, and names of bytes, which are no pieces of a text."""
         from tokenizers import Regex, pre_tokenizers
 
-        symbols = [piece.text for piece in self.pieces if piece.kind == _USER_DEFINED]
+        symbols = [] if self.adds_symbols else self._symbols()
         pattern = "|".join(re.escape(text) for text in sorted(symbols, key=len, reverse=True))
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated")] if symbols else []
-        if self.is_unigram and any(piece.kind == _BYTE for piece in self.pieces):
+        if self.is_unigram and any(piece.kind == BYTE for piece in self.pieces):
             steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
         return pre_tokenizers.Sequence(steps) if steps else None
 
@@ -146,7 +153,7 @@ class SentencePieceModel:
 
 
 def _piece(fields: dict[int, Any]) -> Piece:
-    return Piece(fields[1].decode(), struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0, fields.get(3, _NORMAL))
+    return Piece(fields[1].decode(), struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0, fields.get(3, NORMAL))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

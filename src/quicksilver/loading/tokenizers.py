@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from quicksilver.core.sources import is_gguf
 from quicksilver.errors import ModelError, first_line
 from quicksilver.loading.sentencepiece import SentencePieceModel
 
@@ -19,9 +20,13 @@ _OF_LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerF
 
 
 def read_tokenizer(source: str, local: bool) -> Any:
-    """Read the tokenizer of a folder or a hub id; ModelError where there is none, or it cannot be read."""
+    """Read the tokenizer of a folder, a file or a hub id; ModelError where there is none, or it cannot be read."""
     from transformers import AutoTokenizer
 
+    if is_gguf(source):
+        from quicksilver.loading.gguf.model import GgufModel
+
+        return GgufModel(source).tokenizer()
     absent = f"{source}: there is no tokenizer in this folder; save the model's there with save_pretrained"
     if os.path.isdir(source) and not any((Path(source) / name).is_file() for name in _FILES):
         stray = next(iter(sorted(Path(source).glob("*.tiktoken"))), None)
@@ -37,6 +42,18 @@ def read_tokenizer(source: str, local: bool) -> Any:
     if not tokenizer("a").input_ids:  # what transformers makes of too few tokenizer files
         raise ModelError(absent)
     return tokenizer
+
+
+def read_special_ids(source: str, local: bool) -> list[int]:
+    """Return the ids of a tokenizer's special tokens; none where there is no tokenizer that can be read."""
+    try:
+        if is_gguf(source):
+            from quicksilver.loading.gguf.model import GgufModel
+
+            return sorted(GgufModel(source).vocabulary.special_ids.values())
+        return read_tokenizer(source, local).all_special_ids
+    except ModelError:
+        return []
 
 
 def _read_sentencepiece(source: str, local: bool) -> Any:

@@ -95,7 +95,7 @@ def generate(model: QuickSilverForCausalLM, settings: Settings, request: Request
         for name, values in (("scores", scores), ("logits", raw)):
             if name in kept:
                 kept[name].append(values)
-        tokens = ending.fill(chosen)
+        tokens = ending.fill(chosen, running)
         rows.append(tokens)
         ending.look(rows, tokens)
         put(tokens)
@@ -259,7 +259,7 @@ class _Feed:
         if model.is_watched:
             return self._call(*columns, cache, prompt=False)
         fed = tokens if real is None else tokens[real]
-        hidden = model.decoder.run(fed, [1] * len(fed), list(compress(cache.sequences, running)), trace)
+        hidden = model.decoder.run(fed, [1] * fed.shape[0], list(compress(cache.sequences, running)), trace)
         cache.fed.append(*columns)
         logits = model.decoder.logits(hidden, trace)
         if real is None:

@@ -111,7 +111,7 @@ class Decoder:
         """
         caches = tuple(caches.sequences if isinstance(caches, RaggedKVCache) else caches)
         starts = [cache.length for cache in caches]
-        modules, decodes = self.adapter.modules, any(starts) and len(token_ids) <= len(lengths)
+        modules, decodes = self.adapter.modules, any(starts) and token_ids.shape[0] <= len(lengths)
         if modules is not None and decodes:
             modules.check_hooks()  # not more between one token and the next, since all of it takes time
         elif modules is not None:
@@ -197,8 +197,8 @@ class Decoder:
 
     def check_tokens(self, token_ids: Tensor, lengths: Sequence[int], seen: Sequence[int]) -> None:
         """Raise InputError where tokens [N] cannot follow what sequences have seen: wrong ids, too long a context."""
-        if min(lengths, default=0) < 0 or sum(lengths) != len(token_ids):
-            raise InputError(f"lengths {list(lengths)} do not divide {len(token_ids)} tokens")
+        if min(lengths, default=0) < 0 or sum(lengths) != token_ids.shape[0]:
+            raise InputError(f"lengths {list(lengths)} do not divide {token_ids.shape[0]} tokens")
         for index, (before, length) in enumerate(zip(seen, lengths, strict=True)):
             if before + length > self.spec.max_positions:
                 raise InputError(
@@ -206,7 +206,7 @@ class Decoder:
                     f" context of {self.spec.max_positions}"
                 )
         prefill = token_ids.shape[0] > len(lengths)
-        if token_ids.device.type == "cpu" or prefill:  # a check costs a device synchronisation in decode
+        if token_ids.is_cpu or prefill:  # a check costs a device synchronisation in decode
             check_token_ids(token_ids, self.spec.vocab_size, lengths)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import generation as of_transformers
 from transformers.generation.logits_process import LogitNormalization, LogitsProcessor
 
+from quicksilver.runtime.nucleus import NucleusWarper
 from quicksilver.runtime.settings import Settings
 
 PrefixFunction = Callable[[int, Tensor], list[int]]
@@ -84,7 +85,7 @@ def warpers(settings: Settings, vocab_size: int, device: torch.device) -> list[L
     ]
     made: list[Any] = []
     if config.do_sample:
-        made = [getattr(of_transformers, name)(value) for name, value, on in kinds if value is not None and on(value)]
+        made = [_kind(name)(value) for name, value, on in kinds if value is not None and on(value)]
     if config.watermarking_config is not None:
         made.append(config.watermarking_config.construct_processor(vocab_size, device))
     if config.renormalize_logits:
@@ -92,7 +93,11 @@ def warpers(settings: Settings, vocab_size: int, device: torch.device) -> list[L
     return made
 
 
+def _kind(name: str) -> Any:
+    return NucleusWarper if name == "TopPLogitsWarper" else getattr(of_transformers, name)
+
+
 def without(processors: Sequence[LogitsProcessor], given: Sequence[LogitsProcessor]) -> list[LogitsProcessor]:
     """Return processors but for those of a kind that the caller brings, which stand in for them."""
-    kinds = {type(each) for each in given}
-    return [each for each in processors if type(each) not in kinds]
+    kinds = tuple(type(each) for each in given)
+    return [each for each in processors if not isinstance(each, kinds)]

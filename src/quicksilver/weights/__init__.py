@@ -1,1 +1,5 @@
-"""Quantized weights: their form, how they are made of floats, and how those of other programs are taken over."""
+"""Any-precision weights: codes whose leading bits are the narrower versions, and linear maps that read them."""
+
+from quicksilver.weights.linear import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
+
+__all__ = ["AnyPrecisionEmbedding", "AnyPrecisionLinear", "AnyPrecisionSplit", "AnyPrecisionWeight"]

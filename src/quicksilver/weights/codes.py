@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from quicksilver.core.checks import is_whole
 from quicksilver.errors import ModelError
 
 GROUP_SIZES = (16, 32, 64, 128)
@@ -16,6 +17,13 @@ CODE_BITS = (4, 6, 8)
 
 BLOCK = 256
 """Inputs that share the half-precision scales of scales in two levels."""
+
+
+def check_group_size(group_size: object) -> int:
+    """Return a group size, or raise ModelError where it is none of `GROUP_SIZES`."""
+    if not is_whole(group_size) or group_size not in GROUP_SIZES:
+        raise ModelError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    return group_size
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,18 @@ class Scales:
         if self.block_offsets is not None:
             offset = offset * _of_groups(self.block_offsets, group_size, offset.shape[1])
         return scale, offset
+
+    def weights_of(self, levels: Tensor, group_size: int) -> Tensor:
+        """Return what levels [out, in] float32, in units of codes, mean as weights, float32."""
+
+        def of_inputs(of_groups: Tensor) -> Tensor:
+            return of_groups.repeat_interleave(group_size, dim=1)[:, : levels.shape[1]]
+
+        scale, offset = self.expand(group_size)
+        if self.offsets is not None:
+            return levels * of_inputs(scale) - of_inputs(offset)
+        zero = self.zero if isinstance(self.zero, int) else of_inputs(_present(self.zero)).float()
+        return (levels - zero) * of_inputs(scale)  # so that a negative scale's zero is -0.0
 
 
 def _present(tensor: Tensor | None) -> Tensor:
@@ -104,8 +124,4 @@ class GroupedCodes:
 
     def dequantize(self) -> Tensor:
         """Return the weights, [out, in] float32: what the file that they come from says, to the last bit."""
-        scale, offset = (
-            values.repeat_interleave(self.group_size, dim=1)[:, : self.num_inputs]
-            for values in self.scales.expand(self.group_size)
-        )
-        return self.codes.float() * scale - offset
+        return self.scales.weights_of(self.codes.float(), self.group_size)

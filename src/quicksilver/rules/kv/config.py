@@ -21,9 +21,9 @@ class KVConfig:
 
     Attributes:
         fill: what a halted token leaves in the layers that it does not run.
-        bits: 8 (whole numbers, one scale for each entry and K/V head) or 16 (bfloat16); None for the model's own. Keys
-            are kept as they meet queries. Every token attends to what is kept, of itself too, so that how tokens are
-            fed makes no difference.
+        bits: 8 (whole numbers, a scale for each 32 dimensions of an entry's K/V head) or 16 (bfloat16); None for the
+            model's own. Keys are kept as they meet queries. Every token attends to what is kept, of itself too, so that
+            how tokens are fed makes no difference.
         skip_below: in multiples of the mean weight `1 / n`, one number or one for each layer, at most 1; 0 skips
             nothing.
         estimate_dims_above: smaller components of a query, as it meets the keys, wait for the second step; in multiples

@@ -6,7 +6,7 @@ import ctypes
 import json
 import mmap
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from quicksilver.errors import ModelError
+from quicksilver.errors import ModelError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,6 +27,7 @@ _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int16: "I16",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.float16: "F16",
@@ -126,21 +127,60 @@ class _Shard:
             file.write(content)
 
 
-def read_tensors(folder: Path, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
-    """Read what `write_tensors` wrote, on the CPU: what is expected and no more, every byte checked.
+class StoredTensors:
+    """Tensors of a folder's safetensors by name, read when they are asked for.
+
+    Args:
+        folder: holds one file, or several and their index.
+        checked: files are those that `write_tensors` wrote: every tensor has a checksum, and is read whole or not.
 
     Raises:
-        ModelError: a file is missing or damaged, or a tensor is missing, unexpected, damaged, or of another shape
-            or dtype; the message names it.
+        ModelError: a file is missing or damaged, or its tensors are not those that the index or the checksums name.
     """
-    tensors: dict[str, Tensor] = {}
-    shards = list_shards(folder)
-    for file, names in shards.items():
-        tensors |= _read_shard(folder / file, names, expected)
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise ModelError(f"{folder}: tensor {missing[0]!r} is missing from {', '.join(shards)}")
-    return tensors
+
+    def __init__(self, folder: Path, checked: bool = True) -> None:
+        self._folder, self._checked = folder, checked
+        self._held: dict[str, tuple[Path, Any, str]] = {}
+        shards = list_shards(folder)
+        for file, names in shards.items():
+            shard, checksums = _open_shard(folder / file, names, checked)
+            self._held |= {name: (folder / file, shard, checksum) for name, checksum in checksums.items()}
+        self.names = frozenset(self._held)
+        self._files = ", ".join(shards)
+
+    def describe(self, name: str) -> str:
+        """Return how messages name a tensor: with its file, or the folder where it is missing."""
+        path = self._held[name][0] if name in self._held else self._folder
+        return f"{path}: tensor {name!r}"
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, which is not read."""
+        return tuple(self._held[name][1].get_slice(name).get_shape())
+
+    def read(self, name: str, expected: Expected | None = None) -> Tensor:
+        """Return a tensor, on the CPU; ModelError where it is missing, damaged, or not what is expected."""
+        if name not in self._held:
+            raise ModelError(f"{self.describe(name)} is missing from {self._files}")
+        _, shard, checksum = self._held[name]
+        tensor = shard.get_tensor(name)
+        if expected is not None and tuple(tensor.shape) != expected.shape:
+            raise ModelError(f"{self.describe(name)} has shape {list(tensor.shape)}, not {list(expected.shape)}")
+        if expected is not None and tensor.dtype not in expected.dtypes:
+            dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected.dtypes)
+            raise ModelError(f"{self.describe(name)} is {str(tensor.dtype).removeprefix('torch.')}, not {dtypes}")
+        if self._checked and _checksum(_bytes_of(tensor)) != checksum:
+            raise ModelError(f"{self.describe(name)} is damaged: its checksum does not match")
+        return tensor
+
+    def check_names(self, expected: Collection[str]) -> None:
+        """Raise ModelError where a tensor is not among those expected."""
+        for name in sorted(self.names.difference(expected)):
+            raise ModelError(f"{self.describe(name)} is unexpected")
+
+    def read_all(self, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
+        """Return what is expected; ModelError as `read` has it, or where there is anything else."""
+        self.check_names(expected)
+        return {name: self.read(name, wanted) for name, wanted in expected.items()}
 
 
 def list_shards(folder: Path) -> dict[str, set[str] | None]:
@@ -163,21 +203,22 @@ def list_shards(folder: Path) -> dict[str, set[str] | None]:
     return shards
 
 
-def _read_shard(path: Path, names: set[str] | None, expected: Mapping[str, Expected]) -> dict[str, Tensor]:
+def _open_shard(path: Path, names: set[str] | None, checked: bool) -> tuple[Any, dict[str, str]]:
+    """Return a file, and the checksums of its tensors, empty where they are not `checked`."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as shard:
-            held = set(shard.keys())
-            checksums = _read_checksums(path, shard.metadata(), held)
-            for name in sorted(held ^ (held if names is None else names)):
-                place = "its index does not" if name in held else "it does not, but its index does"
-                raise ModelError(f"{path}: tensor {name!r}: {place} name it")
-            return {name: _read_tensor(path, shard, name, checksums[name], expected) for name in sorted(held)}
+        shard = safe_open(path, framework="pt")
+        held = set(shard.keys())
+        checksums = _read_checksums(path, shard.metadata(), held) if checked else dict.fromkeys(held, "")
     except FileNotFoundError:
         raise ModelError(f"{path}: this weight file is missing") from None
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: the weight file is damaged or cut off: {error}") from None
+        raise ModelError(f"{path}: the weight file is damaged or cut off: {first_line(error)}") from None
+    for name in sorted(held ^ (held if names is None else names)):
+        place = "its index does not" if name in held else "it does not, but its index does"
+        raise ModelError(f"{path}: tensor {name!r}: {place} name it")
+    return shard, checksums
 
 
 def _read_checksums(path: Path, metadata: Mapping[str, str] | None, held: set[str]) -> dict[str, str]:
@@ -193,20 +234,6 @@ def _read_checksums(path: Path, metadata: Mapping[str, str] | None, held: set[st
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: the header is damaged: {error}") from None
     return checksums
-
-
-def _read_tensor(path: Path, shard: Any, name: str, checksum: str, expected: Mapping[str, Expected]) -> Tensor:
-    if name not in expected:
-        raise ModelError(f"{path}: tensor {name!r} is unexpected")
-    tensor, wanted = shard.get_tensor(name), expected[name]
-    if tuple(tensor.shape) != wanted.shape:
-        raise ModelError(f"{path}: tensor {name!r} has shape {list(tensor.shape)}, not {list(wanted.shape)}")
-    if tensor.dtype not in wanted.dtypes:
-        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted.dtypes)
-        raise ModelError(f"{path}: tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}, not {dtypes}")
-    if _checksum(_bytes_of(tensor)) != checksum:
-        raise ModelError(f"{path}: tensor {name!r} is damaged: its checksum does not match")
-    return tensor
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quicksilver.errors import UnsupportedFeatureError
-from quicksilver.quant.config import QUANT_METHOD
+from quicksilver.weights.config import QUANT_METHOD
 
 
 class AnyPrecisionMethodConfig(QuantizationConfigMixin):

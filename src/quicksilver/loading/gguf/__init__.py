@@ -1,0 +1,1 @@
+"""GGUF files as models of transformers: configuration, names of weights, tokenizer, stop tokens."""

@@ -1,5 +1,0 @@
-"""Any-precision weights: 8-bit codes whose leading bits are the narrower versions, and linear maps that read them."""
-
-from quicksilver.quant.linear import AnyPrecisionEmbedding, AnyPrecisionLinear, AnyPrecisionSplit, AnyPrecisionWeight
-
-__all__ = ["AnyPrecisionEmbedding", "AnyPrecisionLinear", "AnyPrecisionSplit", "AnyPrecisionWeight"]
