@@ -57,9 +57,8 @@ void list_runs(const Matrix& matrix, const GroupTerms& group, int first_tile, st
 // A walk over a thread's steps, which knows the next one while the one at hand is multiplied.
 class Walk {
  public:
-  Walk(const Kernels& kernels, Sharing& sharing, const std::vector<const Matrix*>& ahead, int thread, int num_threads,
-       Workroom& room)
-      : kernels_(kernels), sharing_(sharing), ahead_(ahead), thread_(thread), num_threads_(num_threads), room_(room) {}
+  Walk(const Kernels& kernels, const Sharing& sharing, int thread, int num_threads, Workroom& room)
+      : kernels_(kernels), sharing_(sharing), thread_(thread), num_threads_(num_threads), room_(room) {}
 
   void run() {
     const int count = static_cast<int>(sharing_.items.size());
@@ -113,8 +112,7 @@ class Walk {
   }
 
   const Kernels& kernels_;
-  Sharing& sharing_;
-  const std::vector<const Matrix*>& ahead_;
+  const Sharing& sharing_;
   int thread_, num_threads_;
   Workroom& room_;
   int item_ = 0, last_ = 0, channel_ = 0;
@@ -286,7 +284,7 @@ void multiply(const Product* products, int num_products, Sharing& sharing, const
   if (many) {
     multiply_items(sharing, thread, room);
   } else {
-    Walk(current_kernels(), sharing, ahead, thread, num_threads, room).run();
+    Walk(current_kernels(), sharing, thread, num_threads, room).run();
     fetch_first(ahead, thread, num_threads);
     barrier.wait();
     add_all_parts(sharing, thread, num_threads);

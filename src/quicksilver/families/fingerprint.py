@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quicksilver.families.quantize import HEAD
 from quicksilver.families.spec import ModelSpec
 from quicksilver.weights import AnyPrecisionLinear
-
-HEAD = "lm_head"
 
 _SAMPLES = 64
 _FACTS = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
